@@ -1,0 +1,36 @@
+// Run-time choice of instruction set.
+//
+// A file csrc/<op>_kernel.cpp includes neither torch nor the STL's inline code and is compiled once
+// per instruction set with SIMCLR_ISA = base | avx2 | avx512 (base alone off x86-64: SSE2, NEON).
+// It wraps everything in `namespace SIMCLR_ISA`. The caller picks one:
+//
+//   SIMCLR_DECLARE_ISAS(void, my_kernel, (const float* x, int64_t n))   // in <op>.h
+//   SIMCLR_DISPATCH(my_kernel)(x, n);                                   // in <op>_cpu.cpp
+#pragma once
+
+#include <cstdint>
+
+namespace simclr {
+
+enum class Isa { base, avx2, avx512 };
+
+// The best set that this CPU has, or the one that SIMCLR_FAST_ISA (base, avx2, avx512) names;
+// throws std::runtime_error if that name is unknown or the CPU lacks it. Read once per process.
+Isa current_isa();
+
+}  // namespace simclr
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define SIMCLR_DECLARE_ISAS(ret, name, args) \
+  namespace simclr::base { ret name args; }  \
+  namespace simclr::avx2 { ret name args; }  \
+  namespace simclr::avx512 { ret name args; }
+#define SIMCLR_DISPATCH(name)                                              \
+  (::simclr::current_isa() == ::simclr::Isa::avx512 ? ::simclr::avx512::name \
+   : ::simclr::current_isa() == ::simclr::Isa::avx2 ? ::simclr::avx2::name   \
+                                                  : ::simclr::base::name)
+#else
+#define SIMCLR_DECLARE_ISAS(ret, name, args) \
+  namespace simclr::base { ret name args; }
+#define SIMCLR_DISPATCH(name) (::simclr::base::name)
+#endif

@@ -1,0 +1,112 @@
+"""Builds the one native extension, simclr_fast/_C.abi3.so; everything else is in pyproject.toml.
+
+SIMCLR_FAST_BUILD_EXT=0       pure Python: no compiler needed, the plain-torch paths are used
+SIMCLR_FAST_CUDA=auto|0|1     auto: CUDA kernels when torch has CUDA and nvcc is found
+"""
+
+import os
+import platform
+import sys
+from glob import glob
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+# torch's stable C ABI of 2.10 and CPython's of 3.10: one binary for every later torch and Python.
+ABI_MACROS = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030A0000"]
+CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+KERNEL_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast"]
+
+
+def instruction_sets() -> dict[str, list[str]]:
+    """Each csrc/*_kernel.cpp is compiled once per entry; csrc/isa.h picks one at run time."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return {"base": []}
+    return {
+        "base": [],
+        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+        + ["-mprefer-vector-width=512"],
+    }
+
+
+def find_cuda() -> bool:
+    wanted = os.environ.get("SIMCLR_FAST_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"SIMCLR_FAST_CUDA must be auto, 0 or 1, got {wanted!r}")
+    if wanted == "0" or not glob("csrc/*.cu"):
+        return False
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    nvcc = CUDA_HOME and Path(CUDA_HOME, "bin", "nvcc").exists()
+    if torch.version.cuda and nvcc:
+        return True
+    if wanted == "1":
+        raise SystemExit(
+            f"SIMCLR_FAST_CUDA=1 needs a torch with CUDA (torch.version.cuda is "
+            f"{torch.version.cuda}) and nvcc (CUDA_HOME is {CUDA_HOME})"
+        )
+    return False
+
+
+def wheel_cuda_headers() -> list[str]:
+    """torch's CUDA headers include cusparse.h and kin; a bare toolkit has them only in wheels."""
+    return [p for root in sys.path for p in glob(f"{root}/nvidia/cu*/include")]
+
+
+def extension_options() -> dict:
+    if os.environ.get("SIMCLR_FAST_BUILD_EXT", "1") == "0":
+        return {}
+    from torch.utils import cpp_extension
+
+    with_cuda = find_cuda()
+    kernels = sorted(glob("csrc/*_kernel.cpp"))
+    sources = sorted(set(glob("csrc/*.cpp")) - set(kernels))
+    options = {
+        "include_dirs": [str(ROOT / "csrc")],
+        "extra_compile_args": {"cxx": ["-std=c++17", "-O3", "-fvisibility=hidden", *ABI_MACROS]},
+        "py_limited_api": True,
+    }
+    if with_cuda:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+        sources += sorted(glob("csrc/*.cu"))
+        options["include_dirs"] += wheel_cuda_headers()
+        options["extra_compile_args"]["cxx"] += ["-DSIMCLR_WITH_CUDA", "-DUSE_CUDA"]
+        options["extra_compile_args"]["nvcc"] = ["-O3", *ABI_MACROS, "-DSIMCLR_WITH_CUDA"]
+        extension = cpp_extension.CUDAExtension("simclr_fast._C", sources, **options)
+    else:
+        extension = cpp_extension.CppExtension("simclr_fast._C", sources, **options)
+
+    class Build(cpp_extension.BuildExtension):
+        def build_extension(self, ext):
+            for isa, flags in instruction_sets().items():
+                ext.extra_objects += self.compiler.compile(
+                    kernels,
+                    output_dir=os.path.join(self.build_temp, isa),
+                    include_dirs=["csrc"],
+                    macros=[("SIMCLR_ISA", isa)],
+                    extra_postargs=KERNEL_FLAGS + flags,
+                    depends=glob("csrc/*.h"),
+                )
+            super().build_extension(ext)
+
+    return {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": Build.with_options(use_ninja=False)},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+packages = [
+    "simclr_fast",
+    *(f"simclr_fast.{p.parent.name}" for p in sorted(ROOT.glob("simclr_fast/*/__init__.py"))),
+    "simclr_fast.kernels",
+]
+setup(
+    packages=packages,
+    package_dir={"simclr_fast": "simclr_fast", "simclr_fast.kernels": "kernels"},
+    package_data={"simclr_fast": ["py.typed", "assets/*"], "simclr_fast.kernels": ["*.md"]},
+    **extension_options(),
+)
