@@ -9,71 +9,10 @@
 #include <string.h>
 
 #include "augment.h"
+#include "augment_color.h"
 
 namespace simclr::SIMCLR_ISA {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int L = 16;
-#elif defined(__AVX2__)
-constexpr int L = 8;
-#else
-constexpr int L = 4;
-#endif
-typedef float V __attribute__((vector_size(4 * L)));
-typedef int32_t I __attribute__((vector_size(4 * L)));
-typedef uint8_t B __attribute__((vector_size(L)));
-typedef uint16_t H __attribute__((vector_size(2 * L)));
-
-constexpr int kMaxBlur = 64;  // padding of the row buffer; the truncated radius stays below it
-
-inline V load(const float* p) { V v; memcpy(&v, p, sizeof v); return v; }
-inline void store(float* p, V v) { memcpy(p, &v, sizeof v); }
-inline V load_pixels(const float* p) { return load(p); }
-inline V load_pixels(const uint8_t* p) {
-  B bytes;
-  memcpy(&bytes, p, sizeof bytes);
-  return __builtin_convertvector(__builtin_convertvector(bytes, I), V);
-}
-inline V min(V a, V b) { return a < b ? a : b; }
-inline V max(V a, V b) { return a > b ? a : b; }
-inline V clip(V x) { return min(max(x, V{}), V{} + 1.0f); }
-inline V luma(V r, V g, V b) { return 0.2989f * r + 0.587f * g + 0.114f * b; }
-inline int64_t round_up(int64_t n) { return (n + 15) / 16 * 16; }
-
-// ---- transpose: log2(L) perfect shuffles of the L·L elements
-#if defined(__clang__)
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (I){__VA_ARGS__})
-#endif
-#if defined(__AVX512F__)
-inline V low(V a, V b) {
-  return SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-}
-inline V high(V a, V b) {
-  return SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-}
-#elif defined(__AVX2__)
-inline V low(V a, V b) { return SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
-inline V high(V a, V b) { return SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
-#else
-inline V low(V a, V b) { return SHUFFLE(a, b, 0, 4, 1, 5); }
-inline V high(V a, V b) { return SHUFFLE(a, b, 2, 6, 3, 7); }
-#endif
-inline void transpose(V* a) {
-  V b[L];
-#pragma GCC unroll 4
-  for (int stage = 1; stage < L; stage *= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < L / 2; ++i) {
-      b[2 * i] = low(a[i], a[i + L / 2]);
-      b[2 * i + 1] = high(a[i], a[i + L / 2]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) a[i] = b[i];
-  }
-}
 
 // ---- resize weights
 struct Taps {
@@ -123,95 +62,8 @@ void fill_taps(const AugmentSpec& spec, int64_t in, double gain, Taps& taps) {
   }
 }
 
-// ---- colour
-// HSV hue by turns without leaving RGB: channel = max - chroma·clamp(min(k, 4 - k), 0, 1) with
-// k = (n + 6h) mod 6, n = 5, 3, 1 for red, green, blue.
-inline V wrap6(V x) { return x >= 6.0f ? x - 6.0f : x; }
-inline V hue_channel(V h, float n, V top, V chroma) {
-  const V k = wrap6(h + n);
-  return top - chroma * clip(min(k, 4.0f - k));
-}
-inline void rotate_hue(float sixths, V& r, V& g, V& b) {
-  const V top = max(r, max(g, b)), bottom = min(r, min(g, b)), chroma = top - bottom;
-  const V inverse = chroma > 0.0f ? 1.0f / chroma : V{};
-  V h = top == r ? (g - b) * inverse
-                 : (top == g ? 2.0f + (b - r) * inverse : 4.0f + (r - g) * inverse);
-  h = h < 0.0f ? h + 6.0f : h;
-  h = wrap6(h + sixths);
-  r = hue_channel(h, 5, top, chroma);
-  g = hue_channel(h, 3, top, chroma);
-  b = hue_channel(h, 1, top, chroma);
-}
-// Multiplying HSV S by f moves every channel towards V: x' = V - (V - x)·min(f, V / chroma).
-inline void scale_chroma(float f, V& r, V& g, V& b) {
-  const V top = max(r, max(g, b)), chroma = top - min(r, min(g, b));
-  const V most = chroma > 0.0f ? top / chroma : V{};
-  const V factor = max(min(V{} + f, most), V{});
-  r = clip(top - (top - r) * factor);
-  g = clip(top - (top - g) * factor);
-  b = clip(top - (top - b) * factor);
-}
-
-inline void run_steps(const ColorStep* step, const ColorStep* end, V& r, V& g, V& b) {
-  for (; step != end; ++step) {
-    const float f = step->factor;
-    switch (step->kind) {
-      case Step::affine:
-        r = clip(r * f + step->offset[0]);
-        g = clip(g * f + step->offset[1]);
-        b = clip(b * f + step->offset[2]);
-        break;
-      case Step::blend: {
-        const V rest = luma(r, g, b) * (1.0f - f);
-        r = clip(r * f + rest);
-        g = clip(g * f + rest);
-        b = clip(b * f + rest);
-        break;
-      }
-      case Step::chroma:
-        scale_chroma(f, r, g, b);
-        break;
-      case Step::hue:
-        rotate_hue(6.0f * (f - floorf(f)), r, g, b);
-        r = clip(r);
-        g = clip(g);
-        b = clip(b);
-        break;
-      case Step::gray:
-        r = g = b = luma(r, g, b);
-        break;
-    }
-  }
-}
-
 // ---- output
-inline void store_half(uint16_t* p, I bits) {
-  const H h = __builtin_convertvector(bits, H);
-  memcpy(p, &h, sizeof h);
-}
-// Round to nearest even by integer arithmetic: the same code for every instruction set.
-inline I bfloat16_bits(V x) {
-  I bits;
-  memcpy(&bits, &x, sizeof bits);
-  return ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & 0xffff;
-}
-inline I float16_bits(V x) {
-  I bits;
-  memcpy(&bits, &x, sizeof bits);
-  const I sign = (bits >> 16) & 0x8000;
-  I magnitude = bits & 0x7fffffff;
-  V small;
-  memcpy(&small, &magnitude, sizeof small);
-  // Adding 0.5 aligns a half-precision subnormal's last bit with a float's.
-  small = small + 0.5f;
-  I subnormal;
-  memcpy(&subnormal, &small, sizeof subnormal);
-  subnormal -= 0x3f000000;
-  const I normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  I half = magnitude < 0x38800000 ? subnormal : normal;
-  half = half > 0x7c00 ? (I{} + 0x7c00) : half;
-  return half | sign;
-}
+constexpr int kMaxBlur = 64;  // padding of the row buffer; the truncated radius stays within it
 
 struct Row {
   float* channel[3];
@@ -245,10 +97,10 @@ void emit(const AugmentSpec& spec, const Row& row, void* out, int64_t y, float* 
       return write_row(spec, row, static_cast<float*>(out), y, staging, store);
     case Element::float16:
       return write_row(spec, row, static_cast<uint16_t*>(out), y, staging16,
-                       [](uint16_t* p, V v) { store_half(p, float16_bits(v)); });
+                       store_float16);
     case Element::bfloat16:
       return write_row(spec, row, static_cast<uint16_t*>(out), y, staging16,
-                       [](uint16_t* p, V v) { store_half(p, bfloat16_bits(v)); });
+                       store_bfloat16);
   }
 }
 

@@ -47,7 +47,7 @@ class Augmentation:
         crop: False resizes the whole image instead.
         p_flip, p_jitter, p_gray, p_blur: probabilities.
         sigma: range of the blur's standard deviation in pixels.
-        mean, std: per channel, for (x - mean) / std at the end with x in [0, 1]; None: no such step.
+        mean, std: per channel, for (x - mean) / std at the end, x in [0, 1]; None: no such step.
     """
 
     size: int = 224
@@ -181,7 +181,7 @@ def draw_params(
 
 
 def philox(key: np.ndarray, counter: np.ndarray) -> np.ndarray:
-    """Philox4x32-10 (Salmon et al., 2011): uint32 key [2] and counter [4, ...] → uint32 [4, ...]."""
+    """Philox4x32-10 (Salmon et al., 2011): uint32 key [2], counter [4, ...] → [4, ...]."""
     low = np.uint64(0xFFFFFFFF)
     shift = np.uint64(32)
     c0, c1, c2, c3 = counter.astype(np.uint64)
@@ -247,7 +247,7 @@ def _propose_torchvision(
     aspect = np.exp(low + u[..., 1] * (high - low))
     w = np.rint(np.sqrt(area * aspect))
     h = np.rint(np.sqrt(area / aspect))
-    accepted = (0 < w) & (w <= width) & (0 < h) & (h <= height)
+    accepted = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     y = np.floor(u[..., 2] * (height - h + 1))
     x = np.floor(u[..., 3] * (width - w + 1))
     return np.stack([y, x, h, w], axis=-1), accepted
