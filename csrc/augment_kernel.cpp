@@ -153,7 +153,8 @@ void resize_group_vertically(const AugmentView& view, const Scratch& s, const in
   const int64_t columns = 3 * view.width;
   int64_t first = s.y.start[rows[0]], last = first;
   for (int i = 0; i < L; ++i) {
-    const int64_t end = s.y.start[rows[i]] + s.y.count[rows[i]];
+    const int64_t start = s.y.start[rows[i]], end = start + s.y.count[rows[i]];
+    first = start < first ? start : first;
     last = end > last ? end : last;
   }
   for (int64_t column = 0; column < columns; column += L) {

@@ -80,6 +80,16 @@ def test_large_photographs(spec):
     assert (apply_views(images, p, aug) - exact(images, p, aug)).abs().max() * 255 < 0.05
 
 
+@pytest.mark.parametrize("spec", ["simclr", "torchvision"])
+@pytest.mark.parametrize("size", [40, 17, 64])
+def test_whole_images_of_every_small_size(size, spec):
+    """Scales at which some weights are exactly zero included."""
+    aug = Augmentation(size, spec, crop=False, p_flip=0, p_jitter=0, p_gray=0, p_blur=0)
+    images = [photograph(n, 70 - n) for n in range(1, 70)]
+    p = drawn(aug, images)
+    assert (apply_views(images, p, aug) - exact(images, p, aug)).abs().max() * 255 < 0.05
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("size", [32, 37])

@@ -1,0 +1,276 @@
+"""Both views inside a DALI pipeline: every step by DALI's operators, exact, on the CPU or the GPU.
+
+The parameters are drawn outside (augment_params) and fed in, because DALI's own random operators
+depend on the batch slot and have no per-sample order of the colour jitter. To wire it up:
+
+    @pipeline_def(batch_size=n, num_threads=t, device_id=0, enable_conditionals=True)
+    def two_views(aug, device):
+        kinds = [types.UINT8, types.INT64, *2 * param_types()]
+        files, index, *nodes = fn.external_source(
+            source, batch=True, num_outputs=len(kinds), dtype=kinds)
+        decoder = "mixed" if device == "gpu" else "cpu"
+        images = fn.decoders.image(files, device=decoder, jpeg_fancy_upsampling=True)
+        return *make_views(images, nodes, aug, device), index
+
+where `source()` returns [encoded files, ids, *feeds(view 0's params), *feeds(view 1's params)].
+With batch=True each array that `feeds` returns is one output; with per-sample sources take row i.
+DALI's CPU decoder always has fancy upsampling; its GPU decoder only when asked.
+
+Two of DALI's habits are corrected. It repeats edge pixels where the filter leaves the image, or
+reads pixels outside the region of interest; both specs drop those weights and renormalise. So each
+crop is cut out, surrounded by zeros, resized, and multiplied by the gain 1 / (weight inside) per
+row and column. And its blur reflects; the "simclr" spec pads with zeros, again by a margin.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from simclr_fast.augment_params import Augmentation, ViewParams
+
+PARAM_NAMES = (
+    "crop_start",  # int32 [2]: y, x of the box
+    "crop_shape",  # int32 [2]
+    "pad_start",  # int32 [2]: minus the margin of zeros
+    "pad_shape",  # int32 [2]: box plus two margins
+    "roi_start",  # float32 [2]: the box within its margins; x swapped with roi_end's for a flip
+    "roi_end",  # float32 [2]
+    "row_gain",  # float32 [size, 1, 1]
+    "column_gain",  # float32 [1, size, 1]
+    "jitter",  # bool
+    "step0",  # int32: index of the jitter step done first, into the factors
+    "step1",
+    "step2",
+    "step3",
+    "brightness",  # float32, like the following
+    "contrast",
+    "saturation",
+    "hue",
+    "gray",  # bool
+    "blur",  # bool
+    "sigma",  # float32
+    "window",  # int32
+)
+_LUMA = [0.2989, 0.587, 0.114]
+# Beyond 4 sigma the Gaussian's tail weighs 6e-5 in all.
+_BLUR_SIGMAS = 4
+
+
+def param_types() -> list[Any]:
+    """DALI's data type of each of PARAM_NAMES."""
+    types = _dali("types")
+    kinds = {"bool": types.BOOL, "int32": types.INT32, "float32": types.FLOAT}
+    one = ViewParams(
+        box=np.ones((1, 4), np.int32),
+        flip=np.zeros(1, bool),
+        jitter=np.zeros(1, bool),
+        order=np.zeros((1, 4), np.uint8),
+        factors=np.ones((1, 4), np.float32),
+        gray=np.zeros(1, bool),
+        sigma=np.zeros(1, np.float32),
+    )
+    return [kinds[str(array.dtype)] for array in feeds(one, Augmentation(size=8))]
+
+
+def feeds(params: ViewParams, aug: Augmentation) -> list[np.ndarray]:
+    """One array [n, ...] per entry of PARAM_NAMES, to feed for one view."""
+    n = len(params)
+    start, shape = params.box[:, :2], params.box[:, 2:]
+    support = 1 if aug.interpolation == "bilinear" else 2
+    stretch = np.maximum(shape / aug.size, 1) if aug.spec == "torchvision" else np.ones_like(shape)
+    margin = np.ceil(support * stretch).astype(np.int32) + 1
+    roi_start, roi_end = margin.astype(np.float32), (margin + shape).astype(np.float32)
+    flip = params.flip
+    roi_start[flip, 1], roi_end[flip, 1] = roi_end[flip, 1], roi_start[flip, 1]
+    rows, columns = (_gain(shape[:, axis], stretch[:, axis], aug, support) for axis in (0, 1))
+    columns[flip] = columns[flip, ::-1]
+    radius = np.minimum(np.ceil(_BLUR_SIGMAS * params.sigma), aug.blur_radius).astype(np.int32)
+    blur = (params.sigma > 0) & (radius > 0)
+    values = [
+        start,
+        shape,
+        -margin,
+        shape + 2 * margin,
+        roi_start,
+        roi_end,
+        rows.reshape(n, -1, 1, 1),
+        columns.reshape(n, 1, -1, 1),
+        params.jitter,
+        *params.order.T.astype(np.int32),
+        *params.factors.T,
+        params.gray,
+        blur,
+        np.where(blur, params.sigma, 1).astype(np.float32),
+        2 * radius + 1,
+    ]
+    return [np.ascontiguousarray(v) for v in values]
+
+
+def _gain(extent: np.ndarray, stretch: np.ndarray, aug: Augmentation, support: int) -> np.ndarray:
+    """float32 [n, size]: all of the resize filter's weight over its weight inside [0, extent)."""
+    scale = (extent / aug.size)[:, None, None]
+    stretch = stretch[:, None, None]
+    # Only outputs this close to an end reach outside, and the two ends mirror each other.
+    near = np.max(support * stretch / scale, initial=0)
+    edge = min(int(np.ceil(near)) + 1, aug.size)
+    center = (np.arange(edge)[:, None] + 0.5) * scale  # [n, edge, 1]
+    taps = np.arange(2 * int(np.ceil(support * stretch.max(initial=1))) + 1)
+    sample = np.floor(center - support * stretch + 0.5) + taps  # [n, edge, taps]
+    x = np.abs(sample + 0.5 - center) / stretch
+    if support == 1:
+        weight = np.maximum(1 - x, 0)
+    else:
+        outer = np.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, 0)
+        weight = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, outer)
+    total = weight.sum(-1)
+    gain = np.ones((len(extent), aug.size), np.float32)
+    outside = np.zeros_like(gain)
+    outside[:, :edge] += (weight * (sample < 0)).sum(-1) / total
+    outside[:, aug.size - edge :] += outside[:, edge - 1 :: -1]
+    return gain / (1 - outside)
+
+
+def make_views(
+    images: Any,
+    nodes: list[Any],
+    aug: Augmentation,
+    device: str,
+    *,
+    dtype: Any = None,
+    channels_last: bool = False,
+) -> list[Any]:
+    """Inside a pipeline with enable_conditionals=True: decoded images → one output per view.
+
+    images: uint8 HWC RGB, a DataNode on `device` ("cpu" or "gpu"). nodes: the CPU DataNodes of the
+    views' parameters, len(PARAM_NAMES) of them per view, in that order. dtype: types.FLOAT (default) or types.FLOAT16. The outputs are
+    [3, size, size], or [size, size, 3] with channels_last.
+    """
+    count = len(PARAM_NAMES)
+    outputs = []
+    for first in range(0, len(nodes), count):
+        params = {name: nodes[first + i] for i, name in enumerate(PARAM_NAMES)}
+        outputs.append(_make_view(images, params, aug, device, dtype, channels_last))
+    return outputs
+
+
+def _make_view(
+    images: Any, p: dict[str, Any], aug: Augmentation, device: str, dtype: Any, channels_last: bool
+) -> Any:
+    fn, types, math = _dali("fn"), _dali("types"), _dali("math")
+
+    def local(name: str) -> Any:
+        return p[name].gpu() if device == "gpu" else p[name]
+
+    cubic = aug.interpolation == "bicubic"
+    x = fn.slice(images, p["crop_start"], p["crop_shape"], axis_names="HW")
+    x = fn.slice(
+        x, p["pad_start"], p["pad_shape"], axis_names="HW", out_of_bounds_policy="pad", fill_values=0
+    )
+    x = fn.resize(
+        x,
+        size=[aug.size, aug.size],
+        roi_start=p["roi_start"],
+        roi_end=p["roi_end"],
+        interp_type=types.INTERP_CUBIC if cubic else types.INTERP_LINEAR,
+        antialias=aug.spec == "torchvision",
+        dtype=types.FLOAT,
+    )
+    x = x * (local("row_gain") * (1 / 255)) * local("column_gain")
+    if aug.spec == "torchvision":
+        x = math.clamp(x, 0, 1)
+    if aug.p_jitter > 0:
+        if p["jitter"]:
+            for k in range(4):
+                x = _jitter_step(x, p[f"step{k}"], local, aug)
+    if aug.p_gray > 0:
+        if p["gray"]:
+            x = fn.coord_transform(x, M=_LUMA * 3)
+    x = math.clamp(x, 0, 1)
+    pad = 0
+    if aug.p_blur > 0 and aug.blur_radius > 0:
+        pad = aug.blur_radius if aug.spec == "simclr" else 0
+        if p["blur"]:
+            y = x
+            if pad > 0:
+                y = _margin(x, -pad, aug.size + 2 * pad)
+            y = fn.gaussian_blur(y, sigma=p["sigma"], window_size=p["window"])
+            if pad > 0:
+                y = _margin(y, pad, aug.size)
+            x = y
+    mean, std = aug.mean or (0.0,) * 3, aug.std or (1.0,) * 3
+    return fn.crop_mirror_normalize(
+        x,
+        mean=list(mean),
+        std=list(std),
+        dtype=types.FLOAT if dtype is None else dtype,
+        output_layout="HWC" if channels_last else "CHW",
+    )
+
+
+def _margin(x: Any, start: int, extent: int) -> Any:
+    return _dali("fn").slice(
+        x,
+        start=[start, start],
+        shape=[extent, extent],
+        axis_names="HW",
+        out_of_bounds_policy="pad",
+        fill_values=0,
+    )
+
+
+def _jitter_step(x: Any, step: Any, local: Any, aug: Augmentation) -> Any:
+    fn, math = _dali("fn"), _dali("math")
+    if step == 0:
+        f = local("brightness")
+        if aug.brightness == "additive":
+            x = math.clamp(x + f, 0, 1)
+        else:
+            x = math.clamp(x * f, 0, 1)
+    elif step == 1:
+        f = local("contrast")
+        mean = fn.reductions.mean(x, axis_names="HW", keep_dims=True)
+        if aug.spec == "torchvision":
+            mean = fn.coord_transform(mean, M=_LUMA)
+        x = math.clamp(x * f + mean * (1 - f), 0, 1)
+    elif step == 2:
+        f = local("saturation")
+        if aug.spec == "torchvision":
+            x = math.clamp(x * f + fn.coord_transform(x, M=_LUMA) * (1 - f), 0, 1)
+        else:
+            # Scaling HSV S moves each channel towards the largest, V, by at most V / chroma.
+            top = fn.reductions.max(x, axis_names="C", keep_dims=True)
+            chroma = top - fn.reductions.min(x, axis_names="C", keep_dims=True)
+            factor = math.max(math.min(f, top / math.max(chroma, 1e-30)), 0)
+            x = math.clamp(top - (top - x) * factor, 0, 1)
+    else:
+        x = math.clamp(_rotate_hue(x, local("hue")), 0, 1)
+    return x
+
+
+def _rotate_hue(x: Any, turns: Any) -> Any:
+    """HSV hue + turns. channel = V - chroma·clamp(min(k, 4 - k), 0, 1), k = (n + 6h) mod 6."""
+    fn, types, math = _dali("fn"), _dali("types"), _dali("math")
+    device = x.device
+
+    def per_channel(values: list[float]) -> Any:
+        return types.Constant(np.array(values, np.float32).reshape(1, 1, 3), device=device)
+
+    top = fn.reductions.max(x, axis_names="C", keep_dims=True)
+    chroma = top - fn.reductions.min(x, axis_names="C", keep_dims=True)
+    # Each channel's hue in sixths if it were the largest; ties agree, so any largest one serves.
+    difference = fn.coord_transform(x, M=[0, 1, -1, -1, 0, 1, 1, -1, 0])
+    sixths = per_channel([0, 2, 4]) + difference / math.max(chroma, 1e-30)
+    sixths = (x == top) * (sixths - 6 * math.floor(sixths / 6))
+    h = fn.reductions.max(sixths, axis_names="C", keep_dims=True) + 6 * turns
+    k = per_channel([5, 3, 1]) + h
+    k = k - 6 * math.floor(k / 6)
+    return top - chroma * math.clamp(math.min(k, 4 - k), 0, 1)
+
+
+def _dali(name: str) -> ModuleType:
+    try:
+        from nvidia.dali import fn, math, types
+    except ImportError as error:
+        raise ImportError('DALI is missing: pip install "simclr-fast[dali]"') from error
+    return {"fn": fn, "math": math, "types": types}[name]
