@@ -1,6 +1,7 @@
 """Two views of images: native fused C++ on the CPU, a Triton kernel or plain torch on the GPU."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from simclr_fast import ops, reference
 from simclr_fast.augment_params import Augmentation, ViewParams, draw_params
 
-__all__ = ["Augmentation", "ViewParams", "apply_views", "draw_params"]
+__all__ = ["Augmentation", "SimCLRViews", "ViewParams", "apply_views", "draw_params"]
 
 _OUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -62,14 +63,18 @@ def apply_views(
 
 def _as_tensors(images: Tensor | Sequence[Tensor | np.ndarray]) -> Tensor | list[Tensor]:
     if isinstance(images, np.ndarray):
-        images = torch.from_numpy(images)
+        images = _from_numpy(images)
     if not isinstance(images, Tensor):
-        images = [i if isinstance(i, Tensor) else torch.from_numpy(i) for i in images]
+        images = [i if isinstance(i, Tensor) else _from_numpy(i) for i in images]
         for image in images:
             _check_image(image, 3)
         return images
     _check_image(images, 4)
     return images
+
+
+def _from_numpy(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _check_image(image: Tensor, dims: int) -> None:
@@ -130,3 +135,107 @@ def _apply_torch(
         )
         out[i] = view * scale + shift
     return out
+
+
+class SimCLRViews:
+    """Two views of each image: views = SimCLRViews(96); view1, view2 = views(images).
+
+    Takes a batch [N, 3, H, W] or [N, H, W, 3] (three channels first where both would fit), or a
+    list of [3, H, W] or [H, W, 3] tensors of any sizes, uint8 or floating in [0, 1], on any device,
+    or a list of PIL images, and returns two tensors [N, 3, size, size]. For one PIL image or one
+    3-dimensional tensor it returns two [3, size, size], as a transform inside a Dataset does.
+
+    PIL images are turned upright by their EXIF orientation and converted to RGB; 16-bit grayscale
+    keeps its range.
+
+    `ids` and `epoch` name the samples: with them, and equal `seed`, the views are the same in any
+    batch, worker, order or process, here and in every other backend. Without `ids`, fresh ones come
+    from torch's global generator, which torch.manual_seed and DataLoader's workers seed.
+
+    Arguments: those of Augmentation, and
+        seed: part of the generator's key.
+        dtype: of the views: float32, float16 or bfloat16.
+        channels_last: memory format of the views.
+    """
+
+    def __init__(
+        self,
+        size: int = 224,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        **augmentation: Any,
+    ) -> None:
+        self.aug = Augmentation(size, **augmentation)
+        self.seed = seed
+        self.dtype = dtype
+        self.channels_last = channels_last
+
+    def __call__(
+        self, images: Any, ids: Sequence[int] | np.ndarray | None = None, epoch: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        single = not isinstance(images, list | tuple | Tensor | np.ndarray)
+        single = single or (not isinstance(images, list | tuple) and images.ndim == 3)
+        batch = _as_images([images] if single else images)
+        n = len(batch)
+        if ids is None:
+            numbers = int(torch.randint(2**62, ())) + np.arange(n)
+        else:
+            numbers = np.atleast_1d(np.asarray(ids))
+            if len(numbers) != n:
+                raise ValueError(f"ids must hold one per image, got {len(numbers)} for {n} images")
+        sizes = np.array([i.shape[:2] for i in batch], dtype=np.int64).reshape(n, 2)
+        first, second = (
+            apply_views(
+                batch,
+                draw_params(self.aug, self.seed, epoch, numbers, view, sizes),
+                self.aug,
+                dtype=self.dtype,
+                channels_last=self.channels_last,
+            )
+            for view in (0, 1)
+        )
+        return (first[0], second[0]) if single else (first, second)
+
+    def __repr__(self) -> str:
+        return f"SimCLRViews({self.aug}, seed={self.seed})"
+
+
+def _as_images(images: Any) -> Tensor | list[Tensor]:
+    if isinstance(images, np.ndarray):
+        images = _from_numpy(images)
+    if isinstance(images, Tensor):
+        if images.dim() != 4:
+            raise ValueError(f"a batch must be [N, 3, H, W] or [N, H, W, 3], got {images.shape}")
+        return _rgb_last(images)
+    return [_rgb_last(_as_tensor(image)) for image in images]
+
+
+def _as_tensor(image: Any) -> Tensor:
+    if isinstance(image, Tensor):
+        return image
+    if isinstance(image, np.ndarray):
+        return _from_numpy(image)
+    if not hasattr(image, "convert"):
+        raise TypeError(f"an image must be a tensor, ndarray or PIL image, got {type(image)}")
+    from PIL import ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        gray = np.asarray(image).astype(np.float32) / 65535
+        return torch.from_numpy(np.repeat(gray[..., None], 3, axis=2))
+    return torch.from_numpy(np.array(image.convert("RGB")))
+
+
+def _rgb_last(image: Tensor) -> Tensor:
+    """[..., 3, H, W], [..., 1, H, W] or [..., H, W, 3] → [..., H, W, 3] in uint8 or float32."""
+    if image.dim() < 3 or (image.shape[-3] not in (1, 3) and image.shape[-1] != 3):
+        raise ValueError(f"an image must be [3, H, W] or [H, W, 3], got {tuple(image.shape)}")
+    if image.dtype != torch.uint8:
+        if not image.is_floating_point():
+            raise TypeError(f"an image must be uint8 or floating in [0, 1], got {image.dtype}")
+        image = image.float()
+    channels_first = image.shape[-3] == 3 or image.shape[-1] != 3
+    image = image.movedim(-3, -1) if channels_first else image
+    return image.expand(*image.shape[:-1], 3).contiguous()

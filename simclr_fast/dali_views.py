@@ -142,9 +142,10 @@ def make_views(
 ) -> list[Any]:
     """Inside a pipeline with enable_conditionals=True: decoded images → one output per view.
 
-    images: uint8 HWC RGB, a DataNode on `device` ("cpu" or "gpu"). nodes: the CPU DataNodes of the
-    views' parameters, len(PARAM_NAMES) of them per view, in that order. dtype: types.FLOAT (default) or types.FLOAT16. The outputs are
-    [3, size, size], or [size, size, 3] with channels_last.
+    images: uint8 HWC RGB, a DataNode on `device` ("cpu" or "gpu").
+    nodes: the CPU DataNodes of the views' parameters, len(PARAM_NAMES) per view, in that order.
+    dtype: types.FLOAT (default) or types.FLOAT16.
+    The outputs are [3, size, size], or [size, size, 3] with channels_last.
     """
     count = len(PARAM_NAMES)
     outputs = []
@@ -163,10 +164,9 @@ def _make_view(
         return p[name].gpu() if device == "gpu" else p[name]
 
     cubic = aug.interpolation == "bicubic"
+    margins = {"axis_names": "HW", "out_of_bounds_policy": "pad", "fill_values": 0}
     x = fn.slice(images, p["crop_start"], p["crop_shape"], axis_names="HW")
-    x = fn.slice(
-        x, p["pad_start"], p["pad_shape"], axis_names="HW", out_of_bounds_policy="pad", fill_values=0
-    )
+    x = fn.slice(x, p["pad_start"], p["pad_shape"], **margins)
     x = fn.resize(
         x,
         size=[aug.size, aug.size],
@@ -179,25 +179,23 @@ def _make_view(
     x = x * (local("row_gain") * (1 / 255)) * local("column_gain")
     if aug.spec == "torchvision":
         x = math.clamp(x, 0, 1)
-    if aug.p_jitter > 0:
+    # Nested: the outer condition is Python's, the inner one the graph's, per sample.
+    if aug.p_jitter > 0:  # noqa: SIM102
         if p["jitter"]:
             for k in range(4):
                 x = _jitter_step(x, p[f"step{k}"], local, aug)
-    if aug.p_gray > 0:
+    if aug.p_gray > 0:  # noqa: SIM102
         if p["gray"]:
             x = fn.coord_transform(x, M=_LUMA * 3)
     x = math.clamp(x, 0, 1)
-    pad = 0
-    if aug.p_blur > 0 and aug.blur_radius > 0:
-        pad = aug.blur_radius if aug.spec == "simclr" else 0
+    pad = aug.blur_radius if aug.spec == "simclr" else 0
+    if aug.p_blur > 0 and aug.blur_radius > 0:  # noqa: SIM102
         if p["blur"]:
-            y = x
             if pad > 0:
-                y = _margin(x, -pad, aug.size + 2 * pad)
-            y = fn.gaussian_blur(y, sigma=p["sigma"], window_size=p["window"])
+                x = fn.slice(x, start=[-pad] * 2, shape=[aug.size + 2 * pad] * 2, **margins)
+            x = fn.gaussian_blur(x, sigma=p["sigma"], window_size=p["window"])
             if pad > 0:
-                y = _margin(y, pad, aug.size)
-            x = y
+                x = fn.slice(x, start=[pad] * 2, shape=[aug.size] * 2, axis_names="HW")
     mean, std = aug.mean or (0.0,) * 3, aug.std or (1.0,) * 3
     return fn.crop_mirror_normalize(
         x,
@@ -208,25 +206,11 @@ def _make_view(
     )
 
 
-def _margin(x: Any, start: int, extent: int) -> Any:
-    return _dali("fn").slice(
-        x,
-        start=[start, start],
-        shape=[extent, extent],
-        axis_names="HW",
-        out_of_bounds_policy="pad",
-        fill_values=0,
-    )
-
-
 def _jitter_step(x: Any, step: Any, local: Any, aug: Augmentation) -> Any:
     fn, math = _dali("fn"), _dali("math")
     if step == 0:
         f = local("brightness")
-        if aug.brightness == "additive":
-            x = math.clamp(x + f, 0, 1)
-        else:
-            x = math.clamp(x * f, 0, 1)
+        x = math.clamp(x + f if aug.brightness == "additive" else x * f, 0, 1)
     elif step == 1:
         f = local("contrast")
         mean = fn.reductions.mean(x, axis_names="HW", keep_dims=True)

@@ -8,7 +8,7 @@ from sklearn.datasets import load_sample_image
 from simclr_fast.augment import Augmentation, apply_views, draw_params
 
 dali = pytest.importorskip("nvidia.dali", reason="DALI is optional")
-from nvidia.dali import fn, pipeline_def, types  # noqa: E402
+from nvidia.dali import backend, fn, pipeline_def, types  # noqa: E402
 
 from simclr_fast import dali_views  # noqa: E402
 
@@ -21,9 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The external source node")
 def run(images, views, aug, **options):
     feeds = [f for p in views for f in dali_views.feeds(p, aug)]
 
-    @pipeline_def(
-        batch_size=len(images), num_threads=2, device_id=None, enable_conditionals=True
-    )
+    @pipeline_def(batch_size=len(images), num_threads=2, device_id=None, enable_conditionals=True)
     def pipeline():
         nodes = fn.external_source(
             lambda: [images, *feeds],
@@ -84,3 +82,40 @@ def test_switched_off_steps(off):
     assert error.max() < 1
 
 
+@pytest.mark.parametrize("spec", ["simclr", "torchvision"])
+def test_the_gpu_graph_satisfies_the_operator_schemas(spec):
+    """All that needs no driver: every operator exists for its device, and takes its arguments and
+    its inputs' devices."""
+    aug = Augmentation(224, spec)
+
+    @pipeline_def(batch_size=2, num_threads=1, device_id=0, enable_conditionals=True)
+    def pipeline():
+        kinds = [types.UINT8, *dali_views.param_types() * 2]
+        files, *nodes = fn.external_source(
+            lambda: None, batch=True, num_outputs=len(kinds), dtype=kinds
+        )
+        images = fn.decoders.image(files, device="mixed", jpeg_fancy_upsampling=True)
+        return tuple(dali_views.make_views(images, nodes, aug, "gpu", dtype=types.FLOAT16))
+
+    pipe = pipeline()
+    pipe._build_graph()
+    registered = {
+        "cpu": backend.RegisteredCPUOps(),
+        "gpu": backend.RegisteredGPUOps(),
+        "mixed": backend.RegisteredMixedOps(),
+    }
+    seen = set()
+    for instance in pipe._ops:
+        operator, spec_ = instance._op, instance.spec
+        schema, device = operator.schema, operator.device
+        name = schema.Name()
+        seen.add((schema.OperatorName(), device))
+        assert name in registered[device], (name, device)
+        schema.CheckArgs(spec_)
+        for i in range(spec_.NumRegularInput()):
+            actual = spec_.InputDevice(i)
+            if device != "mixed":
+                assert schema.GetInputDevice(i, actual, device) == actual, (name, i)
+    computing = {name for name, device in seen if device == "gpu"}
+    assert {"Slice", "Resize", "GaussianBlur", "CoordTransform", "CropMirrorNormalize"} <= computing
+    assert all(node.device == "gpu" for node in pipe._graph_outputs)
