@@ -67,6 +67,7 @@ def extension_options() -> dict:
     options = {
         "include_dirs": [str(ROOT / "csrc")],
         "extra_compile_args": {"cxx": ["-std=c++17", "-O3", "-fvisibility=hidden", *ABI_MACROS]},
+        "depends": [*kernels, *glob("csrc/*.h")],
         "py_limited_api": True,
     }
     if with_cuda:

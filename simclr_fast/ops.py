@@ -3,6 +3,8 @@
 import warnings
 from importlib import import_module
 
+import torch
+
 EXTENSION_ERROR: ImportError | None = None
 try:
     import_module("simclr_fast._C")
@@ -30,3 +32,12 @@ def _warn_once(cause: ImportError) -> None:
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+def augment_views(*arguments: object) -> None:
+    """Write views of images into the last argument; see csrc/augment_cpu.cpp for the schema."""
+    torch.ops.simclr_fast.augment_views(*arguments)
+
+
+if EXTENSION_ERROR is None:
+    torch.library.register_fake("simclr_fast::augment_views", lambda *arguments: None)

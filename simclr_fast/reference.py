@@ -1,1 +1,120 @@
 """Plain torch, float64-clean definitions that every fast path is tested and benchmarked against."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, pad
+
+LUMA = (0.2989, 0.587, 0.114)
+
+
+def augment_view(
+    image: Tensor,
+    *,
+    size: int,
+    spec: str,
+    box: tuple[int, int, int, int],
+    flip: bool = False,
+    jitter: bool = False,
+    order: tuple[int, int, int, int] = (0, 1, 2, 3),
+    factors: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 0.0),
+    gray: bool = False,
+    sigma: float = 0.0,
+    additive_brightness: bool = False,
+    bilinear: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """One view [3, size, size] in [0, 1] of `image` [H, W, 3], uint8 or floating in [0, 1].
+
+    The formulas of google-research/simclr's data_util.py and tf.image (spec="simclr") and of
+    torchvision.transforms.v2 on floats (spec="torchvision"), each given its random numbers.
+    """
+    y, x, h, w = (int(v) for v in box)
+    crop = image[y : y + h, x : x + w].permute(2, 0, 1)
+    pixels = crop.to(dtype) / 255 if image.dtype == torch.uint8 else crop.to(dtype)
+    antialias = spec == "torchvision"
+    rows = resize_matrix(h, size, antialias, bilinear, pixels)
+    columns = resize_matrix(w, size, antialias, bilinear, pixels)
+    # An 8-bit pipeline clips here; TensorFlow keeps bicubic's overshoot until the next clip.
+    out = rows @ pixels @ columns.T
+    out = out.clamp(0, 1) if spec == "torchvision" else out
+    if flip:
+        out = out.flip(-1)
+    if jitter:
+        brightness, contrast, saturation, hue = (float(f) for f in factors)
+        for op in order:
+            if op == 0:
+                out = out + brightness if additive_brightness else out * brightness
+            elif op == 1:
+                pivot = luma(out) if spec == "torchvision" else out
+                mean = pivot.mean((-2, -1), keepdim=True)
+                out = (out - mean) * contrast + mean
+            elif op == 2 and spec == "torchvision":
+                out = saturation * out + (1 - saturation) * luma(out)
+            elif op == 2:
+                hsv = rgb_to_hsv(out)
+                out = hsv_to_rgb(torch.stack([hsv[0], (hsv[1] * saturation).clamp(0, 1), hsv[2]]))
+            else:
+                hsv = rgb_to_hsv(out)
+                out = hsv_to_rgb(torch.stack([(hsv[0] + hue) % 1, hsv[1], hsv[2]]))
+            out = out.clamp(0, 1)
+    if gray:
+        out = luma(out).expand(3, -1, -1)
+    return gaussian_blur(out.clamp(0, 1), sigma, reflect=spec == "torchvision").clamp(0, 1)
+
+
+def luma(image: Tensor) -> Tensor:
+    """[3, H, W] → [1, H, W]."""
+    r, g, b = image
+    return (LUMA[0] * r + LUMA[1] * g + LUMA[2] * b)[None]
+
+
+def resize_matrix(n_in: int, n_out: int, antialias: bool, bilinear: bool, like: Tensor) -> Tensor:
+    """[n_out, n_in] in the dtype and on the device of `like`.
+
+    Weights of samples outside the image are dropped and the rest renormalised: Pillow, torch's
+    antialiased resize and TensorFlow's half-pixel bicubic (a = -0.5) all do so.
+    """
+    scale = n_in / n_out
+    stretch = max(scale, 1.0) if antialias else 1.0
+    center = (torch.arange(n_out, dtype=torch.float64) + 0.5) * scale
+    x = ((torch.arange(n_in, dtype=torch.float64) + 0.5 - center[:, None]) / stretch).abs()
+    if bilinear:
+        weight = (1 - x).clamp(min=0)
+    else:
+        inner = (1.5 * x - 2.5) * x * x + 1
+        outer = ((-0.5 * x + 2.5) * x - 4) * x + 2
+        weight = torch.where(x < 1, inner, torch.where(x < 2, outer, torch.zeros_like(x)))
+    return (weight / weight.sum(1, keepdim=True)).to(like)
+
+
+def rgb_to_hsv(image: Tensor) -> Tensor:
+    """[3, H, W] → [3, H, W] with hue in turns; Smith, 1978."""
+    r, g, b = image
+    top, chroma = image.amax(0), image.amax(0) - image.amin(0)
+    safe = torch.where(chroma > 0, chroma, torch.ones_like(chroma))
+    h = torch.where(
+        top == r, (g - b) / safe, torch.where(top == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
+    )
+    saturation = torch.where(top > 0, chroma / torch.where(top > 0, top, 1), 0)
+    return torch.stack([torch.where(chroma > 0, h / 6 % 1, 0), saturation, top])
+
+
+def hsv_to_rgb(hsv: Tensor) -> Tensor:
+    """[3, H, W] → [3, H, W]."""
+    h, s, v = hsv
+    n = torch.tensor([5.0, 3.0, 1.0], dtype=h.dtype, device=h.device)[:, None, None]
+    k = (n + 6 * h) % 6
+    return v - v * s * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def gaussian_blur(image: Tensor, sigma: float, *, reflect: bool) -> Tensor:
+    """Separable blur of [3, S, S] with radius (S // 10) // 2, padded by reflection or zeros."""
+    radius = image.shape[-1] // 10 // 2
+    if sigma <= 0 or radius == 0:
+        return image
+    x = torch.arange(-radius, radius + 1, dtype=torch.float64)
+    kernel = (-0.5 * (x / sigma) ** 2).exp()
+    kernel = (kernel / kernel.sum()).to(image)
+    padded = pad(image[:, None], [radius] * 4, mode="reflect" if reflect else "constant")
+    blurred = conv2d(conv2d(padded, kernel[None, None, None, :]), kernel[None, None, :, None])
+    return blurred[:, 0]
