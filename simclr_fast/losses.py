@@ -154,33 +154,23 @@ class _GroupNTXent(torch.autograd.Function):
             else (torch.stack((loss, lse), 1))
         )
         loss_all, lse_all, *stats_all = all_gather_rows(per_row, group, counts).unbind(1)
-        ctx.save_for_backward(u_all, lse_all.contiguous(), loss, inv_norm, temperature)
-        ctx.row_offset, ctx.dim, ctx.dtype = row_offset, z1.size(1), z1.dtype
-        ctx.two_inputs, ctx.world_size = z2 is not None, len(counts)
-        ctx.scale = 1 / sum(counts) if reduction == "mean" else 1.0
+        ctx.save_for_backward(u_all, lse_all.contiguous(), loss, inv_norm, z1, z2, temperature)
+        ctx.row_offset = row_offset
+        ctx.scale = len(counts) / (sum(counts) if reduction == "mean" else 1)
         stats = None
         if return_stats:
             stats = _mean_stats(loss_all, lse_all, torch.stack(stats_all, 1), u_all, temperature)
             ctx.mark_non_differentiable(stats)
-        return loss_all.mean() if reduction == "mean" else loss_all.sum(), stats
+        total = loss_all.mean() if reduction == "mean" else loss_all.sum()
+        return total.to(loss.dtype), stats
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _):
-        u_all, lse_all, loss, inv_norm, temperature = ctx.saved_tensors
-        grad_all = (grad_loss * (ctx.scale * ctx.world_size)).expand(u_all.size(0))
-        grad_z, grad_temperature = ops.nt_xent_backward(
-            grad_all,
-            u_all,
-            lse_all,
-            loss,
-            inv_norm,
-            temperature,
-            ctx.row_offset,
-            ctx.dim,
-            ctx.dtype,
-        )
-        grads = grad_z.chunk(2) if ctx.two_inputs else (grad_z, None)
+        u_all, *saved = ctx.saved_tensors
+        grad_all = (grad_loss * ctx.scale).expand(u_all.size(0))
+        grad_z, grad_temperature = ops.nt_xent_backward(grad_all, u_all, *saved, ctx.row_offset)
+        grads = (grad_z, None) if ctx.saved_tensors[5] is None else grad_z.chunk(2)
         return *grads, grad_temperature, None, None, None
 
 
@@ -192,8 +182,8 @@ def _mean_stats(loss: Tensor, lse: Tensor, stats: Tensor, u: Tensor, temperature
     u, rows = u.double(), u.size(0)
     total = (u.sum(0).square().sum() - u.square().sum()) * temperature / LOG2E
     negative = (total - rows * positive) / (rows * (rows - 2)) if rows > 2 else total * math.nan
-    similarities = torch.stack((positive, negative)).to(stats.dtype)
-    return torch.cat((contrastive, both_views, similarities))
+    similarities = torch.stack((positive, negative))
+    return torch.cat((contrastive, both_views, similarities)).to(loss.dtype)
 
 
 def _check_embeddings(z1: Tensor, z2: Tensor | None) -> None:

@@ -71,7 +71,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "nt_xent_backward(Tensor grad_all, Tensor u_all, Tensor lse_all, Tensor loss,"
-    " Tensor inv_norm, Tensor temperature, SymInt row_offset, SymInt dim, ScalarType dtype)"
+    " Tensor inv_norm, Tensor z1, Tensor? z2, Tensor temperature, SymInt row_offset)"
     " -> (Tensor grad_z, Tensor grad_temperature)"
 )
 
@@ -122,8 +122,10 @@ def _fake_nt_xent_normalize(z1, z2, temperature):
 
 def _fake_nt_xent_rows(u_all, temperature, row_offset, rows, statistics):
     dtype = nt_xent_plain.statistics_dtype(u_all.dtype)
-    shapes = (rows,), (rows,), (rows if statistics else 0, 4)
-    return tuple(u_all.new_empty(shape, dtype=dtype) for shape in shapes)
+    loss = u_all.new_empty(rows, dtype=dtype)
+    # Double precision costs the CPU nothing here and keeps exp(s - lse) exact.
+    lse = u_all.new_empty(rows, dtype=dtype if _on_triton(u_all) else torch.float64)
+    return loss, lse, u_all.new_empty(rows if statistics else 0, 4, dtype=dtype)
 
 
 def _fake_nt_xent(z1, z2, temperature, statistics):
@@ -132,10 +134,9 @@ def _fake_nt_xent(z1, z2, temperature, statistics):
 
 
 def _fake_nt_xent_backward(
-    grad_all, u_all, lse_all, loss, inv_norm, temperature, row_offset, dim, dtype
+    grad_all, u_all, lse_all, loss, inv_norm, z1, z2, temperature, row_offset
 ):
-    grad_z = u_all.new_empty(inv_norm.size(0), dim, dtype=dtype)
-    return grad_z, torch.empty_like(temperature)
+    return z1.new_empty(inv_norm.size(0), z1.size(1)), torch.empty_like(temperature)
 
 
 def nt_xent_padded_dim(dim: int) -> int:
@@ -150,21 +151,15 @@ def _nt_xent_setup(ctx, inputs, output):
     loss, lse, stats, u, inv_norm = output
     ctx.mark_non_differentiable(lse, stats, u, inv_norm)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(u, lse, loss, inv_norm, temperature)
-    ctx.two_inputs, ctx.dim, ctx.dtype = z2 is not None, z1.size(1), z1.dtype
+    ctx.save_for_backward(u, lse, loss, inv_norm, z1, z2, temperature)
 
 
 def _nt_xent_autograd(ctx, grad_loss, *_):
     if grad_loss is None:
         return None, None, None, None
-    u, lse, loss, inv_norm, temperature = ctx.saved_tensors
-    grad_z, grad_temperature = nt_xent_backward(
-        grad_loss, u, lse, loss, inv_norm, temperature, 0, ctx.dim, ctx.dtype
-    )
-    if not ctx.two_inputs:
-        return grad_z, None, grad_temperature, None
-    grad_z1, grad_z2 = grad_z.chunk(2)
-    return grad_z1, grad_z2, grad_temperature, None
+    grad_z, grad_temperature = nt_xent_backward(grad_loss, *ctx.saved_tensors, 0)
+    grads = (grad_z, None) if ctx.saved_tensors[5] is None else grad_z.chunk(2)
+    return *grads, grad_temperature, None
 
 
 def _no_double_backward(ctx, *_):

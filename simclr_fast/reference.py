@@ -9,7 +9,7 @@ from torch import Tensor
 def nt_xent(z1: Tensor, z2: Tensor | None = None, temperature: float | Tensor = 0.5) -> Tensor:
     """NT-Xent of each row, [2N], view 1's rows first (Chen et al. 2020, equation 1).
 
-    The positive stays outside the sum, loss = softplus(lse(negatives) - positive), so that neither
+    The positive stays outside the sum, log(1 + exp(lse(negatives) - positive)), so that neither
     the loss nor its gradient subtracts two nearly equal numbers when views are aligned.
 
     z1, z2: [N, D]; or z1 is [2N, D], view 1 first, and z2 is None. O(N²) memory, any autograd.
@@ -23,4 +23,4 @@ def nt_xent(z1: Tensor, z2: Tensor | None = None, temperature: float | Tensor = 
     negatives = s.masked_fill(pair, -math.inf).logsumexp(1)
     if len(z) == 2:
         return 0 * s[rows, positive]
-    return torch.nn.functional.softplus(negatives - s[rows, positive])
+    return torch.logaddexp(s.new_zeros(()), negatives - s[rows, positive])
