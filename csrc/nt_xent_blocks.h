@@ -1,0 +1,154 @@
+// Blocks of rows of NT-Xent on the CPU, and the order in which pairs of them are visited.
+//
+// In one process x is symmetric, so only tiles on and above the diagonal are computed: each gives
+// sums of its rows and of its columns, and its weights W serve both products W·u. Pairs of row
+// blocks (I, J) go in rounds, I + J = round modulo the number of blocks: no two pairs of a round
+// share a block, so every sum is taken in one order, whatever the number of threads.
+#pragma once
+
+#include "nt_xent.h"
+#include "nt_xent_vector.h"
+
+namespace simclr::SIMCLR_ISA {
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634074;
+constexpr double kNormEps = 1e-12;
+constexpr int64_t kLargestBlock = 192;
+constexpr int64_t kBlocksWanted = 10;
+
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class T>
+int64_t block_rows(int64_t total) {
+  return smaller(kLargestBlock, round_up(total / kBlocksWanted + 1, kPanel<T>));
+}
+
+// 2^x and the sums of it stay in range; else every row needs its own reference.
+template <class T>
+bool in_range(double temperature, int64_t total) {
+  return kLog2E / temperature * 1.001 + __builtin_log2(double(total)) + 8 <
+         double(Lanes<T>::max_exponent);
+}
+
+template <class F>
+void parallel(const Workers& workers, int64_t count, const F& f) {
+  const int64_t used = smaller(workers.count, count);
+  struct Context {
+    const F* f;
+    int64_t count, step;
+  } context{&f, count, used};
+  workers.run(
+      used,
+      [](void* c, int64_t worker) {
+        const Context& p = *static_cast<const Context*>(c);
+        for (int64_t task = worker; task < p.count; task += p.step) (*p.f)(task, worker);
+      },
+      &context);
+}
+
+template <class F>
+void parallel_rows(const Workers& workers, int64_t count, const F& f) {
+  constexpr int64_t chunk = 32;
+  parallel(workers, round_up(count, chunk) / chunk, [&](int64_t c, int64_t) {
+    for (int64_t row = c * chunk; row < smaller(count, (c + 1) * chunk); ++row) f(row);
+  });
+}
+
+template <class T>
+T* allocate(const Workspace& workspace, int64_t count) {
+  return static_cast<T*>(workspace.allocate(workspace.owner, count * int64_t(sizeof(T))));
+}
+
+template <class T>
+struct Block {
+  const T* panels;
+  int64_t first;   // index of its first row among all rows
+  int64_t count;   // rows
+  int64_t padded;  // rows with those that fill up the last panel; they are zero
+};
+
+// Rows [first, first + count) of u in panels of kPanel rows, feature-major: panel[k][r]; taken in
+// blocks of `block` rows.
+template <class T>
+struct Packed {
+  const T* panels;
+  int64_t first, count, dim, block;
+
+  int64_t blocks() const { return (count + block - 1) / block; }
+  Block<T> operator[](int64_t b) const {
+    const int64_t rows = smaller(block, count - b * block);
+    return {panels + b * block * dim, first + b * block, rows, round_up(rows, kPanel<T>)};
+  }
+};
+
+// Returns whether every value is a number.
+template <class T>
+bool pack_panel(const T* u, int64_t rows, int64_t dim, T* panel) {
+  T poison = 0;
+  for (int64_t k = 0; k < dim; ++k)
+    for (int64_t r = 0; r < kPanel<T>; ++r) {
+      const T value = r < rows ? u[r * dim + k] : T(0);
+      poison += value * 0;
+      panel[k * kPanel<T> + r] = value;
+    }
+  return poison == 0;
+}
+
+template <class T>
+Packed<T> pack(const T* u, int64_t first, int64_t count, int64_t dim, int64_t block,
+               const Workers& workers, const Workspace& workspace, bool* finite) {
+  const int64_t panels = round_up(count, kPanel<T>) / kPanel<T>;
+  T* packed = allocate<T>(workspace, panels * kPanel<T> * dim);
+  parallel(workers, panels, [&](int64_t p, int64_t) {
+    const int64_t row = p * kPanel<T>;
+    if (!pack_panel(u + (first + row) * dim, smaller(kPanel<T>, count - row), dim,
+                    packed + row * dim))
+      __atomic_store_n(finite, false, __ATOMIC_RELAXED);
+  });
+  return {packed, first, count, dim, block};
+}
+
+// f(I, J, worker) for every pair of blocks I <= J, or, if rows and columns differ, for all of them.
+template <class T, class F>
+void for_block_pairs(const Packed<T>& rows, const Packed<T>& columns, const Workers& workers,
+                     const F& f) {
+  const int64_t blocks = rows.blocks();
+  if (rows.panels != columns.panels) {
+    parallel(workers, blocks, [&](int64_t I, int64_t worker) {
+      for (int64_t J = 0; J < columns.blocks(); ++J) f(I, J, worker);
+    });
+    return;
+  }
+  for (int64_t round = 0; round < blocks; ++round) {
+    const int64_t lower = round / 2 + 1;
+    const int64_t pairs = lower + (round + blocks) / 2 - round;
+    parallel(workers, pairs, [&](int64_t t, int64_t worker) {
+      if (t < lower)
+        f(t, round - t, worker);
+      else
+        f(round + 1 + t - lower, blocks - 1 - (t - lower), worker);
+    });
+  }
+}
+
+template <class T>
+double dot(const T* a, const T* b, int64_t dim) {
+  double lanes[8] = {};
+  int64_t k = 0;
+  for (; k + 8 <= dim; k += 8)
+    for (int l = 0; l < 8; ++l) lanes[l] += double(a[k + l]) * double(b[k + l]);
+  double sum = 0;
+  for (int l = 0; l < 8; ++l) sum += lanes[l];
+  for (; k < dim; ++k) sum += double(a[k]) * double(b[k]);
+  return sum;
+}
+
+template <class T>
+double norm(const T* z, int64_t dim) {
+  return __builtin_sqrt(dot(z, z, dim));
+}
+
+}  // namespace
+}  // namespace simclr::SIMCLR_ISA
