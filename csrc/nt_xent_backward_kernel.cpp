@@ -62,7 +62,7 @@ void weighted_sums(const NtXentBackward<T>& p, const Factors<T>& f, T* g, int64_
   const int64_t sliced = block * round_up(padded_dim, kProductVecs * kLanes<T>);
   const int64_t each = block * block + 2 * sliced;
   T* scratch = allocate<T>(p.workspace, p.workers.count * each);
-  for_block_pairs(rows, columns, p.workers, [&](int64_t b, int64_t c, int64_t worker) {
+  for_block_pairs(rows, columns, p.workers, p.workspace, [&](int64_t b, int64_t c, int64_t worker) {
     const Block<T> I = rows[b], J = columns[c];
     T* w = scratch + worker * each;
     T *u_rows = w + block * block, *u_columns = u_rows + sliced;

@@ -1,10 +1,13 @@
 // Blocks of rows of NT-Xent on the CPU, and the order in which pairs of them are visited.
 //
 // In one process x is symmetric, so only tiles on and above the diagonal are computed: each gives
-// sums of its rows and of its columns, and its weights W serve both products W·u. Pairs of row
-// blocks (I, J) go in rounds, I + J = round modulo the number of blocks: no two pairs of a round
-// share a block, so every sum is taken in one order, whatever the number of threads.
+// sums of its rows and of its columns, and its weights W serve both products W·u. Pairs of blocks
+// go in rounds, I + J = round modulo the number of blocks, so each block has one pair in a round. A
+// pair waits for its two blocks' pairs of the round before and for nothing else: every sum is taken
+// in one order whatever the number of threads, and a thread that is held up holds up few others.
 #pragma once
+
+#include <sched.h>
 
 #include "nt_xent.h"
 #include "nt_xent_vector.h"
@@ -110,10 +113,31 @@ Packed<T> pack(const T* u, int64_t first, int64_t count, int64_t dim, int64_t bl
   return {packed, first, count, dim, block};
 }
 
+// The pair that has number t in the order of rounds; counts on t growing by any steps.
+struct PairOrder {
+  int64_t blocks;
+  int64_t round = 0, before = 0;  // pairs in earlier rounds
+
+  int64_t lower() const { return round / 2 + 1; }
+  int64_t pairs() const { return lower() + (round + blocks) / 2 - round; }
+  void seek(int64_t t) {
+    while (t - before >= pairs()) before += pairs(), ++round;
+  }
+  int64_t row(int64_t t) const {
+    return t - before < lower() ? t - before : round + 1 + (t - before - lower());
+  }
+  int64_t column(int64_t t) const { return (round - row(t) + blocks) % blocks; }
+};
+
+inline void wait_for(const int64_t* done, int64_t round) {
+  for (int spins = 0; __atomic_load_n(done, __ATOMIC_ACQUIRE) < round; ++spins)
+    if (spins > 1000) sched_yield();
+}
+
 // f(I, J, worker) for every pair of blocks I <= J, or, if rows and columns differ, for all of them.
 template <class T, class F>
 void for_block_pairs(const Packed<T>& rows, const Packed<T>& columns, const Workers& workers,
-                     const F& f) {
+                     const Workspace& workspace, const F& f) {
   const int64_t blocks = rows.blocks();
   if (rows.panels != columns.panels) {
     parallel(workers, blocks, [&](int64_t I, int64_t worker) {
@@ -121,16 +145,24 @@ void for_block_pairs(const Packed<T>& rows, const Packed<T>& columns, const Work
     });
     return;
   }
-  for (int64_t round = 0; round < blocks; ++round) {
-    const int64_t lower = round / 2 + 1;
-    const int64_t pairs = lower + (round + blocks) / 2 - round;
-    parallel(workers, pairs, [&](int64_t t, int64_t worker) {
-      if (t < lower)
-        f(t, round - t, worker);
-      else
-        f(round + 1 + t - lower, blocks - 1 - (t - lower), worker);
-    });
-  }
+  // done[b]: rounds that block b has behind it.
+  int64_t* done = allocate<int64_t>(workspace, blocks);
+  for (int64_t b = 0; b < blocks; ++b) done[b] = 0;
+  int64_t next = 0;
+  parallel(workers, smaller(workers.count, (blocks + 1) / 2), [&](int64_t worker, int64_t) {
+    PairOrder order{blocks};
+    for (;;) {
+      const int64_t t = __atomic_fetch_add(&next, int64_t(1), __ATOMIC_RELAXED);
+      if (t >= blocks * (blocks + 1) / 2) return;
+      order.seek(t);
+      const int64_t I = order.row(t), J = order.column(t);
+      wait_for(done + I, order.round);
+      wait_for(done + J, order.round);
+      f(I, J, worker);
+      __atomic_store_n(done + I, order.round + 1, __ATOMIC_RELEASE);
+      __atomic_store_n(done + J, order.round + 1, __ATOMIC_RELEASE);
+    }
+  });
 }
 
 template <class T>

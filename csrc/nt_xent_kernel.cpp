@@ -49,7 +49,7 @@ template <class T, Pass pass>
 void collect_blocks(const Packed<T>& rows, const Packed<T>& columns, const Sums& sums,
                     const T* references, Vec<T>* scratch, const NtXentForward<T>& p) {
   const bool symmetric = rows.panels == columns.panels;
-  for_block_pairs(rows, columns, p.workers, [&](int64_t b, int64_t c, int64_t worker) {
+  for_block_pairs(rows, columns, p.workers, p.workspace, [&](int64_t b, int64_t c, int64_t worker) {
     const Block<T> I = rows[b], J = columns[c];
     Vec<T>* own = scratch + worker * 3 * rows.block;
     RowPartials<T> partials{own, own + rows.block, own + 2 * rows.block};
