@@ -91,13 +91,10 @@ double finish_view(const T* z, const T* other, int64_t dim, const T* g, double g
   const double length = norm(z, dim), other_length = norm(other, dim);
   const double inverse = 1 / (length > kNormEps ? length : kNormEps);
   const double other_inverse = 1 / (other_length > kNormEps ? other_length : kNormEps);
-  double lanes[8] = {};
-  for (int64_t k = 0; k < dim; ++k) {
+  const double along = sum_of(dim, [&](int64_t k) {
     const double u = double(z[k]) * inverse, positive = double(other[k]) * other_inverse;
-    lanes[k % 8] += (g_scale * double(g[k]) + q * (positive - u)) * u;
-  }
-  double along = 0;
-  for (int l = 0; l < 8; ++l) along += lanes[l];
+    return (g_scale * double(g[k]) + q * (positive - u)) * u;
+  });
   const double radial = length > kNormEps ? along : 0;
   for (int64_t k = 0; k < dim; ++k) {
     const double u = double(z[k]) * inverse, positive = double(other[k]) * other_inverse;

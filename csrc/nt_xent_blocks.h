@@ -89,14 +89,26 @@ struct Packed {
 // Returns whether every value is a number.
 template <class T>
 bool pack_panel(const T* u, int64_t rows, int64_t dim, T* panel) {
-  T poison = 0;
-  for (int64_t k = 0; k < dim; ++k)
+  constexpr int64_t tile = 16;
+  T poison[tile] = {};
+  for (int64_t k = 0; k < dim; k += tile)
     for (int64_t r = 0; r < kPanel<T>; ++r) {
-      const T value = r < rows ? u[r * dim + k] : T(0);
-      poison += value * 0;
-      panel[k * kPanel<T> + r] = value;
+      T* out = panel + k * kPanel<T> + r;
+      const int64_t features = smaller(tile, dim - k);
+      if (r < rows && features == tile) {
+        for (int64_t f = 0; f < tile; ++f) poison[f] += u[r * dim + k + f] * 0;
+        for (int64_t f = 0; f < tile; ++f) out[f * kPanel<T>] = u[r * dim + k + f];
+      } else {
+        for (int64_t f = 0; f < features; ++f) {
+          const T value = r < rows ? u[r * dim + k + f] : T(0);
+          poison[f] += value * 0;
+          out[f * kPanel<T>] = value;
+        }
+      }
     }
-  return poison == 0;
+  T sum = 0;
+  for (int64_t f = 0; f < tile; ++f) sum += poison[f];
+  return sum == 0;
 }
 
 template <class T>
@@ -165,16 +177,22 @@ void for_block_pairs(const Packed<T>& rows, const Packed<T>& columns, const Work
   });
 }
 
-template <class T>
-double dot(const T* a, const T* b, int64_t dim) {
+// Σ term(k) in double precision, in one order for every instruction set.
+template <class F>
+double sum_of(int64_t count, const F& term) {
   double lanes[8] = {};
   int64_t k = 0;
-  for (; k + 8 <= dim; k += 8)
-    for (int l = 0; l < 8; ++l) lanes[l] += double(a[k + l]) * double(b[k + l]);
+  for (; k + 8 <= count; k += 8)
+    for (int l = 0; l < 8; ++l) lanes[l] += term(k + l);
+  for (int l = 0; k + l < count; ++l) lanes[l] += term(k + l);
   double sum = 0;
   for (int l = 0; l < 8; ++l) sum += lanes[l];
-  for (; k < dim; ++k) sum += double(a[k]) * double(b[k]);
   return sum;
+}
+
+template <class T>
+double dot(const T* a, const T* b, int64_t dim) {
+  return sum_of(dim, [&](int64_t k) { return double(a[k]) * double(b[k]); });
 }
 
 template <class T>

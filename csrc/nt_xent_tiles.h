@@ -25,7 +25,7 @@ SIMCLR_INLINE void similarities(const T* rows, const T* columns, int64_t dim, Ti
     for (int r = 0; r < kTileRows<T>; ++r) {
       const Vec<T> row = in_register<T>(broadcast<T>(rows[r]));
 #pragma GCC unroll 3
-      for (int v = 0; v < kTileVecs; ++v) x[r][v] += row * c[v];
+      for (int v = 0; v < kTileVecs; ++v) x[r][v] = in_register<T>(x[r][v] + row * c[v]);
     }
   }
 }
@@ -38,15 +38,28 @@ SIMCLR_INLINE bool needs_mask(const Block<T>& I, int64_t i, const Block<T>& J, i
          i + kTileRows<T> > I.count || j + kPanel<T> > J.count;
 }
 
-// 1 for negatives, 0 for self, positive and filling.
+// All bits set for negatives, none for self, positive and filling.
 template <class T>
-void make_mask(const Block<T>& I, int64_t i, const Block<T>& J, int64_t j, Tile<T>& keep) {
-  T mask[kTileRows<T>][kPanel<T>];
+using Mask = typename Lanes<T>::IntVec[kTileRows<T>][kTileVecs];
+
+template <class T>
+SIMCLR_INLINE void make_mask(const Block<T>& I, int64_t i, const Block<T>& J, int64_t j,
+                             Mask<T>& keep) {
+  using Int = typename Lanes<T>::IntVec;
+  using Bits = typename Lanes<T>::Bits;
+  // Of the columns, from the first column of the tile; J.first and j are even.
+  const Bits pair = Bits((I.first + i) / 2 - (J.first + j) / 2), columns = Bits(J.count - j);
+  Int lane;
+#pragma GCC unroll 16
+  for (int l = 0; l < kLanes<T>; ++l) lane[l] = l;
+#pragma GCC unroll 8
   for (int r = 0; r < kTileRows<T>; ++r)
-    for (int c = 0; c < kPanel<T>; ++c)
-      mask[r][c] = i + r < I.count && j + c < J.count && (I.first + i + r) / 2 != (J.first + j + c) / 2;
-  for (int r = 0; r < kTileRows<T>; ++r)
-    for (int v = 0; v < kTileVecs; ++v) keep[r][v] = load(&mask[r][v * kLanes<T>]);
+#pragma GCC unroll 3
+    for (int v = 0; v < kTileVecs; ++v) {
+      const Int column = lane + v * kLanes<T>;
+      const Int rows = Int{} - Bits(i + r < I.count ? 1 : 0);
+      keep[r][v] = rows & ((column >> 1) != Int{} + Bits(pair + r / 2)) & (column < Int{} + columns);
+    }
 }
 
 // What the forward pass collects over the negatives of each row, for columns of the row's own view
@@ -96,7 +109,7 @@ SIMCLR_INLINE Vec<T> alternate(T even, T odd) {
 }
 
 template <class T, Pass pass, bool mirror, bool masked>
-SIMCLR_INLINE void collect(Tile<T>& x, const Tile<T>& keep, int64_t i, RowPartials<T>& rows,
+SIMCLR_INLINE void collect(Tile<T>& x, const Mask<T>& keep, int64_t i, RowPartials<T>& rows,
                            ColumnPartials<T>& columns, const References<T>& references) {
   const Vec<T> lowest = broadcast<T>(-1e30f);
 #pragma GCC unroll 8
@@ -110,7 +123,7 @@ SIMCLR_INLINE void collect(Tile<T>& x, const Tile<T>& keep, int64_t i, RowPartia
     for (int v = 0; v < kTileVecs; ++v) {
       const Vec<T> logit = x[r][v];
       if constexpr (has_highest(pass)) {
-        const Vec<T> candidate = masked ? (keep[r][v] > T(0) ? logit : lowest) : logit;
+        const Vec<T> candidate = masked ? (keep[r][v] ? logit : lowest) : logit;
         highest = maximum<T>(highest, candidate);
         if constexpr (mirror)
           columns.highest[r % 2][v] = maximum<T>(columns.highest[r % 2][v], candidate);
@@ -118,14 +131,14 @@ SIMCLR_INLINE void collect(Tile<T>& x, const Tile<T>& keep, int64_t i, RowPartia
       if constexpr (has_sum(pass)) {
         const bool relative = pass == Pass::reference;
         Vec<T> e = relative ? exp2_or_zero<T>(logit - reference) : exp2_in_range<T>(logit);
-        if constexpr (masked) e = keep[r][v] > T(0) ? e : Vec<T>{};
+        if constexpr (masked) e = keep[r][v] ? e : Vec<T>{};
         sum += e;
         if constexpr (has_weighted(pass)) weighted += e * logit;
         if constexpr (mirror) {
           if constexpr (relative) {
             const T* own = references.columns + r % 2 * kPanel<T> + v * kLanes<T>;
             e = exp2_or_zero<T>(logit - load(own));
-            if constexpr (masked) e = keep[r][v] > T(0) ? e : Vec<T>{};
+            if constexpr (masked) e = keep[r][v] ? e : Vec<T>{};
           }
           columns.sum[r % 2][v] += e;
           if constexpr (has_weighted(pass)) columns.weighted[r % 2][v] += e * logit;
@@ -149,11 +162,11 @@ void collect_panel(const Block<T>& I, int64_t begin, int64_t end, const Block<T>
     Tile<T> x;
     similarities<T>(I.panels + start * dim + (i - start), panel, dim, x);
     if (needs_mask(I, i, J, j)) {
-      Tile<T> keep;
+      Mask<T> keep;
       make_mask(I, i, J, j, keep);
       collect<T, pass, mirror, true>(x, keep, i, rows, columns, references);
     } else {
-      collect<T, pass, mirror, false>(x, x, i, rows, columns, references);
+      collect<T, pass, mirror, false>(x, {}, i, rows, columns, references);
     }
   }
 }
@@ -169,7 +182,7 @@ struct Weights {
 };
 
 template <class T, bool masked>
-SIMCLR_INLINE void weigh(const Tile<T>& x, const Tile<T>& keep, int64_t i, int64_t j,
+SIMCLR_INLINE void weigh(const Tile<T>& x, const Mask<T>& keep, int64_t i, int64_t j,
                          const Weights<T>& p) {
 #pragma GCC unroll 8
   for (int r = 0; r < kTileRows<T>; ++r)
@@ -177,13 +190,13 @@ SIMCLR_INLINE void weigh(const Tile<T>& x, const Tile<T>& keep, int64_t i, int64
     for (int v = 0; v < kTileVecs; ++v) {
       const int64_t column = j + v * kLanes<T>;
       Vec<T> w = exp2_in_range<T>(x[r][v]) * (p.row_factor[i + r] + load(p.column_factor + column));
-      if constexpr (masked) w = keep[r][v] > T(0) ? w : Vec<T>{};
+      if constexpr (masked) w = keep[r][v] ? w : Vec<T>{};
       store(p.w + (i + r) * p.stride + column, w);
     }
 }
 
 template <class T>
-void weigh_by_lse(const Tile<T>& x, const Tile<T>& keep, int64_t i, int64_t j,
+void weigh_by_lse(const Tile<T>& x, const Mask<T>& keep, int64_t i, int64_t j,
                   const Weights<T>& p) {
   for (int r = 0; r < kTileRows<T>; ++r)
     for (int v = 0; v < kTileVecs; ++v) {
@@ -191,7 +204,7 @@ void weigh_by_lse(const Tile<T>& x, const Tile<T>& keep, int64_t i, int64_t j,
       const Vec<T> row = exp2_or_zero<T>(x[r][v] - p.row_lse[i + r]) * p.row_factor[i + r];
       const Vec<T> mirrored =
           exp2_or_zero<T>(x[r][v] - load(p.column_lse + column)) * load(p.column_factor + column);
-      const Vec<T> w = keep[r][v] > T(0) ? row + mirrored : Vec<T>{};
+      const Vec<T> w = keep[r][v] ? row + mirrored : Vec<T>{};
       store(p.w + (i + r) * p.stride + column, w);
     }
 }
@@ -202,7 +215,8 @@ void weigh_panel(const Block<T>& I, const Block<T>& J, int64_t j, int64_t dim,
   const T* panel = J.panels + j * dim;
   for (int64_t i = 0; i < I.padded; i += kTileRows<T>) {
     const int64_t start = i / kPanel<T> * kPanel<T>;
-    Tile<T> x, keep;
+    Tile<T> x;
+    Mask<T> keep;
     similarities<T>(I.panels + start * dim + (i - start), panel, dim, x);
     const bool masked = needs_mask(I, i, J, j);
     if (masked || p.row_lse) make_mask(I, i, J, j, keep);
@@ -211,7 +225,7 @@ void weigh_panel(const Block<T>& I, const Block<T>& J, int64_t j, int64_t dim,
     else if (masked)
       weigh<T, true>(x, keep, i, j, p);
     else
-      weigh<T, false>(x, x, i, j, p);
+      weigh<T, false>(x, {}, i, j, p);
   }
 }
 
@@ -232,7 +246,7 @@ SIMCLR_INLINE void product_tile(const T* w, int64_t rows, int64_t steps, int64_t
     for (int r = 0; r < kProductRows; ++r) {
       const Vec<T> weight = in_register<T>(broadcast<T>(w[r * rows]));
 #pragma GCC unroll 4
-      for (int v = 0; v < vecs; ++v) sum[r][v] += weight * column[v];
+      for (int v = 0; v < vecs; ++v) sum[r][v] = in_register<T>(sum[r][v] + weight * column[v]);
     }
   }
 #pragma GCC unroll 6
