@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import Optimizer
 
+from . import ops
 from ._lars_foreach import Batch, foreach_step
 
 _NORM_LAYERS = (
@@ -146,8 +147,12 @@ class LARS(Optimizer):
                 loss = closure()
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
+        native: dict[torch.device, list[Batch]] = {}
         for batch in self._batches(found_inf):
-            if batch.group["foreach"] is False:
+            device = batch.params[0].device
+            if _use_native(batch.group, device):
+                native.setdefault(device, []).append(batch)
+            elif batch.group["foreach"] is False:
                 for i, p in enumerate(batch.params):
                     one = batch._replace(
                         params=[p], grads=[batch.grads[i]], buffers=batch.buffers[i : i + 1]
@@ -155,6 +160,8 @@ class LARS(Optimizer):
                     foreach_step(one, grad_scale, found_inf)
             else:
                 foreach_step(batch, grad_scale, found_inf)
+        for device, batches in native.items():
+            _native_step(device, batches, grad_scale, found_inf)
         return loss
 
     def _adapts(self, group: dict[str, Any]) -> bool:
@@ -299,3 +306,61 @@ def _check_params(params: list[Tensor]) -> None:
             raise ValueError(f"LARS needs real floating-point parameters, got {p.dtype}")
         if p.layout is not torch.strided:
             raise ValueError(f"LARS needs strided parameters, got layout {p.layout}")
+
+
+def _use_native(group: dict[str, Any], device: torch.device) -> bool:
+    if group["fused"] is False or group["foreach"] is not None:
+        return False
+    available = ops.has_lars(device.type)
+    if group["fused"] and not available:
+        raise RuntimeError(
+            f"fused=True needs the native LARS kernel for {device.type!r} devices, which this "
+            "installation lacks"
+        ) from ops.EXTENSION_ERROR
+    return available
+
+
+_FLAGS = (
+    ("nesterov", True, ops.LARS_NESTEROV),
+    ("maximize", True, ops.LARS_MAXIMIZE),
+    ("trust_clip", True, ops.LARS_CLIP),
+    ("momentum_order", "tf", ops.LARS_TF_ORDER),
+    ("norm", "joint", ops.LARS_JOINT_NORM),
+    ("when_zero", "decay", ops.LARS_DECAY_WHEN_ZERO),
+)
+
+
+def _native_step(
+    device: torch.device,
+    batches: list[Batch],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    params, grads, buffers, sizes, flags, hyper, lrs = [], [], [], [], [], [], []
+    for batch in batches:
+        params += batch.params
+        grads += batch.grads
+        buffers += batch.buffers
+        sizes.append(len(batch.params))
+        group, lr = batch.group, batch.group["lr"]
+        bits = sum(bit for name, value, bit in _FLAGS if group[name] == value)
+        flags.append(bits | (ops.LARS_ADAPT if batch.adapt else 0))
+        lrs.append(lr)
+        hyper += [
+            0.0 if isinstance(lr, Tensor) else lr,
+            group["momentum"],
+            batch.dampening,
+            group["weight_decay"],
+            group["trust_coefficient"],
+            group["eps"],
+        ]
+    if any(isinstance(lr, Tensor) for lr in lrs):
+        lrs = [torch.as_tensor(lr, dtype=torch.float64, device=device).reshape(()) for lr in lrs]
+    else:
+        lrs = []
+    if grad_scale is not None:
+        grad_scale = grad_scale.to(device, non_blocking=True)
+    if found_inf is not None:
+        found_inf = found_inf.to(device, non_blocking=True)
+    ops.lars_(params, grads, buffers, sizes, flags, hyper, lrs, grad_scale, found_inf)
+    torch.autograd.graph.increment_version([*params, *buffers])
