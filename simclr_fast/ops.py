@@ -199,3 +199,45 @@ nt_xent = torch.ops.simclr_fast.nt_xent.default
 nt_xent_normalize = torch.ops.simclr_fast.nt_xent_normalize.default
 nt_xent_rows = torch.ops.simclr_fast.nt_xent_rows.default
 nt_xent_backward = torch.ops.simclr_fast.nt_xent_backward.default
+
+
+# LarsFlag of csrc/lars.h.
+LARS_NESTEROV, LARS_MAXIMIZE, LARS_ADAPT, LARS_CLIP = 1, 2, 4, 8
+LARS_TF_ORDER, LARS_JOINT_NORM, LARS_DECAY_WHEN_ZERO = 16, 32, 64
+
+if EXTENSION_ERROR is None:
+
+    @torch.library.register_fake("simclr_fast::lars_")
+    def _(*arguments: object) -> None:
+        return None
+
+
+@cache
+def has_lars(device_type: str) -> bool:
+    """Whether the fused LARS step runs on devices of this type."""
+    if device_type not in ("cpu", "cuda") or not has_extension():
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key("simclr_fast::lars_", device_type.upper())
+
+
+def lars_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    group_sizes: list[int],
+    flags: list[int],
+    hyper: list[float],
+    lrs: list[Tensor],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """One LARS step in place for all parameters of one device.
+
+    Group i owns the next group_sizes[i] parameters and gradients, and as many momentum buffers
+    unless its momentum is 0. hyper: lr, momentum, dampening, weight_decay, trust_coefficient, eps
+    of each group in turn. lrs: empty, or a one-element tensor per group used in place of its lr.
+    Tensors of equal shape, dtype (float16, bfloat16, float32 or float64) and device; any strides.
+    """
+    torch.ops.simclr_fast.lars_.default(
+        params, grads, momentum_buffers, group_sizes, flags, hyper, lrs, grad_scale, found_inf
+    )
