@@ -1,5 +1,7 @@
 """Plain torch, float64-clean definitions that every fast path is tested and benchmarked against."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
@@ -118,12 +120,6 @@ def gaussian_blur(image: Tensor, sigma: float, *, reflect: bool) -> Tensor:
     padded = pad(image[:, None], [radius] * 4, mode="reflect" if reflect else "constant")
     blurred = conv2d(conv2d(padded, kernel[None, None, None, :]), kernel[None, None, :, None])
     return blurred[:, 0]
-
-
-import math
-
-import torch
-from torch import Tensor
 
 
 def nt_xent(z1: Tensor, z2: Tensor | None = None, temperature: float | Tensor = 0.5) -> Tensor:
