@@ -10,15 +10,10 @@ import triton
 from torch import Tensor
 
 from .normalize import normalize, padded_dim, row_blocks
-from .nt_xent_backward import gradient_kernel
-from .nt_xent_configs import VALUE_BLOCK, plan_forward, plan_gradient, plan_moments
+from .nt_xent_backward import finish_gradient_kernel, gradient_kernel, weights_kernel
+from .nt_xent_configs import VALUE_BLOCK, dot_precision, plan_for
 from .nt_xent_forward import moments_kernel, negatives_kernel, symmetric_kernel
-from .nt_xent_rows import (
-    finish_gradient_kernel,
-    losses_kernel,
-    statistics_kernel,
-    weights_kernel,
-)
+from .nt_xent_losses import losses_kernel, statistics_kernel
 
 __all__ = ["backward", "forward", "normalize", "padded_dim"]
 
@@ -55,10 +50,11 @@ def forward(
     if rows == 0:
         return loss, lse, stats
     block_r, block_d = row_blocks(padded)
+    precision = dot_precision(u_all.dtype)
     row_grid = (triton.cdiv(rows, block_r),)
     with torch.cuda.device_of(u_all):
         if statistics:
-            config, splits, precision, _ = plan_moments(u_all, rows)
+            config, splits, _ = plan_for("moments", u_all, rows)
             partial = _floats(device, 6, splits, rows)
             moments_kernel[(triton.cdiv(rows, config.block_m), splits)](
                 u_all, partial, row_offset, rows, total, padded,
@@ -70,18 +66,15 @@ def forward(
             )  # fmt: skip
             return loss, lse, stats
 
-        config, splits, precision, symmetric = plan_forward(u_all, rows)
+        config, splits, symmetric = plan_for("forward", u_all, rows)
         tiles = triton.cdiv(rows, config.block_m)
-        slots = splits
-        if symmetric:
-            chunk = triton.cdiv(tiles // 2 + 1, splits)
-            splits = triton.cdiv(tiles // 2 + 1, chunk)
-            slots = splits + tiles // 2
+        slots = splits + tiles // 2 if symmetric else splits
         sums, tops = _floats(device, slots, rows), _floats(device, splits, rows)
         if symmetric:
+            ragged = total % config.block_m != 0
             symmetric_kernel[(tiles, splits)](
-                u_all, temperature, sums, tops, total, padded, config.block_m, chunk,
-                total % config.block_m != 0, **config.options(padded, precision),
+                u_all, temperature, sums, tops, total, padded, config.block_m, ragged,
+                **config.options(padded, precision),
             )  # fmt: skip
         else:
             negatives_kernel[(tiles, splits)](
@@ -101,10 +94,10 @@ def backward(
     lse_all: Tensor,
     loss: Tensor,
     inv_norm: Tensor,
+    z1: Tensor,
+    z2: Tensor | None,
     temperature: Tensor,
     row_offset: int,
-    dim: int,
-    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of Σ_i grad_i loss_i, over all ranks' rows i, to this rank's z and to τ.
 
@@ -112,27 +105,31 @@ def backward(
         grad_all: [M], float32, any stride; stride 0 (the mean or sum of the losses) is fastest.
         u_all: [M, D_pad]; lse_all: [M], float32; contiguous.
         loss, inv_norm: [R], float32, of this rank's rows.
+        z1, z2: what `normalize` took on this rank.
         temperature: [], float32.
-        row_offset: first of this rank's rows; dim: D; dtype: of z.
+        row_offset: first of this rank's rows.
 
     Returns:
-        grad_z: [R, D], `dtype`, view-major: first the R/2 rows of view 1.
+        grad_z: [R, D], z's dtype, view-major: first the R/2 rows of view 1.
         grad_temperature: [], float32, this rank's rows' part.
     """
+    if z2 is None:
+        z1, z2 = z1.chunk(2)
     total, padded = u_all.shape
-    rows, device = inv_norm.numel(), u_all.device
-    grad_z = torch.empty((rows, dim), dtype=dtype, device=device)
+    rows, dim, device = inv_norm.numel(), z1.size(1), u_all.device
+    grad_z = torch.empty((rows, dim), dtype=z1.dtype, device=device)
     if rows == 0:
         return grad_z, torch.zeros((), dtype=torch.float32, device=device)
-    block_r, block_d = row_blocks(padded)
-    config, splits, precision, _ = plan_gradient(u_all, rows)
+    config, splits, _ = plan_for("gradient", u_all, rows)
+    precision = dot_precision(u_all.dtype)
     block_v = config.block_d if config.block_d >= padded else VALUE_BLOCK
+    block_p, block_d = row_blocks(padded)
+    programs = triton.cdiv(rows // 2, block_p)
     factor, weight = _floats(device, total), _floats(device, total)
     partial = _floats(device, splits, rows, padded)
-    programs = triton.cdiv(rows, block_r)
     grad_temperature = _floats(device, programs)
     with torch.cuda.device_of(u_all):
-        stride = grad_all.stride(0) if total > 1 else 0
+        stride = grad_all.stride(0)
         scale = grad_all[0] if stride == 0 else grad_all.abs().amax()
         weights_kernel[(triton.cdiv(total, WEIGHTS_BLOCK),)](
             grad_all, scale, lse_all, temperature, factor, weight, total, stride,
@@ -141,12 +138,11 @@ def backward(
         grid = (triton.cdiv(rows, config.block_m), splits, triton.cdiv(padded, block_v))
         gradient_kernel[grid](
             u_all, temperature, factor, weight, partial, row_offset, rows, total, padded,
-            config.block_m, config.block_n, BLOCK_V=block_v,
-            **config.options(padded, precision),
+            config.block_m, config.block_n, BLOCK_V=block_v, **config.options(padded, precision),
         )  # fmt: skip
         finish_gradient_kernel[(programs,)](
-            partial, grad_all, scale, u_all, loss, inv_norm, temperature, grad_z,
+            partial, grad_all, scale, loss, inv_norm, z1, z2, temperature, grad_z,
             grad_temperature, row_offset, rows, dim, padded, splits, stride,
-            BLOCK_R=block_r, BLOCK_D=block_d,
+            *z1.stride(), *z2.stride(), BLOCK_P=block_p, BLOCK_D=block_d,
         )  # fmt: skip
     return grad_z, grad_temperature.sum()

@@ -7,9 +7,12 @@ import torch
 import triton
 from torch import Tensor
 
-
 # Features per program of the gradient, where one tile does not hold them all.
 VALUE_BLOCK = 128
+# Rows of partial sums that the symmetric forward may keep, as a multiple of the features.
+SYMMETRIC_SLOTS = 2
+LOSS_SPLITS = 16
+GRADIENT_SPLITS = 8
 
 
 class Config(NamedTuple):
@@ -23,38 +26,125 @@ class Config(NamedTuple):
     block_d: int
     warps: int
     stages: int
-    resident: int = 1  # programs per multiprocessor, by registers and shared memory
+    # Programs per multiprocessor: it sets the registers that the compiler may use.
+    resident: int = 1
 
     def options(self, padded: int, precision: str) -> dict[str, int | bool | str]:
         """The tile kernels' keyword arguments."""
-        whole = self.block_d >= padded
         return {
             "BLOCK_D": self.block_d,
-            "WHOLE": whole,
+            "WHOLE": self.block_d >= padded,
             "EVEN": padded % self.block_d == 0,
             "PRECISION": precision,
             "num_warps": self.warps,
             "num_stages": self.stages,
+            "maxnreg": min(255, 65536 // (32 * self.warps * self.resident) // 8 * 8),
         }
 
 
 class Plan(NamedTuple):
     config: Config
     splits: int
-    precision: str
     symmetric: bool = False
 
 
-def device_of(tensor: Tensor) -> tuple[tuple[int, int], int]:
-    """Compute capability and multiprocessors; (0, 0), 4 for the interpreter's CPU tensors."""
-    if not tensor.is_cuda:
-        return (0, 0), 4
-    properties = torch.cuda.get_device_properties(tensor.device)
-    return (properties.major, properties.minor), properties.multi_processor_count
+# Padded features up to: 64, 128, 256, more.
+_AMPERE = {
+    "forward": (
+        Config(128, 64, 64, 4, 3, 2),
+        Config(128, 64, 128, 8, 2, 2),
+        Config(64, 64, 256, 8, 2),
+        Config(128, 64, 64, 8, 3),
+    ),
+    "symmetric": (Config(64, 64, 64, 4, 2, 3), Config(64, 64, 128, 4, 2, 2), None, None),
+    "gradient": (
+        Config(64, 64, 64, 4, 3, 3),
+        Config(64, 64, 128, 8, 2, 2),
+        Config(64, 32, 256, 8, 2),
+        Config(64, 64, 64, 8, 2),
+    ),
+    "float32 forward": (Config(64, 64, 32, 8, 2),) * 4,
+    "float32 gradient": (Config(64, 32, 32, 8, 2),) * 4,
+}
+_HOPPER = {
+    "forward": (
+        Config(128, 128, 64, 8, 3, 2),
+        Config(128, 128, 128, 8, 2, 2),
+        Config(128, 64, 256, 8, 2),
+        Config(128, 128, 64, 8, 3),
+    ),
+    "symmetric": (Config(128, 128, 64, 4, 2, 2), Config(128, 128, 128, 4, 2, 2), None, None),
+    "gradient": (
+        Config(128, 64, 64, 8, 3, 2),
+        Config(128, 128, 128, 8, 2),
+        Config(128, 64, 256, 8, 2),
+        Config(128, 64, 64, 8, 2),
+    ),
+    "float32 forward": (
+        Config(64, 64, 64, 4, 2, 2),
+        Config(128, 64, 32, 8, 3),
+        Config(128, 64, 32, 8, 3),
+        Config(128, 64, 32, 8, 3),
+    ),
+    "float32 gradient": (Config(64, 32, 32, 8, 2),) * 4,
+}
+_BLACKWELL = {
+    "forward": (
+        Config(128, 128, 64, 8, 3),
+        Config(128, 128, 128, 8, 2),
+        Config(128, 64, 256, 8, 2),
+        Config(128, 128, 64, 8, 3),
+    ),
+    "symmetric": (Config(128, 128, 64, 4, 2, 2), Config(128, 128, 128, 8, 2), None, None),
+    "gradient": (
+        Config(128, 64, 64, 8, 3, 2),
+        Config(128, 64, 128, 8, 2),
+        Config(128, 64, 256, 8, 2),
+        Config(128, 64, 64, 8, 2),
+    ),
+    "float32 forward": (Config(64, 64, 32, 8, 2, 2),) * 4,
+    "float32 gradient": (Config(64, 32, 32, 8, 2, 2),) * 4,
+}
+TABLE = {
+    (8, 0): _AMPERE,
+    (8, 6): _AMPERE,
+    (8, 9): _AMPERE,
+    (9, 0): _HOPPER,
+    (10, 0): _BLACKWELL,
+    (12, 0): _AMPERE,
+}
+# Asked for rarely: one for all GPUs.
+MOMENTS = Config(64, 64, 64, 8, 2)
+MOMENTS_FLOAT32 = Config(64, 32, 32, 8, 2)
+# For a GPU that the table does not list.
+SMALLEST = Config(32, 32, 32, 4, 2)
+
+
+def table_config(
+    kernel: str, capability: tuple[int, int], dtype: torch.dtype, padded: int
+) -> Config | None:
+    """The configuration of "forward", "symmetric", "gradient" or "moments" for û of a dtype.
+
+    None: no symmetric forward here. An unlisted GPU takes the smallest configuration.
+    """
+    rows = TABLE.get(capability)
+    if rows is None:
+        return None if kernel == "symmetric" else _fit(SMALLEST, padded)
+    if kernel == "moments":
+        return _fit(MOMENTS_FLOAT32 if dtype == torch.float32 else MOMENTS, padded)
+    if dtype == torch.float32:
+        kernel = f"float32 {kernel}"
+    config = rows.get(kernel, (None,) * 4)[sum(padded > limit for limit in (64, 128, 256))]
+    return None if config is None else _fit(config, padded)
+
+
+def _fit(config: Config, padded: int) -> Config:
+    """Fewer features than the block holds: a smaller block."""
+    return config._replace(block_d=min(config.block_d, triton.next_power_of_2(padded)))
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How tl.dot multiplies: as torch.matmul would, tf32 only where the user allowed it."""
+    """How tl.dot multiplies: tf32 for float32 only where the user allowed torch.matmul the same."""
     if dtype != torch.float32:
         return "ieee"
     allowed = torch.backends.cuda.matmul.fp32_precision
@@ -64,40 +154,53 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 def best_splits(row_tiles: int, key_tiles: int, slots: int, limit: int) -> int:
-    """The split of the keys whose programs fill whole waves of `slots` best, small ones first."""
-    limit = max(1, min(limit, key_tiles))
-    return min(
-        range(1, limit + 1),
-        key=lambda s: (triton.cdiv(row_tiles * s, slots) / s * (1 + s / 64), s),
-    )
+    """The split of the keys that takes the fewest steps: waves of `slots` programs × key tiles."""
+
+    def steps(splits: int) -> int:
+        # Two more: a program's first loads and its results.
+        return triton.cdiv(row_tiles * splits, slots) * (triton.cdiv(key_tiles, splits) + 2)
+
+    return min(range(1, max(1, min(limit, key_tiles)) + 1), key=steps)
 
 
-def _config(kernel: str, capability: tuple[int, int], dtype: torch.dtype, padded: int) -> Config:
-    if padded <= 256:
-        return Config(32, 32, triton.next_power_of_2(padded), 4, 2)
-    return Config(32, 32, 64, 4, 2)
+@lru_cache(maxsize=256)
+def plan(
+    kernel: str,
+    capability: tuple[int, int],
+    processors: int,
+    dtype: torch.dtype,
+    padded: int,
+    rows: int,
+    total: int,
+) -> Plan:
+    """Configuration and splits of "forward", "gradient" or "moments"; "forward" may be symmetric.
 
-
-def _plan(kernel: str, u_all: Tensor, rows: int, limit: int) -> Plan:
-    total, padded = u_all.shape
-    capability, processors = device_of(u_all)
-    config = _config(kernel, capability, u_all.dtype, padded)
+    The splits' partial sums take O(total · padded) bytes in any case.
+    """
+    if kernel == "forward" and rows == total:
+        config = table_config("symmetric", capability, dtype, padded)
+        if config is not None:
+            tiles = triton.cdiv(total, config.block_m)
+            slots = processors * config.resident
+            splits = best_splits(tiles, tiles // 2 + 1, slots, LOSS_SPLITS)
+            if splits + tiles // 2 <= SYMMETRIC_SLOTS * padded:
+                return Plan(config, splits, symmetric=True)
+    config = table_config(kernel, capability, dtype, padded)
     splits = best_splits(
         triton.cdiv(rows, config.block_m),
         triton.cdiv(total, config.block_n),
         processors * config.resident,
-        limit,
+        GRADIENT_SPLITS if kernel == "gradient" else LOSS_SPLITS,
     )
-    return Plan(config, splits, dot_precision(u_all.dtype))
+    return Plan(config, splits)
 
 
-def plan_forward(u_all: Tensor, rows: int) -> Plan:
-    return _plan("forward", u_all, rows, 16)
-
-
-def plan_moments(u_all: Tensor, rows: int) -> Plan:
-    return _plan("moments", u_all, rows, 16)
-
-
-def plan_gradient(u_all: Tensor, rows: int) -> Plan:
-    return _plan("gradient", u_all, rows, 8)
+def plan_for(kernel: str, u_all: Tensor, rows: int) -> Plan:
+    """`plan` for the GPU that holds û; the interpreter's tensors count as an unlisted one."""
+    total, padded = u_all.shape
+    capability, processors = (0, 0), 4
+    if u_all.is_cuda:
+        properties = torch.cuda.get_device_properties(u_all.device)
+        capability = (properties.major, properties.minor)
+        processors = properties.multi_processor_count
+    return plan(kernel, capability, processors, u_all.dtype, padded, rows, total)

@@ -92,10 +92,10 @@ def symmetric_kernel(
     sum_ptr,  # [CHUNKS + T // 2, M], float32
     top_ptr,  # as sum_ptr, written for low temperatures only
     total, padded,
-    BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, RAGGED: tl.constexpr,
+    BLOCK_M: tl.constexpr, RAGGED: tl.constexpr,
     BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: row tile I against key tiles I + b (mod T), CHUNK values of b in 0 .. T // 2.
+    """One program: row tile I against key tiles I + b (mod T), one chunk of b in 0 .. T // 2.
 
     Each pair of tiles is visited once: its row sums are Σ exp2(x_ij) for I, its column sums for J.
     Row sums go to slot (chunk, I), column sums to slot (CHUNKS + b - 1, J): each is written once.
@@ -126,8 +126,9 @@ def symmetric_kernel(
             top, sums = _online(x, is_negative(row, key, total, BLOCK_M, BLOCK_M), top, sums)
         tl.store(top_ptr + out, top, mask=row + r < total)
     else:
-        begin = chunk * CHUNK
-        end = tl.minimum(begin + CHUNK, tiles // 2 + 1)
+        length = tl.cdiv(tiles // 2 + 1, chunks)
+        begin = chunk * length
+        end = tl.minimum(begin + length, tiles // 2 + 1)
         for b in range(tl.maximum(begin, 1), end):
             key_tile = tile + b
             key_tile -= tl.where(key_tile >= tiles, tiles, 0)
