@@ -7,9 +7,21 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from simclr_fast.kernels.normalize import normalize_kernel, padded_dim, row_blocks
+from simclr_fast.kernels.nt_xent import SLOT_BLOCK, WEIGHTS_BLOCK
+from simclr_fast.kernels.nt_xent_backward import (
+    finish_gradient_kernel,
+    gradient_kernel,
+    weights_kernel,
+)
+from simclr_fast.kernels.nt_xent_configs import VALUE_BLOCK, table_config
+from simclr_fast.kernels.nt_xent_forward import moments_kernel, negatives_kernel, symmetric_kernel
+from simclr_fast.kernels.nt_xent_losses import losses_kernel, statistics_kernel
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -21,11 +33,13 @@ MMA = re.compile(r"\b(HGMMA|UTC\w*MMA|HMMA|QGMMA)\b")
 
 @dataclass(frozen=True)
 class Loop:
-    """An innermost loop of the machine code."""
+    """An innermost loop of the machine code, and the loop around it if there is one."""
 
     instructions: int
     mma: int
     exp2: int
+    outer_instructions: int
+    outer_exp2: int
 
 
 @dataclass(frozen=True)
@@ -41,7 +55,7 @@ class Static:
     mma: frozenset[str]
     wide_copies: int
     narrow_copies: int
-    narrow_loads: int
+    wide_loads: int
     loops: tuple[Loop, ...]
     sass: str
 
@@ -77,7 +91,6 @@ def inspect(compiled, arch: int) -> Static:
     finally:
         os.unlink(file.name)
     code = [line for line in sass.splitlines() if re.search(r"/\*[0-9a-f]{4,}\*/", line)]
-    loads = [line for line in code if re.search(r"\bLDG\b|\bLDG\.E", line)]
     return Static(
         arch=arch,
         warps=compiled.metadata.num_warps,
@@ -88,7 +101,7 @@ def inspect(compiled, arch: int) -> Static:
         mma=frozenset(m[1] for line in code if (m := MMA.search(line))),
         wide_copies=sum("LDGSTS" in line and ".128" in line for line in code),
         narrow_copies=sum("LDGSTS" in line and ".128" not in line for line in code),
-        narrow_loads=sum(".128" not in line for line in loads),
+        wide_loads=sum("LDG" in line and ".128" in line for line in code),
         loops=tuple(_loops(sass)),
         sass=sass,
     )
@@ -114,12 +127,98 @@ def _loops(sass: str) -> list[Loop]:
             if branch and branch[1] in position:
                 spans.append((position[branch[1]], len(code)))
     spans = [(a, b) for a, b in spans if b - a > 1]
-    inner = [s for s in spans if not any(s[0] <= a and b <= s[1] for a, b in spans if (a, b) != s)]
-    return [
-        Loop(
-            instructions=b - a,
-            mma=sum(bool(MMA.search(line)) for line in code[a:b]),
-            exp2=sum("MUFU.EX2" in line for line in code[a:b]),
-        )
-        for a, b in inner
-    ]
+
+    def around(span):
+        a, b = span
+        return [s for s in spans if s != span and s[0] <= a and b <= s[1]]
+
+    def exp2(span):
+        return sum("MUFU.EX2" in line for line in code[slice(*span)])
+
+    loops = []
+    for span in spans:
+        if any(span in around(other) for other in spans):
+            continue
+        outer = min(around(span), key=lambda s: s[1] - s[0], default=span)
+        mma = sum(bool(MMA.search(line)) for line in code[slice(*span)])
+        loops.append(Loop(span[1] - span[0], mma, exp2(span), outer[1] - outer[0], exp2(outer)))
+    return loops
+
+
+def argument_types(kernel, u: str, z: str) -> dict[str, str]:
+    """Types of a kernel's run-time arguments by this project's names; û of type u, z of type z."""
+    constants = {p.name for p in kernel.params if p.is_constexpr}
+    types = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            continue
+        if name == "u_ptr":
+            types[name] = f"*{u}"
+        elif name in ("z1_ptr", "z2_ptr", "grad_z_ptr"):
+            types[name] = f"*{z}"
+        else:
+            types[name] = "*fp32" if name.endswith("_ptr") else "i32"
+    return types
+
+
+def nt_xent_static(
+    kernel: str,
+    arch: int,
+    dtype: torch.dtype,
+    padded: int,
+    precision: str,
+    aligned: bool = True,
+    **overrides: int,
+) -> Static | None:
+    """One row of the launch table, compiled; None where the table has no symmetric forward.
+
+    kernel: "forward", "symmetric", "gradient" or "moments". aligned: the row counts are multiples
+    of 16, as for even batches. overrides: other compile options.
+    """
+    config = table_config(kernel, divmod(arch, 10), dtype, padded)
+    if config is None:
+        return None
+    function = {
+        "forward": negatives_kernel,
+        "symmetric": symmetric_kernel,
+        "gradient": gradient_kernel,
+        "moments": moments_kernel,
+    }[kernel]
+    options = config.options(padded, precision)
+    launch = {k: options.pop(k) for k in ("num_warps", "num_stages", "maxnreg")}
+    constants = {**options, "BLOCK_M": config.block_m}
+    if kernel == "symmetric":
+        constants["RAGGED"] = not aligned
+    else:
+        constants["BLOCK_N"] = config.block_n
+    if kernel == "gradient":
+        constants["BLOCK_V"] = config.block_d if config.block_d >= padded else VALUE_BLOCK
+    types = argument_types(function, "fp32" if dtype == torch.float32 else "fp16", "fp32")
+    multiples = [n for n in types if aligned or n.endswith("_ptr") or n == "padded"]
+    return inspect(
+        compile_kernel(function, types, constants, arch, multiples, **launch | overrides), arch
+    )
+
+
+def row_kernel_static(kernel: str, arch: int, dtype: torch.dtype, dim: int) -> Static:
+    """A row-wise kernel for z [N, dim] of a dtype, contiguous, N a multiple of 16."""
+    function = {
+        "normalize": normalize_kernel,
+        "losses": losses_kernel,
+        "statistics": statistics_kernel,
+        "weights": weights_kernel,
+        "finish_gradient": finish_gradient_kernel,
+    }[kernel]
+    z = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    types = argument_types(function, "fp32" if dtype == torch.float32 else "fp16", z)
+    block, block_d = row_blocks(padded_dim(dim))
+    blocks = {"BLOCK_P": block, "BLOCK_D": block_d, "BLOCK_R": block, "BLOCK_S": SLOT_BLOCK}
+    if kernel == "weights":
+        blocks["BLOCK_R"] = WEIGHTS_BLOCK
+    constants = {n: v for n, v in blocks.items() if n in function.arg_names}
+    # A launch turns integers that equal 1 into constants.
+    constants.update({n: 1 for n in ("stride_1d", "stride_2d") if n in types})
+    types = {n: t for n, t in types.items() if n not in constants}
+    multiples = [n for n in types if dim % 16 == 0 or n not in ("dim", "stride_1n", "stride_2n")]
+    compiled = compile_kernel(function, types, constants, arch, multiples, num_warps=4)
+    return inspect(compiled, arch)

@@ -18,6 +18,7 @@ from .nt_xent_tiles import (
 # W in [0, 2] is rounded to float16 for the tensor cores; this many binades keep 1e-8 normal.
 WEIGHT_SHIFT = tl.constexpr(14.0)
 
+
 @triton.jit
 def _add_weighted(
     acc, w, u_ptr, keys, key, key_end, column, padded,
@@ -188,8 +189,9 @@ def finish_gradient_kernel(
 ):  # fmt: skip
     """One program: BP pairs; adds the positives, and goes from u to z and to the temperature.
 
-    G_i = k Σ_j W_ij û_j + v (u_p(i) - u_i), v = W_i,p(i) / τ; dz_i = (G_i - u_i <u_i, G_i>) / |z_i|:
-    this projection drops u_i, and the difference keeps its digits when the views are aligned.
+    G_i = k Σ_j W_ij û_j + v (u_p(i) - u_i) with v = W_i,p(i) / τ, and
+    dz_i = (G_i - u_i <u_i, G_i>) / |z_i|: the projection drops the added u_i, and the difference
+    keeps its digits when the views are aligned.
     Reads the partial sums and z twice (the second time from cache), writes dz once.
     """
     pairs = rows // 2

@@ -13,6 +13,7 @@ VALUE_BLOCK = 128
 SYMMETRIC_SLOTS = 2
 LOSS_SPLITS = 16
 GRADIENT_SPLITS = 8
+WAVES = 4
 
 
 class Config(NamedTuple):
@@ -48,70 +49,90 @@ class Plan(NamedTuple):
     symmetric: bool = False
 
 
-# Padded features up to: 64, 128, 256, more.
-_AMPERE = {
+# Padded features up to 64, 128, 256, 512, and more.
+LIMITS = (64, 128, 256, 512)
+_HMMA = {
     "forward": (
         Config(128, 64, 64, 4, 3, 2),
         Config(128, 64, 128, 8, 2, 2),
         Config(64, 64, 256, 8, 2),
         Config(128, 64, 64, 8, 3),
+        Config(128, 64, 64, 8, 3),
     ),
-    "symmetric": (Config(64, 64, 64, 4, 2, 3), Config(64, 64, 128, 4, 2, 2), None, None),
+    "symmetric": (
+        Config(64, 64, 64, 4, 2, 3),
+        Config(64, 64, 128, 4, 2, 2),
+        Config(64, 64, 256, 8, 2),
+        None,
+        None,
+    ),
     "gradient": (
         Config(64, 64, 64, 4, 3, 3),
         Config(64, 64, 128, 8, 2, 2),
         Config(64, 32, 256, 8, 2),
+        Config(32, 32, 512, 8, 2),
         Config(64, 64, 64, 8, 2),
     ),
-    "float32 forward": (Config(64, 64, 32, 8, 2),) * 4,
-    "float32 gradient": (Config(64, 32, 32, 8, 2),) * 4,
+    "float32 forward": (Config(64, 64, 32, 8, 2),) * 5,
+    "float32 gradient": (Config(64, 32, 32, 8, 2),) * 5,
 }
 _HOPPER = {
     "forward": (
         Config(128, 128, 64, 8, 3, 2),
-        Config(128, 128, 128, 8, 2, 2),
+        Config(256, 64, 128, 8, 2, 2),
         Config(128, 64, 256, 8, 2),
+        Config(128, 32, 512, 8, 2),
         Config(128, 128, 64, 8, 3),
     ),
-    "symmetric": (Config(128, 128, 64, 4, 2, 2), Config(128, 128, 128, 4, 2, 2), None, None),
+    "symmetric": (
+        Config(128, 128, 64, 4, 2, 2),
+        Config(128, 128, 128, 4, 2, 2),
+        Config(128, 128, 256, 8, 2),
+        None,
+        None,
+    ),
     "gradient": (
         Config(128, 64, 64, 8, 3, 2),
         Config(128, 128, 128, 8, 2),
         Config(128, 64, 256, 8, 2),
+        Config(64, 16, 512, 8, 2),
         Config(128, 64, 64, 8, 2),
     ),
-    "float32 forward": (
-        Config(64, 64, 64, 4, 2, 2),
-        Config(128, 64, 32, 8, 3),
-        Config(128, 64, 32, 8, 3),
-        Config(128, 64, 32, 8, 3),
-    ),
-    "float32 gradient": (Config(64, 32, 32, 8, 2),) * 4,
+    "float32 forward": (Config(64, 64, 64, 4, 2, 2), *(Config(128, 64, 32, 8, 3),) * 4),
+    "float32 gradient": (Config(64, 32, 32, 8, 2),) * 5,
 }
 _BLACKWELL = {
     "forward": (
         Config(128, 128, 64, 8, 3),
         Config(128, 128, 128, 8, 2),
         Config(128, 64, 256, 8, 2),
+        Config(128, 32, 512, 8, 2),
         Config(128, 128, 64, 8, 3),
     ),
-    "symmetric": (Config(128, 128, 64, 4, 2, 2), Config(128, 128, 128, 8, 2), None, None),
+    "symmetric": (
+        Config(128, 128, 64, 4, 2, 2),
+        Config(128, 128, 128, 8, 2),
+        None,
+        None,
+        None,
+    ),
     "gradient": (
         Config(128, 64, 64, 8, 3, 2),
         Config(128, 64, 128, 8, 2),
         Config(128, 64, 256, 8, 2),
+        Config(64, 32, 512, 8, 2),
         Config(128, 64, 64, 8, 2),
     ),
-    "float32 forward": (Config(64, 64, 32, 8, 2, 2),) * 4,
-    "float32 gradient": (Config(64, 32, 32, 8, 2, 2),) * 4,
+    "float32 forward": (Config(64, 64, 32, 8, 2, 2),) * 5,
+    "float32 gradient": (Config(64, 32, 32, 8, 2, 2),) * 5,
 }
 TABLE = {
-    (8, 0): _AMPERE,
-    (8, 6): _AMPERE,
-    (8, 9): _AMPERE,
+    (8, 0): _HMMA,
+    (8, 6): _HMMA,
+    (8, 9): _HMMA,
     (9, 0): _HOPPER,
     (10, 0): _BLACKWELL,
-    (12, 0): _AMPERE,
+    (12, 0): _HMMA,
 }
 # Asked for rarely: one for all GPUs.
 MOMENTS = Config(64, 64, 64, 8, 2)
@@ -134,7 +155,8 @@ def table_config(
         return _fit(MOMENTS_FLOAT32 if dtype == torch.float32 else MOMENTS, padded)
     if dtype == torch.float32:
         kernel = f"float32 {kernel}"
-    config = rows.get(kernel, (None,) * 4)[sum(padded > limit for limit in (64, 128, 256))]
+    column = sum(padded > limit for limit in LIMITS)
+    config = rows[kernel][column] if kernel in rows else None
     return None if config is None else _fit(config, padded)
 
 
@@ -154,13 +176,17 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 def best_splits(row_tiles: int, key_tiles: int, slots: int, limit: int) -> int:
-    """The split of the keys that takes the fewest steps: waves of `slots` programs × key tiles."""
+    """The split of the keys that takes the fewest steps: waves of `slots` programs × key tiles.
+
+    Partial sums are kept for at most WAVES · slots tiles of rows, or once per row.
+    """
 
     def steps(splits: int) -> int:
         # Two more: a program's first loads and its results.
         return triton.cdiv(row_tiles * splits, slots) * (triton.cdiv(key_tiles, splits) + 2)
 
-    return min(range(1, max(1, min(limit, key_tiles)) + 1), key=steps)
+    limit = max(1, min(limit, key_tiles, WAVES * slots // row_tiles))
+    return min(range(1, limit + 1), key=steps)
 
 
 @lru_cache(maxsize=256)
@@ -173,10 +199,7 @@ def plan(
     rows: int,
     total: int,
 ) -> Plan:
-    """Configuration and splits of "forward", "gradient" or "moments"; "forward" may be symmetric.
-
-    The splits' partial sums take O(total · padded) bytes in any case.
-    """
+    """Configuration and splits of "forward", "gradient" or "moments"; "forward" may be symmetric."""
     if kernel == "forward" and rows == total:
         config = table_config("symmetric", capability, dtype, padded)
         if config is not None:

@@ -6,7 +6,6 @@ import triton.language as tl
 from .nt_xent_tiles import (
     LOWEST,
     is_negative,
-    load_rows,
     masked_key,
     needs_maximum,
     plain_key,
@@ -62,9 +61,7 @@ def negatives_kernel(
                 u_ptr, q, row, row_end, key, total, padded, BLOCK_M, BLOCK_N, BLOCK_D,
                 WHOLE, EVEN, True, PRECISION,
             )  # fmt: skip
-            top, sums = _online(
-                x, is_negative(row, key, total, BLOCK_M, BLOCK_N), top, sums
-            )
+            top, sums = _online(x, is_negative(row, key, total, BLOCK_M, BLOCK_N), top, sums)
         tl.store(top_ptr + out, top, mask=r < rows)
     else:
         for t in range(begin, tl.minimum(end, plain)):

@@ -1,6 +1,6 @@
 """From sums over the negatives to losses and statistics, row by row (Triton).
 
-Arrays over rows are interleaved: the positive of row i is row i ^ 1. README.md derives the formulas.
+Arrays over rows are interleaved: the positive of row i is row i ^ 1.
 """
 
 import triton
@@ -9,7 +9,6 @@ import triton.language as tl
 from .nt_xent_tiles import LOWEST, needs_maximum
 
 LN_2 = tl.constexpr(0.6931471805599453)
-
 
 
 @triton.jit

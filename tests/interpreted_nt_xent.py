@@ -332,7 +332,8 @@ def test_offsets_beyond_32_bits(monkeypatch):
     total = (1 << 31) // padded + 256
     first = total - rows
     u_all = torch.empty(total, padded, dtype=torch.float16)
-    per_row, partial = torch.empty(total), torch.empty(1, rows, padded)
+    per_row, out = torch.empty(total), torch.empty(4, rows)
+    partial = torch.empty(1, rows, padded)
     tau = torch.tensor(0.5)
     options = Config(64, 64, 64, 4, 2).options(padded, "ieee")
     monkeypatch.setattr(nt_xent_forward, "share", _last_tile)
@@ -340,14 +341,14 @@ def test_offsets_beyond_32_bits(monkeypatch):
     wide = torch.empty((1 << 31) + 16, dtype=torch.float16).as_strided((3, 16), (1 << 30, 1))
     with checked_memory(dry=True) as launches:
         nt_xent_forward.negatives_kernel[(1, 1)](
-            u_all, tau, per_row, per_row, first, rows, total, padded, 64, 64, **options
+            u_all, tau, out[0], out[1], first, rows, total, padded, 64, 64, **options
         )
         nt_xent_backward.gradient_kernel[(1, 1, 1)](
             u_all, tau, per_row, per_row, partial, first, rows, total, padded, 64, 64,
             BLOCK_V=64, **options,
         )  # fmt: skip
         nt_xent_losses.losses_kernel[(1,)](
-            u_all, tau, per_row, per_row, per_row[:rows], per_row[rows:], first, rows, padded,
+            u_all, tau, out[0], out[1], out[2], out[3], first, rows, padded,
             1, 1, BLOCK_R=64, BLOCK_D=64, BLOCK_S=2,
         )  # fmt: skip
         nt_xent.normalize(wide, wide, tau)
@@ -382,8 +383,9 @@ def _faulty_kernel(x_ptr, out_ptr, n, FAULT: tl.constexpr, BLOCK: tl.constexpr):
 )
 def test_the_checker_finds_planted_faults(fault, message):
     x, out = torch.ones(30), torch.zeros(30)
-    with pytest.raises((MemoryFault, triton.runtime.errors.InterpreterError), match=message), (
-        checked_memory()
+    with (
+        pytest.raises((MemoryFault, triton.runtime.errors.InterpreterError), match=message),
+        checked_memory(),
     ):
         _faulty_kernel[(4,)](x, out, 30, FAULT=fault, BLOCK=8)
 
@@ -399,9 +401,7 @@ def test_the_checker_finds_an_undersized_buffer(monkeypatch):
     # T = 4 tiles of 32 rows: three slots.
     use_plan(monkeypatch, symmetric=True, splits=1)
     floats = nt_xent._floats
-    monkeypatch.setattr(
-        nt_xent, "_floats", lambda device, n, *s: floats(device, n - (n == 3), *s)
-    )
+    monkeypatch.setattr(nt_xent, "_floats", lambda device, n, *s: floats(device, n - (n == 3), *s))
     z1, z2 = make_views(64, 16)
     tau = torch.tensor(0.2)
     u, _ = normalize_module.normalize(z1, z2, tau)
