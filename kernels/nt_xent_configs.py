@@ -199,7 +199,7 @@ def plan(
     rows: int,
     total: int,
 ) -> Plan:
-    """Configuration and splits of "forward", "gradient" or "moments"; "forward" may be symmetric."""
+    """Configuration and splits of "forward" (perhaps symmetric), "gradient" or "moments"."""
     if kernel == "forward" and rows == total:
         config = table_config("symmetric", capability, dtype, padded)
         if config is not None:

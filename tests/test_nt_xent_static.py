@@ -16,7 +16,18 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
-from benchmarks.gpu_static import ARCHITECTURES, SHARED_LIMIT, nt_xent_static, row_kernel_static
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from benchmarks.gpu_static import (
+    ARCHITECTURES,
+    SHARED_LIMIT,
+    inspect,
+    nt_xent_static,
+    row_kernel_static,
+)
+from simclr_fast.kernels import nt_xent
 from simclr_fast.kernels.nt_xent_configs import (
     SMALLEST,
     SYMMETRIC_SLOTS,
@@ -134,6 +145,57 @@ def test_a_spill_is_seen():
     assert static.local_accesses > 0
     with pytest.raises(AssertionError):
         check(case, static)
+
+
+class _Driver:
+    """Enough of a CUDA driver to compile what a launch would run."""
+
+    def get_current_device(self):
+        return 90
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+def test_launches_compile_as_the_arguments_specialise(monkeypatch):
+    """The launchers' own calls, up to the launch itself, on a pretended H100."""
+    run, launched = JITFunction.run, []
+
+    def compile_only(self, *args, grid, warmup, **options):
+        launched.append(run(self, *args, grid=grid, warmup=True, **options))
+        return launched[-1]
+
+    def pretended(kernel, u_all, rows):
+        return plan(kernel, (9, 0), 132, u_all.dtype, u_all.size(1), rows, len(u_all))
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(nt_xent, "plan_for", pretended)
+    monkeypatch.setattr(driver, "_active", _Driver())
+    z1, z2 = torch.ones(2, 512, 128, dtype=torch.bfloat16)
+    tau = torch.tensor(0.1)
+    u, inv_norm = nt_xent.normalize(z1, z2, tau)
+    loss, lse, _ = nt_xent.forward(u, tau, 0, 1024, False)
+    grad = torch.ones(()).expand(1024)
+    nt_xent.backward(grad, u, lse, loss, inv_norm, z1, z2, tau, 0)
+    names = [kernel.metadata.name for kernel in launched]
+    assert names == [
+        "normalize_kernel",
+        "symmetric_kernel",
+        "losses_kernel",
+        "weights_kernel",
+        "gradient_kernel",
+        "finish_gradient_kernel",
+    ]
+    for kernel in launched:
+        static = inspect(kernel, 90)
+        assert static.stack == 0
+        assert static.local_accesses == 0
 
 
 def test_every_architecture_is_in_the_table():
