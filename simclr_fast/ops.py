@@ -1,9 +1,14 @@
 """The one place that loads the native extension and registers torch.library ops."""
 
 import warnings
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 
 import torch
+from torch import Tensor
+
+from simclr_fast import nt_xent_plain
 
 EXTENSION_ERROR: ImportError | None = None
 try:
@@ -17,6 +22,20 @@ def has_extension() -> bool:
     if EXTENSION_ERROR is not None:
         _warn_once(EXTENSION_ERROR)
     return EXTENSION_ERROR is None
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed. The first False warns: CUDA tensors take plain-torch paths."""
+    if find_spec("triton") is not None:
+        return True
+    warnings.warn(
+        "Triton is not installed, so CUDA tensors take the slower plain-torch paths; "
+        "`pip install triton` gives the kernels.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return False
 
 
 _warned = False
@@ -41,3 +60,184 @@ def augment_views(*arguments: object) -> None:
 
 if EXTENSION_ERROR is None:
     torch.library.register_fake("simclr_fast::augment_views", lambda *arguments: None)
+
+
+# NT-Xent. Rows are interleaved: 2k and 2k+1 are the two views of pair k. R: rows of this rank,
+# M: rows of all ranks (R = M in one process), Dp: features, zero-padded on CUDA. The CPU kernels
+# are in csrc/nt_xent_cpu.cpp, the CUDA ones in kernels/, the meaning of each value there and in
+# nt_xent_plain.py, which serves every other device, and float64 on CUDA.
+_LIBRARY = torch.library.Library("simclr_fast", "FRAGMENT")
+_LIBRARY.define(
+    "nt_xent(Tensor z1, Tensor? z2, Tensor temperature, bool statistics)"
+    " -> (Tensor loss, Tensor lse, Tensor stats, Tensor u, Tensor inv_norm)"
+)
+_LIBRARY.define(
+    "nt_xent_normalize(Tensor z1, Tensor? z2, Tensor temperature) -> (Tensor u, Tensor inv_norm)"
+)
+_LIBRARY.define(
+    "nt_xent_rows(Tensor u_all, Tensor temperature, SymInt row_offset, SymInt rows,"
+    " bool statistics) -> (Tensor loss, Tensor lse, Tensor stats)"
+)
+_LIBRARY.define(
+    "nt_xent_backward(Tensor grad_all, Tensor u_all, Tensor lse_all, Tensor loss,"
+    " Tensor inv_norm, Tensor z1, Tensor? z2, Tensor temperature, SymInt row_offset)"
+    " -> (Tensor grad_z, Tensor grad_temperature)"
+)
+
+
+def _nt_xent_normalize(z1: Tensor, z2: Tensor | None, temperature: Tensor) -> tuple[Tensor, ...]:
+    if _on_triton(z1):
+        return import_module("simclr_fast.kernels.normalize").normalize(z1, z2, temperature)
+    return nt_xent_plain.normalize(z1, z2, temperature)
+
+
+def _nt_xent_rows(
+    u_all: Tensor, temperature: Tensor, row_offset: int, rows: int, statistics: bool
+) -> tuple[Tensor, ...]:
+    implementation = _nt_xent_implementation(u_all)
+    return implementation.forward(u_all, temperature, row_offset, rows, statistics)
+
+
+def _nt_xent(
+    z1: Tensor, z2: Tensor | None, temperature: Tensor, statistics: bool
+) -> tuple[Tensor, ...]:
+    u, inv_norm = _nt_xent_normalize(z1, z2, temperature)
+    return *_nt_xent_rows(u, temperature, 0, u.size(0), statistics), u, inv_norm
+
+
+def _nt_xent_backward(grad_all: Tensor, u_all: Tensor, *args) -> tuple[Tensor, Tensor]:
+    return _nt_xent_implementation(u_all).backward(grad_all, u_all, *args)
+
+
+def _nt_xent_implementation(u: Tensor):
+    return import_module("simclr_fast.kernels.nt_xent") if _on_triton(u) else nt_xent_plain
+
+
+def _on_triton(tensor: Tensor) -> bool:
+    if tensor.device.type == "cpu":
+        has_extension()
+    return tensor.is_cuda and tensor.dtype != torch.float64 and has_triton()
+
+
+def _fake_nt_xent_normalize(z1, z2, temperature):
+    rows = z1.size(0) if z2 is None else 2 * z1.size(0)
+    statistics_dtype = nt_xent_plain.statistics_dtype(z1.dtype)
+    dim, dtype = z1.size(1), statistics_dtype
+    if _on_triton(z1):
+        dim = nt_xent_padded_dim(dim)
+        dtype = torch.float32 if z1.dtype == torch.float32 else torch.float16
+    return z1.new_empty(rows, dim, dtype=dtype), z1.new_empty(rows, dtype=statistics_dtype)
+
+
+def _fake_nt_xent_rows(u_all, temperature, row_offset, rows, statistics):
+    dtype = nt_xent_plain.statistics_dtype(u_all.dtype)
+    loss = u_all.new_empty(rows, dtype=dtype)
+    # Double precision costs the CPU nothing here and keeps exp(s - lse) exact.
+    lse = u_all.new_empty(rows, dtype=dtype if _on_triton(u_all) else torch.float64)
+    return loss, lse, u_all.new_empty(rows if statistics else 0, 4, dtype=dtype)
+
+
+def _fake_nt_xent(z1, z2, temperature, statistics):
+    u, inv_norm = _fake_nt_xent_normalize(z1, z2, temperature)
+    return *_fake_nt_xent_rows(u, temperature, 0, u.size(0), statistics), u, inv_norm
+
+
+def _fake_nt_xent_backward(
+    grad_all, u_all, lse_all, loss, inv_norm, z1, z2, temperature, row_offset
+):
+    return z1.new_empty(inv_norm.size(0), z1.size(1)), torch.empty_like(temperature)
+
+
+def nt_xent_padded_dim(dim: int) -> int:
+    """Columns of the normalised embeddings on CUDA: what 16-byte copies and whole tiles need."""
+    if dim > 64:
+        return (dim + 63) // 64 * 64
+    return next(padded for padded in (16, 32, 64) if dim <= padded)
+
+
+def _nt_xent_setup(ctx, inputs, output):
+    z1, z2, temperature, _ = inputs
+    loss, lse, stats, u, inv_norm = output
+    ctx.mark_non_differentiable(lse, stats, u, inv_norm)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(u, lse, loss, inv_norm, z1, z2, temperature)
+
+
+def _nt_xent_autograd(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return None, None, None, None
+    grad_z, grad_temperature = nt_xent_backward(grad_loss, *ctx.saved_tensors, 0)
+    grads = (grad_z, None) if ctx.saved_tensors[5] is None else grad_z.chunk(2)
+    return *grads, grad_temperature, None
+
+
+def _no_double_backward(ctx, *_):
+    raise NotImplementedError(
+        "the NT-Xent loss has no double backward (create_graph=True); "
+        "simclr_fast.reference.nt_xent is plain torch and has one"
+    )
+
+
+for _name, _kernel, _fake in (
+    ("nt_xent", _nt_xent, _fake_nt_xent),
+    ("nt_xent_normalize", _nt_xent_normalize, _fake_nt_xent_normalize),
+    ("nt_xent_rows", _nt_xent_rows, _fake_nt_xent_rows),
+    ("nt_xent_backward", _nt_xent_backward, _fake_nt_xent_backward),
+):
+    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"simclr_fast::{_name}", _fake, lib=_LIBRARY)
+torch.library.register_autograd(
+    "simclr_fast::nt_xent", _nt_xent_autograd, setup_context=_nt_xent_setup, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "simclr_fast::nt_xent_backward",
+    _no_double_backward,
+    setup_context=lambda ctx, inputs, output: None,
+    lib=_LIBRARY,
+)
+nt_xent = torch.ops.simclr_fast.nt_xent.default
+nt_xent_normalize = torch.ops.simclr_fast.nt_xent_normalize.default
+nt_xent_rows = torch.ops.simclr_fast.nt_xent_rows.default
+nt_xent_backward = torch.ops.simclr_fast.nt_xent_backward.default
+
+
+# LarsFlag of csrc/lars.h.
+LARS_NESTEROV, LARS_MAXIMIZE, LARS_ADAPT, LARS_CLIP = 1, 2, 4, 8
+LARS_TF_ORDER, LARS_JOINT_NORM, LARS_DECAY_WHEN_ZERO = 16, 32, 64
+
+if EXTENSION_ERROR is None:
+
+    @torch.library.register_fake("simclr_fast::lars_")
+    def _(*arguments: object) -> None:
+        return None
+
+
+@cache
+def has_lars(device_type: str) -> bool:
+    """Whether the fused LARS step runs on devices of this type."""
+    if device_type not in ("cpu", "cuda") or not has_extension():
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key("simclr_fast::lars_", device_type.upper())
+
+
+def lars_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    group_sizes: list[int],
+    flags: list[int],
+    hyper: list[float],
+    lrs: list[Tensor],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """One LARS step in place for all parameters of one device.
+
+    Group i owns the next group_sizes[i] parameters and gradients, and as many momentum buffers
+    unless its momentum is 0. hyper: lr, momentum, dampening, weight_decay, trust_coefficient, eps
+    of each group in turn. lrs: empty, or a one-element tensor per group used in place of its lr.
+    Tensors of equal shape, dtype (float16, bfloat16, float32 or float64) and device; any strides.
+    """
+    torch.ops.simclr_fast.lars_.default(
+        params, grads, momentum_buffers, group_sizes, flags, hyper, lrs, grad_scale, found_inf
+    )

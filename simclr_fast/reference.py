@@ -1,5 +1,7 @@
 """Plain torch, float64-clean definitions that every fast path is tested and benchmarked against."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
@@ -118,3 +120,85 @@ def gaussian_blur(image: Tensor, sigma: float, *, reflect: bool) -> Tensor:
     padded = pad(image[:, None], [radius] * 4, mode="reflect" if reflect else "constant")
     blurred = conv2d(conv2d(padded, kernel[None, None, None, :]), kernel[None, None, :, None])
     return blurred[:, 0]
+
+
+def nt_xent(z1: Tensor, z2: Tensor | None = None, temperature: float | Tensor = 0.5) -> Tensor:
+    """NT-Xent of each row, [2N], view 1's rows first (Chen et al. 2020, equation 1).
+
+    The positive stays outside the sum, log(1 + exp(lse(negatives) - positive)), so that neither
+    the loss nor its gradient subtracts two nearly equal numbers when views are aligned.
+
+    z1, z2: [N, D]; or z1 is [2N, D], view 1 first, and z2 is None. O(N²) memory, any autograd.
+    """
+    z = z1 if z2 is None else torch.cat((z1, z2))
+    u = torch.nn.functional.normalize(z, dim=1)
+    rows = torch.arange(len(z), device=z.device)
+    positive = rows.roll(len(z) // 2)
+    s = u @ u.T / temperature
+    pair = (rows[:, None] == rows) | (positive[:, None] == rows)
+    negatives = s.masked_fill(pair, -math.inf).logsumexp(1)
+    if len(z) == 2:
+        return 0 * s[rows, positive]
+    return torch.logaddexp(s.new_zeros(()), negatives - s[rows, positive])
+
+
+LARS_SEMANTICS = ("google", "moco", "lightly", "timm", "solo_learn", "larc")
+
+
+def lars_step(
+    p: Tensor,
+    g: Tensor,
+    v: Tensor | None,
+    semantics: str,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    trust_coefficient: float = 1e-3,
+    eps: float = 1e-8,
+    trust_clip: bool = False,
+    adapt: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """One step for one tensor, as the implementation called ``semantics`` defines it.
+
+    p, g, v: weight, gradient and momentum buffer (None before the first step), any shape; the
+    results are float64. ``adapt`` says whether the tensor is one that the implementation adapts
+    (by name, dimension or weight decay, according to it).
+
+    google: google-research/simclr, lars_optimizer.py, classic_momentum=True (no eps, no clip).
+    moco: facebookresearch/moco-v3, moco/optimizer.py. lightly: lightly.utils.lars. timm:
+    timm.optim.lars. solo_learn: solo/utils/lars.py. larc: apex.parallel.LARC around SGD.
+    """
+    p, g = p.double(), g.double()
+    w_norm, g_norm = float(p.norm()), float(g.norm())
+    if semantics in ("google", "moco"):
+        d = g + weight_decay * p
+        d_norm = float(d.norm())
+        ratio = trust_coefficient * w_norm / d_norm if adapt and w_norm > 0 and d_norm > 0 else 1.0
+        if semantics == "moco":
+            v = ratio * d if v is None else momentum * v.double() + ratio * d
+            return p - lr * v, v
+        v = torch.zeros_like(p) if v is None else v.double()
+        v = momentum * v + lr * ratio * d
+        return p - (momentum * v + lr * ratio * d if nesterov else v), v
+
+    # Not adapted: no decay in lightly and timm; solo-learn drops the decay of 1-d tensors.
+    d = g
+    if adapt and semantics == "timm":
+        ratio = 1.0
+        if w_norm > 0 and g_norm > 0:
+            ratio = trust_coefficient * w_norm / (g_norm + w_norm * weight_decay + eps)
+        if trust_clip:
+            ratio = min(ratio / lr, 1.0) if lr else 1.0
+        d = (g + weight_decay * p) * ratio
+    elif adapt and w_norm != 0 and g_norm != 0:
+        ratio = trust_coefficient * w_norm / (g_norm + w_norm * weight_decay + eps)
+        if trust_clip:
+            ratio = min(ratio / lr, 1.0) if lr else 1.0
+        d = (g + weight_decay * p) * ratio
+    if momentum == 0:
+        return p - lr * d, v
+    v = d.clone() if v is None else momentum * v.double() + (1 - dampening) * d
+    return p - lr * (d + momentum * v if nesterov else v), v

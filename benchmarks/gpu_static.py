@@ -1,0 +1,224 @@
+"""Compile the project's Triton kernels for any GPU, without one, and read the machine code."""
+
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from simclr_fast.kernels.normalize import normalize_kernel, padded_dim, row_blocks
+from simclr_fast.kernels.nt_xent import SLOT_BLOCK, WEIGHTS_BLOCK
+from simclr_fast.kernels.nt_xent_backward import (
+    finish_gradient_kernel,
+    gradient_kernel,
+    weights_kernel,
+)
+from simclr_fast.kernels.nt_xent_configs import VALUE_BLOCK, table_config
+from simclr_fast.kernels.nt_xent_forward import moments_kernel, negatives_kernel, symmetric_kernel
+from simclr_fast.kernels.nt_xent_losses import losses_kernel, statistics_kernel
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+# Bytes a program may use; each also reserves 1 KB of its multiprocessor.
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+WARP_LIMIT = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+MMA = re.compile(r"\b(HGMMA|UTC\w*MMA|HMMA|QGMMA)\b")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """An innermost loop of the machine code, and the loop around it if there is one."""
+
+    instructions: int
+    mma: int
+    exp2: int
+    outer_instructions: int
+    outer_exp2: int
+
+
+@dataclass(frozen=True)
+class Static:
+    """What the compiler made of one kernel."""
+
+    arch: int
+    warps: int
+    registers: int
+    stack: int
+    local_accesses: int
+    shared: int
+    mma: frozenset[str]
+    wide_copies: int
+    narrow_copies: int
+    wide_loads: int
+    loops: tuple[Loop, ...]
+    sass: str
+
+    @property
+    def resident(self) -> int:
+        """Programs that fit one multiprocessor at a time."""
+        allocated = -(-self.registers // 8) * 8 * 32 * self.warps
+        by_shared = (SHARED_LIMIT[self.arch] + 1024) // (self.shared + 1024)
+        return min(65536 // allocated, by_shared, WARP_LIMIT[self.arch] // self.warps)
+
+    @property
+    def main_loop(self) -> Loop:
+        """The unmasked loop: the shortest that has tensor-core instructions."""
+        return min((x for x in self.loops if x.mma), key=lambda x: x.instructions)
+
+
+def compile_kernel(kernel, signature: dict, constants: dict, arch: int, aligned=(), **options):
+    """signature: the run-time arguments' types; aligned: those that are multiples of 16."""
+    names = kernel.arg_names
+    types = {n: signature.get(n, "constexpr") for n in names}
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    values = {(names.index(n),): v for n, v in constants.items()}
+    source = ASTSource(kernel, types, values, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def inspect(compiled, arch: int) -> Static:
+    with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as file:
+        file.write(compiled.asm["cubin"])
+    try:
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        sass = _tool("nvdisasm", "-c", file.name)
+    finally:
+        os.unlink(file.name)
+    code = [line for line in sass.splitlines() if re.search(r"/\*[0-9a-f]{4,}\*/", line)]
+    return Static(
+        arch=arch,
+        warps=compiled.metadata.num_warps,
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        stack=int(re.search(r"STACK:(\d+)", usage)[1]),
+        local_accesses=sum(bool(re.search(r"\b(STL|LDL)\b", line)) for line in code),
+        shared=compiled.metadata.shared,
+        mma=frozenset(m[1] for line in code if (m := MMA.search(line))),
+        wide_copies=sum("LDGSTS" in line and ".128" in line for line in code),
+        narrow_copies=sum("LDGSTS" in line and ".128" not in line for line in code),
+        wide_loads=sum("LDG" in line and ".128" in line for line in code),
+        loops=tuple(_loops(sass)),
+        sass=sass,
+    )
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run(
+        [str(TOOLS / name), *arguments], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def _loops(sass: str) -> list[Loop]:
+    """Innermost spans between a label and a later branch back to it."""
+    position: dict[str, int] = {}
+    code: list[str] = []
+    spans: list[tuple[int, int]] = []
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_\S+):", line):
+            position[label[1]] = len(code)
+        elif re.search(r"/\*[0-9a-f]{4,}\*/", line):
+            code.append(line)
+            branch = re.search(r"\bBRA\b.*`\((\.L_\S+)\)", line)
+            if branch and branch[1] in position:
+                spans.append((position[branch[1]], len(code)))
+    spans = [(a, b) for a, b in spans if b - a > 1]
+
+    def around(span):
+        a, b = span
+        return [s for s in spans if s != span and s[0] <= a and b <= s[1]]
+
+    def exp2(span):
+        return sum("MUFU.EX2" in line for line in code[slice(*span)])
+
+    loops = []
+    for span in spans:
+        if any(span in around(other) for other in spans):
+            continue
+        outer = min(around(span), key=lambda s: s[1] - s[0], default=span)
+        mma = sum(bool(MMA.search(line)) for line in code[slice(*span)])
+        loops.append(Loop(span[1] - span[0], mma, exp2(span), outer[1] - outer[0], exp2(outer)))
+    return loops
+
+
+def argument_types(kernel, u: str, z: str) -> dict[str, str]:
+    """Types of a kernel's run-time arguments by this project's names; û of type u, z of type z."""
+    constants = {p.name for p in kernel.params if p.is_constexpr}
+    types = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            continue
+        if name == "u_ptr":
+            types[name] = f"*{u}"
+        elif name in ("z1_ptr", "z2_ptr", "grad_z_ptr"):
+            types[name] = f"*{z}"
+        else:
+            types[name] = "*fp32" if name.endswith("_ptr") else "i32"
+    return types
+
+
+def nt_xent_static(
+    kernel: str,
+    arch: int,
+    dtype: torch.dtype,
+    padded: int,
+    precision: str,
+    aligned: bool = True,
+    **overrides: int,
+) -> Static | None:
+    """One row of the launch table, compiled; None where the table has no symmetric forward.
+
+    kernel: "forward", "symmetric", "gradient" or "moments". aligned: the row counts are multiples
+    of 16, as for even batches. overrides: other compile options.
+    """
+    config = table_config(kernel, divmod(arch, 10), dtype, padded)
+    if config is None:
+        return None
+    function = {
+        "forward": negatives_kernel,
+        "symmetric": symmetric_kernel,
+        "gradient": gradient_kernel,
+        "moments": moments_kernel,
+    }[kernel]
+    options = config.options(padded, precision)
+    launch = {k: options.pop(k) for k in ("num_warps", "num_stages", "maxnreg")}
+    constants = {**options, "BLOCK_M": config.block_m}
+    if kernel == "symmetric":
+        constants["RAGGED"] = not aligned
+    else:
+        constants["BLOCK_N"] = config.block_n
+    if kernel == "gradient":
+        constants["BLOCK_V"] = config.block_d if config.block_d >= padded else VALUE_BLOCK
+    types = argument_types(function, "fp32" if dtype == torch.float32 else "fp16", "fp32")
+    multiples = [n for n in types if aligned or n.endswith("_ptr") or n == "padded"]
+    return inspect(
+        compile_kernel(function, types, constants, arch, multiples, **launch | overrides), arch
+    )
+
+
+def row_kernel_static(kernel: str, arch: int, dtype: torch.dtype, dim: int) -> Static:
+    """A row-wise kernel for z [N, dim] of a dtype, contiguous, N a multiple of 16."""
+    function = {
+        "normalize": normalize_kernel,
+        "losses": losses_kernel,
+        "statistics": statistics_kernel,
+        "weights": weights_kernel,
+        "finish_gradient": finish_gradient_kernel,
+    }[kernel]
+    z = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    types = argument_types(function, "fp32" if dtype == torch.float32 else "fp16", z)
+    block, block_d = row_blocks(padded_dim(dim))
+    blocks = {"BLOCK_P": block, "BLOCK_D": block_d, "BLOCK_R": block, "BLOCK_S": SLOT_BLOCK}
+    if kernel == "weights":
+        blocks["BLOCK_R"] = WEIGHTS_BLOCK
+    constants = {n: v for n, v in blocks.items() if n in function.arg_names}
+    # A launch turns integers that equal 1 into constants.
+    constants.update({n: 1 for n in ("stride_1d", "stride_2d") if n in types})
+    types = {n: t for n, t in types.items() if n not in constants}
+    multiples = [n for n in types if dim % 16 == 0 or n not in ("dim", "stride_1n", "stride_2n")]
+    compiled = compile_kernel(function, types, constants, arch, multiples, num_warps=4)
+    return inspect(compiled, arch)

@@ -1,0 +1,149 @@
+// What the CPU and CUDA bindings of simclr_fast::lars_ share: from argument lists to raw pointers.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "lars.h"
+
+namespace simclr {
+
+using torch::stable::Tensor;
+
+// One parameter; v is null where its group has no momentum.
+struct LarsTensor {
+  void* p;
+  const void* g;
+  void* v;
+  int64_t n;
+  LarsType type;
+  int32_t group;
+};
+
+class LarsArguments {
+ public:
+  std::vector<LarsGroup> groups;
+  std::vector<LarsTensor> tensors;  // none of them empty
+
+  // hyper holds, per group, the six doubles of LarsGroup in their order.
+  LarsArguments(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+                const std::vector<Tensor>& buffers, const std::vector<int64_t>& group_sizes,
+                const std::vector<int64_t>& flags, const std::vector<double>& hyper) {
+    STD_TORCH_CHECK(params.size() == grads.size() && group_sizes.size() == flags.size() &&
+                        hyper.size() == 6 * flags.size(),
+                    "lars_: lists of unequal length");
+    tensors.reserve(params.size());
+    size_t next = 0, next_buffer = 0;
+    for (size_t i = 0; i < flags.size(); ++i) {
+      const double* h = &hyper[6 * i];
+      groups.push_back({h[0], h[1], h[2], h[3], h[4], h[5], static_cast<int32_t>(flags[i])});
+      for (int64_t j = 0; j < group_sizes[i]; ++j, ++next) {
+        STD_TORCH_CHECK(next < params.size(), "lars_: group_sizes exceed the parameters");
+        const Tensor* v = nullptr;
+        if (h[1] != 0.0) {
+          STD_TORCH_CHECK(next_buffer < buffers.size(), "lars_: too few momentum buffers");
+          v = &buffers[next_buffer++];
+        }
+        add(params[next], grads[next], v, static_cast<int32_t>(i));
+      }
+    }
+    STD_TORCH_CHECK(next == params.size() && next_buffer == buffers.size(),
+                    "lars_: group_sizes do not cover the parameters and buffers");
+  }
+
+  // Copies back what was updated in a contiguous copy because its strides allowed nothing else.
+  void finish() {
+    for (auto& [original, copy] : copies_) torch::stable::copy_(original, copy);
+  }
+
+ private:
+  std::vector<std::pair<Tensor, Tensor>> copies_;
+  std::vector<Tensor> kept_;
+
+  static LarsType type_of(const Tensor& t) {
+    switch (t.scalar_type()) {
+      case torch::headeronly::ScalarType::Float: return LarsType::f32;
+      case torch::headeronly::ScalarType::Double: return LarsType::f64;
+      case torch::headeronly::ScalarType::Half: return LarsType::f16;
+      case torch::headeronly::ScalarType::BFloat16: return LarsType::bf16;
+      default:
+        STD_TORCH_CHECK(false, "the fused LARS takes float16, bfloat16, float32 and float64 "
+                               "parameters; fused=False takes others");
+        return LarsType::f32;
+    }
+  }
+
+  static bool same_strides(const Tensor& a, const Tensor& b) {
+    const auto sizes = a.sizes(), x = a.strides(), y = b.strides();
+    for (size_t i = 0; i < sizes.size(); ++i)
+      if (sizes[i] > 1 && x[i] != y[i]) return false;
+    return true;
+  }
+
+  // Whether the elements fill one block of memory, in whatever order of dimensions.
+  static bool is_dense(const Tensor& t) {
+    const auto sizes = t.sizes(), strides = t.strides();
+    std::vector<std::pair<int64_t, int64_t>> order;
+    for (size_t i = 0; i < sizes.size(); ++i)
+      if (sizes[i] > 1) order.emplace_back(strides[i], sizes[i]);
+    std::sort(order.begin(), order.end());
+    int64_t expected = 1;
+    for (const auto& [stride, size] : order) {
+      if (stride != expected) return false;
+      expected *= size;
+    }
+    return true;
+  }
+
+  static bool same_sizes(const Tensor& a, const Tensor& b) {
+    const auto x = a.sizes(), y = b.sizes();
+    return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
+  }
+
+  void* writable(const Tensor& t) {
+    if (t.is_contiguous()) return t.data_ptr();
+    copies_.emplace_back(t, torch::stable::contiguous(t));
+    return copies_.back().second.data_ptr();
+  }
+
+  const void* readable(const Tensor& t) {
+    if (t.is_contiguous()) return t.data_ptr();
+    kept_.push_back(torch::stable::contiguous(t));
+    return kept_.back().data_ptr();
+  }
+
+  void add(const Tensor& p, const Tensor& g, const Tensor* v, int32_t group) {
+    STD_TORCH_CHECK(g.layout() == torch::headeronly::Layout::Strided,
+                    "LARS needs strided gradients, got a sparse one");
+    STD_TORCH_CHECK(same_sizes(p, g) && (!v || same_sizes(p, *v)),
+                    "lars_: a gradient or momentum buffer differs in shape from its parameter");
+    const LarsType type = type_of(p);
+    STD_TORCH_CHECK(g.scalar_type() == p.scalar_type() &&
+                        (!v || v->scalar_type() == p.scalar_type()),
+                    "the fused LARS takes gradients and momentum buffers of their parameter's "
+                    "dtype; fused=False takes others");
+    STD_TORCH_CHECK(g.is_cpu() == p.is_cpu() && g.get_device_index() == p.get_device_index() &&
+                        (!v || (v->is_cpu() == p.is_cpu() &&
+                                v->get_device_index() == p.get_device_index())),
+                    "lars_: a gradient or momentum buffer is on another device than its parameter");
+    const int64_t n = p.numel();
+    if (n == 0) return;
+    const bool contiguous = p.is_contiguous() && g.is_contiguous() && (!v || v->is_contiguous());
+    if (contiguous ||
+        (same_strides(p, g) && (!v || same_strides(p, *v)) && is_dense(p)))
+      tensors.push_back({p.data_ptr(), g.data_ptr(), v ? v->data_ptr() : nullptr, n, type, group});
+    else
+      tensors.push_back({writable(p), readable(g), v ? writable(*v) : nullptr, n, type, group});
+  }
+};
+
+}  // namespace simclr

@@ -1,0 +1,204 @@
+// Blocks of rows of NT-Xent on the CPU, and the order in which pairs of them are visited.
+//
+// In one process x is symmetric, so only tiles on and above the diagonal are computed: each gives
+// sums of its rows and of its columns, and its weights W serve both products W·u. Pairs of blocks
+// go in rounds, I + J = round modulo the number of blocks, so each block has one pair in a round. A
+// pair waits for its two blocks' pairs of the round before and for nothing else: every sum is taken
+// in one order whatever the number of threads, and a thread that is held up holds up few others.
+#pragma once
+
+#include <sched.h>
+
+#include "nt_xent.h"
+#include "nt_xent_vector.h"
+
+namespace simclr::SIMCLR_ISA {
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634074;
+constexpr double kNormEps = 1e-12;
+constexpr int64_t kLargestBlock = 192;
+constexpr int64_t kBlocksWanted = 10;
+
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class T>
+int64_t block_rows(int64_t total) {
+  return smaller(kLargestBlock, round_up(total / kBlocksWanted + 1, kPanel<T>));
+}
+
+// 2^x and the sums of it stay in range; else every row needs its own reference.
+template <class T>
+bool in_range(double temperature, int64_t total) {
+  return kLog2E / temperature * 1.001 + __builtin_log2(double(total)) + 8 <
+         double(Lanes<T>::max_exponent);
+}
+
+template <class F>
+void parallel(const Workers& workers, int64_t count, const F& f) {
+  const int64_t used = smaller(workers.count, count);
+  struct Context {
+    const F* f;
+    int64_t count, step;
+  } context{&f, count, used};
+  workers.run(
+      used,
+      [](void* c, int64_t worker) {
+        const Context& p = *static_cast<const Context*>(c);
+        for (int64_t task = worker; task < p.count; task += p.step) (*p.f)(task, worker);
+      },
+      &context);
+}
+
+template <class F>
+void parallel_rows(const Workers& workers, int64_t count, const F& f) {
+  constexpr int64_t chunk = 32;
+  parallel(workers, round_up(count, chunk) / chunk, [&](int64_t c, int64_t) {
+    for (int64_t row = c * chunk; row < smaller(count, (c + 1) * chunk); ++row) f(row);
+  });
+}
+
+template <class T>
+T* allocate(const Workspace& workspace, int64_t count) {
+  return static_cast<T*>(workspace.allocate(workspace.owner, count * int64_t(sizeof(T))));
+}
+
+template <class T>
+struct Block {
+  const T* panels;
+  int64_t first;   // index of its first row among all rows
+  int64_t count;   // rows
+  int64_t padded;  // rows with those that fill up the last panel; they are zero
+};
+
+// Rows [first, first + count) of u in panels of kPanel rows, feature-major: panel[k][r]; taken in
+// blocks of `block` rows.
+template <class T>
+struct Packed {
+  const T* panels;
+  int64_t first, count, dim, block;
+
+  int64_t blocks() const { return (count + block - 1) / block; }
+  Block<T> operator[](int64_t b) const {
+    const int64_t rows = smaller(block, count - b * block);
+    return {panels + b * block * dim, first + b * block, rows, round_up(rows, kPanel<T>)};
+  }
+};
+
+// Returns whether every value is a number.
+template <class T>
+bool pack_panel(const T* u, int64_t rows, int64_t dim, T* panel) {
+  constexpr int64_t tile = 16;
+  T poison[tile] = {};
+  for (int64_t k = 0; k < dim; k += tile)
+    for (int64_t r = 0; r < kPanel<T>; ++r) {
+      T* out = panel + k * kPanel<T> + r;
+      const int64_t features = smaller(tile, dim - k);
+      if (r < rows && features == tile) {
+        for (int64_t f = 0; f < tile; ++f) poison[f] += u[r * dim + k + f] * 0;
+        for (int64_t f = 0; f < tile; ++f) out[f * kPanel<T>] = u[r * dim + k + f];
+      } else {
+        for (int64_t f = 0; f < features; ++f) {
+          const T value = r < rows ? u[r * dim + k + f] : T(0);
+          poison[f] += value * 0;
+          out[f * kPanel<T>] = value;
+        }
+      }
+    }
+  T sum = 0;
+  for (int64_t f = 0; f < tile; ++f) sum += poison[f];
+  return sum == 0;
+}
+
+template <class T>
+Packed<T> pack(const T* u, int64_t first, int64_t count, int64_t dim, int64_t block,
+               const Workers& workers, const Workspace& workspace, bool* finite) {
+  const int64_t panels = round_up(count, kPanel<T>) / kPanel<T>;
+  T* packed = allocate<T>(workspace, panels * kPanel<T> * dim);
+  parallel(workers, panels, [&](int64_t p, int64_t) {
+    const int64_t row = p * kPanel<T>;
+    if (!pack_panel(u + (first + row) * dim, smaller(kPanel<T>, count - row), dim,
+                    packed + row * dim))
+      __atomic_store_n(finite, false, __ATOMIC_RELAXED);
+  });
+  return {packed, first, count, dim, block};
+}
+
+// The pair that has number t in the order of rounds; counts on t growing by any steps.
+struct PairOrder {
+  int64_t blocks;
+  int64_t round = 0, before = 0;  // pairs in earlier rounds
+
+  int64_t lower() const { return round / 2 + 1; }
+  int64_t pairs() const { return lower() + (round + blocks) / 2 - round; }
+  void seek(int64_t t) {
+    while (t - before >= pairs()) before += pairs(), ++round;
+  }
+  int64_t row(int64_t t) const {
+    return t - before < lower() ? t - before : round + 1 + (t - before - lower());
+  }
+  int64_t column(int64_t t) const { return (round - row(t) + blocks) % blocks; }
+};
+
+inline void wait_for(const int64_t* done, int64_t round) {
+  for (int spins = 0; __atomic_load_n(done, __ATOMIC_ACQUIRE) < round; ++spins)
+    if (spins > 1000) sched_yield();
+}
+
+// f(I, J, worker) for every pair of blocks I <= J, or, if rows and columns differ, for all of them.
+template <class T, class F>
+void for_block_pairs(const Packed<T>& rows, const Packed<T>& columns, const Workers& workers,
+                     const Workspace& workspace, const F& f) {
+  const int64_t blocks = rows.blocks();
+  if (rows.panels != columns.panels) {
+    parallel(workers, blocks, [&](int64_t I, int64_t worker) {
+      for (int64_t J = 0; J < columns.blocks(); ++J) f(I, J, worker);
+    });
+    return;
+  }
+  // done[b]: rounds that block b has behind it.
+  int64_t* done = allocate<int64_t>(workspace, blocks);
+  for (int64_t b = 0; b < blocks; ++b) done[b] = 0;
+  int64_t next = 0;
+  parallel(workers, smaller(workers.count, (blocks + 1) / 2), [&](int64_t worker, int64_t) {
+    PairOrder order{blocks};
+    for (;;) {
+      const int64_t t = __atomic_fetch_add(&next, int64_t(1), __ATOMIC_RELAXED);
+      if (t >= blocks * (blocks + 1) / 2) return;
+      order.seek(t);
+      const int64_t I = order.row(t), J = order.column(t);
+      wait_for(done + I, order.round);
+      wait_for(done + J, order.round);
+      f(I, J, worker);
+      __atomic_store_n(done + I, order.round + 1, __ATOMIC_RELEASE);
+      __atomic_store_n(done + J, order.round + 1, __ATOMIC_RELEASE);
+    }
+  });
+}
+
+// Σ term(k) in double precision, in one order for every instruction set.
+template <class F>
+double sum_of(int64_t count, const F& term) {
+  double lanes[8] = {};
+  int64_t k = 0;
+  for (; k + 8 <= count; k += 8)
+    for (int l = 0; l < 8; ++l) lanes[l] += term(k + l);
+  for (int l = 0; k + l < count; ++l) lanes[l] += term(k + l);
+  double sum = 0;
+  for (int l = 0; l < 8; ++l) sum += lanes[l];
+  return sum;
+}
+
+template <class T>
+double dot(const T* a, const T* b, int64_t dim) {
+  return sum_of(dim, [&](int64_t k) { return double(a[k]) * double(b[k]); });
+}
+
+template <class T>
+double norm(const T* z, int64_t dim) {
+  return __builtin_sqrt(dot(z, z, dim));
+}
+
+}  // namespace
+}  // namespace simclr::SIMCLR_ISA

@@ -1,0 +1,193 @@
+// NT-Xent's normalisation and forward pass on the CPU, compiled once per instruction set.
+#include "nt_xent_blocks.h"
+#include "nt_xent_tiles.h"
+
+namespace simclr::SIMCLR_ISA {
+namespace {
+
+template <class T>
+void normalize(const NtXentNormalize<T>& p) {
+  const double scale = __builtin_sqrt(kLog2E / p.temperature);
+  parallel_rows(p.workers, p.pairs, [&](int64_t pair) {
+    for (int view = 0; view < 2; ++view) {
+      const T* z = (view ? p.z2 : p.z1) + pair * p.dim;
+      const int64_t row = 2 * pair + view;
+      const double length = norm(z, p.dim);
+      const double inverse = 1 / (length > kNormEps ? length : kNormEps);
+      // 0, or NaN when the row holds NaN or infinity.
+      const double poison = length - length;
+      for (int64_t k = 0; k < p.dim; ++k)
+        p.u[row * p.dim + k] = T(double(z[k]) * (scale * inverse) + poison);
+      p.inv_norm[row] = T(inverse + poison);
+    }
+  });
+}
+
+template <class T>
+double lane_sum(Vec<T> v, int parity) {
+  double sum = 0;
+  for (int lane = parity; lane < kLanes<T>; lane += 2) sum += double(v[lane]);
+  return sum;
+}
+
+template <class T>
+double lane_max(Vec<T> v, int parity) {
+  double highest = -1e30;
+  for (int lane = parity; lane < kLanes<T>; lane += 2)
+    highest = double(v[lane]) > highest ? double(v[lane]) : highest;
+  return highest;
+}
+
+void raise(double& highest, double value) { highest = value > highest ? value : highest; }
+
+template <class T>
+void set(Vec<T>* v, int64_t count, T value) {
+  for (int64_t i = 0; i < count; ++i) v[i] = broadcast<T>(value);
+}
+
+template <class T, Pass pass>
+void collect_blocks(const Packed<T>& rows, const Packed<T>& columns, const Sums& sums,
+                    const T* references, Vec<T>* scratch, const NtXentForward<T>& p) {
+  const bool symmetric = rows.panels == columns.panels;
+  for_block_pairs(rows, columns, p.workers, p.workspace, [&](int64_t b, int64_t c, int64_t worker) {
+    const Block<T> I = rows[b], J = columns[c];
+    Vec<T>* own = scratch + worker * 3 * rows.block;
+    RowPartials<T> partials{own, own + rows.block, own + 2 * rows.block};
+    set<T>(partials.sum, I.padded, 0);
+    set<T>(partials.weighted, I.padded, 0);
+    set<T>(partials.highest, I.padded, -1e30f);
+    const int64_t row0 = I.first - rows.first, column0 = J.first - columns.first;
+    for (int64_t j = 0; j < J.padded; j += kPanel<T>) {
+      ColumnPartials<T> column;
+      set<T>(column.sum[0], 2 * kTileVecs, 0);
+      set<T>(column.weighted[0], 2 * kTileVecs, 0);
+      set<T>(column.highest[0], 2 * kTileVecs, -1e30f);
+      T column_references[2 * kPanel<T>];
+      if constexpr (pass == Pass::reference)
+        for (int64_t r = 0; r < 2 * kPanel<T>; ++r) {
+          const int64_t at = r % kPanel<T>, index = column0 + j + at;
+          column_references[r] =
+              j + at < J.count && symmetric ? references[2 * index + ((r / kPanel<T> ^ at) & 1)] : 0;
+        }
+      const References<T> reference{references ? references + 2 * row0 : nullptr,
+                                    column_references};
+      const bool diagonal = symmetric && b == c;
+      const int64_t mirrored = !symmetric ? 0 : diagonal ? j : I.padded;
+      const int64_t end = diagonal ? j + kPanel<T> : I.padded;
+      collect_panel<T, pass, true>(I, 0, mirrored, J, j, p.dim, partials, column, reference);
+      collect_panel<T, pass, false>(I, mirrored, end, J, j, p.dim, partials, column, reference);
+      if (!mirrored) continue;
+      for (int64_t lane = 0; lane < smaller(kPanel<T>, J.count - j); ++lane)
+        for (int view = 0; view < 2; ++view) {
+          const int64_t at = 2 * (column0 + j + lane) + ((view ^ lane) & 1);
+          const int64_t v = lane / kLanes<T>, l = lane % kLanes<T>;
+          if (has_sum(pass)) sums.sum[at] += double(column.sum[view][v][l]);
+          if (has_weighted(pass)) sums.weighted[at] += double(column.weighted[view][v][l]);
+          if (has_highest(pass)) raise(sums.highest[at], double(column.highest[view][v][l]));
+        }
+    }
+    for (int64_t i = 0; i < I.count; ++i)
+      for (int view = 0; view < 2; ++view) {
+        const int64_t at = 2 * (row0 + i) + ((view ^ i) & 1);
+        if (has_sum(pass)) sums.sum[at] += lane_sum<T>(partials.sum[i], view);
+        if (has_weighted(pass)) sums.weighted[at] += lane_sum<T>(partials.weighted[i], view);
+        if (has_highest(pass)) raise(sums.highest[at], lane_max<T>(partials.highest[i], view));
+      }
+  });
+}
+
+// log2 Σ, mean of x under the softmax and maximum of x for one class of columns.
+struct Negatives {
+  double log2_sum, mean, highest;
+};
+
+Negatives both(const Negatives& a, const Negatives& b) {
+  const Negatives& more = a.log2_sum > b.log2_sum ? a : b;
+  const Negatives& less = a.log2_sum > b.log2_sum ? b : a;
+  if (less.log2_sum == -__builtin_inf()) return more;
+  const double ratio = __builtin_exp2(less.log2_sum - more.log2_sum);
+  return {more.log2_sum + __builtin_log1p(ratio) * kLog2E,
+          (more.mean + ratio * less.mean) / (1 + ratio),
+          more.highest > less.highest ? more.highest : less.highest};
+}
+
+template <class T>
+void top1_and_entropy(const Negatives& negatives, double positive, T* out) {
+  const Negatives all = both(negatives, {positive, positive, positive});
+  out[0] = positive > negatives.highest ? T(1) : T(0);
+  const double entropy = (all.log2_sum - all.mean) / kLog2E;
+  out[1] = T(entropy > 0 ? entropy : 0);
+}
+
+template <class T>
+void finish_row(const NtXentForward<T>& p, const Sums& sums, const T* references, int64_t row) {
+  const T* u = p.u + (p.row_offset + row) * p.dim;
+  const double positive = dot(u, row % 2 ? u - p.dim : u + p.dim, p.dim);
+  Negatives negatives[2];
+  for (int c = 0; c < 2; ++c) {
+    const int64_t at = 2 * row + c;
+    const double sum = sums.sum[at];
+    negatives[c] = {-__builtin_inf(), 0, -__builtin_inf()};
+    if (!(sum > 0)) continue;
+    negatives[c].log2_sum = __builtin_log2(sum) + (references ? double(references[at]) : 0);
+    if (sums.weighted) negatives[c].mean = sums.weighted[at] / sum;
+    if (sums.highest) negatives[c].highest = sums.highest[at];
+  }
+  const Negatives all = both(negatives[0], negatives[1]);
+  const double difference = (all.log2_sum - positive) / kLog2E;
+  // log(1 + e^d) = log(positive + negatives) - log(positive), without its cancellation.
+  const double loss = difference > 0 ? difference + __builtin_log1p(__builtin_exp(-difference))
+                                     : __builtin_log1p(__builtin_exp(difference));
+  p.loss[row] = T(loss);
+  p.lse[row] = positive / kLog2E + loss;
+  if (!p.stats) return;
+  top1_and_entropy(negatives[1], positive, p.stats + 4 * row);
+  top1_and_entropy(all, positive, p.stats + 4 * row + 2);
+}
+
+template <class T>
+void forward(const NtXentForward<T>& p) {
+  const int64_t block = block_rows<T>(p.total);
+  bool finite = true;
+  const Packed<T> columns =
+      pack(p.u, 0, p.total, p.dim, block, p.workers, p.workspace, &finite);
+  const bool symmetric = p.rows == p.total;
+  const Packed<T> rows = symmetric ? columns
+                                   : pack(p.u, p.row_offset, p.rows, p.dim, block, p.workers,
+                                          p.workspace, &finite);
+  if (!finite) {
+    for (int64_t i = 0; i < p.rows; ++i) p.lse[i] = p.loss[i] = T(__builtin_nan(""));
+    for (int64_t i = 0; p.stats && i < 4 * p.rows; ++i) p.stats[i] = T(__builtin_nan(""));
+    return;
+  }
+  Vec<T>* scratch = allocate<Vec<T>>(p.workspace, p.workers.count * 3 * block);
+  double* values = allocate<double>(p.workspace, 6 * p.rows);
+  for (int64_t i = 0; i < 4 * p.rows; ++i) values[i] = 0;
+  for (int64_t i = 4 * p.rows; i < 6 * p.rows; ++i) values[i] = -1e30;
+  Sums sums{values, values + 2 * p.rows, values + 4 * p.rows};
+  T* references = nullptr;
+  if (in_range<T>(p.temperature, p.total)) {
+    if (p.stats) {
+      collect_blocks<T, Pass::stats>(rows, columns, sums, nullptr, scratch, p);
+    } else {
+      collect_blocks<T, Pass::sum>(rows, columns, sums, nullptr, scratch, p);
+      sums.weighted = sums.highest = nullptr;
+    }
+  } else {
+    references = allocate<T>(p.workspace, 2 * round_up(p.rows, kPanel<T>));
+    collect_blocks<T, Pass::highest>(rows, columns, sums, nullptr, scratch, p);
+    for (int64_t i = 0; i < 2 * p.rows; ++i) references[i] = T(sums.highest[i]);
+    for (int64_t i = 2 * p.rows; i < 2 * round_up(p.rows, kPanel<T>); ++i) references[i] = 0;
+    collect_blocks<T, Pass::reference>(rows, columns, sums, references, scratch, p);
+  }
+  parallel_rows(p.workers, p.rows, [&](int64_t row) { finish_row(p, sums, references, row); });
+}
+
+}  // namespace
+
+void nt_xent_normalize_f32(const NtXentNormalize<float>& p) { normalize(p); }
+void nt_xent_normalize_f64(const NtXentNormalize<double>& p) { normalize(p); }
+void nt_xent_forward_f32(const NtXentForward<float>& p) { forward(p); }
+void nt_xent_forward_f64(const NtXentForward<double>& p) { forward(p); }
+
+}  // namespace simclr::SIMCLR_ISA

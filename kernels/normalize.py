@@ -1,0 +1,110 @@
+"""L2-normalise, scale, cast, pad and interleave two views in one pass (Triton)."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# One program holds BLOCK_P · BLOCK_D elements of one view.
+BLOCK_D_LIMIT = 512
+BLOCK_ELEMENTS = 2048
+
+
+@triton.jit
+def _normalize_view(
+    z_ptr, temperature_ptr, u_ptr, inv_norm_ptr, pairs, dim, padded, stride_n, stride_d,
+    VIEW: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BP]
+    column = tl.arange(0, BLOCK_D)  # [BD]
+    inside = pair < pairs
+    z_rows = z_ptr + pair[:, None] * stride_n  # [BP, 1]
+
+    squares = tl.zeros([BLOCK_P], tl.float32)
+    for start in range(0, dim, BLOCK_D):
+        d = start + column
+        mask = inside[:, None] & (d < dim)[None, :]
+        z = tl.load(z_rows + d.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0)
+        z = z.to(tl.float32)
+        squares += tl.sum(z * z, axis=1)
+
+    # torch.nn.functional.normalize's eps; fmax would drop a NaN.
+    norm = tl.sqrt(squares)
+    inv_norm = tl.where(norm < 1e-12, 1e12, 1.0 / norm)
+    tl.store(inv_norm_ptr + pair * 2 + VIEW, inv_norm, mask=inside)
+    # An infinite norm must not become 0 · finite.
+    scale = tl.where(inv_norm == 0.0, float("nan"), inv_norm)
+    scale *= tl.sqrt(1.4426950408889634 / tl.load(temperature_ptr))
+
+    u_rows = u_ptr + (pair * 2 + VIEW)[:, None] * padded  # [BP, 1]
+    for start in range(0, padded, BLOCK_D):
+        d = start + column
+        mask = inside[:, None] & (d < dim)[None, :]
+        z = tl.load(z_rows + d.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0)
+        u = tl.where(mask, z.to(tl.float32) * scale[:, None], 0.0)
+        store_mask = inside[:, None] & (d < padded)[None, :]
+        tl.store(u_rows + d[None, :], u.to(u_ptr.dtype.element_ty), mask=store_mask)
+
+
+@triton.jit
+def normalize_kernel(
+    z1_ptr,  # [N, D], any strides
+    z2_ptr,  # [N, D], any strides
+    temperature_ptr,  # [], float32
+    u_ptr,  # [2N, D_pad], float16 or float32
+    inv_norm_ptr,  # [2N], float32
+    pairs, dim, padded, stride_1n, stride_1d, stride_2n, stride_2d,
+    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_P pairs; û = z / max(|z|, 1e-12) · sqrt(log2(e) / temperature).
+
+    Row k of view v becomes row 2k + v. Reads z twice (the second time from cache), writes û once.
+    """
+    _normalize_view(
+        z1_ptr, temperature_ptr, u_ptr, inv_norm_ptr, pairs, dim, padded, stride_1n, stride_1d,
+        0, BLOCK_P, BLOCK_D,
+    )  # fmt: skip
+    _normalize_view(
+        z2_ptr, temperature_ptr, u_ptr, inv_norm_ptr, pairs, dim, padded, stride_2n, stride_2d,
+        1, BLOCK_P, BLOCK_D,
+    )  # fmt: skip
+
+
+def padded_dim(dim: int) -> int:
+    """Columns of û: a power of two from 16 up to 64, then a multiple of 64."""
+    return max(16, triton.next_power_of_2(dim)) if dim <= 64 else -(-dim // 64) * 64
+
+
+def row_blocks(padded: int) -> tuple[int, int]:
+    """(BLOCK_P, BLOCK_D) of the row-wise kernels."""
+    block_d = min(triton.next_power_of_2(padded), BLOCK_D_LIMIT)
+    return BLOCK_ELEMENTS // block_d, block_d
+
+
+def normalize(z1: Tensor, z2: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """û and 1/max(|z|, 1e-12) of two views, rows interleaved.
+
+    Args:
+        z1, z2: [N, D] each, any strides, float16, bfloat16 or float32; or z2 None and z1 [2N, D].
+        temperature: [], float32, on the same device; never read by the host.
+
+    Returns:
+        u: [2N, padded_dim(D)], float16 (float32 for float32 z), scaled by sqrt(log2 e / τ).
+        inv_norm: [2N], float32.
+    """
+    if z2 is None:
+        z1, z2 = z1.chunk(2)
+    pairs, dim = z1.shape
+    padded = padded_dim(dim)
+    dtype = torch.float32 if z1.dtype == torch.float32 else torch.float16
+    u = torch.empty((2 * pairs, padded), dtype=dtype, device=z1.device)
+    inv_norm = torch.empty(2 * pairs, dtype=torch.float32, device=z1.device)
+    if pairs == 0:
+        return u, inv_norm
+    block_p, block_d = row_blocks(padded)
+    with torch.cuda.device_of(z1):
+        normalize_kernel[(triton.cdiv(pairs, block_p),)](
+            z1, z2, temperature, u, inv_norm, pairs, dim, padded, *z1.stride(), *z2.stride(),
+            BLOCK_P=block_p, BLOCK_D=block_d, num_warps=4,
+        )  # fmt: skip
+    return u, inv_norm

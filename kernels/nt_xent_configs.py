@@ -1,0 +1,229 @@
+"""Launch configurations of the NT-Xent tile kernels: a table per architecture, and the splits."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+# Features per program of the gradient, where one tile does not hold them all.
+VALUE_BLOCK = 128
+# Rows of partial sums that the symmetric forward may keep, as a multiple of the features.
+SYMMETRIC_SLOTS = 2
+LOSS_SPLITS = 16
+GRADIENT_SPLITS = 8
+WAVES = 4
+
+
+class Config(NamedTuple):
+    """A tile of block_m rows × block_n keys × block_d features, and how it is compiled.
+
+    block_d below the padded features: the dot runs over blocks of them.
+    """
+
+    block_m: int
+    block_n: int
+    block_d: int
+    warps: int
+    stages: int
+    # Programs per multiprocessor: it sets the registers that the compiler may use.
+    resident: int = 1
+
+    def options(self, padded: int, precision: str) -> dict[str, int | bool | str]:
+        """The tile kernels' keyword arguments."""
+        return {
+            "BLOCK_D": self.block_d,
+            "WHOLE": self.block_d >= padded,
+            "EVEN": padded % self.block_d == 0,
+            "PRECISION": precision,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            "maxnreg": min(255, 65536 // (32 * self.warps * self.resident) // 8 * 8),
+        }
+
+
+class Plan(NamedTuple):
+    config: Config
+    splits: int
+    symmetric: bool = False
+
+
+# Padded features up to 64, 128, 256, 512, and more.
+LIMITS = (64, 128, 256, 512)
+_HMMA = {
+    "forward": (
+        Config(128, 64, 64, 4, 3, 2),
+        Config(128, 64, 128, 8, 2, 2),
+        Config(64, 64, 256, 8, 2),
+        Config(128, 64, 64, 8, 3),
+        Config(128, 64, 64, 8, 3),
+    ),
+    "symmetric": (
+        Config(64, 64, 64, 4, 2, 3),
+        Config(64, 64, 128, 4, 2, 2),
+        Config(64, 64, 256, 8, 2),
+        None,
+        None,
+    ),
+    "gradient": (
+        Config(64, 64, 64, 4, 3, 3),
+        Config(64, 64, 128, 8, 2, 2),
+        Config(64, 32, 256, 8, 2),
+        Config(32, 32, 512, 8, 2),
+        Config(64, 64, 64, 8, 2),
+    ),
+    "float32 forward": (Config(64, 64, 32, 8, 2),) * 5,
+    "float32 gradient": (Config(64, 32, 32, 8, 2),) * 5,
+}
+_HOPPER = {
+    "forward": (
+        Config(128, 128, 64, 8, 3, 2),
+        Config(256, 64, 128, 8, 2, 2),
+        Config(128, 64, 256, 8, 2),
+        Config(128, 32, 512, 8, 2),
+        Config(128, 128, 64, 8, 3),
+    ),
+    "symmetric": (
+        Config(128, 128, 64, 4, 2, 2),
+        Config(128, 128, 128, 4, 2, 2),
+        Config(128, 128, 256, 8, 2),
+        None,
+        None,
+    ),
+    "gradient": (
+        Config(128, 64, 64, 8, 3, 2),
+        Config(128, 128, 128, 8, 2),
+        Config(128, 64, 256, 8, 2),
+        Config(64, 16, 512, 8, 2),
+        Config(128, 64, 64, 8, 2),
+    ),
+    "float32 forward": (Config(64, 64, 64, 4, 2, 2), *(Config(128, 64, 32, 8, 3),) * 4),
+    "float32 gradient": (Config(64, 32, 32, 8, 2),) * 5,
+}
+_BLACKWELL = {
+    "forward": (
+        Config(128, 128, 64, 8, 3),
+        Config(128, 128, 128, 8, 2),
+        Config(128, 64, 256, 8, 2),
+        Config(128, 32, 512, 8, 2),
+        Config(128, 128, 64, 8, 3),
+    ),
+    "symmetric": (
+        Config(128, 128, 64, 4, 2, 2),
+        Config(128, 128, 128, 8, 2),
+        None,
+        None,
+        None,
+    ),
+    "gradient": (
+        Config(128, 64, 64, 8, 3, 2),
+        Config(128, 64, 128, 8, 2),
+        Config(128, 64, 256, 8, 2),
+        Config(64, 32, 512, 8, 2),
+        Config(128, 64, 64, 8, 2),
+    ),
+    "float32 forward": (Config(64, 64, 32, 8, 2, 2),) * 5,
+    "float32 gradient": (Config(64, 32, 32, 8, 2, 2),) * 5,
+}
+TABLE = {
+    (8, 0): _HMMA,
+    (8, 6): _HMMA,
+    (8, 9): _HMMA,
+    (9, 0): _HOPPER,
+    (10, 0): _BLACKWELL,
+    (12, 0): _HMMA,
+}
+# Asked for rarely: one for all GPUs.
+MOMENTS = Config(64, 64, 64, 8, 2)
+MOMENTS_FLOAT32 = Config(64, 32, 32, 8, 2)
+# For a GPU that the table does not list.
+SMALLEST = Config(32, 32, 32, 4, 2)
+
+
+def table_config(
+    kernel: str, capability: tuple[int, int], dtype: torch.dtype, padded: int
+) -> Config | None:
+    """The configuration of "forward", "symmetric", "gradient" or "moments" for û of a dtype.
+
+    None: no symmetric forward here. An unlisted GPU takes the smallest configuration.
+    """
+    rows = TABLE.get(capability)
+    if rows is None:
+        return None if kernel == "symmetric" else _fit(SMALLEST, padded)
+    if kernel == "moments":
+        return _fit(MOMENTS_FLOAT32 if dtype == torch.float32 else MOMENTS, padded)
+    if dtype == torch.float32:
+        kernel = f"float32 {kernel}"
+    column = sum(padded > limit for limit in LIMITS)
+    config = rows[kernel][column] if kernel in rows else None
+    return None if config is None else _fit(config, padded)
+
+
+def _fit(config: Config, padded: int) -> Config:
+    """Fewer features than the block holds: a smaller block."""
+    return config._replace(block_d=min(config.block_d, triton.next_power_of_2(padded)))
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How tl.dot multiplies: tf32 for float32 only where the user allowed torch.matmul the same."""
+    if dtype != torch.float32:
+        return "ieee"
+    allowed = torch.backends.cuda.matmul.fp32_precision
+    if allowed == "none":
+        allowed = torch.backends.fp32_precision
+    return "tf32" if allowed == "tf32" else "tf32x3"
+
+
+def best_splits(row_tiles: int, key_tiles: int, slots: int, limit: int) -> int:
+    """The split of the keys that takes the fewest steps: waves of `slots` programs × key tiles.
+
+    Partial sums are kept for at most WAVES · slots tiles of rows, or once per row.
+    """
+
+    def steps(splits: int) -> int:
+        # Two more: a program's first loads and its results.
+        return triton.cdiv(row_tiles * splits, slots) * (triton.cdiv(key_tiles, splits) + 2)
+
+    limit = max(1, min(limit, key_tiles, WAVES * slots // row_tiles))
+    return min(range(1, limit + 1), key=steps)
+
+
+@lru_cache(maxsize=256)
+def plan(
+    kernel: str,
+    capability: tuple[int, int],
+    processors: int,
+    dtype: torch.dtype,
+    padded: int,
+    rows: int,
+    total: int,
+) -> Plan:
+    """Configuration and splits of "forward" (perhaps symmetric), "gradient" or "moments"."""
+    if kernel == "forward" and rows == total:
+        config = table_config("symmetric", capability, dtype, padded)
+        if config is not None:
+            tiles = triton.cdiv(total, config.block_m)
+            slots = processors * config.resident
+            splits = best_splits(tiles, tiles // 2 + 1, slots, LOSS_SPLITS)
+            if splits + tiles // 2 <= SYMMETRIC_SLOTS * padded:
+                return Plan(config, splits, symmetric=True)
+    config = table_config(kernel, capability, dtype, padded)
+    splits = best_splits(
+        triton.cdiv(rows, config.block_m),
+        triton.cdiv(total, config.block_n),
+        processors * config.resident,
+        GRADIENT_SPLITS if kernel == "gradient" else LOSS_SPLITS,
+    )
+    return Plan(config, splits)
+
+
+def plan_for(kernel: str, u_all: Tensor, rows: int) -> Plan:
+    """`plan` for the GPU that holds û; the interpreter's tensors count as an unlisted one."""
+    total, padded = u_all.shape
+    capability, processors = (0, 0), 4
+    if u_all.is_cuda:
+        properties = torch.cuda.get_device_properties(u_all.device)
+        capability = (properties.major, properties.minor)
+        processors = properties.multi_processor_count
+    return plan(kernel, capability, processors, u_all.dtype, padded, rows, total)

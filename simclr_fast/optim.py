@@ -1,0 +1,366 @@
+"""LARS, its parameter groups, and the learning-rate schedule of the SimCLR paper."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.optimizer import Optimizer
+
+from . import ops
+from ._lars_foreach import Batch, foreach_step
+
+_NORM_LAYERS = (
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+)
+
+
+class LARS(Optimizer):
+    """SGD whose update of each tensor is scaled by a trust ratio (You et al. 2017,
+    https://arxiv.org/abs/1708.03888), one native call per device and step.
+
+    With weight p, gradient g, trust coefficient η, weight decay λ and momentum μ::
+
+        norm="split":  r = η‖p‖ / (‖g‖ + λ‖p‖ + eps)      norm="joint":  r = η‖p‖ / (‖g + λp‖ + eps)
+        momentum_order="torch":  v = μv + (1 - dampening)·r(g + λp);     p = p - lr·v
+        momentum_order="tf":     v = μv + (1 - dampening)·lr·r(g + λp);  p = p - v
+
+    A group with ``adapt=False`` keeps r = 1 (and its weight decay): ``lars_param_groups`` makes
+    such a group of biases and normalisation layers. Norms are float32 or wider whatever the dtype
+    of the parameters, so a half-precision norm cannot overflow into a step of zero length.
+
+    Arguments that give the semantics of other implementations:
+
+    ======================== ================ ======= ===== =============== ====================
+    implementation           momentum_order   norm    eps   when_zero       else
+    ======================== ================ ======= ===== =============== ====================
+    google-research/simclr   "tf"             "joint" 0     either          the paper's; optax's
+    moco-v3, VISSL           "torch"          "joint" 0     either          adapt=False if 1-d
+    lightly                  "torch"          "split" 1e-8  "skip"          adapt=False if λ = 0
+    solo-learn               "torch"          "split" 1e-8  "skip"          trust_clip=clip_lr
+    timm                     "torch"          "split" 1e-8  "decay"         adapt=False if λ = 0
+    apex LARC over SGD       "torch"          "split" 1e-8  "skip"          η = 0.02, trust_clip
+    ======================== ================ ======= ===== =============== ====================
+
+    Args:
+        params: parameters or groups. Any strided float16, bfloat16, float32 or float64 tensors, on
+            any mixture of devices; complex and sparse ones raise ValueError.
+        lr: learning rate, a float ≥ 0 or a one-element tensor (read on the device, never copied
+            to the host).
+        momentum, dampening, weight_decay, nesterov, maximize: as in ``torch.optim.SGD``.
+        trust_coefficient: η.
+        eps: added to the denominator of the trust ratio.
+        trust_clip: r = min(r / lr, 1), the clipping of LARC.
+        momentum_order: whether the learning rate is applied after ("torch") or inside ("tf") the
+            momentum buffer. They differ while the learning rate changes.
+        norm: whether weight decay enters the norm of the gradient before or after it is taken.
+        when_zero: what norm="split" does with a tensor whose weight or gradient norm is zero, r
+            being 1: "skip" leaves out its weight decay and clipping, "decay" keeps both.
+        foreach: True: plain torch's multi-tensor operations; False: one tensor at a time.
+        fused: True: the native kernels, an error where there are none; False: plain torch;
+            None: native where there is a kernel.
+        capturable: keeps each lr in a float64 tensor on its group's device, so that schedulers
+            reach a captured CUDA graph.
+
+    The state of a parameter is ``momentum_buffer``, exchangeable with ``torch.optim.SGD`` (and,
+    for momentum_order="torch", the optimizers of the table). A ``GradScaler`` hands its scale and
+    overflow flag to ``step``, which reads them on the device; gradients stay scaled.
+
+    Raises:
+        ValueError: for a hyperparameter outside its range, with its name and value.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float | Tensor,
+        *,
+        momentum: float = 0.9,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        trust_coefficient: float = 1e-3,
+        eps: float = 1e-8,
+        trust_clip: bool = False,
+        momentum_order: str = "torch",
+        norm: str = "split",
+        when_zero: str = "skip",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+    ):
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "trust_coefficient": trust_coefficient,
+            "eps": eps,
+            "trust_clip": trust_clip,
+            "momentum_order": momentum_order,
+            "norm": norm,
+            "when_zero": when_zero,
+            "adapt": True,
+            "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
+            "capturable": capturable,
+        }
+        _check_group(defaults)
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; keys that it leaves out take the values given to the constructor."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_group(group)
+            _check_params(group["params"])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        if group["capturable"] and group["params"]:
+            lr = torch.as_tensor(group["lr"], dtype=torch.float64, device=group["params"][0].device)
+            group["lr"] = lr.clone()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates every parameter that has a gradient; returns what ``closure`` returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grad_scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
+        native: dict[torch.device, list[Batch]] = {}
+        for batch in self._batches(found_inf):
+            device = batch.params[0].device
+            if _use_native(batch.group, device):
+                native.setdefault(device, []).append(batch)
+            elif batch.group["foreach"] is False:
+                for i, p in enumerate(batch.params):
+                    one = batch._replace(
+                        params=[p], grads=[batch.grads[i]], buffers=batch.buffers[i : i + 1]
+                    )
+                    foreach_step(one, grad_scale, found_inf)
+            else:
+                foreach_step(batch, grad_scale, found_inf)
+        for device, batches in native.items():
+            _native_step(device, batches, grad_scale, found_inf)
+        return loss
+
+    def _adapts(self, group: dict[str, Any]) -> bool:
+        return group["adapt"]
+
+    def _batches(self, found_inf: Tensor | None) -> list[Batch]:
+        batches = []
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for device in dict.fromkeys(p.device for p in params):
+                mine = [p for p in params if p.device == device]
+                batches += self._device_batches(mine, group, found_inf)
+        return batches
+
+    def _device_batches(
+        self, params: list[Tensor], group: dict[str, Any], found_inf: Tensor | None
+    ) -> list[Batch]:
+        adapt = self._adapts(group)
+        if group["momentum"] == 0:
+            return [Batch(params, _grads(params), [], group, 0.0, adapt)]
+        fresh = [p for p in params if self.state[p].get("momentum_buffer") is None]
+        dampening = group["dampening"]
+        # The first step is undampened, so a skipped one must not count: the one flag read here.
+        if fresh and dampening != 0 and found_inf is not None and bool(found_inf):
+            return []
+        for p in fresh:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(
+                p, memory_format=torch.preserve_format
+            )
+        parts = [(params, dampening)]
+        if fresh and dampening != 0:
+            seen = set(fresh)
+            parts = [(fresh, 0.0), ([p for p in params if p not in seen], dampening)]
+        return [
+            Batch(
+                part,
+                _grads(part),
+                [self.state[p]["momentum_buffer"] for p in part],
+                group,
+                damp,
+                adapt,
+            )
+            for part, damp in parts
+            if part
+        ]
+
+
+def lars_param_groups(model: nn.Module, weight_decay: float = 1e-6) -> list[dict[str, Any]]:
+    """Two groups: weights, decayed and adapted; biases and the parameters of normalisation layers
+    (and all others of at most one dimension), neither decayed nor adapted, as in the SimCLR paper
+    (https://arxiv.org/abs/2002.05709, section B). Parameters that need no gradient are left out.
+    """
+    norm_params = {
+        p
+        for module in model.modules()
+        if isinstance(module, _NORM_LAYERS)
+        for p in module.parameters(recurse=False)
+    }
+    weights: list[Tensor] = []
+    rest: list[Tensor] = []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        excluded = p.ndim <= 1 or name.split(".")[-1] == "bias" or p in norm_params
+        (rest if excluded else weights).append(p)
+    return [
+        {"params": weights, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": 0.0, "adapt": False},
+    ]
+
+
+def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
+    """The paper's schedule, per step: step t uses lr·t/warmup_steps while t < warmup_steps, then
+    lr·(1 + cos(π(t - warmup_steps)/(total_steps - warmup_steps)))/2, and 0 from total_steps on.
+
+    The first step of a warm-up has the learning rate 0. Call ``step()`` on the returned scheduler
+    after each ``optimizer.step()``.
+    """
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(
+            "0 <= warmup_steps < total_steps is needed, got "
+            f"warmup_steps={warmup_steps}, total_steps={total_steps}"
+        )
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return step / warmup_steps
+        progress = min((step - warmup_steps) / (total_steps - warmup_steps), 1.0)
+        return (1.0 + math.cos(math.pi * progress)) / 2.0
+
+    return LambdaLR(optimizer, factor)
+
+
+def scaled_lr(batch_size: int, rule: str = "linear") -> float:
+    """The paper's learning rate for a batch of ``batch_size`` images over all devices:
+    0.3·batch_size/256 ("linear") or 0.075·√batch_size ("sqrt", better below 4096 images and for
+    short runs; table B.1)."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if rule == "linear":
+        return 0.3 * batch_size / 256
+    if rule == "sqrt":
+        return 0.075 * math.sqrt(batch_size)
+    raise ValueError(f"rule must be 'linear' or 'sqrt', got {rule!r}")
+
+
+def _grads(params: list[Tensor]) -> list[Tensor]:
+    return [p.grad for p in params if p.grad is not None]
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or lr.is_complex():
+            raise ValueError(f"lr must be a float or a one-element real tensor, got {lr}")
+    elif not lr >= 0:
+        raise ValueError(f"lr must be at least 0, got {lr}")
+    for name in ("momentum", "weight_decay", "trust_coefficient", "eps"):
+        if not 0 <= group[name] < math.inf:
+            raise ValueError(f"{name} must be finite and at least 0, got {group[name]}")
+    if not math.isfinite(group["dampening"]):
+        raise ValueError(f"dampening must be finite, got {group['dampening']}")
+    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError(
+            "nesterov=True needs momentum > 0 and dampening = 0, got "
+            f"momentum={group['momentum']}, dampening={group['dampening']}"
+        )
+    for name, allowed in (
+        ("momentum_order", ("torch", "tf")),
+        ("norm", ("split", "joint")),
+        ("when_zero", ("skip", "decay")),
+    ):
+        if group[name] not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {group[name]!r}")
+    if group["foreach"] and group["fused"]:
+        raise ValueError("foreach=True and fused=True exclude each other")
+
+
+def _check_params(params: list[Tensor]) -> None:
+    for p in params:
+        if p.is_complex() or not p.is_floating_point():
+            raise ValueError(f"LARS needs real floating-point parameters, got {p.dtype}")
+        if p.layout is not torch.strided:
+            raise ValueError(f"LARS needs strided parameters, got layout {p.layout}")
+
+
+def _use_native(group: dict[str, Any], device: torch.device) -> bool:
+    if group["fused"] is False or group["foreach"] is not None:
+        return False
+    available = ops.has_lars(device.type)
+    if group["fused"] and not available:
+        raise RuntimeError(
+            f"fused=True needs the native LARS kernel for {device.type!r} devices, which this "
+            "installation lacks"
+        ) from ops.EXTENSION_ERROR
+    return available
+
+
+_FLAGS = (
+    ("nesterov", True, ops.LARS_NESTEROV),
+    ("maximize", True, ops.LARS_MAXIMIZE),
+    ("trust_clip", True, ops.LARS_CLIP),
+    ("momentum_order", "tf", ops.LARS_TF_ORDER),
+    ("norm", "joint", ops.LARS_JOINT_NORM),
+    ("when_zero", "decay", ops.LARS_DECAY_WHEN_ZERO),
+)
+
+
+def _native_step(
+    device: torch.device,
+    batches: list[Batch],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    params, grads, buffers, sizes, flags, hyper, lrs = [], [], [], [], [], [], []
+    for batch in batches:
+        params += batch.params
+        grads += batch.grads
+        buffers += batch.buffers
+        sizes.append(len(batch.params))
+        group, lr = batch.group, batch.group["lr"]
+        bits = sum(bit for name, value, bit in _FLAGS if group[name] == value)
+        flags.append(bits | (ops.LARS_ADAPT if batch.adapt else 0))
+        lrs.append(lr)
+        hyper += [
+            0.0 if isinstance(lr, Tensor) else lr,
+            group["momentum"],
+            batch.dampening,
+            group["weight_decay"],
+            group["trust_coefficient"],
+            group["eps"],
+        ]
+    if any(isinstance(lr, Tensor) for lr in lrs):
+        lrs = [torch.as_tensor(lr, dtype=torch.float64, device=device).reshape(()) for lr in lrs]
+    else:
+        lrs = []
+    if grad_scale is not None:
+        grad_scale = grad_scale.to(device, non_blocking=True)
+    if found_inf is not None:
+        found_inf = found_inf.to(device, non_blocking=True)
+    ops.lars_(params, grads, buffers, sizes, flags, hyper, lrs, grad_scale, found_inf)
+    torch.autograd.graph.increment_version([*params, *buffers])

@@ -1,0 +1,409 @@
+"""NT-Xent's Triton kernels in the interpreter; run by test_nt_xent_triton.py in its own process."""
+
+import math
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from kernel_memory import MemoryFault, checked_memory
+
+from simclr_fast.kernels import normalize as normalize_module
+from simclr_fast.kernels import (
+    nt_xent,
+    nt_xent_backward,
+    nt_xent_configs,
+    nt_xent_forward,
+    nt_xent_losses,
+)
+from simclr_fast.kernels.nt_xent_configs import Config, Plan
+
+torch.set_num_threads(1)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def poison_empty(monkeypatch):
+    """A buffer that a kernel fails to fill shows up as NaN."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def use_plan(monkeypatch, **changes):
+    """Force parts of the launch plan of all tile kernels."""
+
+    def forced(kernel, u_all, rows):
+        made = nt_xent_configs.plan_for(kernel, u_all, rows)
+        config = {k: v for k, v in changes.items() if k in Config._fields}
+        other = {k: v for k, v in changes.items() if k in Plan._fields}
+        return made._replace(config=made.config._replace(**config), **other)
+
+    monkeypatch.setattr(nt_xent, "plan_for", forced)
+
+
+def make_views(pairs, dim, dtype=torch.float32, noise=0.5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    z1 = torch.randn(pairs, dim, generator=generator)
+    z2 = z1 + noise * torch.randn(pairs, dim, generator=generator)
+    return z1.to(dtype), z2.to(dtype)
+
+
+def interleave(a, b):
+    return torch.stack((a, b), 1).flatten(0, 1)
+
+
+def reference(z1, z2, temperature, grad):
+    """float64 by autograd, the positive outside the sum; rows interleaved, grad_z view-major."""
+    z1, z2 = (z.detach().double().requires_grad_() for z in (z1, z2))
+    tau = torch.tensor(temperature, dtype=torch.float64, requires_grad=True)
+    u = torch.nn.functional.normalize(interleave(z1, z2), dim=1)
+    s = u @ u.T / tau
+    i = torch.arange(len(u))
+    positive = s[i, i ^ 1]
+    same_pair = (i[:, None] >> 1) == (i[None, :] >> 1)
+    negatives = s.masked_fill(same_pair, -math.inf)
+    loss = 0 * positive
+    if len(u) > 2:
+        loss = torch.logaddexp(loss, negatives.logsumexp(1) - positive)
+    (loss * grad.double()).sum().backward()
+    other = negatives.masked_fill(((i[:, None] ^ i[None, :]) & 1) == 0, -math.inf)
+    columns = []
+    for logits in (other, negatives):
+        log_p = torch.cat((positive[:, None], logits), 1).log_softmax(1)
+        entropy = -torch.where(log_p == -math.inf, 0, log_p.exp() * log_p).sum(1)
+        columns += [(positive > logits.amax(1)).double(), entropy]
+    grad_z = torch.cat((z1.grad, z2.grad))
+    stats = torch.stack(columns, 1).detach()
+    return loss.detach(), (positive + loss).detach(), stats, grad_z, tau.grad
+
+
+def relative(value, expected):
+    return float((value.double() - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def run(z1, z2, temperature, grad, statistics=False):
+    tau = torch.tensor(temperature)
+    u, inv_norm = nt_xent.normalize(z1, z2, tau)
+    loss, lse, stats = nt_xent.forward(u, tau, 0, len(u), statistics)
+    grad_z, grad_tau = nt_xent.backward(grad, u, lse, loss, inv_norm, z1, z2, tau, 0)
+    return loss, lse, stats, grad_z, grad_tau
+
+
+def textbook_error(z1, z2, temperature, grad, expected):
+    """What plain torch in the same dtype gets wrong in the gradient."""
+    z1, z2 = z1.detach().clone().requires_grad_(), z2.detach().clone().requires_grad_()
+    u = torch.nn.functional.normalize(interleave(z1, z2), dim=1)
+    s = (u @ u.T / temperature).fill_diagonal_(-math.inf)
+    i = torch.arange(len(u))
+    loss = s.logsumexp(1) - s[i, i ^ 1]
+    (loss * grad.to(loss.dtype)).sum().backward()
+    return relative(torch.cat((z1.grad, z2.grad)), expected)
+
+
+# 33 pairs: a ragged tile, 32: whole ones; 24 features: padding; 64, 192, 300: blocks of features.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("pairs", "dim", "temperature"),
+    [(33, 24, 0.1), (32, 64, 0.5), (17, 192, 0.07), (9, 300, 0.2), (2, 1, 1.0), (20, 16, 100.0)],
+)
+def test_loss_and_gradients_match_float64(pairs, dim, temperature, dtype):
+    z1, z2 = make_views(pairs, dim, dtype)
+    grad = torch.full((), 0.37).expand(2 * pairs)
+    with checked_memory() as launches:
+        loss, lse, _, grad_z, grad_tau = run(z1, z2, temperature, grad)
+    assert len(launches) == 6
+    ref_loss, ref_lse, _, ref_grad, ref_tau = reference(z1, z2, temperature, grad)
+    # û is float16 for 16-bit z: 2⁻¹¹ in x.
+    tolerance = 3e-6 if dtype == torch.float32 else 1e-3
+    assert relative(loss, ref_loss) < tolerance
+    assert relative(lse, ref_lse) < tolerance
+    assert abs(float(grad_tau) - float(ref_tau)) <= tolerance * abs(float(ref_tau)) + 1e-6
+    if dim > 1:
+        allowed = 2 * textbook_error(z1, z2, temperature, grad, ref_grad) + 1e-6
+        assert relative(grad_z, ref_grad) <= allowed
+    assert grad_z.dtype == dtype
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("temperature", [0.001, 0.0149, 0.0151])
+def test_low_temperatures_keep_a_running_maximum(temperature, symmetric, monkeypatch):
+    use_plan(monkeypatch, symmetric=symmetric, splits=3)
+    z1, z2 = make_views(50, 32, noise=2.0)
+    grad = torch.full((), 1.0).expand(100)
+    loss, lse, _, grad_z, grad_tau = run(z1, z2, temperature, grad)
+    ref_loss, ref_lse, _, ref_grad, ref_tau = reference(z1, z2, temperature, grad)
+    assert relative(loss, ref_loss) < 2e-6
+    assert relative(lse, ref_lse) < 1e-6
+    # x itself is rounded to 2⁻²⁴ · 1.44 / τ.
+    assert relative(grad_z, ref_grad) < 4e-7 / temperature
+    assert abs(float(grad_tau / ref_tau) - 1) < 4e-7 / temperature
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("pairs", [16, 48, 64, 33, 49])
+def test_symmetric_forward_equals_the_plain_one(pairs, splits, monkeypatch):
+    z1, z2 = make_views(pairs, 16)
+    tau = torch.tensor(0.2)
+    u, _ = nt_xent.normalize(z1, z2, tau)
+    plain = nt_xent.forward(u, tau, 0, len(u), False)[:2]
+    use_plan(monkeypatch, symmetric=True, splits=splits)
+    with checked_memory() as launches:
+        symmetric = nt_xent.forward(u, tau, 0, len(u), False)[:2]
+    assert "symmetric_kernel" in launches
+    for a, b in zip(plain, symmetric, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("blocks", [(32, 64), (64, 32), (64, 16), (16, 64)], ids=str)
+@pytest.mark.parametrize("splits", [1, 3, 5])
+def test_every_split_and_tile_shape(blocks, splits, monkeypatch):
+    use_plan(monkeypatch, block_m=blocks[0], block_n=blocks[1], splits=splits)
+    z1, z2 = make_views(75, 16)
+    grad = torch.randn(150, generator=torch.Generator().manual_seed(1))
+    loss, _, _, grad_z, grad_tau = run(z1, z2, 0.1, grad)
+    ref_loss, _, _, ref_grad, ref_tau = reference(z1, z2, 0.1, grad)
+    assert relative(loss, ref_loss) < 2e-6
+    assert relative(grad_z, ref_grad) < 2e-6
+    assert relative(grad_tau, ref_tau) < 1e-5
+
+
+@pytest.mark.parametrize("temperature", [0.005, 0.1, 2.0])
+@pytest.mark.parametrize(("pairs", "splits"), [(37, 1), (64, 3), (2, 1), (1, 1)])
+def test_statistics(pairs, splits, temperature, monkeypatch):
+    use_plan(monkeypatch, splits=splits)
+    z1, z2 = make_views(pairs, 12, noise=1.0)
+    grad = torch.ones(2 * pairs)
+    loss, lse, stats, _, _ = run(z1, z2, temperature, grad, statistics=True)
+    ref_loss, ref_lse, ref_stats, _, _ = reference(z1, z2, temperature, grad)
+    torch.testing.assert_close(stats.double(), ref_stats, rtol=1e-4, atol=5e-6 + 1e-7 / temperature)
+    torch.testing.assert_close(loss.double(), ref_loss, rtol=1e-4, atol=1e-6)
+    assert relative(lse, ref_lse) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_per_row_gradients_of_any_scale(dtype):
+    z1, z2 = make_views(20, 16, dtype)
+    generator = torch.Generator().manual_seed(2)
+    for scale in (1e-20, 1.0, 1e6):
+        grad = scale * torch.randn(40, generator=generator)
+        grad_z, grad_tau = run(z1.float(), z2.float(), 0.3, grad)[3:]
+        ref_grad, ref_tau = reference(z1, z2, 0.3, grad)[3:]
+        assert relative(grad_z, ref_grad) < 2e-6
+        assert relative(grad_tau, ref_tau) < 2e-5
+    assert not run(z1, z2, 0.3, torch.zeros(40))[3].any()
+
+
+@pytest.mark.parametrize("statistics", [False, True])
+def test_ranks_with_uneven_rows_equal_one_process(statistics):
+    z1, z2 = make_views(61, 24)
+    tau = torch.tensor(0.15)
+    grad = torch.randn(122, generator=torch.Generator().manual_seed(3))
+    parts = [(0, 20), (20, 21), (21, 61)]
+    local = [nt_xent.normalize(z1[a:b], z2[a:b], tau) for a, b in parts]
+    u_all = torch.cat([u for u, _ in local])
+    rows = [nt_xent.forward(u_all, tau, 2 * a, 2 * (b - a), statistics) for a, b in parts]
+    lse_all = torch.cat([lse for _, lse, _ in rows])
+    ref_loss, ref_lse, ref_stats, ref_grad, ref_tau = reference(z1, z2, 0.15, grad)
+    assert relative(torch.cat([r[0] for r in rows]), ref_loss) < 2e-6
+    assert relative(lse_all, ref_lse) < 1e-6
+    if statistics:
+        stats = torch.cat([r[2] for r in rows])
+        torch.testing.assert_close(stats.double(), ref_stats, rtol=1e-5, atol=5e-6)
+    total_tau, ref_views = 0.0, ref_grad.chunk(2)
+    for (a, b), (_, inv_norm), (loss, _, _) in zip(parts, local, rows, strict=True):
+        grad_z, grad_tau = nt_xent.backward(
+            grad, u_all, lse_all, loss, inv_norm, z1[a:b], z2[a:b], tau, 2 * a
+        )
+        expected = torch.cat([view[a:b] for view in ref_views])
+        assert relative(grad_z, expected) < 2e-6
+        total_tau += float(grad_tau)
+    assert abs(total_tau / float(ref_tau) - 1) < 2e-5
+
+
+def test_aligned_views_keep_a_precise_gradient():
+    z1, z2 = make_views(32, 32, noise=1e-3)
+    grad = torch.ones(64)
+    loss, _, _, grad_z, _ = run(z1, z2, 0.05, grad)
+    ref_loss, _, _, ref_grad, _ = reference(z1, z2, 0.05, grad)
+    assert relative(loss, ref_loss) < 5e-6
+    assert relative(grad_z, ref_grad) < 5e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["joined", "transposed", "strided", "expanded"])
+def test_normalize_layouts(layout, dtype):
+    generator = torch.Generator().manual_seed(4)
+    z = torch.randn(14, 24, generator=generator).to(dtype)
+    z1, z2 = z.chunk(2)
+    if layout == "transposed":
+        z1, z2 = (v.T.contiguous().T for v in (z1, z2))
+    elif layout == "strided":
+        z1, z2 = z.repeat(1, 2)[::2, ::2], z.repeat_interleave(2, 1)[1::2, ::2]
+    elif layout == "expanded":
+        z2 = z[:1].expand(7, 24)
+    with checked_memory():
+        arguments = (z, None) if layout == "joined" else (z1, z2)
+        u, inv_norm = nt_xent.normalize(*arguments, torch.tensor(0.25))
+    both = interleave(z1.double(), z2.double())
+    expected = torch.nn.functional.normalize(both, dim=1) * math.sqrt(math.log2(math.e) / 0.25)
+    assert u.shape == (14, 32)
+    assert not u[:, 24:].any()
+    assert u.dtype == (torch.float32 if dtype == torch.float32 else torch.float16)
+    assert relative(u[:, :24], expected) < (2e-7 if dtype == torch.float32 else 4e-4)
+    assert relative(inv_norm, 1 / both.norm(dim=1)) < 2e-7
+    grad = torch.ones(14)
+    *_, grad_z, _ = run(*arguments, 0.25, grad)
+    ref_grad = reference(z1, z2, 0.25, grad)[3]
+    assert relative(grad_z, ref_grad) < {torch.float32: 1e-6, torch.float16: 1e-3}.get(dtype, 6e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zero_rows_behave_as_normalize(dtype):
+    z1, z2 = make_views(6, 8, dtype)
+    z1[2] = 0
+    z2[4] = 0
+    grad = torch.full((), 1.0).expand(12)
+    loss, _, _, grad_z, _ = run(z1, z2, 0.5, grad)
+    ref_loss, _, _, ref_grad, _ = reference(z1, z2, 0.5, grad)
+    assert relative(loss, ref_loss) < (1e-6 if dtype == torch.float32 else 1e-3)
+    zero = torch.zeros(12, dtype=torch.bool)
+    zero[[2, 10]] = True
+    tolerance = {torch.float32: 1e-6, torch.float16: 2e-3}.get(dtype, 8e-3)
+    assert relative(grad_z[~zero], ref_grad[~zero]) < tolerance
+    if dtype != torch.float16:
+        # About 1e12, as autograd of torch.nn.functional.normalize gives: beyond float16.
+        assert relative(grad_z[zero], ref_grad[zero]) < max(tolerance, 2e-3)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("statistics", [False, True])
+def test_nan_and_inf_give_nan(bad, statistics):
+    z1, z2 = make_views(9, 8)
+    z2[3, 5] = bad
+    loss, _, _, grad_z, grad_tau = run(z1, z2, 0.5, torch.ones(18), statistics)
+    assert loss.isnan().all()
+    assert grad_z.isnan().all()
+    assert grad_tau.isnan()
+
+
+def test_results_repeat_bit_for_bit():
+    z1, z2 = make_views(45, 20)
+    grad = torch.full((), 1.0).expand(90)
+    first, second = (run(z1, z2, 0.1, grad) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_one_pair_has_no_negatives():
+    z1, z2 = make_views(1, 5)
+    loss, _, _, grad_z, grad_tau = run(z1, z2, 0.5, torch.ones(2))
+    assert not loss.any()
+    assert not grad_z.any()
+    assert grad_tau == 0
+
+
+def test_no_pairs_launch_nothing():
+    z = torch.empty(0, 8)
+    tau = torch.tensor(0.5)
+    with checked_memory() as launches:
+        u, inv_norm = nt_xent.normalize(z, z, tau)
+        loss, lse, stats = nt_xent.forward(u, tau, 0, 0, True)
+        grad_z, _ = nt_xent.backward(loss, u, lse, loss, inv_norm, z, z, tau, 0)
+    assert launches == []
+    assert u.shape == (0, 16)
+    assert stats.shape == (0, 4)
+    assert grad_z.shape == (0, 8)
+
+
+@triton.jit
+def _last_tile(row, row_end, total, split, splits, BLOCK_N: tl.constexpr):
+    tiles = total // BLOCK_N
+    return tiles - 1, tiles, tiles - 1, tiles - 1, tiles
+
+
+def test_offsets_beyond_32_bits(monkeypatch):
+    """Rows further than 2³¹ elements into û and z; only addresses are computed."""
+    monkeypatch.undo()
+    rows, padded = 64, 64
+    total = (1 << 31) // padded + 256
+    first = total - rows
+    u_all = torch.empty(total, padded, dtype=torch.float16)
+    per_row, out = torch.empty(total), torch.empty(4, rows)
+    partial = torch.empty(1, rows, padded)
+    tau = torch.tensor(0.5)
+    options = Config(64, 64, 64, 4, 2).options(padded, "ieee")
+    monkeypatch.setattr(nt_xent_forward, "share", _last_tile)
+    monkeypatch.setattr(nt_xent_backward, "share", _last_tile)
+    wide = torch.empty((1 << 31) + 16, dtype=torch.float16).as_strided((3, 16), (1 << 30, 1))
+    with checked_memory(dry=True) as launches:
+        nt_xent_forward.negatives_kernel[(1, 1)](
+            u_all, tau, out[0], out[1], first, rows, total, padded, 64, 64, **options
+        )
+        nt_xent_backward.gradient_kernel[(1, 1, 1)](
+            u_all, tau, per_row, per_row, partial, first, rows, total, padded, 64, 64,
+            BLOCK_V=64, **options,
+        )  # fmt: skip
+        nt_xent_losses.losses_kernel[(1,)](
+            u_all, tau, out[0], out[1], out[2], out[3], first, rows, padded,
+            1, 1, BLOCK_R=64, BLOCK_D=64, BLOCK_S=2,
+        )  # fmt: skip
+        nt_xent.normalize(wide, wide, tau)
+    assert len(launches) == 4
+
+
+@triton.jit
+def _faulty_kernel(x_ptr, out_ptr, n, FAULT: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    bound = n + 1 if FAULT == "load" else n
+    x = tl.load(x_ptr + i, mask=i < bound, other=0.0)
+    if FAULT == "lanes":
+        i = i // 2
+    if FAULT == "programs":
+        i = tl.arange(0, BLOCK)
+    if FAULT == "store":
+        i += 1
+    if FAULT == "race":
+        x += tl.load(out_ptr + (i + BLOCK) % n, mask=i < n, other=0.0)
+    tl.store(out_ptr + i, x, mask=(i < n) | (FAULT == "store"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("load", "load of 1 elements out of bounds"),
+        ("store", "out of bounds"),
+        ("lanes", "written twice"),
+        ("programs", "written twice"),
+        ("race", "both read and written"),
+    ],
+)
+def test_the_checker_finds_planted_faults(fault, message):
+    x, out = torch.ones(30), torch.zeros(30)
+    with (
+        pytest.raises((MemoryFault, triton.runtime.errors.InterpreterError), match=message),
+        checked_memory(),
+    ):
+        _faulty_kernel[(4,)](x, out, 30, FAULT=fault, BLOCK=8)
+
+
+def test_the_checker_passes_a_sound_kernel():
+    x, out = torch.ones(30), torch.zeros(30)
+    with checked_memory():
+        _faulty_kernel[(4,)](x, out, 30, FAULT="", BLOCK=8)
+    assert torch.equal(out, x)
+
+
+def test_the_checker_finds_an_undersized_buffer(monkeypatch):
+    # T = 4 tiles of 32 rows: three slots.
+    use_plan(monkeypatch, symmetric=True, splits=1)
+    floats = nt_xent._floats
+    monkeypatch.setattr(nt_xent, "_floats", lambda device, n, *s: floats(device, n - (n == 3), *s))
+    z1, z2 = make_views(64, 16)
+    tau = torch.tensor(0.2)
+    u, _ = normalize_module.normalize(z1, z2, tau)
+    with pytest.raises((MemoryFault, triton.runtime.errors.InterpreterError)), checked_memory():
+        nt_xent.forward(u, tau, 0, len(u), False)

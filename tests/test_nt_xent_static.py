@@ -1,0 +1,245 @@
+"""The NT-Xent kernels compiled ahead of time for every GPU of the launch table: no GPU is needed.
+
+A spill, a lost tensor-core instruction or a narrow copy is invisible in the numbers and costs
+several times the speed. The full table runs with `pytest -m gpu_static`.
+"""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from benchmarks.gpu_static import (
+    ARCHITECTURES,
+    SHARED_LIMIT,
+    inspect,
+    nt_xent_static,
+    row_kernel_static,
+)
+from simclr_fast.kernels import nt_xent
+from simclr_fast.kernels.nt_xent_configs import (
+    SMALLEST,
+    SYMMETRIC_SLOTS,
+    TABLE,
+    WAVES,
+    best_splits,
+    dot_precision,
+    plan,
+    table_config,
+)
+
+TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+HALF, SINGLE = torch.float16, torch.float32
+
+
+class Case(NamedTuple):
+    kernel: str
+    arch: int
+    dtype: torch.dtype
+    padded: int
+    precision: str
+    aligned: bool = True
+
+    def __str__(self):
+        parts = (self.kernel, f"sm{self.arch}", f"D{self.padded}", self.precision)
+        return "-".join(parts) + ("" if self.aligned else "-ragged")
+
+
+CORE = [
+    *(Case("forward", arch, HALF, 128, "ieee") for arch in (80, 90, 100)),
+    *(Case("gradient", arch, HALF, 128, "ieee") for arch in (80, 86, 90, 100, 120)),
+    Case("symmetric", 90, HALF, 128, "ieee"),
+    Case("gradient", 90, SINGLE, 128, "tf32x3"),
+]
+ROW_KERNELS = ("normalize", "losses", "statistics", "weights", "finish_gradient")
+FULL = [
+    Case(kernel, arch, dtype, padded, precision, aligned)
+    for kernel in ("forward", "symmetric", "gradient", "moments")
+    for arch in ARCHITECTURES
+    for dtype, precision in ((HALF, "ieee"), (SINGLE, "tf32x3"), (SINGLE, "tf32"))
+    for padded in (16, 64, 128, 192, 256, 512)
+    for aligned in (True, False)
+    if table_config(kernel, divmod(arch, 10), dtype, padded)
+    # Whether row counts are multiples of 16 matters little: once per kernel and architecture.
+    if aligned or (dtype == HALF and padded == 128)
+]
+
+
+@pytest.fixture(scope="module")
+def compiled(request):
+    """The selected cases' results, from two processes."""
+    here = (item for item in request.session.items if item.path == request.path)
+    params = (getattr(getattr(item, "callspec", None), "params", {}) for item in here)
+    cases = dict.fromkeys(p["case"] for p in params if "case" in p)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        yield {case: pool.submit(nt_xent_static, *case) for case in cases}
+
+
+def check(case: Case, static):
+    config = table_config(case.kernel, divmod(case.arch, 10), case.dtype, case.padded)
+    assert static.stack == 0
+    assert static.local_accesses == 0
+    assert static.shared <= SHARED_LIMIT[case.arch]
+    assert static.resident >= config.resident
+    if case.padded >= 64:
+        assert static.mma == {TENSOR_CORES[case.arch]}
+    assert static.wide_copies > 0
+    if case.kernel != "gradient":
+        # The gradient also copies a vector of weights.
+        assert static.narrow_copies == 0
+    if config.block_d >= case.padded >= 64 and case.kernel in ("forward", "gradient"):
+        per_thread = config.block_m * config.block_n // (32 * config.warps)
+        assert static.main_loop.exp2 == per_thread
+
+
+@pytest.mark.parametrize("case", CORE, ids=str)
+def test_core_configurations(case, compiled):
+    check(case, compiled[case].result())
+
+
+@pytest.mark.gpu_static
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_every_configuration(case, compiled):
+    check(case, compiled[case].result())
+
+
+@pytest.mark.parametrize("kernel", ROW_KERNELS)
+def test_core_row_kernels(kernel):
+    check_row_kernel(kernel, 90, torch.bfloat16, 128)
+
+
+@pytest.mark.gpu_static
+@pytest.mark.parametrize("dim", [20, 128, 2048])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("kernel", ROW_KERNELS)
+def test_every_row_kernel(kernel, arch, dtype, dim):
+    check_row_kernel(kernel, arch, dtype, dim)
+
+
+def check_row_kernel(kernel, arch, dtype, dim):
+    static = row_kernel_static(kernel, arch, dtype, dim)
+    assert static.stack == 0
+    assert static.local_accesses == 0
+    assert static.resident >= 2
+    if dim % 16 == 0 and kernel not in ("weights", "statistics"):
+        assert static.wide_loads > 0
+
+
+def test_a_spill_is_seen():
+    """The gate's own check: a third of the registers that the kernel needs."""
+    case = Case("gradient", 80, HALF, 128, "ieee")
+    static = nt_xent_static(*case, maxnreg=64)
+    assert static.stack > 0
+    assert static.local_accesses > 0
+    with pytest.raises(AssertionError):
+        check(case, static)
+
+
+class _Driver:
+    """Enough of a CUDA driver to compile what a launch would run."""
+
+    def get_current_device(self):
+        return 90
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+def test_launches_compile_as_the_arguments_specialise(monkeypatch):
+    """The launchers' own calls, up to the launch itself, on a pretended H100."""
+    run, launched = JITFunction.run, []
+
+    def compile_only(self, *args, grid, warmup, **options):
+        launched.append(run(self, *args, grid=grid, warmup=True, **options))
+        return launched[-1]
+
+    def pretended(kernel, u_all, rows):
+        return plan(kernel, (9, 0), 132, u_all.dtype, u_all.size(1), rows, len(u_all))
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(nt_xent, "plan_for", pretended)
+    monkeypatch.setattr(driver, "_active", _Driver())
+    z1, z2 = torch.ones(2, 512, 128, dtype=torch.bfloat16)
+    tau = torch.tensor(0.1)
+    u, inv_norm = nt_xent.normalize(z1, z2, tau)
+    loss, lse, _ = nt_xent.forward(u, tau, 0, 1024, False)
+    grad = torch.ones(()).expand(1024)
+    nt_xent.backward(grad, u, lse, loss, inv_norm, z1, z2, tau, 0)
+    names = [kernel.metadata.name for kernel in launched]
+    assert names == [
+        "normalize_kernel",
+        "symmetric_kernel",
+        "losses_kernel",
+        "weights_kernel",
+        "gradient_kernel",
+        "finish_gradient_kernel",
+    ]
+    for kernel in launched:
+        static = inspect(kernel, 90)
+        assert static.stack == 0
+        assert static.local_accesses == 0
+
+
+def test_every_architecture_is_in_the_table():
+    assert {10 * major + minor for major, minor in TABLE} == set(ARCHITECTURES)
+
+
+def test_an_unlisted_gpu_takes_the_smallest_configuration():
+    made = plan("forward", (12, 1), 48, HALF, 128, 8192, 8192)
+    assert made.config == SMALLEST
+    assert not made.symmetric
+    assert plan("gradient", (7, 5), 40, SINGLE, 16, 64, 64).config.block_d == 16
+
+
+@pytest.mark.parametrize("capability", TABLE)
+@pytest.mark.parametrize("padded", [16, 128, 2048])
+@pytest.mark.parametrize("rows", [2, 8192, 1 << 20])
+def test_partial_sums_stay_linear_in_rows(rows, padded, capability):
+    forward = plan("forward", capability, 132, HALF, padded, rows, rows)
+    if forward.symmetric:
+        tiles = -(-rows // forward.config.block_m)
+        assert forward.splits + tiles // 2 <= SYMMETRIC_SLOTS * padded
+    for made in (forward, plan("gradient", capability, 132, HALF, padded, rows, rows)):
+        tiles = -(-rows // made.config.block_m)
+        assert made.splits == 1 or made.splits * tiles <= WAVES * 132 * made.config.resident
+
+
+def test_local_rows_of_a_group_are_never_symmetric():
+    assert plan("forward", (9, 0), 132, HALF, 128, 8192, 8192).symmetric
+    assert not plan("forward", (9, 0), 132, HALF, 128, 8192, 16384).symmetric
+
+
+def test_splits_fill_the_processors():
+    assert best_splits(64, 64, 132, 8) == 2
+    assert best_splits(512, 512, 132, 8) == 1
+    assert best_splits(1, 1, 132, 8) == 1
+
+
+def test_tf32_only_where_torch_allows_it():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for allowed, expected in (("tf32", "tf32"), ("ieee", "tf32x3"), ("none", "tf32x3")):
+            matmul.fp32_precision = allowed
+            assert dot_precision(SINGLE) == expected
+            assert dot_precision(HALF) == "ieee"
+    finally:
+        matmul.fp32_precision = before
