@@ -1,0 +1,300 @@
+"""Files → two views: DALI reads and decodes, once per image, and the augmentation does the rest.
+
+    for view1, view2, index in TwoViewLoader("photos/", batch_size=256, size=224): ...
+
+Order and views are functions of (seed, epoch, sample id): the global batch is the same for every
+number of ranks and threads, and a loader restored from its state goes on bit for bit.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simclr_fast.augment import Augmentation, ViewParams, apply_views, draw_params
+from simclr_fast.augment_params import philox
+from simclr_fast.decode import Batch, CorruptImageError, DaliViews, Decoder
+from simclr_fast.sources import Source, open_source
+
+__all__ = ["CorruptImageError", "ImageLoader", "TwoViewLoader"]
+
+log = logging.getLogger(__name__)
+# The share of each side that evaluation keeps of larger images (224 of 256, arXiv:2002.05709, B.7).
+_CENTER = 224 / 256
+_SMALL = 64
+_ORDER_STREAM = 0x6F72646572
+
+
+class _Loader:
+    """Batches of views: which samples, in what order, on what device. Subclasses draw the views."""
+
+    n_views: int
+
+    def __init__(
+        self,
+        source: Any,
+        batch_size: int,
+        augmentation: Augmentation,
+        *,
+        labels: Any = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        device: str | torch.device = "cpu",
+        backend: Literal["fused", "dali"] | None = None,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        on_error: Literal["raise", "skip"] = "raise",
+        num_threads: int | None = None,
+    ) -> None:
+        self.source: Source = open_source(source, labels)
+        self.device = torch.device(device)
+        self.backend = backend or ("dali" if self.device.type == "cuda" else "fused")
+        if len(self.source) == 0:
+            raise ValueError("source holds no images")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if drop_last and batch_size > len(self.source):
+            raise ValueError(f"batch_size {batch_size} is more than the {len(self.source)} images")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in [0, world_size={world_size}), got {rank}")
+        if batch_size < world_size:
+            raise ValueError(f"batch_size {batch_size} gives {world_size} ranks less than an image")
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+        if self.backend not in ("fused", "dali"):
+            raise ValueError(f"backend must be 'fused' or 'dali', got {backend!r}")
+        if self.backend == "fused" and self.device.type != "cpu":
+            raise ValueError(f"backend 'fused' needs device 'cpu', got {device}; use 'dali'")
+        if dtype not in (torch.float32, torch.float16):
+            raise TypeError(f"dtype must be float32 or float16, got {dtype}")
+        self.batch_size, self.augmentation = batch_size, augmentation
+        self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
+        self.rank, self.world_size = rank, world_size
+        self.dtype, self.channels_last = dtype, channels_last
+        self.on_error = on_error
+        self.epoch = 0
+        self.skipped: set[int] = set()
+        self._position = 0
+        self._resumed = False
+        self._buffers: list[list[Tensor]] = []
+        threads = num_threads or min(8, os.cpu_count() or 1)
+        if self.backend == "fused":
+            self._decoder = Decoder(self.source, self.rows, threads)
+        else:
+            self._decoder = DaliViews(
+                self.source,
+                self.rows,
+                threads,
+                augmentation,
+                self.device,
+                dtype,
+                channels_last,
+                self.n_views,
+            )
+
+    @property
+    def rows(self) -> int:
+        """The most rows of a batch that this rank gets."""
+        return -(-self.batch_size // self.world_size)
+
+    def __len__(self) -> int:
+        n = len(self.source)
+        return n // self.batch_size if self.drop_last else -(-n // self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, which decides order and views, and start at its first batch."""
+        if epoch < 0:
+            raise ValueError(f"epoch must be at least 0, got {epoch}")
+        self.epoch, self._position, self._resumed = epoch, 0, False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader stands: batches handed out so far count as consumed."""
+        return {
+            "epoch": self.epoch,
+            "position": self._position,
+            "seed": self.seed,
+            "images": len(self.source),
+            "batch_size": self.batch_size,
+            "skipped": sorted(self.skipped),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken, also with another number of ranks or threads."""
+        here = self.state_dict()
+        for key in ("seed", "images", "batch_size"):
+            if state[key] != here[key]:
+                raise ValueError(f"the state is of {key}={state[key]}, this loader has {here[key]}")
+        self.epoch, self._position = state["epoch"], state["position"]
+        self.skipped = set(state["skipped"])
+        self._resumed = True
+
+    def _order(self) -> np.ndarray:
+        n = len(self.source)
+        if not self.shuffle:
+            return np.arange(n)
+        ids = np.arange(n, dtype=np.uint64)
+        zero = np.zeros(n, dtype=np.uint64)
+        words = [ids & 0xFFFFFFFF, ids >> np.uint64(32), zero + self.epoch, zero + _ORDER_STREAM]
+        counter = (np.stack(words) & 0xFFFFFFFF).astype(np.uint32)
+        key = np.array([self.seed & 0xFFFFFFFF, self.seed >> 32 & 0xFFFFFFFF], dtype=np.uint32)
+        high, low, *_ = philox(key, counter).astype(np.uint64)
+        return np.argsort(high << np.uint64(32) | low, kind="stable")
+
+    def _batch_ids(self, order: np.ndarray, step: int) -> np.ndarray:
+        """This rank's sample ids of a step, corrupt ones replaced.
+
+        A replacement is the first good sample from half an epoch further on, so that it is rarely
+        one of the same batch. It depends on the order and on what is corrupt alone, not on when
+        that was found out.
+        """
+        n = len(order)
+        positions = np.arange(step * self.batch_size, min((step + 1) * self.batch_size, n))
+        mine = np.array_split(positions, self.world_size)[self.rank]
+        ids = order[mine]
+        if self.skipped:
+            for k, position in enumerate(mine):
+                if ids[k] in self.skipped:
+                    later = (order[(position + n // 2 + j) % n] for j in range(n))
+                    ids[k] = next(i for i in later if i not in self.skipped)
+        return ids
+
+    def _draw(self, ids: np.ndarray, sizes: np.ndarray) -> list[ViewParams]:
+        raise NotImplementedError
+
+    def _requests(self, order: np.ndarray, start: int) -> Iterator[Batch]:
+        for step in range(start, len(self)):
+            ids = self._batch_ids(order, step)
+            # A rank has no share of a last batch that is smaller than the number of ranks.
+            if len(ids):
+                yield Batch(step, ids, self._draw)
+
+    def __iter__(self) -> Iterator[tuple]:
+        start = self._position if self._resumed else 0
+        self._resumed = False
+        order = self._order()
+        self._position = start
+        while True:
+            try:
+                for batch, images in self._decoder.run(self._requests(order, self._position)):
+                    self._position = batch.step + 1
+                    views = images if self.backend == "dali" else self._augment(batch, images)
+                    yield *views, torch.from_numpy(batch.ids)
+                break
+            except CorruptImageError as error:
+                if self.on_error == "raise":
+                    raise
+                for i, cause in error.samples.items():
+                    log.warning("skipping %s: %s", self.source.name(i), cause)
+                self.skipped |= set(error.samples)
+                if len(self.skipped) == len(self.source):
+                    raise ValueError("every image of the source is corrupt") from error
+        self.epoch, self._position = self.epoch + 1, 0
+
+    def _augment(self, batch: Batch, images: list[np.ndarray]) -> list[Tensor]:
+        params = self._draw(batch.ids, np.array([i.shape[:2] for i in images]).reshape(-1, 2))
+        out = self._next_buffer(len(images))
+        for view, one in enumerate(params):
+            apply_views(images, one, self.augmentation, out=out[view])
+        return out
+
+    def _next_buffer(self, rows: int) -> list[Tensor]:
+        """Two sets of output tensors in turn: filling fresh memory costs more than the work."""
+        if len(self._buffers) < 2:
+            shape = (self.rows, 3, self.augmentation.size, self.augmentation.size)
+            layout = torch.channels_last if self.channels_last else torch.contiguous_format
+            self._buffers.append(
+                [
+                    torch.empty(shape, dtype=self.dtype, memory_format=layout)
+                    for _ in range(self.n_views)
+                ]
+            )
+        else:
+            self._buffers.reverse()
+        return [view[:rows] for view in self._buffers[-1]]
+
+
+class TwoViewLoader(_Loader):
+    """Iterates (view1, view2, index): two random views of each image, and the images' numbers.
+
+    view1, view2: [N, 3, size, size] on `device`; index: int64 [N] on the CPU, into the source.
+    On the CPU a batch is overwritten when the batch after the next is made: clone it to keep it.
+
+    source: anything that `open_source` takes: a folder, files, shards, an array, a data set.
+    batch_size: images per step over all ranks; rank r of W gets its share of each batch.
+    size: side of the views in pixels; or pass a whole `augmentation` instead.
+    backend: "fused" (CPU; DALI only decodes, one native op does the rest) or "dali" (all of it in
+        DALI, CPU or GPU). Default: fused on the CPU, dali on the GPU.
+    channels_last: memory format of the views. dtype: float32 or float16.
+    on_error: a corrupt image raises `CorruptImageError`, which names it, or is logged, counted in
+        `skipped` and replaced by another ("skip").
+    Each iteration is one epoch; the next has another order and other views. `set_epoch` chooses.
+
+    Raises:
+        ValueError, TypeError: arguments out of range. FileNotFoundError: no such path.
+        ImportError: encoded images without DALI.
+    """
+
+    n_views = 2
+
+    def __init__(
+        self,
+        source: Any,
+        batch_size: int,
+        size: int | None = None,
+        *,
+        augmentation: Augmentation | None = None,
+        **options: Any,
+    ) -> None:
+        if augmentation is None:
+            augmentation = Augmentation(size=224 if size is None else size)
+        elif size is not None and size != augmentation.size:
+            raise ValueError(f"size={size} contradicts augmentation.size={augmentation.size}")
+        super().__init__(source, batch_size, augmentation, **options)
+
+    def _draw(self, ids: np.ndarray, sizes: np.ndarray) -> list[ViewParams]:
+        return [
+            draw_params(self.augmentation, self.seed, self.epoch, ids, v, sizes) for v in (0, 1)
+        ]
+
+
+class ImageLoader(_Loader):
+    """Iterates (images, index) without any distortion, in order: what evaluation looks at.
+
+    images: [n, 3, size, size], n ≤ batch_size: the central square, 7/8 of the shorter side, or the
+    whole image where size ≤ 64 (CIFAR's protocol), resized. Arguments as for `TwoViewLoader`.
+    """
+
+    n_views = 1
+
+    def __init__(
+        self, source: Any, batch_size: int, augmentation: Augmentation, **options: Any
+    ) -> None:
+        plain = Augmentation(
+            size=augmentation.size,
+            spec=augmentation.spec,
+            interpolation=augmentation.interpolation,
+            mean=augmentation.mean,
+            std=augmentation.std,
+            p_flip=0,
+            p_jitter=0,
+            p_gray=0,
+            p_blur=0,
+        )
+        super().__init__(source, batch_size, plain, shuffle=False, drop_last=False, **options)
+
+    def _draw(self, ids: np.ndarray, sizes: np.ndarray) -> list[ViewParams]:
+        params = draw_params(self.augmentation, 0, 0, ids, 0, sizes)
+        if self.augmentation.size > _SMALL:
+            side = np.maximum(np.rint(sizes.min(axis=1, keepdims=True) * _CENTER), 1)
+            side = np.repeat(side, 2, axis=1)
+        else:
+            side = sizes
+        params.box = np.concatenate([(sizes - side) // 2, side], axis=1).astype(np.int32)
+        return [params]

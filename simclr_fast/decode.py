@@ -1,0 +1,259 @@
+"""Encoded images → pixels, or whole views, through one DALI pipeline that reads ahead."""
+
+import io
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simclr_fast.augment import Augmentation, ViewParams
+from simclr_fast.image_check import checked_size
+from simclr_fast.sources import Source
+
+_READ_AHEAD = 2
+
+
+class CorruptImageError(ValueError):
+    """Images that cannot be read or decoded. samples: number in the source → what is wrong."""
+
+    def __init__(self, source: Source, samples: dict[int, str]) -> None:
+        self.samples = samples
+        listed = "; ".join(f"{source.name(i)}: {cause}" for i, cause in samples.items())
+        super().__init__(f"corrupt images: {listed}")
+
+
+@dataclass
+class Batch:
+    """One step's request: sample ids int64 [n], and how to draw their views' parameters."""
+
+    step: int
+    ids: np.ndarray
+    draw: Callable[[np.ndarray, np.ndarray], list[ViewParams]]
+
+
+def import_dali() -> Any:
+    try:
+        import nvidia.dali as dali
+    except ImportError as error:
+        raise ImportError(
+            'decoding images needs NVIDIA DALI (Linux): pip install "simclr-fast[dali]", or pass '
+            "decoded images: a uint8 array or a torchvision data set"
+        ) from error
+    return dali
+
+
+class Decoder:
+    """Decodes batches on the CPU: `run` gives (batch, [uint8 [H, W, 3], …])."""
+
+    def __init__(self, source: Source, batch_size: int, num_threads: int) -> None:
+        self.source, self.batch_size, self.num_threads = source, batch_size, num_threads
+        self._requests: Iterator[Batch] = iter(())
+        self._in_flight: deque[Batch] = deque()
+        self._pipeline: Any = None
+        if self._needs_dali:
+            import_dali()
+
+    @property
+    def _needs_dali(self) -> bool:
+        return self.source.encoded
+
+    def run(self, requests: Iterator[Batch]) -> Iterator[tuple[Batch, list]]:
+        """The outputs of one batch stay valid until the next is asked for.
+
+        Raises CorruptImageError before a batch with such an image; a new `run` may follow.
+        """
+        if not self._needs_dali:
+            for batch in requests:
+                yield batch, self._read(batch.ids)[0]
+            return
+        self._requests, self._in_flight = requests, deque()
+        pipeline, self._pipeline = self._pipeline or self._build(self.batch_size), None
+        while True:
+            try:
+                outputs = self._run_once(pipeline)
+            except StopIteration:
+                break
+            except RuntimeError as error:
+                if corrupt := self._find_corrupt():
+                    raise CorruptImageError(self.source, corrupt) from error
+                raise
+            unpacked = self._unpack(outputs)
+            yield self._in_flight.popleft(), unpacked
+            # DALI's memory must not be referred to when a failing pipeline is taken down.
+            unpacked.clear()
+            del outputs
+        pipeline.reset()
+        # Kept only when a whole epoch went through: a half-read pipeline holds stale batches.
+        self._pipeline = pipeline
+
+    def _read(self, ids: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+        """The samples' bytes or pixels, and their sizes [n, 2]."""
+        samples, sizes, corrupt = [], [], {}
+        for i in ids.tolist():
+            try:
+                sample = self.source.read(i)
+                if self.source.encoded:
+                    size = checked_size(sample)
+                elif sample.dtype != np.uint8 or sample.ndim != 3 or sample.shape[2] != 3:
+                    raise TypeError(
+                        f"{self.source.name(i)} must be uint8 [H, W, 3], got {sample.dtype} "
+                        f"{list(sample.shape)}"
+                    )
+                else:
+                    size = sample.shape[:2]
+            except (OSError, ValueError) as error:
+                corrupt[i] = str(error)
+                continue
+            samples.append(sample)
+            sizes.append(size)
+        if corrupt:
+            raise CorruptImageError(self.source, corrupt)
+        return samples, np.array(sizes).reshape(-1, 2)
+
+    def _feed(self, batch: Batch) -> list:
+        return [self._read(batch.ids)[0]]
+
+    def _next_feed(self) -> list:
+        batch = next(self._requests)
+        feed = self._feed(batch)
+        self._in_flight.append(batch)
+        return feed
+
+    def _find_corrupt(self) -> dict[int, str]:
+        """Which images of the batches under way fail to decode, by Pillow: DALI does not say."""
+        try:
+            from PIL import Image
+        except ImportError as error:
+            raise ImportError("naming a corrupt image needs Pillow: pip install pillow") from error
+        corrupt = {}
+        for batch in self._in_flight:
+            for i in batch.ids.tolist():
+                try:
+                    with Image.open(io.BytesIO(self.source.read(i).tobytes())) as image:
+                        image.load()
+                except (OSError, SyntaxError, ValueError) as error:
+                    corrupt[i] = str(error)
+        return corrupt
+
+    def _build(self, batch_size: int) -> Any:
+        dali = import_dali()
+        fn, types = dali.fn, dali.types
+        # device_id=None: no CUDA context, and no driver needed.
+        pipeline = dali.Pipeline(
+            batch_size,
+            self.num_threads,
+            device_id=None,
+            prefetch_queue_depth=_READ_AHEAD,
+        )
+        with pipeline:
+            (encoded,) = fn.external_source(
+                self._next_feed, num_outputs=1, dtype=[types.UINT8], ndim=[1]
+            )
+            # As stored, like PIL's open and TensorFlow's decode_jpeg: EXIF is not looked at.
+            images = fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False)
+            pipeline.set_outputs(images)
+        pipeline.build()
+        return pipeline
+
+    def _run_once(self, pipeline: Any) -> Any:
+        return pipeline.run()
+
+    def _unpack(self, outputs: Any) -> list:
+        (images,) = outputs
+        return [np.asarray(images.at(i)) for i in range(len(images))]
+
+
+class DaliViews(Decoder):
+    """Decodes and augments inside DALI: `run` gives (batch, [view [n, 3, size, size], …])."""
+
+    _needs_dali = True
+
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        num_threads: int,
+        augmentation: Augmentation,
+        device: torch.device,
+        dtype: torch.dtype,
+        channels_last: bool,
+        n_views: int,
+    ) -> None:
+        super().__init__(source, batch_size, num_threads)
+        self.augmentation, self.device, self.n_views = augmentation, device, n_views
+        self.dtype, self.channels_last = dtype, channels_last
+
+    def _feed(self, batch: Batch) -> list:
+        from simclr_fast.dali_views import feeds
+
+        samples, sizes = self._read(batch.ids)
+        params = batch.draw(batch.ids, sizes)
+        return [samples, *(array for p in params for array in feeds(p, self.augmentation))]
+
+    def _build(self, batch_size: int) -> Any:
+        dali = import_dali()
+        from simclr_fast.dali_views import make_views, param_types
+
+        fn, types = dali.fn, dali.types
+        device = "gpu" if self.device.type == "cuda" else "cpu"
+        kinds = [types.UINT8, *param_types() * self.n_views]
+
+        @dali.pipeline_def(enable_conditionals=True)
+        def views() -> Any:
+            pixels, *nodes = fn.external_source(
+                self._next_feed, num_outputs=len(kinds), dtype=kinds
+            )
+            if self.source.encoded:
+                pixels = fn.decoders.image(
+                    pixels,
+                    device="mixed" if device == "gpu" else "cpu",
+                    output_type=types.RGB,
+                    adjust_orientation=False,
+                    # The CPU decoder always interpolates chroma; the GPU's must be told.
+                    jpeg_fancy_upsampling=True,
+                )
+            elif device == "gpu":
+                pixels = pixels.gpu()
+            return tuple(
+                make_views(
+                    pixels,
+                    nodes,
+                    self.augmentation,
+                    device,
+                    dtype=types.FLOAT16 if self.dtype == torch.float16 else types.FLOAT,
+                    channels_last=self.channels_last,
+                )
+            )
+
+        pipeline = views(
+            batch_size=batch_size,
+            num_threads=self.num_threads,
+            device_id=(self.device.index or 0) if device == "gpu" else None,
+            prefetch_queue_depth=_READ_AHEAD,
+        )
+        pipeline.build()
+        return pipeline
+
+    def _run_once(self, pipeline: Any) -> Any:
+        if self.device.type == "cpu":
+            return pipeline.run()
+        return pipeline.run(cuda_stream=torch.cuda.current_stream(self.device))
+
+    def _unpack(self, outputs: Any) -> list[Tensor]:
+        return [self._to_torch(view) for view in outputs]
+
+    def _to_torch(self, view: Any) -> Tensor:
+        dense = view.as_tensor()
+        made = torch.empty(dense.shape(), dtype=self.dtype, device=self.device)
+        if self.device.type == "cpu":
+            made.copy_(torch.from_numpy(np.asarray(dense)))
+        else:
+            from nvidia.dali.plugin.pytorch import feed_ndarray
+
+            # On the stream that the outputs were ordered to: no wait on the host.
+            feed_ndarray(dense, made, cuda_stream=torch.cuda.current_stream(self.device))
+        return made.permute(0, 3, 1, 2) if self.channels_last else made
