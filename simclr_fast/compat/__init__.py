@@ -1,0 +1,1 @@
+"""Losses with the signatures and the numbers of other libraries, one module for each."""
