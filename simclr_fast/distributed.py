@@ -7,10 +7,10 @@ from torch import Tensor
 
 def gather_row_counts(rows: int, device: torch.device, group: dist.ProcessGroup) -> list[int]:
     """Number of rows of every rank, in rank order."""
-    counts = torch.empty(dist.get_world_size(group), dtype=torch.int64, device=device)
     own = torch.tensor([rows], dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(counts, own, group=group)
-    return counts.tolist()
+    counts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, own, group=group)
+    return torch.cat(counts).tolist()
 
 
 def all_gather_rows(
@@ -29,7 +29,7 @@ def all_gather_rows(
         padded = rows.new_zeros(longest, *rows.shape[1:])
         padded[: rows.size(0)] = rows
     gathered = rows.new_empty(len(counts), longest, *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, padded, group=group)
+    dist.all_gather(list(gathered.unbind()), padded, group=group)
     if min(counts) == longest:
         return gathered.flatten(0, 1)
     return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])

@@ -1,1 +1,1 @@
-"""Other libraries' signatures over simclr_fast."""
+"""Other libraries' signatures over simclr_fast, one module for each."""

@@ -1,0 +1,87 @@
+"""The losses that users have today, as their sources define them, for parity and for timing."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+def textbook(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """NT-Xent as most repositories write it: the 2N × 2N matrix and cross_entropy."""
+    z = F.normalize(torch.cat((z1, z2)), dim=1)
+    logits = (z @ z.T / temperature).fill_diagonal_(-math.inf)
+    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z1)))
+
+
+def _rows(z: Tensor, start: int, end: int, temperature: float) -> Tensor:
+    rows = torch.arange(start, end, device=z.device)
+    logits = z[start:end] @ z.T / temperature
+    logits[rows - start, rows] = -math.inf
+    return F.cross_entropy(logits, (rows + len(z) // 2) % len(z), reduction="sum")
+
+
+def chunked(z1: Tensor, z2: Tensor, temperature: float, rows: int = 512) -> Tensor:
+    """Blocks of rows with activation checkpointing: memory O(rows · N)."""
+    z = F.normalize(torch.cat((z1, z2)), dim=1)
+    total = z.new_zeros(())
+    for start in range(0, len(z), rows):
+        end = min(start + rows, len(z))
+        total = total + checkpoint(_rows, z, start, end, temperature, use_reentrant=False)
+    return total / len(z)
+
+
+def solo_learn(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Tensor:
+    """simclr_loss_func of vturrisi/solo-learn: exponentials without a maximum."""
+    z = F.normalize(z, dim=-1)
+    similarity = torch.exp(torch.einsum("if,jf->ij", z, z) / temperature)
+    same = indexes[:, None] == indexes[None]
+    positives = (similarity * same.clone().fill_diagonal_(False)).sum(1)
+    negatives = (similarity * ~same).sum(1)
+    return -torch.log(positives / (positives + negatives)).mean()
+
+
+def google_simclr(
+    hidden: Tensor, hidden_norm: bool = True, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """add_contrastive_loss of google-research/simclr: loss, logits of view 1 to 2, labels."""
+    hidden = F.normalize(hidden, dim=1) if hidden_norm else hidden
+    a, b = hidden.chunk(2)
+    labels = torch.arange(len(a), device=a.device)
+    large = 1e9 * torch.eye(len(a), device=a.device, dtype=a.dtype)
+    aa, bb = a @ a.T / temperature - large, b @ b.T / temperature - large
+    ab = a @ b.T / temperature
+    loss_a = F.cross_entropy(torch.cat((ab, aa), 1), labels)
+    loss_b = F.cross_entropy(torch.cat((ab.T, bb), 1), labels)
+    return loss_a + loss_b, ab, labels
+
+
+def nt_xent_peers(n: int) -> dict:
+    """name -> loss(z1, z2, temperature) of every peer that is installed and fits n pairs."""
+    peers = {
+        "textbook eager": textbook,
+        "textbook torch.compile": torch.compile(textbook),
+        "chunked, checkpoint": chunked,
+        "solo-learn formula": lambda z1, z2, t: solo_learn(
+            torch.cat((z1, z2)), torch.arange(n, device=z1.device).repeat(2), t
+        ),
+    }
+    try:
+        from lightly.loss import NTXentLoss
+    except ImportError:
+        pass
+    else:
+        peers["lightly"] = lambda z1, z2, t: NTXentLoss(t)(z1, z2)
+    # Its memory is O(N³): 2 GB at 256 pairs.
+    if n <= 64:
+        try:
+            from pytorch_metric_learning.losses import NTXentLoss as Metric
+            from pytorch_metric_learning.losses import SelfSupervisedLoss
+        except ImportError:
+            pass
+        else:
+            peers["pytorch-metric-learning"] = lambda z1, z2, t: SelfSupervisedLoss(Metric(t))(
+                z1, z2
+            )
+    return peers

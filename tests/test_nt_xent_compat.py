@@ -1,0 +1,117 @@
+"""The drop-in losses against the libraries they stand in for."""
+
+import pytest
+import torch
+
+from benchmarks import peers
+from simclr_fast.compat import google_simclr, lightly, pytorch_metric_learning, solo_learn
+
+N, D = 24, 10
+
+
+def views(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = [torch.randn(N, D, dtype=torch.float64, generator=generator) for _ in range(2)]
+    return [z.requires_grad_() for z in draw]
+
+
+def assert_same(ours, theirs, z):
+    """Same loss and, with an upstream gradient that is not one, same gradients."""
+    torch.testing.assert_close(ours, theirs)
+    wanted = torch.autograd.grad(3 * theirs, z)
+    for actual, expected in zip(torch.autograd.grad(3 * ours, z), wanted, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
+def test_lightly(temperature):
+    theirs = pytest.importorskip("lightly.loss", reason="lightly is not installed")
+    z = views()
+    ours = lightly.NTXentLoss(temperature)(*z)
+    assert_same(ours, theirs.NTXentLoss(temperature)(*z), z)
+
+
+def test_lightly_memory_bank():
+    theirs = pytest.importorskip("lightly.loss", reason="lightly is not installed")
+    size = (60, D)  # two batches of 24, then one that is cut at the end
+    wanted, ours = theirs.NTXentLoss(0.2, size), lightly.NTXentLoss(0.2, size)
+    assert ours.bank.shape == size
+    torch.testing.assert_close(ours.bank.norm(dim=1), torch.ones(60))
+    wanted.double(), ours.double()
+    ours.bank.copy_(wanted.memory_bank.bank)
+    for step in range(5):
+        z = views(step)
+        assert_same(ours(*z), wanted(*z), z)
+        torch.testing.assert_close(ours.bank, wanted.memory_bank.bank)
+        assert ours.bank_ptr == wanted.memory_bank.bank_ptr
+    kept = ours.bank.clone()
+    ours(*(z.detach() for z in views(9)))
+    assert torch.equal(ours.bank, kept)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5])
+def test_solo_learn(temperature):
+    z = [torch.cat(views()).detach().requires_grad_()]
+    indexes = torch.randperm(1000, generator=torch.Generator().manual_seed(0))[:N].repeat(2)
+    ours = solo_learn.simclr_loss_func(z[0], indexes, temperature)
+    assert_same(ours, peers.solo_learn(z[0], indexes, temperature), z)
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
+def test_pytorch_metric_learning(temperature):
+    theirs = pytest.importorskip(
+        "pytorch_metric_learning.losses", reason="pytorch-metric-learning is not installed"
+    )
+    z = views()
+    wanted = theirs.SelfSupervisedLoss(theirs.NTXentLoss(temperature))
+    loss = pytorch_metric_learning.NTXentLoss(temperature)
+    assert_same(pytorch_metric_learning.SelfSupervisedLoss(loss)(*z), wanted(*z), z)
+    shuffled = torch.randperm(2 * N, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(N).repeat(2)[shuffled]
+    embeddings = torch.cat(z)[shuffled]
+    assert_same(
+        loss(embeddings, labels), theirs.NTXentLoss(temperature)(embeddings, labels), [embeddings]
+    )
+
+
+@pytest.mark.parametrize("hidden_norm", [True, False])
+def test_google_simclr(hidden_norm):
+    z = [torch.cat(views()).detach().requires_grad_()]
+    ours, stats = google_simclr.add_contrastive_loss(z[0], hidden_norm, 0.7)
+    wanted, logits, labels = peers.google_simclr(z[0], hidden_norm, 0.7)
+    assert_same(ours, wanted, z)
+    if not hidden_norm:
+        return
+    p = logits.softmax(1)
+    assert stats.contrastive_accuracy == (logits.argmax(1) == labels).double().mean()
+    # Their entropy adds 1e-8 inside the logarithm.
+    assert abs(stats.contrastive_entropy + (p * (p + 1e-8).log()).sum(1).mean()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda z: lightly.NTXentLoss(0.5, 64), ValueError, r"\(rows, features\), got 64"),
+        (lambda z: lightly.NTXentLoss(0.0), ValueError, r"temperature must be positive, got 0.0"),
+        (lambda z: solo_learn.simclr_loss_func(z, torch.arange(4)), ValueError, r"shape \[4\]"),
+        (lambda z: solo_learn.simclr_loss_func(z, torch.arange(6)), ValueError, "once per view"),
+        (
+            lambda z: solo_learn.simclr_loss_func(z, torch.zeros(6)),
+            ValueError,
+            "once per view",
+        ),
+        (
+            lambda z: pytorch_metric_learning.NTXentLoss()(z, torch.tensor([0, 0, 0, 0, 1, 1])),
+            ValueError,
+            "every label exactly twice",
+        ),
+        (
+            lambda z: pytorch_metric_learning.SelfSupervisedLoss(torch.nn.L1Loss()),
+            TypeError,
+            "got L1Loss",
+        ),
+    ],
+)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call(torch.ones(6, 3))
