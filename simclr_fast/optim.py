@@ -170,41 +170,51 @@ class LARS(Optimizer):
     def _batches(self, found_inf: Tensor | None) -> list[Batch]:
         batches = []
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for device in dict.fromkeys(p.device for p in params):
+            params, grads = [], []
+            for p in group["params"]:
+                if (grad := p.grad) is not None:
+                    params.append(p)
+                    grads.append(grad)
+            devices = {p.device for p in params}
+            if len(devices) == 1:
+                batches += self._device_batches(params, grads, group, found_inf)
+                continue
+            for device in devices:
                 mine = [p for p in params if p.device == device]
-                batches += self._device_batches(mine, group, found_inf)
+                batches += self._device_batches(mine, _grads(mine), group, found_inf)
         return batches
 
     def _device_batches(
-        self, params: list[Tensor], group: dict[str, Any], found_inf: Tensor | None
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        group: dict[str, Any],
+        found_inf: Tensor | None,
     ) -> list[Batch]:
-        adapt = self._adapts(group)
+        adapt, dampening, state = self._adapts(group), group["dampening"], self.state
         if group["momentum"] == 0:
-            return [Batch(params, _grads(params), [], group, 0.0, adapt)]
-        fresh = [p for p in params if self.state[p].get("momentum_buffer") is None]
-        dampening = group["dampening"]
+            return [Batch(params, grads, [], group, 0.0, adapt)]
+        buffers = [state[p].get("momentum_buffer") for p in params]
+        fresh = [i for i, buffer in enumerate(buffers) if buffer is None]
         # The first step is undampened, so a skipped one must not count: the one flag read here.
         if fresh and dampening != 0 and found_inf is not None and bool(found_inf):
             return []
-        for p in fresh:
-            self.state[p]["momentum_buffer"] = torch.zeros_like(
-                p, memory_format=torch.preserve_format
-            )
-        parts = [(params, dampening)]
-        if fresh and dampening != 0:
-            seen = set(fresh)
-            parts = [(fresh, 0.0), ([p for p in params if p not in seen], dampening)]
+        for i in fresh:
+            buffers[i] = torch.zeros_like(params[i], memory_format=torch.preserve_format)
+            state[params[i]]["momentum_buffer"] = buffers[i]
+        if not fresh or dampening == 0:
+            return [Batch(params, grads, buffers, group, dampening, adapt)]
+        older = sorted(set(range(len(params))) - set(fresh))
         return [
             Batch(
-                part,
-                _grads(part),
-                [self.state[p]["momentum_buffer"] for p in part],
+                [params[i] for i in part],
+                [grads[i] for i in part],
+                [buffers[i] for i in part],
                 group,
                 damp,
                 adapt,
             )
-            for part, damp in parts
+            for part, damp in ((fresh, 0.0), (older, dampening))
             if part
         ]
 
