@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,8 @@ class LARS(Optimizer):
     """
 
     _step_supports_amp_scaling = True
+    # Keys of another library's parameter groups and what they are called here: simclr_fast.compat.
+    _other_names: ClassVar[dict[str, str]] = {}
 
     def __init__(
         self,
@@ -121,11 +123,18 @@ class LARS(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
+            self._rename(group)
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
+    def _rename(self, group: dict[str, Any]) -> None:
+        for theirs, ours in self._other_names.items():
+            if theirs in group:
+                group[ours] = group.pop(theirs)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; keys that it leaves out take the values given to the constructor."""
+        self._rename(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -153,11 +162,8 @@ class LARS(Optimizer):
             if _use_native(batch.group, device):
                 native.setdefault(device, []).append(batch)
             elif batch.group["foreach"] is False:
-                for i, p in enumerate(batch.params):
-                    one = batch._replace(
-                        params=[p], grads=[batch.grads[i]], buffers=batch.buffers[i : i + 1]
-                    )
-                    foreach_step(one, grad_scale, found_inf)
+                for i in range(len(batch.params)):
+                    foreach_step(batch.select([i]), grad_scale, found_inf)
             else:
                 foreach_step(batch, grad_scale, found_inf)
         for device, batches in native.items():
@@ -202,21 +208,12 @@ class LARS(Optimizer):
         for i in fresh:
             buffers[i] = torch.zeros_like(params[i], memory_format=torch.preserve_format)
             state[params[i]]["momentum_buffer"] = buffers[i]
+        batch = Batch(params, grads, buffers, group, dampening, adapt)
         if not fresh or dampening == 0:
-            return [Batch(params, grads, buffers, group, dampening, adapt)]
+            return [batch]
         older = sorted(set(range(len(params))) - set(fresh))
-        return [
-            Batch(
-                [params[i] for i in part],
-                [grads[i] for i in part],
-                [buffers[i] for i in part],
-                group,
-                damp,
-                adapt,
-            )
-            for part, damp in ((fresh, 0.0), (older, dampening))
-            if part
-        ]
+        first = batch.select(fresh)._replace(dampening=0.0)
+        return [first, batch.select(older)] if older else [first]
 
 
 def lars_param_groups(model: nn.Module, weight_decay: float = 1e-6) -> list[dict[str, Any]]:
