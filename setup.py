@@ -6,6 +6,8 @@ SIMCLR_FAST_CUDA=auto|0|1     auto: CUDA kernels when torch has CUDA and nvcc is
 
 import os
 import platform
+import re
+import subprocess
 import sys
 from glob import glob
 from pathlib import Path
@@ -56,6 +58,17 @@ def wheel_cuda_headers() -> list[str]:
     return [p for root in sys.path for p in glob(f"{root}/nvidia/cu*/include")]
 
 
+def toolkit_libraries() -> list[str]:
+    """CUDA_HOME is a guess when nvcc is a link or a wrapper script: nvcc itself knows its root."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    command = [str(Path(CUDA_HOME, "bin", "nvcc")), "--dryrun", "-c", "-x", "cu", os.devnull]
+    dry_run = subprocess.run(command, capture_output=True, text=True).stderr
+    root = re.search(r"^#\$ TOP=(.+)$", dry_run, re.MULTILINE)
+    folders = [Path(root[1].strip(), name) for name in ("lib64", "lib")] if root else []
+    return [str(folder) for folder in folders if folder.is_dir()]
+
+
 def extension_options() -> dict:
     if os.environ.get("SIMCLR_FAST_BUILD_EXT", "1") == "0":
         return {}
@@ -74,6 +87,7 @@ def extension_options() -> dict:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
         sources += sorted(glob("csrc/*.cu"))
         options["include_dirs"] += wheel_cuda_headers()
+        options["library_dirs"] = toolkit_libraries()
         options["extra_compile_args"]["cxx"] += ["-DSIMCLR_WITH_CUDA", "-DUSE_CUDA"]
         options["extra_compile_args"]["nvcc"] = ["-O3", *ABI_MACROS, "-DSIMCLR_WITH_CUDA"]
         extension = cpp_extension.CUDAExtension("simclr_fast._C", sources, **options)

@@ -38,6 +38,16 @@ struct LarsGroup {
   int32_t flags;
 };
 
+// One parameter; v is null where its group has no momentum. n > 0.
+struct LarsTensor {
+  void* p;
+  const void* g;
+  void* v;
+  int64_t n;
+  LarsType type;
+  int32_t group;
+};
+
 struct LarsFactors {
   double grad, decay, into, momentum, out;
 };

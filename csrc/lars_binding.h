@@ -19,16 +19,6 @@ namespace simclr {
 
 using torch::stable::Tensor;
 
-// One parameter; v is null where its group has no momentum.
-struct LarsTensor {
-  void* p;
-  const void* g;
-  void* v;
-  int64_t n;
-  LarsType type;
-  int32_t group;
-};
-
 class LarsArguments {
  public:
   std::vector<LarsGroup> groups;

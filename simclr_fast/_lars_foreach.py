@@ -16,6 +16,13 @@ class Batch(NamedTuple):
     dampening: float
     adapt: bool
 
+    def select(self, indices: list[int]) -> "Batch":
+        return self._replace(
+            params=[self.params[i] for i in indices],
+            grads=[self.grads[i] for i in indices],
+            buffers=[self.buffers[i] for i in indices] if self.buffers else [],
+        )
+
 
 def foreach_step(batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     for g in batch.grads:

@@ -212,7 +212,6 @@ if EXTENSION_ERROR is None:
         return None
 
 
-@cache
 def has_lars(device_type: str) -> bool:
     """Whether the fused LARS step runs on devices of this type."""
     if device_type not in ("cpu", "cuda") or not has_extension():

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,8 @@ class LARS(Optimizer):
     """
 
     _step_supports_amp_scaling = True
+    # Keys of another library's parameter groups and what they are called here: simclr_fast.compat.
+    _other_names: ClassVar[dict[str, str]] = {}
 
     def __init__(
         self,
@@ -121,11 +123,18 @@ class LARS(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
+            self._rename(group)
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
+    def _rename(self, group: dict[str, Any]) -> None:
+        for theirs, ours in self._other_names.items():
+            if theirs in group:
+                group[ours] = group.pop(theirs)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; keys that it leaves out take the values given to the constructor."""
+        self._rename(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -153,11 +162,8 @@ class LARS(Optimizer):
             if _use_native(batch.group, device):
                 native.setdefault(device, []).append(batch)
             elif batch.group["foreach"] is False:
-                for i, p in enumerate(batch.params):
-                    one = batch._replace(
-                        params=[p], grads=[batch.grads[i]], buffers=batch.buffers[i : i + 1]
-                    )
-                    foreach_step(one, grad_scale, found_inf)
+                for i in range(len(batch.params)):
+                    foreach_step(batch.select([i]), grad_scale, found_inf)
             else:
                 foreach_step(batch, grad_scale, found_inf)
         for device, batches in native.items():
@@ -170,43 +176,44 @@ class LARS(Optimizer):
     def _batches(self, found_inf: Tensor | None) -> list[Batch]:
         batches = []
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for device in dict.fromkeys(p.device for p in params):
+            params, grads = [], []
+            for p in group["params"]:
+                if (grad := p.grad) is not None:
+                    params.append(p)
+                    grads.append(grad)
+            devices = {p.device for p in params}
+            if len(devices) == 1:
+                batches += self._device_batches(params, grads, group, found_inf)
+                continue
+            for device in devices:
                 mine = [p for p in params if p.device == device]
-                batches += self._device_batches(mine, group, found_inf)
+                batches += self._device_batches(mine, _grads(mine), group, found_inf)
         return batches
 
     def _device_batches(
-        self, params: list[Tensor], group: dict[str, Any], found_inf: Tensor | None
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        group: dict[str, Any],
+        found_inf: Tensor | None,
     ) -> list[Batch]:
-        adapt = self._adapts(group)
+        adapt, dampening, state = self._adapts(group), group["dampening"], self.state
         if group["momentum"] == 0:
-            return [Batch(params, _grads(params), [], group, 0.0, adapt)]
-        fresh = [p for p in params if self.state[p].get("momentum_buffer") is None]
-        dampening = group["dampening"]
+            return [Batch(params, grads, [], group, 0.0, adapt)]
+        buffers = [state[p].get("momentum_buffer") for p in params]
+        fresh = [i for i, buffer in enumerate(buffers) if buffer is None]
         # The first step is undampened, so a skipped one must not count: the one flag read here.
         if fresh and dampening != 0 and found_inf is not None and bool(found_inf):
             return []
-        for p in fresh:
-            self.state[p]["momentum_buffer"] = torch.zeros_like(
-                p, memory_format=torch.preserve_format
-            )
-        parts = [(params, dampening)]
-        if fresh and dampening != 0:
-            seen = set(fresh)
-            parts = [(fresh, 0.0), ([p for p in params if p not in seen], dampening)]
-        return [
-            Batch(
-                part,
-                _grads(part),
-                [self.state[p]["momentum_buffer"] for p in part],
-                group,
-                damp,
-                adapt,
-            )
-            for part, damp in parts
-            if part
-        ]
+        for i in fresh:
+            buffers[i] = torch.zeros_like(params[i], memory_format=torch.preserve_format)
+            state[params[i]]["momentum_buffer"] = buffers[i]
+        batch = Batch(params, grads, buffers, group, dampening, adapt)
+        if not fresh or dampening == 0:
+            return [batch]
+        older = sorted(set(range(len(params))) - set(fresh))
+        first = batch.select(fresh)._replace(dampening=0.0)
+        return [first, batch.select(older)] if older else [first]
 
 
 def lars_param_groups(model: nn.Module, weight_decay: float = 1e-6) -> list[dict[str, Any]]:

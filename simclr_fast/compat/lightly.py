@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from simclr_fast import optim
 from simclr_fast.augment import SimCLRViews
 from simclr_fast.distributed import all_gather_rows
 from simclr_fast.losses import nt_xent_loss
@@ -119,3 +120,35 @@ class NTXentLoss(nn.Module):
         end = min(start + len(rows), len(self.bank))
         self.bank[start:end] = rows[: end - start].to(self.bank.dtype)
         self.bank_ptr[0] = 0 if end == len(self.bank) else end
+
+
+class LARS(optim.LARS):
+    """``lightly.utils.lars.LARS``: the same arguments, defaults, steps and momentum buffers.
+
+    Groups without weight decay are not adapted, and the momentum is 0 unless given, as there.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        trust_coefficient: float = 0.001,
+        eps: float = 1e-8,
+    ):
+        super().__init__(
+            params,
+            lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            trust_coefficient=trust_coefficient,
+            eps=eps,
+        )
+
+    def _adapts(self, group: dict[str, Any]) -> bool:
+        return group["weight_decay"] != 0

@@ -1,9 +1,13 @@
-"""solo-learn: `from simclr_fast.compat.solo_learn import simclr_loss_func`."""
+"""solo-learn's loss and optimizer signatures over simclr_fast."""
+
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from simclr_fast import optim
+from simclr_fast._lars_foreach import Batch
 from simclr_fast.losses import nt_xent_loss
 
 
@@ -29,3 +33,60 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Te
     several = dist.is_initialized() and dist.get_world_size() > 1
     group = dist.group.WORLD if several else None
     return nt_xent_loss(z, temperature=temperature, group=group)
+
+
+class LARS(optim.LARS):
+    """``solo.utils.lars.LARS``: the same arguments, defaults, steps and momentum buffers.
+
+    With ``exclude_bias_n_norm_lars``, parameters of one dimension are neither adapted nor decayed.
+    """
+
+    _other_names: ClassVar[dict[str, str]] = {
+        "eta": "trust_coefficient",
+        "clip_lars_lr": "trust_clip",
+    }
+    _exclude = False
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        eta: float = 1e-3,
+        eps: float = 1e-8,
+        clip_lars_lr: bool = False,
+        exclude_bias_n_norm_lars: bool = False,
+    ):
+        self._exclude = exclude_bias_n_norm_lars
+        super().__init__(
+            params,
+            lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            trust_coefficient=eta,
+            eps=eps,
+            trust_clip=clip_lars_lr,
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        default = self.defaults.setdefault("exclude_bias_n_norm_lars", self._exclude)
+        param_group.setdefault("exclude_bias_n_norm_lars", default)
+        super().add_param_group(param_group)
+
+    def _batches(self, found_inf: Tensor | None) -> list[Batch]:
+        batches = []
+        for batch in super()._batches(found_inf):
+            if not batch.group["exclude_bias_n_norm_lars"]:
+                batches.append(batch)
+                continue
+            flat = [i for i, p in enumerate(batch.params) if p.ndim == 1]
+            others = [i for i, p in enumerate(batch.params) if p.ndim != 1]
+            undecayed = batch.group | {"weight_decay": 0.0}
+            batches.append(batch.select(others))
+            batches.append(batch.select(flat)._replace(group=undecayed, adapt=False))
+        return [batch for batch in batches if batch.params]

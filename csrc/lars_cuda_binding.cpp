@@ -1,0 +1,60 @@
+// simclr_fast::lars_ on CUDA: from tensors to lars_cuda_step, on the current stream.
+#ifdef SIMCLR_WITH_CUDA
+#include <torch/csrc/stable/accelerator.h>
+
+#include "lars_binding.h"
+#include "lars_cuda.h"
+
+namespace simclr {
+namespace {
+
+const void* device_value(const Tensor& t, int32_t device, torch::headeronly::ScalarType type) {
+  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == device && t.numel() == 1 &&
+                      t.scalar_type() == type,
+                  "lars_: lr (float64), grad_scale and found_inf (float32) must have one element "
+                  "and be on the parameters' device");
+  return t.data_ptr();
+}
+
+void lars_cuda(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+               const std::vector<Tensor>& buffers, const std::vector<int64_t>& group_sizes,
+               const std::vector<int64_t>& flags, const std::vector<double>& hyper,
+               const std::vector<Tensor>& rates, const std::optional<Tensor>& grad_scale,
+               const std::optional<Tensor>& found_inf) {
+  using torch::headeronly::ScalarType;
+  if (params.empty()) return;
+  const int32_t device = params[0].get_device_index();
+  for (const Tensor& p : params)
+    STD_TORCH_CHECK(p.is_cuda() && p.get_device_index() == device,
+                    "lars_: one call takes the parameters of one device");
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  LarsArguments arguments(params, grads, buffers, group_sizes, flags, hyper);
+  const int64_t count = static_cast<int64_t>(arguments.tensors.size());
+  if (count == 0) return;
+  std::vector<const double*> rate_pointers(flags.size(), nullptr);
+  for (size_t i = 0; i < rates.size(); ++i)
+    rate_pointers.at(i) =
+        static_cast<const double*>(device_value(rates[i], device, ScalarType::Double));
+  const auto flag = [&](const std::optional<Tensor>& t) {
+    return t ? static_cast<const float*>(device_value(*t, device, ScalarType::Float)) : nullptr;
+  };
+  const std::vector<int64_t> size = {lars_cuda_workspace(arguments.tensors.data(), count)};
+  const Tensor workspace = torch::stable::new_empty(params[0], size, ScalarType::Double);
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  const int error = lars_cuda_step(
+      arguments.tensors.data(), count, arguments.groups.data(),
+      static_cast<int64_t>(arguments.groups.size()), rate_pointers.data(), flag(grad_scale),
+      flag(found_inf), static_cast<double*>(workspace.data_ptr()), stream);
+  STD_TORCH_CHECK(error == 0, "lars_: CUDA launch failed with cudaError ", error);
+  arguments.finish();
+}
+
+}  // namespace
+}  // namespace simclr
+
+STABLE_TORCH_LIBRARY_IMPL(simclr_fast, CUDA, m) { m.impl("lars_", TORCH_BOX(&simclr::lars_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(simclr_fast, SparseCUDA, m) {
+  m.impl("lars_", TORCH_BOX(&simclr::lars_cuda));
+}
+#endif  // SIMCLR_WITH_CUDA
