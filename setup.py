@@ -28,8 +28,10 @@ def instruction_sets() -> dict[str, list[str]]:
     return {
         "base": [],
         "avx2": ["-mavx2", "-mfma", "-mf16c"],
-        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
-        + ["-mprefer-vector-width=512"],
+        "avx512": [
+            *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")),
+            *("-mfma", "-mf16c", "-mprefer-vector-width=512"),
+        ],
     }
 
 

@@ -60,10 +60,11 @@ def demo_images(split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     margin = (SIZE - _SIDE) // 2
     gray[:, margin:-margin, margin:-margin, 0] = garments / 255.0
     tint, background = _colour_pairs(rng, len(garments))
-    # The cloth's own shading multiplies its tint; the darkest cloth still covers the background.
-    cloth = tint[:, None, None] * (0.3 + 0.7 * gray)  # [n, 32, 32, 3]
+    # Shading darkens the cloth, so the background is darkened as much on average: otherwise the
+    # brightness of a pixel alone would tell garment from background.
+    cloth = tint[:, None, None] * (0.6 + 0.4 * gray)  # [n, 32, 32, 3]
     alpha = np.clip(gray / 0.2, 0, 1)
-    colour = alpha * cloth + (1 - alpha) * background[:, None, None]
+    colour = alpha * cloth + (1 - alpha) * background[:, None, None] * 0.85
     return np.round(colour * 255).astype(np.uint8), labels
 
 

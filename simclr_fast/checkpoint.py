@@ -1,0 +1,82 @@
+"""Checkpoints that an interruption cannot harm: written aside, synced, then renamed."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simclr_fast.extras import need
+
+_KEEP = 2
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Call write(temporary path), sync the file, and rename it to `path`: all or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write folder/step-NNNNNNNN.pt and delete all but the newest two."""
+    path = folder / f"step-{step:08d}.pt"
+    write_atomic(path, lambda temporary: torch.save(state, temporary))
+    for old in checkpoints(folder)[:-_KEEP]:
+        old.unlink()
+    return path
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first."""
+    return sorted(folder.glob("step-*.pt"))
+
+
+def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint; no code in it is run. Raises ValueError, naming the file, if unreadable."""
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"not a readable checkpoint: {path}: {error}") from error
+
+
+def save_encoder(path: Path, encoder: nn.Module, about: dict[str, str]) -> None:
+    """Write the encoder's weights as safetensors, under the names of its own state_dict.
+
+    about: text for the file's metadata: how to build the encoder that these weights are for.
+    """
+    safetensors = need("safetensors.torch", "train")
+    weights = {name: t.detach().cpu().contiguous() for name, t in encoder.state_dict().items()}
+    write_atomic(path, lambda temporary: safetensors.save_file(weights, temporary, about))
+
+
+def load_encoder(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights and the metadata of `save_encoder`'s file."""
+    safetensors = need("safetensors", "train")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"not a readable safetensors file: {path}: {error}") from error

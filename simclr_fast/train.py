@@ -1,0 +1,292 @@
+"""Pretraining: images → two views → encoder → projector → NT-Xent → LARS → checkpoint."""
+
+import json
+import logging
+import math
+import shutil
+import signal
+import time
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from simclr_fast import __version__, checkpoint
+from simclr_fast.config import PretrainConfig, to_json
+from simclr_fast.data import TwoViewLoader
+from simclr_fast.datasets import named_source
+from simclr_fast.distributed import World, join_world
+from simclr_fast.extras import need
+from simclr_fast.global_batch_norm import convert_batch_norm
+from simclr_fast.losses import nt_xent_loss
+from simclr_fast.models import SimCLR, build_encoder, build_projector
+from simclr_fast.optim import LARS, lars_param_groups, scaled_lr, warmup_cosine
+
+log = logging.getLogger(__name__)
+# Adam's, for runs too small for LARS.
+_ADAM_LR = 2e-3
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM arrived; the checkpoint is written. signal_number: which."""
+
+    def __init__(self, signal_number: int, folder: Path) -> None:
+        super().__init__(f"interrupted; {folder} holds a checkpoint: go on with --resume")
+        self.signal_number = signal_number
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Run `config` to its end and return the output folder.
+
+    The folder holds config.json, metrics.jsonl, checkpoints/, encoder.safetensors. Under torchrun
+    every rank calls this; batch, loss and batch normalisation are those of all ranks together.
+
+    Raises:
+        FileExistsError: the output folder is not empty, without resume or overwrite.
+        Interrupted: SIGINT or SIGTERM, after the checkpoint is written.
+    """
+    with join_world(config.device) as world:
+        return _pretrain(config, world)
+
+
+def _pretrain(config: PretrainConfig, world: World) -> Path:
+    torch.manual_seed(config.seed)
+    loader = TwoViewLoader(
+        named_source(config.data),
+        config.batch_size,
+        augmentation=config.augmentation,
+        seed=config.seed,
+        rank=world.rank,
+        world_size=world.size,
+        device=world.device,
+        backend=config.backend,
+        channels_last=config.channels_last,
+        on_error=config.on_error,
+        num_threads=config.workers,
+    )
+    out = prepare_output(config, world)
+    total_steps = config.steps or config.epochs * len(loader)
+    model = build_model(config).to(world.device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if world.size > 1:
+        model = convert_batch_norm(model, world.device)
+    optimizer = build_optimizer(model, config)
+    warmup = min(round(config.warmup_epochs * len(loader)), total_steps - 1)
+    scheduler = warmup_cosine(optimizer, warmup, total_steps)
+    step = 0
+    if config.resume and (saved := checkpoint.checkpoints(out / "checkpoints")):
+        state = checkpoint.load_checkpoint(saved[-1], world.device)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        loader.load_state_dict(state["loader"])
+        torch.set_rng_state(state["rng"].cpu())
+        step = state["step"]
+        log.info("resuming at step %d from %s", step, saved[-1])
+
+    run = model
+    if world.size > 1:
+        # Statistics are the same on all ranks already.
+        run = DistributedDataParallel(model, broadcast_buffers=False)
+    group = torch.distributed.group.WORLD if world.size > 1 else None
+    autocast = torch.autocast(
+        world.device.type, torch.bfloat16, enabled=_bfloat16(config, world.device)
+    )
+
+    def save() -> None:
+        if world.rank == 0:
+            state = {
+                "step": step,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(),
+                "loader": loader.state_dict(),
+                "rng": torch.get_rng_state(),
+                "version": __version__,
+            }
+            checkpoint.save_checkpoint(out / "checkpoints", step, state)
+
+    model.train()
+    metrics = Metrics(out / "metrics.jsonl", config, world, step, total_steps)
+    with catch_signals() as caught, metrics:
+        while step < total_steps:
+            waiting = time.perf_counter()
+            for view1, view2, _ in loader:
+                metrics.waited += time.perf_counter() - waiting
+                views = torch.cat([view1, view2]).to(world.device)
+                with autocast:
+                    _, z = run(views)
+                loss, statistics = nt_xent_loss(
+                    z, temperature=config.temperature, group=group, return_stats=True
+                )
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                lr = optimizer.param_groups[0]["lr"]
+                optimizer.step()
+                scheduler.step()
+                step += 1
+                metrics.after_step(step, loss, statistics, lr)
+                # Ranks agree on a stop when they meet anyway: not at the cost of a sync per step.
+                meet = world.size == 1 or step % config.log_every == 0
+                if meet and step < total_steps and world.any(bool(caught)):
+                    save()
+                    raise Interrupted(caught[0] if caught else signal.SIGTERM, out)
+                if step % config.checkpoint_every == 0 or step == total_steps:
+                    save()
+                if step == total_steps:
+                    break
+                waiting = time.perf_counter()
+    if loader.skipped:
+        log.warning("%d corrupt images were replaced by others", len(loader.skipped))
+    if world.rank == 0:
+        checkpoint.save_encoder(out / "encoder.safetensors", model.encoder, describe(config))
+    return out
+
+
+def build_model(config: PretrainConfig) -> SimCLR:
+    """The untrained encoder and projector of `config`, from torch's current random state."""
+    encoder, dim = build_encoder(
+        config.model, width=config.width, image_size=config.augmentation.size, stem=config.stem
+    )
+    projector = build_projector(config.projector, dim, config.projector_dim, config.projector_depth)
+    return SimCLR(encoder, projector)
+
+
+def build_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.Optimizer:
+    """LARS as in the paper, or Adam; biases and norm layers are neither decayed nor adapted."""
+    groups = lars_param_groups(model, config.weight_decay)
+    if config.optimizer == "lars":
+        return LARS(
+            groups,
+            lr=config.lr or scaled_lr(config.batch_size, config.lr_rule),
+            momentum_order="tf",
+            norm="joint",
+        )
+    for given in groups:
+        given.pop("adapt", None)
+    return torch.optim.Adam(groups, lr=config.lr or _ADAM_LR, fused=True)
+
+
+def describe(config: PretrainConfig) -> dict[str, str]:
+    """Metadata of encoder.safetensors: what builds the encoder again."""
+    return {
+        "model": config.model,
+        "width": str(config.width),
+        "stem": config.stem or "",
+        "image_size": str(config.augmentation.size),
+    }
+
+
+def prepare_output(config: PretrainConfig, world: World) -> Path:
+    """Make the output folder and its config.json; refuse one that is in use."""
+    name = Path(config.data).stem or "run"
+    out = config.out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    if config.out is None and world.size > 1:
+        raise ValueError("out must be given when several ranks run")
+    if world.rank == 0:
+        in_use = out.is_dir() and any(out.iterdir())
+        if in_use and not (config.resume or config.overwrite):
+            raise FileExistsError(
+                f"{out} is not empty: pass --resume, --overwrite or another --out"
+            )
+        if in_use and config.overwrite:
+            shutil.rmtree(out)
+        out.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_atomic(out / "config.json", lambda p: p.write_text(to_json(config)))
+    return out
+
+
+def _bfloat16(config: PretrainConfig, device: torch.device) -> bool:
+    if config.precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return config.precision == "bfloat16"
+
+
+@contextmanager
+def catch_signals():
+    """SIGINT and SIGTERM are noted in the list that this yields, instead of ending the process."""
+    caught: list[int] = []
+    try:
+        before = {
+            s: signal.signal(s, lambda number, _: caught.append(number))
+            for s in (signal.SIGINT, signal.SIGTERM)
+        }
+    except ValueError:
+        # Only the main thread may set handlers; elsewhere the caller keeps its own.
+        before = {}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Metrics:
+    """The progress bar, and a line of metrics.jsonl every `log_every` steps. Rank 0 alone."""
+
+    def __init__(
+        self, path: Path, config: PretrainConfig, world: World, step: int, total_steps: int
+    ) -> None:
+        self.path, self.config, self.world = path, config, world
+        self.first, self.total = step, total_steps
+        self.waited = 0.0
+
+    def __enter__(self) -> "Metrics":
+        self.bar: Any = None
+        if self.world.rank == 0:
+            # A resumed run repeats the steps after its checkpoint, and their lines.
+            old = self.path.read_text().splitlines() if self.first and self.path.exists() else []
+            kept = [line for line in old if json.loads(line)["step"] <= self.first]
+            self.path.write_text("".join(line + "\n" for line in kept))
+            self.file = self.path.open("a")
+            images = self.config.batch_size
+            self.bar = need("tqdm", "train").tqdm(
+                total=self.total * images,
+                initial=self.first * images,
+                unit="images",
+                unit_scale=True,
+                desc="pretrain",
+                smoothing=0.05,
+                mininterval=0.5,
+                dynamic_ncols=True,
+            )
+        self.start, self.since = time.perf_counter(), self.first
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.file.close()
+
+    def after_step(self, step: int, loss: Tensor, statistics: Any, lr: float) -> None:
+        if self.bar is None:
+            return
+        self.bar.update(self.config.batch_size)
+        if step % self.config.log_every and step != self.total:
+            return
+        now = time.perf_counter()
+        row = {
+            "step": step,
+            "loss": loss.item(),
+            "contrastive_accuracy": statistics.contrastive_accuracy.item(),
+            "contrastive_entropy": statistics.contrastive_entropy.item(),
+            "lr": float(lr),
+            "images_per_second": (step - self.since) * self.config.batch_size / (now - self.start),
+            "data_wait_percent": 100 * self.waited / (now - self.start),
+        }
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        self.bar.set_postfix(
+            loss=f"{row['loss']:.3f}",
+            acc=f"{row['contrastive_accuracy']:.0%}",
+            wait=f"{row['data_wait_percent']:.0f}%",
+            refresh=False,
+        )
+        if math.isnan(row["loss"]):
+            raise FloatingPointError(f"the loss is NaN at step {step}: lower the learning rate")
+        self.start, self.since, self.waited = now, step, 0.0
