@@ -53,11 +53,6 @@ def _warn_once(cause: ImportError) -> None:
         )
 
 
-def has_triton() -> bool:
-    """Whether Triton can be imported."""
-    return find_spec("triton") is not None
-
-
 def augment_views(*arguments: object) -> None:
     """Write views of images into the last argument; see csrc/augment_cpu.cpp for the schema."""
     torch.ops.simclr_fast.augment_views(*arguments)
