@@ -58,6 +58,8 @@ def apply_views(
         return out
     if out.device.type == "cpu" and ops.has_extension():
         return _apply_native(images, params, aug, out)
+    if out.device.type == "cuda" and ops.has_triton():
+        return _apply_triton(images, params, aug, out)
     return _apply_torch(images, params, aug, out)
 
 
@@ -111,6 +113,29 @@ def _apply_native(
         target,
     )
     return target if dense else out.copy_(target)
+
+
+def _apply_triton(
+    images: Tensor | list[Tensor], params: ViewParams, aug: Augmentation, out: Tensor
+) -> Tensor:
+    from simclr_fast.kernels import augment as kernels
+
+    ints = [params.box, params.flip[:, None], params.jitter[:, None], params.order]
+    ints = np.concatenate([*ints, params.gray[:, None]], axis=1).astype(np.int32)
+    floats = np.concatenate([params.factors, params.sigma[:, None]], axis=1).astype(np.float32)
+    scale, shift = aug.normalization
+    kernels.augment_views(
+        [_dense_rows(i) for i in images],
+        torch.from_numpy(ints).contiguous().to(out.device, non_blocking=True),
+        torch.from_numpy(floats).contiguous().to(out.device, non_blocking=True),
+        torch.tensor(scale + shift, dtype=torch.float32).to(out.device, non_blocking=True),
+        aug.spec == "simclr",
+        aug.brightness == "additive",
+        aug.interpolation == "bilinear",
+        aug.blur_radius,
+        out,
+    )
+    return out
 
 
 def _apply_torch(

@@ -174,7 +174,7 @@ def draw_params(
         flip=switches[:, 0] < aug.p_flip,
         jitter=switches[:, 1] < aug.p_jitter,
         order=_ORDERS[(order[:, 0] * 24).astype(np.int64)],
-        factors=(low + factors * (high - low)).astype(np.float32),
+        factors=(low + factors * (high - low)).astype(np.float32, order="C"),
         gray=switches[:, 2] < aug.p_gray,
         sigma=np.where(switches[:, 3] < aug.p_blur, sigma, 0).astype(np.float32),
     )

@@ -14,7 +14,7 @@ from simclr_fast import dali_views  # noqa: E402
 
 NAMES = dali_views.PARAM_NAMES
 CHINA, FLOWER = (load_sample_image(f"{name}.jpg").copy() for name in ("china", "flower"))
-IMAGES = [CHINA, FLOWER, CHINA[:97, :61].copy(), FLOWER[200:208, 300:308].copy()] * 5
+IMAGES = [CHINA, FLOWER, CHINA[:97, :61].copy(), FLOWER[200:208, 300:308].copy()] * 3
 pytestmark = pytest.mark.filterwarnings("ignore:The external source node")
 
 

@@ -1,0 +1,303 @@
+"""Two 224² views per 500×375 JPEG, and per 32×32 array, beside the peers; CPU milliseconds.
+
+    python benchmarks/bench_augment.py [--images 24] [--rounds 5] [--only fused,torchvision_pil]
+
+One thread each, in one process, interleaved; the figure is the median over rounds of CPU time per
+source image (process_time counts DALI's threads as well), with wall time beside it. The JPEGs are
+cut from scikit-learn's two photographs. A peer that is not installed is left out, and said so.
+"""
+
+import argparse
+import io
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+from torchvision.transforms import v2
+
+from simclr_fast.augment import Augmentation, SimCLRViews, apply_views, draw_params
+
+SIZE, HEIGHT, WIDTH, CIFAR = 224, 375, 500, 32
+
+
+def jpegs(n: int) -> list[bytes]:
+    rng = np.random.default_rng(0)
+    photographs = [Image.fromarray(load_sample_image(f"{k}.jpg")) for k in ("china", "flower")]
+    files = []
+    for i in range(n):
+        scale = rng.uniform(0.79, 1.0)
+        w, h = int(WIDTH * scale * 1.27), int(HEIGHT * scale * 1.13)
+        w, h = min(w, 640), min(h, 427)
+        x, y = rng.integers(0, 640 - w + 1), rng.integers(0, 427 - h + 1)
+        crop = photographs[i % 2].crop((x, y, x + w, y + h)).resize((WIDTH, HEIGHT), Image.BICUBIC)
+        buffer = io.BytesIO()
+        crop.save(buffer, "JPEG", quality=90)
+        files.append(buffer.getvalue())
+    return files
+
+
+def pipeline(build: Callable, source: Callable, n: int, count: int, dtypes: list):
+    from nvidia.dali import fn, pipeline_def
+
+    @pipeline_def(
+        batch_size=n,
+        num_threads=1,
+        device_id=None,
+        enable_conditionals=True,
+        prefetch_queue_depth=1,
+        exec_dynamic=False,
+    )
+    def graph():
+        nodes = fn.external_source(source, batch=True, num_outputs=count, dtype=dtypes)
+        return tuple(build(*nodes))
+
+    pipe = graph()
+    pipe.build()
+    return pipe
+
+
+def encoded(files: list[bytes]) -> list[np.ndarray]:
+    return [np.frombuffer(f, np.uint8) for f in files]
+
+
+def decode_only(files: list[bytes]) -> Callable:
+    from nvidia.dali import fn, types
+
+    raw = encoded(files)
+    pipe = pipeline(lambda x: (fn.decoders.image(x),), lambda: [raw], len(files), 1, [types.UINT8])
+    return pipe.run
+
+
+def fused(files: list[bytes]) -> Callable:
+    decode, aug, n = decode_only(files), Augmentation(SIZE), len(files)
+    outs = [torch.empty(n, 3, SIZE, SIZE) for _ in range(2)]
+    epoch = iter(range(2**31))
+
+    def step() -> None:
+        (decoded,) = decode()
+        images = [torch.from_dlpack(decoded[i]) for i in range(n)]
+        sizes = np.array([i.shape[:2] for i in images])
+        number = next(epoch)
+        for view in (0, 1):
+            params = draw_params(aug, 0, number, np.arange(n), view, sizes)
+            apply_views(images, params, aug, out=outs[view])
+
+    return step
+
+
+def dali_only(files: list[bytes]) -> Callable:
+    from nvidia.dali import fn, types
+
+    from simclr_fast import dali_views
+
+    raw, aug, n = encoded(files), Augmentation(SIZE), len(files)
+    sizes = np.tile([[HEIGHT, WIDTH]], (n, 1))
+    epoch = iter(range(2**31))
+
+    def source() -> list:
+        number = next(epoch)
+        params = [draw_params(aug, 0, number, np.arange(n), view, sizes) for view in (0, 1)]
+        return [raw, *(f for p in params for f in dali_views.feeds(p, aug))]
+
+    def build(raw_node, *nodes):
+        return dali_views.make_views(fn.decoders.image(raw_node), list(nodes), aug, "cpu")
+
+    kinds = [types.UINT8, *dali_views.param_types() * 2]
+    return pipeline(build, source, n, len(kinds), kinds).run
+
+
+def solo_learn(files: list[bytes]) -> Callable:
+    """The operators and blends of solo-learn's DALI pipeline: color_twist, one 23-tap blur."""
+    from nvidia.dali import fn, types
+
+    raw = encoded(files)
+
+    def coin(p):
+        return fn.cast(fn.random.coin_flip(probability=p), dtype=types.FLOAT)
+
+    def blend(p, yes, no):
+        c = coin(p)
+        return fn.cast(c * yes + (1 - c) * no, dtype=types.UINT8)
+
+    def view(x):
+        x = fn.random_resized_crop(
+            x, size=[SIZE, SIZE], random_area=[0.08, 1.0], interp_type=types.INTERP_CUBIC
+        )
+        jittered = fn.color_twist(
+            x,
+            brightness=fn.random.uniform(range=[0.2, 1.8]),
+            contrast=fn.random.uniform(range=[0.2, 1.8]),
+            saturation=fn.random.uniform(range=[0.2, 1.8]),
+            hue=fn.random.uniform(range=[-72.0, 72.0]),
+        )
+        x = blend(0.8, jittered, x)
+        gray = fn.color_space_conversion(x, image_type=types.RGB, output_type=types.GRAY)
+        x = blend(0.2, fn.cat(gray, gray, gray, axis=2), x)
+        blurred = fn.gaussian_blur(x, window_size=23, sigma=fn.random.uniform(range=[0.1, 2.0]))
+        x = blend(0.5, blurred, x)
+        return fn.crop_mirror_normalize(
+            x,
+            mirror=fn.random.coin_flip(),
+            mean=[0.485 * 255, 0.456 * 255, 0.406 * 255],
+            std=[0.229 * 255, 0.224 * 255, 0.225 * 255],
+            dtype=types.FLOAT,
+            output_layout="CHW",
+        )
+
+    def build(raw_node):
+        images = fn.decoders.image(raw_node)
+        return view(images), view(images)
+
+    return pipeline(build, lambda: [raw], len(files), 1, [types.UINT8]).run
+
+
+def torchvision_views(size: int, blur: bool, jitter: float) -> v2.Compose:
+    steps = [
+        v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+        v2.RandomHorizontalFlip(),
+        v2.RandomApply(
+            [v2.ColorJitter(0.8 * jitter, 0.8 * jitter, 0.8 * jitter, 0.2 * jitter)], p=0.8
+        ),
+        v2.RandomGrayscale(0.2),
+    ]
+    if blur:
+        steps.append(v2.RandomApply([v2.GaussianBlur(23, (0.1, 2.0))], p=0.5))
+    return v2.Compose([*steps, v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+
+
+def torchvision_pil(files: list[bytes]) -> Callable:
+    transform = torchvision_views(SIZE, True, 1.0)
+
+    def step() -> None:
+        for f in files:
+            image = Image.open(io.BytesIO(f)).convert("RGB")
+            transform(image), transform(image)
+
+    return step
+
+
+def torchvision_tensor(files: list[bytes]) -> Callable:
+    from torchvision.io import decode_jpeg
+
+    transform = torchvision_views(SIZE, True, 1.0)
+    raw = [torch.frombuffer(bytearray(f), dtype=torch.uint8) for f in files]
+
+    def step() -> None:
+        for f in raw:
+            image = decode_jpeg(f)
+            transform(image), transform(image)
+
+    return step
+
+
+def lightly(files: list[bytes]) -> Callable:
+    from lightly.transforms import SimCLRTransform
+
+    transform = SimCLRTransform(input_size=SIZE)
+
+    def step() -> None:
+        for f in files:
+            transform(Image.open(io.BytesIO(f)).convert("RGB"))
+
+    return step
+
+
+def kornia(files: list[bytes]) -> Callable:
+    import kornia.augmentation as K
+
+    views = torch.nn.Sequential(
+        K.RandomResizedCrop((SIZE, SIZE), scale=(0.08, 1.0), resample="bicubic"),
+        K.RandomHorizontalFlip(),
+        K.ColorJitter(0.8, 0.8, 0.8, 0.2, p=0.8),
+        K.RandomGrayscale(p=0.2),
+        K.RandomGaussianBlur((23, 23), (0.1, 2.0), p=0.5),
+    )
+
+    def step() -> None:
+        images = [np.array(Image.open(io.BytesIO(f)).convert("RGB")) for f in files]
+        batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
+        views(batch), views(batch)
+
+    return step
+
+
+def small_ours(batch: torch.Tensor) -> Callable:
+    views = SimCLRViews(CIFAR, s=0.5, p_blur=0.0)
+    return lambda: views(batch)
+
+
+def small_torchvision(batch: torch.Tensor) -> Callable:
+    transform = torchvision_views(CIFAR, False, 0.5)
+    return lambda: [(transform(image), transform(image)) for image in batch]
+
+
+JPEG_CASES = (
+    decode_only,
+    fused,
+    dali_only,
+    solo_learn,
+    torchvision_pil,
+    torchvision_tensor,
+    lightly,
+    kornia,
+)
+SMALL_CASES = (small_ours, small_torchvision)
+
+
+def measure(steps: dict[str, Callable], images: int, rounds: int) -> dict[str, tuple[float, float]]:
+    """Median CPU and wall milliseconds per source image, interleaved, after one warm-up each."""
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+    for _ in range(rounds):
+        for name, step in steps.items():
+            cpu, wall = time.process_time(), time.perf_counter()
+            step()
+            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+            samples[name].append((cpu / images * 1e3, wall / images * 1e3))
+    return {
+        name: (statistics.median(c for c, _ in s), statistics.median(w for _, w in s))
+        for name, s in samples.items()
+    }
+
+
+def report(title: str, times: dict[str, tuple[float, float]], base: str) -> None:
+    print(title)
+    reference = times.get(base, (float("nan"),))[0]
+    for name, (cpu, wall) in times.items():
+        speed = reference / cpu
+        print(f"  {name:20} {cpu:9.4f} ms CPU {wall:9.4f} ms wall {speed:7.2f} x {base}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="", help="comma-separated names of cases")
+    arguments = parser.parse_args()
+    wanted = set(arguments.only.split(",")) - {""}
+    torch.set_num_threads(1)
+    files = jpegs(arguments.images)
+    batch = torch.randint(256, (256, 3, CIFAR, CIFAR), dtype=torch.uint8)
+    for title, cases, data, images, base in (
+        (f"two {SIZE}x{SIZE} views per JPEG", JPEG_CASES, files, len(files), "torchvision_pil"),
+        ("two 32x32 views per array", SMALL_CASES, batch, len(batch), "small_torchvision"),
+    ):
+        steps = {}
+        for case in cases:
+            if wanted and case.__name__ not in wanted:
+                continue
+            try:
+                steps[case.__name__] = case(data)
+            except ImportError as error:
+                print(f"{case.__name__} left out: {error}")
+        if steps:
+            report(title, measure(steps, images, arguments.rounds), base)
+
+
+if __name__ == "__main__":
+    main()
