@@ -9,6 +9,7 @@ malloc reuse memory, which spares the losses that build 2N × 2N matrices their 
 """
 
 import argparse
+import ctypes
 import re
 import subprocess
 import sys
@@ -74,9 +75,9 @@ def _resident(key: str) -> float:
 
 def print_memory(name: str, n: int, d: int) -> None:
     """Peak MB of forward+backward beyond what was resident before; runs in its own process."""
-    loss = losses(n)[name]
-    forward_backward(loss, *views(8, d))
-    z = views(n, d)
+    loss, z = losses(n)[name], views(n, d)
+    forward_backward(loss, *z)  # compiles, loads libraries
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
     forward_backward(loss, *z)
