@@ -84,6 +84,7 @@ def extension_options() -> dict:
         "extra_compile_args": {"cxx": ["-std=c++17", "-O3", "-fvisibility=hidden", *ABI_MACROS]},
         "depends": [*kernels, *glob("csrc/*.h")],
         "py_limited_api": True,
+        "depends": [*kernels, *glob("csrc/*.h")],
     }
     if with_cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)

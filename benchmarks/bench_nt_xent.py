@@ -9,6 +9,7 @@ malloc reuse memory, which spares the losses that build 2N × 2N matrices their 
 """
 
 import argparse
+import ctypes
 import re
 import subprocess
 import sys
@@ -47,16 +48,16 @@ def forward_backward(loss, z1, z2) -> tuple[torch.Tensor, ...]:
     return torch.autograd.grad(loss(z1, z2, TEMPERATURE), (z1, z2))
 
 
-def interleaved(steps: dict, rounds: int) -> dict[str, float]:
+def interleaved(steps: dict, rounds: int, clock=time.perf_counter) -> dict[str, float]:
     """Median milliseconds of each step, one call per round, after one call to warm up."""
     times = {name: [] for name in steps}
     for step in steps.values():
         step()
     for _ in range(rounds):
         for name, step in steps.items():
-            start = time.perf_counter()
+            start = clock()
             step()
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * (clock() - start))
     return {name: median(values) for name, values in times.items()}
 
 
@@ -74,9 +75,9 @@ def _resident(key: str) -> float:
 
 def print_memory(name: str, n: int, d: int) -> None:
     """Peak MB of forward+backward beyond what was resident before; runs in its own process."""
-    loss = losses(n)[name]
-    forward_backward(loss, *views(8, d))
-    z = views(n, d)
+    loss, z = losses(n)[name], views(n, d)
+    forward_backward(loss, *z)  # compiles, loads libraries
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
     forward_backward(loss, *z)
@@ -89,16 +90,18 @@ def peak_memory(name: str, n: int, d: int) -> float:
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def table(n: int, d: int, rounds: int, memory: bool) -> str:
+def table(n: int, d: int, rounds: int, memory: bool, clock=time.perf_counter) -> str:
     z1, z2 = views(n, d)
     z = torch.cat((z1, z2)).detach()
     matmul = {MATMUL: lambda: torch.mm(z, z.T)}
     times = []
     for run in (forward, forward_backward):
         steps = {k: lambda f=f, run=run: run(f, z1, z2) for k, f in losses(n).items()}
-        times.append(interleaved(steps | matmul, rounds))
+        times.append(interleaved(steps | matmul, rounds, clock))
+    time_of = "CPU time" if clock is time.thread_time else "wall time"
     lines = [
-        f"N = {n}, D = {d}, float32, temperature {TEMPERATURE}, {torch.get_num_threads()} threads",
+        f"N = {n}, D = {d}, float32, temperature {TEMPERATURE}, {torch.get_num_threads()} threads, "
+        f"{time_of}",
         "| loss | forward ms | × ours | forward+backward ms | × ours | peak MB | gradient error |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -118,15 +121,19 @@ def main() -> None:
     parser.add_argument("--d", type=int, default=128)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="one thread's CPU time: for a busy machine"
+    )
     parser.add_argument("--no-memory", action="store_true", help="skip the subprocesses")
     parser.add_argument("--memory", metavar="LOSS", help="print one loss's peak memory and stop")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    clock = time.thread_time if arguments.cpu_time else time.perf_counter
+    torch.set_num_threads(1 if arguments.cpu_time else arguments.threads)
     for n in map(int, arguments.n.split(",")):
         if arguments.memory:
             print_memory(arguments.memory, n, arguments.d)
         else:
-            print(table(n, arguments.d, arguments.rounds, not arguments.no_memory), "\n")
+            print(table(n, arguments.d, arguments.rounds, not arguments.no_memory, clock), "\n")
 
 
 @pytest.mark.parametrize("run", [forward, forward_backward], ids=lambda run: run.__name__)

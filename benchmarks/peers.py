@@ -64,7 +64,7 @@ def nt_xent_peers(n: int) -> dict:
         "textbook torch.compile": torch.compile(textbook),
         "chunked, checkpoint": chunked,
         "solo-learn formula": lambda z1, z2, t: solo_learn(
-            torch.cat((z1, z2)), torch.arange(n, device=z1.device).repeat(2), t
+            torch.cat((z1, z2)), torch.arange(len(z1), device=z1.device).repeat(2), t
         ),
     }
     try:
