@@ -1,6 +1,5 @@
 """LARS in plain torch operations: every device, no extension. The definition is in optim.LARS."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -93,7 +92,10 @@ def _foreach_update(work: list[Any], batch: Batch, grad_scale: Tensor | None) ->
 
 
 def _trust(
-    params: list[Tensor], vectors: Sequence[Tensor], group: dict[str, Any], lr: float | Tensor
+    params: list[Tensor],
+    vectors: list[Tensor] | tuple[Tensor, ...],
+    group: dict[str, Any],
+    lr: float | Tensor,
 ) -> Tensor:
     """Trust ratio of each tensor, float64  # [len(params)]."""
     joint = group["norm"] == "joint"
