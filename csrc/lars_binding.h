@@ -59,17 +59,25 @@ class LarsArguments {
   std::vector<std::pair<Tensor, Tensor>> copies_;
   std::vector<Tensor> kept_;
 
-  static LarsType type_of(const Tensor& t) {
-    switch (t.scalar_type()) {
-      case torch::headeronly::ScalarType::Float: return LarsType::f32;
-      case torch::headeronly::ScalarType::Double: return LarsType::f64;
-      case torch::headeronly::ScalarType::Half: return LarsType::f16;
-      case torch::headeronly::ScalarType::BFloat16: return LarsType::bf16;
-      default:
-        STD_TORCH_CHECK(false, "the fused LARS takes float16, bfloat16, float32 and float64 "
-                               "parameters; fused=False takes others");
-        return LarsType::f32;
-    }
+  // Straight from the C interface: stable::Tensor's accessors translate every enumeration, which
+  // for hundreds of tensors would take longer than the rest of the call.
+  template <typename T>
+  static T ask(AOTITorchError (*getter)(AtenTensorHandle, T*), const Tensor& t) {
+    T value{};
+    STABLE_TORCH_ERROR_CODE_CHECK(getter(t.get(), &value));
+    return value;
+  }
+
+  static LarsType type_of(int32_t dtype) {
+    static const int32_t f32 = aoti_torch_dtype_float32(), f64 = aoti_torch_dtype_float64(),
+                         f16 = aoti_torch_dtype_float16(), bf16 = aoti_torch_dtype_bfloat16();
+    STD_TORCH_CHECK(dtype == f32 || dtype == f64 || dtype == f16 || dtype == bf16,
+                    "the fused LARS takes float16, bfloat16, float32 and float64 parameters; "
+                    "fused=False takes others");
+    return dtype == f32   ? LarsType::f32
+           : dtype == f64 ? LarsType::f64
+           : dtype == f16 ? LarsType::f16
+                          : LarsType::bf16;
   }
 
   static bool same_strides(const Tensor& a, const Tensor& b) {
@@ -112,24 +120,22 @@ class LarsArguments {
   }
 
   void add(const Tensor& p, const Tensor& g, const Tensor* v, int32_t group) {
-    STD_TORCH_CHECK(g.layout() == torch::headeronly::Layout::Strided,
+    static const int32_t strided = aoti_torch_layout_strided();
+    STD_TORCH_CHECK(ask(aoti_torch_get_layout, g) == strided,
                     "LARS needs strided gradients, got a sparse one");
-    STD_TORCH_CHECK(same_sizes(p, g) && (!v || same_sizes(p, *v)),
-                    "lars_: a gradient or momentum buffer differs in shape from its parameter");
-    const LarsType type = type_of(p);
-    STD_TORCH_CHECK(g.scalar_type() == p.scalar_type() &&
-                        (!v || v->scalar_type() == p.scalar_type()),
+    const int32_t dtype = ask(aoti_torch_get_dtype, p);
+    STD_TORCH_CHECK(ask(aoti_torch_get_dtype, g) == dtype &&
+                        (!v || ask(aoti_torch_get_dtype, *v) == dtype),
                     "the fused LARS takes gradients and momentum buffers of their parameter's "
                     "dtype; fused=False takes others");
-    STD_TORCH_CHECK(g.is_cpu() == p.is_cpu() && g.get_device_index() == p.get_device_index() &&
-                        (!v || (v->is_cpu() == p.is_cpu() &&
-                                v->get_device_index() == p.get_device_index())),
-                    "lars_: a gradient or momentum buffer is on another device than its parameter");
+    const LarsType type = type_of(dtype);
     const int64_t n = p.numel();
-    if (n == 0) return;
     const bool contiguous = p.is_contiguous() && g.is_contiguous() && (!v || v->is_contiguous());
-    if (contiguous ||
-        (same_strides(p, g) && (!v || same_strides(p, *v)) && is_dense(p)))
+    STD_TORCH_CHECK(contiguous ? n == g.numel() && (!v || n == v->numel())
+                               : same_sizes(p, g) && (!v || same_sizes(p, *v)),
+                    "lars_: a gradient or momentum buffer differs in shape from its parameter");
+    if (n == 0) return;
+    if (contiguous || (same_strides(p, g) && (!v || same_strides(p, *v)) && is_dense(p)))
       tensors.push_back({p.data_ptr(), g.data_ptr(), v ? v->data_ptr() : nullptr, n, type, group});
     else
       tensors.push_back({writable(p), readable(g), v ? writable(*v) : nullptr, n, type, group});

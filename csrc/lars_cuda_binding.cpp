@@ -24,9 +24,11 @@ void lars_cuda(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
   using torch::headeronly::ScalarType;
   if (params.empty()) return;
   const int32_t device = params[0].get_device_index();
-  for (const Tensor& p : params)
-    STD_TORCH_CHECK(p.is_cuda() && p.get_device_index() == device,
-                    "lars_: one call takes the parameters of one device");
+  for (const auto* list : {&params, &grads, &buffers})
+    for (const Tensor& t : *list)
+      STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == device,
+                      "lars_: one call takes the parameters, gradients and momentum buffers of one "
+                      "device");
   const torch::stable::accelerator::DeviceGuard guard(device);
   LarsArguments arguments(params, grads, buffers, group_sizes, flags, hyper);
   const int64_t count = static_cast<int64_t>(arguments.tensors.size());

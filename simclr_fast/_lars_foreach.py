@@ -66,13 +66,10 @@ def _foreach_update(work: list[Any], batch: Batch, grad_scale: Tensor | None) ->
         grads = torch._foreach_mul(grads, inverse)
     if group["maximize"]:
         grads = torch._foreach_neg(grads)
-    if not batch.adapt:
-        updates = torch._foreach_add(grads, params, alpha=decay) if decay else grads
-    else:
-        ratios, decays = _trust(params, grads, group, lr)
-        decayed = torch._foreach_mul(params, list(decays.to(dtype).unbind()))
-        torch._foreach_add_(decayed, grads)
-        updates = torch._foreach_mul(decayed, list(ratios.to(dtype).unbind()))
+    updates = torch._foreach_add(grads, params, alpha=decay) if decay else grads
+    if batch.adapt:
+        ratios = _trust(params, updates if group["norm"] == "joint" else grads, group, lr)
+        updates = torch._foreach_mul(updates, list(ratios.to(dtype).unbind()))
     if isinstance(lr, Tensor):
         lr = lr.to(dtype)
     inside = group["momentum_order"] == "tf"
@@ -95,20 +92,23 @@ def _foreach_update(work: list[Any], batch: Batch, grad_scale: Tensor | None) ->
 
 
 def _trust(
-    params: list[Tensor], grads: list[Tensor], group: dict[str, Any], lr: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    """Trust ratio and weight decay of each tensor, float64  # [len(params)] each."""
-    joint, decay = group["norm"] == "joint", group["weight_decay"]
-    vectors = torch._foreach_add(grads, params, alpha=decay) if joint else grads
+    params: list[Tensor],
+    vectors: list[Tensor] | tuple[Tensor, ...],
+    group: dict[str, Any],
+    lr: float | Tensor,
+) -> Tensor:
+    """Trust ratio of each tensor, float64  # [len(params)]."""
+    joint = group["norm"] == "joint"
     w = torch.stack(torch._foreach_norm(params, dtype=torch.float64))
     g = torch.stack(torch._foreach_norm(vectors, dtype=torch.float64))
-    ratios = group["trust_coefficient"] * w / (g + (0.0 if joint else decay) * w + group["eps"])
-    if not joint and group["when_zero"] == "skip":
-        zero = (w == 0) | (g == 0)
-        if group["trust_clip"]:
-            ratios = (ratios / lr).clamp(max=1.0)
-        return ratios.masked_fill(zero, 1.0), torch.full_like(w, decay).masked_fill(zero, 0.0)
-    ratios = torch.where((w > 0) & (g > 0), ratios, 1.0)
+    decay = 0.0 if joint else group["weight_decay"]
+    ratios = group["trust_coefficient"] * w / (g + decay * w + group["eps"])
+    skip = not joint and group["when_zero"] == "skip"
+    if not skip:
+        ratios = torch.where((w > 0) & (g > 0), ratios, 1.0)
     if group["trust_clip"]:
         ratios = (ratios / lr).clamp(max=1.0)
-    return ratios, torch.full_like(w, decay)
+    if skip:
+        # Ratio 0 leaves out the decay that was added to a gradient of zero.
+        ratios = torch.where(g == 0, 0.0, ratios).masked_fill(w == 0, 1.0)
+    return ratios

@@ -9,6 +9,7 @@
 // NaN, with poisoned gaps under ASan. No PTX, no asynchronous copies, no timing.
 #pragma once
 
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <cstdint>
@@ -45,15 +46,15 @@ struct Index {
 };
 
 constexpr int kMaxThreads = 1024;
-constexpr size_t kStackBytes = 128 * 1024;
-constexpr size_t kSharedBytes = 64 * 1024;
+constexpr int kMaxTsanFibers = 4096;
+constexpr size_t kStackBytes = 64 * 1024;
+constexpr size_t kSharedBytes = 16 * 1024;
 constexpr size_t kGap = 64;
 
 enum class State { running, at_block, at_warp, done };
 
 struct Fiber {
   ucontext_t context;
-  char* stack = nullptr;
   State state = State::done;
   int line = 0;           // of the barrier that it waits at
   size_t shared_used = 0;
@@ -64,10 +65,13 @@ struct Block {
   Fiber fibers[kMaxThreads];
   ucontext_t scheduler;
   void* scheduler_tsan = nullptr;
+  void* tsan_fibers[kMaxTsanFibers];
+  int tsan_count = 0;
   int threads = 0, current = 0;
-  alignas(64) char shared[kSharedBytes];
+  char* memory = nullptr;  // [kSharedBytes + threads * kStackBytes]
   alignas(8) char shuffled[kMaxThreads][8];
-  char warp_sync[kMaxThreads / 32], block_sync = 0, launch_sync = 0;
+  // TSan keeps one clock for every eight bytes.
+  int64_t warp_sync[kMaxThreads / 32], block_sync = 0, launch_begin = 0, launch_end = 0;
   void (*call)(const void*) = nullptr;
   const void* kernel = nullptr;
   uint64_t random = 1;
@@ -131,7 +135,7 @@ EMULATION_UNSEEN T shuffle_down(unsigned mask, T x, int offset) {
 
 EMULATION_UNSEEN inline void* shared(size_t bytes) {
   Fiber& me = block.fibers[block.current];
-  char* address = block.shared + me.shared_used;
+  char* address = block.memory + me.shared_used;
   me.shared_used += (bytes + 2 * kGap - 1) / kGap * kGap;
   if (me.shared_used > kSharedBytes) fail("too much shared memory", 0);
 #if defined(__SANITIZE_ADDRESS__)
@@ -141,9 +145,9 @@ EMULATION_UNSEEN inline void* shared(size_t bytes) {
 }
 
 EMULATION_UNSEEN inline void enter() {
-  acquire(&block.launch_sync);
+  acquire(&block.launch_begin);
   block.call(block.kernel);
-  yield_at(State::done, 0, &block.launch_sync);
+  yield_at(State::done, 0, &block.launch_end);
 }
 
 EMULATION_UNSEEN inline void resume(int i) {
@@ -177,20 +181,32 @@ EMULATION_UNSEEN inline void resume_range(int begin, int end) {
   }
 }
 
+// Shared memory and stacks of a block. TSan would take their reuse by a later block, which nothing
+// orders after this one, for a race: under it every block gets memory that no other has seen.
+EMULATION_UNSEEN inline void new_memory(int threads) {
+  const size_t bytes = kSharedBytes + static_cast<size_t>(threads) * kStackBytes;
+#if !defined(__SANITIZE_THREAD__)
+  if (block.memory == nullptr)
+#endif
+    block.memory = static_cast<char*>(mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  if (block.memory == MAP_FAILED) fail("no memory for a block", 0);
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_UNPOISON_MEMORY_REGION(block.memory, bytes);
+#endif
+  for (size_t i = 0; i < kSharedBytes; ++i) block.memory[i] = static_cast<char>(0xff);
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_POISON_MEMORY_REGION(block.memory, kSharedBytes);
+#endif
+}
+
 EMULATION_UNSEEN inline void run_block(int threads) {
   block.threads = threads;
-#if defined(__SANITIZE_ADDRESS__)
-  ASAN_UNPOISON_MEMORY_REGION(block.shared, kSharedBytes);
-#endif
-  for (size_t i = 0; i < kSharedBytes; ++i) block.shared[i] = static_cast<char>(0xff);
-#if defined(__SANITIZE_ADDRESS__)
-  ASAN_POISON_MEMORY_REGION(block.shared, kSharedBytes);
-#endif
+  new_memory(threads);
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = block.fibers[i];
-    if (fiber.stack == nullptr) fiber.stack = static_cast<char*>(std::malloc(kStackBytes));
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack;
+    fiber.context.uc_stack.ss_sp = block.memory + kSharedBytes + i * kStackBytes;
     fiber.context.uc_stack.ss_size = kStackBytes;
     fiber.context.uc_link = nullptr;
     fiber.state = State::running;
@@ -198,6 +214,8 @@ EMULATION_UNSEEN inline void run_block(int threads) {
     makecontext(&fiber.context, enter, 0);
 #if defined(__SANITIZE_THREAD__)
     fiber.tsan = __tsan_create_fiber(0);
+    if (block.tsan_count == kMaxTsanFibers) fail("too many blocks for TSan", 0);
+    block.tsan_fibers[block.tsan_count++] = fiber.tsan;
 #endif
   }
   resume_range(0, threads);
@@ -214,9 +232,6 @@ EMULATION_UNSEEN inline void run_block(int threads) {
       fail("threads of a block wait at different barriers, or some have ended", 0);
     resume_range(0, threads);
   }
-#if defined(__SANITIZE_THREAD__)
-  for (int i = 0; i < threads; ++i) __tsan_destroy_fiber(block.fibers[i].tsan);
-#endif
 }
 
 template <typename Kernel>
@@ -228,12 +243,16 @@ EMULATION_UNSEEN void launch(unsigned grid, int threads, const Kernel& kernel) {
 #if defined(__SANITIZE_THREAD__)
   block.scheduler_tsan = __tsan_get_current_fiber();
 #endif
-  release(&block.launch_sync);
+  release(&block.launch_begin);
   for (unsigned b = 0; b < grid; ++b) {
     block_index.x = b;
     run_block(threads);
   }
-  acquire(&block.launch_sync);
+  acquire(&block.launch_end);
+#if defined(__SANITIZE_THREAD__)
+  // Not before: TSan does not report a race with a fiber that is gone.
+  while (block.tsan_count > 0) __tsan_destroy_fiber(block.tsan_fibers[--block.tsan_count]);
+#endif
 }
 
 }  // namespace emulation
