@@ -50,7 +50,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint; no code in it is run. Raises ValueError, naming the file, if unreadable."""
+    """Read a checkpoint; no code in it is run. Raises ValueError with its path if unreadable."""
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:

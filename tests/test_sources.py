@@ -167,8 +167,10 @@ def test_an_empty_folder_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "mode"),
-    [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "P"), ("BMP", "RGB")]
-    + [("WEBP", "RGB"), ("WEBP", "RGBA")],
+    [
+        *(("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "P")),
+        *(("BMP", "RGB"), ("WEBP", "RGB"), ("WEBP", "RGBA")),
+    ],
 )
 def test_header_gives_the_size_and_a_cut_file_is_refused(kind, mode):
     data = np.frombuffer(picture(1, (37, 21), kind, mode), np.uint8)

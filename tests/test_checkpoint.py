@@ -1,0 +1,61 @@
+"""Writes are all or nothing, and what cannot be read is named."""
+
+import pytest
+import torch
+
+from simclr_fast import checkpoint
+
+
+def test_an_interrupted_write_loses_nothing(tmp_path):
+    path = tmp_path / "state.pt"
+    checkpoint.write_atomic(path, lambda p: p.write_bytes(b"old"))
+
+    def fails(p):
+        p.write_bytes(b"half of the n")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.write_atomic(path, fails)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_newest_two_are_kept(tmp_path):
+    for step in (5, 10, 1000):
+        checkpoint.save_checkpoint(tmp_path, step, {"step": step})
+    assert [checkpoint.load_checkpoint(p)["step"] for p in checkpoint.checkpoints(tmp_path)] == [
+        10,
+        1000,
+    ]
+
+
+def test_unreadable_files_are_named(tmp_path):
+    path = tmp_path / "step-00000001.pt"
+    torch.save({"a": torch.ones(100)}, path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match=str(path)):
+        checkpoint.load_checkpoint(path)
+    with pytest.raises(ValueError, match=str(path)):
+        checkpoint.load_encoder(path)
+    with pytest.raises(FileNotFoundError):
+        checkpoint.load_checkpoint(tmp_path / "none.pt")
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("executed",))
+
+    torch.save(Evil(), tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match=r"evil\.pt"):
+        checkpoint.load_checkpoint(tmp_path / "evil.pt")
+
+
+def test_encoder_round_trip(tmp_path):
+    encoder = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    encoder.to(memory_format=torch.channels_last)
+    checkpoint.save_encoder(tmp_path / "e.safetensors", encoder, {"model": "tiny"})
+    weights, about = checkpoint.load_encoder(tmp_path / "e.safetensors")
+    assert about == {"model": "tiny"}
+    assert weights.keys() == encoder.state_dict().keys()
+    assert all(torch.equal(weights[k], v) for k, v in encoder.state_dict().items())
