@@ -9,8 +9,8 @@ from torch import Tensor
 
 # Features per program of the gradient, where one tile does not hold them all.
 VALUE_BLOCK = 128
-# Rows of partial sums that the symmetric forward may keep, as a multiple of the features.
-SYMMETRIC_SLOTS = 2
+# Floats per row that the symmetric forward may keep, as a multiple of the features.
+SYMMETRIC_SLOTS = 3
 LOSS_SPLITS = 16
 GRADIENT_SPLITS = 8
 WAVES = 4

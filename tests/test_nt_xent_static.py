@@ -38,6 +38,7 @@ from simclr_fast.kernels.nt_xent_configs import (
     plan,
     table_config,
 )
+from simclr_fast.ops import nt_xent_padded_dim
 
 TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 HALF, SINGLE = torch.float16, torch.float32
@@ -68,7 +69,7 @@ FULL = [
     for kernel in ("forward", "symmetric", "gradient", "moments")
     for arch in ARCHITECTURES
     for dtype, precision in ((HALF, "ieee"), (SINGLE, "tf32x3"), (SINGLE, "tf32"))
-    for padded in (16, 64, 128, 192, 256, 512)
+    for padded in (16, 64, 128, 192, 256, 512, 1024)
     for aligned in (True, False)
     if table_config(kernel, divmod(arch, 10), dtype, padded)
     # Whether row counts are multiples of 16 matters little: once per kernel and architecture.
@@ -220,6 +221,10 @@ def test_partial_sums_stay_linear_in_rows(rows, padded, capability):
     for made in (forward, plan("gradient", capability, 132, HALF, padded, rows, rows)):
         tiles = -(-rows // made.config.block_m)
         assert made.splits == 1 or made.splits * tiles <= WAVES * 132 * made.config.resident
+
+
+def test_padded_dim_is_the_one_that_fake_tensors_get():
+    assert all(nt_xent.padded_dim(dim) == nt_xent_padded_dim(dim) for dim in range(1, 700))
 
 
 def test_local_rows_of_a_group_are_never_symmetric():
