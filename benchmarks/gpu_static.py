@@ -187,9 +187,7 @@ def nt_xent_static(
     options = config.options(padded, precision)
     launch = {k: options.pop(k) for k in ("num_warps", "num_stages", "maxnreg")}
     constants = {**options, "BLOCK_M": config.block_m}
-    if kernel == "symmetric":
-        constants["RAGGED"] = not aligned
-    else:
+    if kernel != "symmetric":
         constants["BLOCK_N"] = config.block_n
     if kernel == "gradient":
         constants["BLOCK_V"] = config.block_d if config.block_d >= padded else VALUE_BLOCK

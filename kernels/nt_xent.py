@@ -71,9 +71,8 @@ def forward(
         slots = splits + tiles // 2 if symmetric else splits
         sums, tops = _floats(device, slots, rows), _floats(device, splits, rows)
         if symmetric:
-            ragged = total % config.block_m != 0
             symmetric_kernel[(tiles, splits)](
-                u_all, temperature, sums, tops, total, padded, config.block_m, ragged,
+                u_all, temperature, sums, tops, total, padded, config.block_m,
                 **config.options(padded, precision),
             )  # fmt: skip
         else:

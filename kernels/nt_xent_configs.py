@@ -202,8 +202,8 @@ def plan(
     """Configuration and splits of "forward" (perhaps symmetric), "gradient" or "moments"."""
     if kernel == "forward" and rows == total:
         config = table_config("symmetric", capability, dtype, padded)
-        if config is not None:
-            tiles = triton.cdiv(total, config.block_m)
+        if config is not None and total % config.block_m == 0:
+            tiles = total // config.block_m
             slots = processors * config.resident
             splits = best_splits(tiles, tiles // 2 + 1, slots, LOSS_SPLITS)
             if splits + tiles // 2 <= SYMMETRIC_SLOTS * padded:

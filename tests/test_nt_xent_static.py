@@ -73,7 +73,7 @@ FULL = [
     for aligned in (True, False)
     if table_config(kernel, divmod(arch, 10), dtype, padded)
     # Whether row counts are multiples of 16 matters little: once per kernel and architecture.
-    if aligned or (dtype == HALF and padded == 128)
+    if aligned or (dtype == HALF and padded == 128 and kernel != "symmetric")
 ]
 
 
@@ -101,7 +101,9 @@ def check(case: Case, static):
         assert static.narrow_copies == 0
     if config.block_d >= case.padded >= 64 and case.kernel in ("forward", "gradient"):
         per_thread = config.block_m * config.block_n // (32 * config.warps)
-        assert static.main_loop.exp2 == per_thread
+        # Small tiles over many features: two warps may share one exponential's work.
+        copies = 2 if case.kernel == "gradient" and case.padded > 128 else 1
+        assert per_thread <= static.main_loop.exp2 <= copies * per_thread
 
 
 @pytest.mark.parametrize("case", CORE, ids=str)
@@ -227,9 +229,10 @@ def test_padded_dim_is_the_one_that_fake_tensors_get():
     assert all(nt_xent.padded_dim(dim) == nt_xent_padded_dim(dim) for dim in range(1, 700))
 
 
-def test_local_rows_of_a_group_are_never_symmetric():
+def test_local_rows_and_ragged_tiles_are_never_symmetric():
     assert plan("forward", (9, 0), 132, HALF, 128, 8192, 8192).symmetric
     assert not plan("forward", (9, 0), 132, HALF, 128, 8192, 16384).symmetric
+    assert not plan("forward", (9, 0), 132, HALF, 128, 8190, 8190).symmetric
 
 
 def test_splits_fill_the_processors():
