@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from kernel_memory import MemoryFault, checked_memory
 
+from simclr_fast import ops
 from simclr_fast.kernels import normalize as normalize_module
 from simclr_fast.kernels import (
     nt_xent,
@@ -313,6 +314,31 @@ def test_nan_and_inf_give_nan(bad, statistics):
     assert loss.isnan().all()
     assert grad_z.isnan().all()
     assert grad_tau.isnan()
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_the_ops_call_the_kernels(joined, monkeypatch):
+    """The op's own functions, with CPU tensors taken for CUDA ones."""
+    monkeypatch.setattr(ops, "_on_triton", lambda tensor: True)
+    z1, z2 = make_views(12, 20, torch.bfloat16)
+    views = (torch.cat((z1, z2)), None) if joined else (z1, z2)
+    tau, grad = torch.tensor(0.2), torch.rand(24, generator=torch.Generator().manual_seed(5))
+    with checked_memory() as launches:
+        outputs = ops._nt_xent(*views, tau, True)
+        loss, lse, stats, u, inv_norm = outputs
+        results = ops._nt_xent_backward(grad, u, lse, loss, inv_norm, *views, tau, 0)
+    assert "gradient_kernel" in launches
+    ref_loss, _, ref_stats, ref_grad, ref_tau = reference(z1, z2, 0.2, grad)
+    assert relative(loss, ref_loss) < 1e-3
+    assert relative(stats, ref_stats) < 1e-3
+    assert relative(results[0], ref_grad) < 6e-3
+    assert relative(results[1], ref_tau) < 1e-3
+    fakes = ops._fake_nt_xent(*views, tau, True)
+    fakes += ops._fake_nt_xent_backward(grad, u, lse, loss, inv_norm, *views, tau, 0)
+    for made, fake in zip((*outputs, *results), fakes, strict=True):
+        assert made.shape == fake.shape
+        assert made.dtype == fake.dtype
+        assert made.stride() == fake.stride()
 
 
 def test_results_repeat_bit_for_bit():
