@@ -49,9 +49,10 @@ class Plan(NamedTuple):
     symmetric: bool = False
 
 
+Configs = dict[str, tuple[Config | None, ...]]
 # Padded features up to 64, 128, 256, 512, and more.
 LIMITS = (64, 128, 256, 512)
-_HMMA = {
+_HMMA: Configs = {
     "forward": (
         Config(128, 64, 64, 4, 3, 2),
         Config(128, 64, 128, 8, 2, 2),
@@ -76,7 +77,7 @@ _HMMA = {
     "float32 forward": (Config(64, 64, 32, 8, 2),) * 5,
     "float32 gradient": (Config(64, 32, 32, 8, 2),) * 5,
 }
-_HOPPER = {
+_HOPPER: Configs = {
     "forward": (
         Config(128, 128, 64, 8, 3, 2),
         Config(256, 64, 128, 8, 2, 2),
@@ -101,7 +102,7 @@ _HOPPER = {
     "float32 forward": (Config(64, 64, 64, 4, 2, 2), *(Config(128, 64, 32, 8, 3),) * 4),
     "float32 gradient": (Config(64, 32, 32, 8, 2),) * 5,
 }
-_BLACKWELL = {
+_BLACKWELL: Configs = {
     "forward": (
         Config(128, 128, 64, 8, 3),
         Config(128, 128, 128, 8, 2),
@@ -146,17 +147,18 @@ def table_config(
 ) -> Config | None:
     """The configuration of "forward", "symmetric", "gradient" or "moments" for û of a dtype.
 
-    None: no symmetric forward here. An unlisted GPU takes the smallest configuration.
+    A GPU that the table does not list takes the row of its family (the same major version), or
+    the smallest configuration. None only for "symmetric": not worth it, or not possible, here.
     """
-    rows = TABLE.get(capability)
-    if rows is None:
+    family = [key for key in TABLE if key[0] == capability[0] and key <= capability]
+    if not family:
         return None if kernel == "symmetric" else _fit(SMALLEST, padded)
     if kernel == "moments":
         return _fit(MOMENTS_FLOAT32 if dtype == torch.float32 else MOMENTS, padded)
     if dtype == torch.float32:
         kernel = f"float32 {kernel}"
-    column = sum(padded > limit for limit in LIMITS)
-    config = rows[kernel][column] if kernel in rows else None
+    configs = TABLE[max(family)].get(kernel, (None,) * 5)
+    config = configs[sum(padded > limit for limit in LIMITS)]
     return None if config is None else _fit(config, padded)
 
 
@@ -171,7 +173,7 @@ def dot_precision(dtype: torch.dtype) -> str:
         return "ieee"
     allowed = torch.backends.cuda.matmul.fp32_precision
     if allowed == "none":
-        allowed = torch.backends.fp32_precision
+        allowed = torch.backends.fp32_precision  # type: ignore[attr-defined]
     return "tf32" if allowed == "tf32" else "tf32x3"
 
 
@@ -209,6 +211,7 @@ def plan(
             if splits + tiles // 2 <= SYMMETRIC_SLOTS * padded:
                 return Plan(config, splits, symmetric=True)
     config = table_config(kernel, capability, dtype, padded)
+    assert config is not None
     splits = best_splits(
         triton.cdiv(rows, config.block_m),
         triton.cdiv(total, config.block_n),

@@ -206,10 +206,17 @@ def test_every_architecture_is_in_the_table():
 
 
 def test_an_unlisted_gpu_takes_the_smallest_configuration():
-    made = plan("forward", (12, 1), 48, HALF, 128, 8192, 8192)
+    made = plan("forward", (13, 0), 48, HALF, 128, 8192, 8192)
     assert made.config == SMALLEST
     assert not made.symmetric
     assert plan("gradient", (7, 5), 40, SINGLE, 16, 64, 64).config.block_d == 16
+
+
+@pytest.mark.parametrize(("unlisted", "listed"), [((10, 3), (10, 0)), ((8, 7), (8, 6))])
+def test_an_unlisted_gpu_of_a_listed_family_takes_its_row(unlisted, listed):
+    for kernel in ("forward", "symmetric", "gradient"):
+        row = table_config(kernel, listed, HALF, 128)
+        assert table_config(kernel, unlisted, HALF, 128) == row
 
 
 @pytest.mark.parametrize("capability", TABLE)
