@@ -32,15 +32,17 @@ class Config(NamedTuple):
 
     def options(self, padded: int, precision: str) -> dict[str, int | bool | str]:
         """The tile kernels' keyword arguments."""
-        return {
+        options: dict[str, int | bool | str] = {
             "BLOCK_D": self.block_d,
             "WHOLE": self.block_d >= padded,
             "EVEN": padded % self.block_d == 0,
             "PRECISION": precision,
             "num_warps": self.warps,
             "num_stages": self.stages,
-            "maxnreg": min(255, 65536 // (32 * self.warps * self.resident) // 8 * 8),
         }
+        if self.resident > 1:
+            options["maxnreg"] = 65536 // (32 * self.warps * self.resident) // 8 * 8
+        return options
 
 
 class Plan(NamedTuple):
