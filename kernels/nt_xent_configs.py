@@ -113,7 +113,7 @@ _BLACKWELL: Configs = {
         Config(128, 128, 64, 8, 3),
     ),
     "symmetric": (
-        Config(128, 128, 64, 4, 2, 2),
+        Config(128, 128, 64, 8, 2),
         Config(128, 128, 128, 8, 2),
         None,
         None,
@@ -138,7 +138,7 @@ TABLE = {
     (12, 0): _HMMA,
 }
 # Asked for rarely: one for all GPUs.
-MOMENTS = Config(64, 64, 64, 8, 2)
+MOMENTS = Config(64, 32, 64, 4, 2, 3)
 MOMENTS_FLOAT32 = Config(64, 32, 32, 8, 2)
 # For a GPU that the table does not list.
 SMALLEST = Config(32, 32, 32, 4, 2)

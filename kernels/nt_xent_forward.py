@@ -122,9 +122,12 @@ def symmetric_kernel(
             top, sums = _online(x, is_negative(row, key, total, BLOCK_M, BLOCK_M), top, sums)
         tl.store(top_ptr + out, top)
     else:
-        length = tl.cdiv(tiles // 2 + 1, chunks)
+        half = tiles // 2
+        # With T even, b = T / 2 meets each pair of tiles from both sides: the second one counts 0.
+        repeated = (2 * half == tiles) & (tile >= half)
+        length = tl.cdiv(half + 1, chunks)
         begin = chunk * length
-        end = tl.minimum(begin + length, tiles // 2 + 1)
+        end = tl.minimum(begin + length, half + tl.where(repeated, 0, 1))
         for b in range(tl.maximum(begin, 1), end):
             key_tile = tile + b
             key_tile -= tl.where(key_tile >= tiles, tiles, 0)
@@ -134,11 +137,12 @@ def symmetric_kernel(
                 WHOLE, EVEN, False, PRECISION,
             )  # fmt: skip
             p = tl.exp2(x)
-            # With T even, b = T / 2 meets each pair of tiles from both sides: one of them counts.
-            keep = tl.where((2 * b == tiles) & (2 * tile >= tiles), 0.0, 1.0)
-            sums += tl.sum(p, axis=1) * keep
+            sums += tl.sum(p, axis=1)
             slot = sum_ptr + (chunks + b - 1).to(tl.int64) * total + key
-            tl.store(slot + r, tl.sum(p, axis=0) * keep)
+            tl.store(slot + r, tl.sum(p, axis=0))
+        if repeated & (chunk == 0):
+            slot = sum_ptr + (chunks + half - 1).to(tl.int64) * total + row - half * BLOCK_M
+            tl.store(slot + r, tl.zeros([BLOCK_M], tl.float32))
         if begin == 0:
             x, _ = scores(
                 u_ptr, q, row, row_end, row, total, padded, BLOCK_M, BLOCK_M, BLOCK_D,

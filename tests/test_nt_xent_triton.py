@@ -1,4 +1,4 @@
-"""Runs interpreted_nt_xent.py and interpreted_memory.py where Triton's interpreter, fixed at import, is on."""
+"""Runs interpreted_*.py where Triton's interpreter, fixed at import, is on."""
 
 import os
 import subprocess
