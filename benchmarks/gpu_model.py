@@ -96,7 +96,7 @@ def row_seconds(arch: int, rows: int, dim: int, forward: Plan, gradient: Plan) -
     slots = forward.splits
     if forward.symmetric:
         slots += triton.cdiv(rows, forward.config.block_m) // 2
-    forward_bytes = 3 * u + 4 * rows * slots
+    forward_bytes = 3 * u + 8 * rows * slots
     backward_bytes = 16 * rows + 4 * rows * padded * gradient.splits + 2 * u
     # normalize, tiles, losses; weights, tiles, finish, the temperature's sum.
     return [

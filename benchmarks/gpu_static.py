@@ -185,11 +185,10 @@ def nt_xent_static(
         "moments": moments_kernel,
     }[kernel]
     options = config.options(padded, precision)
-    launch = {k: options.pop(k) for k in ("num_warps", "num_stages", "maxnreg")}
-    constants = {**options, "BLOCK_M": config.block_m}
-    if kernel == "symmetric":
-        constants["RAGGED"] = not aligned
-    else:
+    launch = {k: v for k, v in options.items() if k.islower()}
+    constants = {k: v for k, v in options.items() if k.isupper()}
+    constants["BLOCK_M"] = config.block_m
+    if kernel != "symmetric":
         constants["BLOCK_N"] = config.block_n
     if kernel == "gradient":
         constants["BLOCK_V"] = config.block_d if config.block_d >= padded else VALUE_BLOCK

@@ -28,13 +28,13 @@ def _normalize_view(
         z = z.to(tl.float32)
         squares += tl.sum(z * z, axis=1)
 
-    # torch.nn.functional.normalize's eps; fmax would drop a NaN.
-    norm = tl.sqrt(squares)
-    inv_norm = tl.where(norm < 1e-12, 1e12, 1.0 / norm)
+    # torch.nn.functional.normalize's eps; a maximum with it would drop a NaN.
+    norm = tl.sqrt_rn(squares)
+    inv_norm = tl.where(norm < 1e-12, 1e12, tl.div_rn(1.0, norm))
     tl.store(inv_norm_ptr + pair * 2 + VIEW, inv_norm, mask=inside)
     # An infinite norm must not become 0 · finite.
     scale = tl.where(inv_norm == 0.0, float("nan"), inv_norm)
-    scale *= tl.sqrt(1.4426950408889634 / tl.load(temperature_ptr))
+    scale *= tl.sqrt_rn(tl.div_rn(1.4426950408889634, tl.load(temperature_ptr)))
 
     u_rows = u_ptr + (pair * 2 + VIEW)[:, None] * padded  # [BP, 1]
     for start in range(0, padded, BLOCK_D):

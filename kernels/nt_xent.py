@@ -5,6 +5,8 @@ reads a value back to the host; every buffer is torch.empty and every float is s
 order, so results repeat bit for bit and the calls can be captured in a CUDA graph.
 """
 
+import math
+
 import torch
 import triton
 from torch import Tensor
@@ -71,9 +73,8 @@ def forward(
         slots = splits + tiles // 2 if symmetric else splits
         sums, tops = _floats(device, slots, rows), _floats(device, splits, rows)
         if symmetric:
-            ragged = total % config.block_m != 0
             symmetric_kernel[(tiles, splits)](
-                u_all, temperature, sums, tops, total, padded, config.block_m, ragged,
+                u_all, temperature, sums, tops, total, padded, config.block_m,
                 **config.options(padded, precision),
             )  # fmt: skip
         else:
@@ -130,7 +131,7 @@ def backward(
     grad_temperature = _floats(device, programs)
     with torch.cuda.device_of(u_all):
         stride = grad_all.stride(0)
-        scale = grad_all[0] if stride == 0 else grad_all.abs().amax()
+        scale = grad_all[0] if stride == 0 else torch.linalg.vector_norm(grad_all, math.inf)
         weights_kernel[(triton.cdiv(total, WEIGHTS_BLOCK),)](
             grad_all, scale, lse_all, temperature, factor, weight, total, stride,
             BLOCK_R=WEIGHTS_BLOCK,

@@ -9,8 +9,8 @@ from torch import Tensor
 
 # Features per program of the gradient, where one tile does not hold them all.
 VALUE_BLOCK = 128
-# Rows of partial sums that the symmetric forward may keep, as a multiple of the features.
-SYMMETRIC_SLOTS = 2
+# Floats per row that the symmetric forward may keep, as a multiple of the features.
+SYMMETRIC_SLOTS = 3
 LOSS_SPLITS = 16
 GRADIENT_SPLITS = 8
 WAVES = 4
@@ -32,15 +32,17 @@ class Config(NamedTuple):
 
     def options(self, padded: int, precision: str) -> dict[str, int | bool | str]:
         """The tile kernels' keyword arguments."""
-        return {
+        options: dict[str, int | bool | str] = {
             "BLOCK_D": self.block_d,
             "WHOLE": self.block_d >= padded,
             "EVEN": padded % self.block_d == 0,
             "PRECISION": precision,
             "num_warps": self.warps,
             "num_stages": self.stages,
-            "maxnreg": min(255, 65536 // (32 * self.warps * self.resident) // 8 * 8),
         }
+        if self.resident > 1:
+            options["maxnreg"] = 65536 // (32 * self.warps * self.resident) // 8 * 8
+        return options
 
 
 class Plan(NamedTuple):
@@ -49,9 +51,10 @@ class Plan(NamedTuple):
     symmetric: bool = False
 
 
+Configs = dict[str, tuple[Config | None, ...]]
 # Padded features up to 64, 128, 256, 512, and more.
 LIMITS = (64, 128, 256, 512)
-_HMMA = {
+_HMMA: Configs = {
     "forward": (
         Config(128, 64, 64, 4, 3, 2),
         Config(128, 64, 128, 8, 2, 2),
@@ -76,7 +79,7 @@ _HMMA = {
     "float32 forward": (Config(64, 64, 32, 8, 2),) * 5,
     "float32 gradient": (Config(64, 32, 32, 8, 2),) * 5,
 }
-_HOPPER = {
+_HOPPER: Configs = {
     "forward": (
         Config(128, 128, 64, 8, 3, 2),
         Config(256, 64, 128, 8, 2, 2),
@@ -101,7 +104,7 @@ _HOPPER = {
     "float32 forward": (Config(64, 64, 64, 4, 2, 2), *(Config(128, 64, 32, 8, 3),) * 4),
     "float32 gradient": (Config(64, 32, 32, 8, 2),) * 5,
 }
-_BLACKWELL = {
+_BLACKWELL: Configs = {
     "forward": (
         Config(128, 128, 64, 8, 3),
         Config(128, 128, 128, 8, 2),
@@ -110,7 +113,7 @@ _BLACKWELL = {
         Config(128, 128, 64, 8, 3),
     ),
     "symmetric": (
-        Config(128, 128, 64, 4, 2, 2),
+        Config(128, 128, 64, 8, 2),
         Config(128, 128, 128, 8, 2),
         None,
         None,
@@ -135,7 +138,7 @@ TABLE = {
     (12, 0): _HMMA,
 }
 # Asked for rarely: one for all GPUs.
-MOMENTS = Config(64, 64, 64, 8, 2)
+MOMENTS = Config(64, 32, 64, 4, 2, 3)
 MOMENTS_FLOAT32 = Config(64, 32, 32, 8, 2)
 # For a GPU that the table does not list.
 SMALLEST = Config(32, 32, 32, 4, 2)
@@ -146,17 +149,18 @@ def table_config(
 ) -> Config | None:
     """The configuration of "forward", "symmetric", "gradient" or "moments" for û of a dtype.
 
-    None: no symmetric forward here. An unlisted GPU takes the smallest configuration.
+    A GPU that the table does not list takes the row of its family (the same major version), or
+    the smallest configuration. None only for "symmetric": not worth it, or not possible, here.
     """
-    rows = TABLE.get(capability)
-    if rows is None:
+    family = [key for key in TABLE if key[0] == capability[0] and key <= capability]
+    if not family:
         return None if kernel == "symmetric" else _fit(SMALLEST, padded)
     if kernel == "moments":
         return _fit(MOMENTS_FLOAT32 if dtype == torch.float32 else MOMENTS, padded)
     if dtype == torch.float32:
         kernel = f"float32 {kernel}"
-    column = sum(padded > limit for limit in LIMITS)
-    config = rows[kernel][column] if kernel in rows else None
+    configs = TABLE[max(family)].get(kernel, (None,) * 5)
+    config = configs[sum(padded > limit for limit in LIMITS)]
     return None if config is None else _fit(config, padded)
 
 
@@ -171,7 +175,7 @@ def dot_precision(dtype: torch.dtype) -> str:
         return "ieee"
     allowed = torch.backends.cuda.matmul.fp32_precision
     if allowed == "none":
-        allowed = torch.backends.fp32_precision
+        allowed = torch.backends.fp32_precision  # type: ignore[attr-defined]
     return "tf32" if allowed == "tf32" else "tf32x3"
 
 
@@ -202,13 +206,14 @@ def plan(
     """Configuration and splits of "forward" (perhaps symmetric), "gradient" or "moments"."""
     if kernel == "forward" and rows == total:
         config = table_config("symmetric", capability, dtype, padded)
-        if config is not None:
-            tiles = triton.cdiv(total, config.block_m)
+        if config is not None and total % config.block_m == 0:
+            tiles = total // config.block_m
             slots = processors * config.resident
             splits = best_splits(tiles, tiles // 2 + 1, slots, LOSS_SPLITS)
             if splits + tiles // 2 <= SYMMETRIC_SLOTS * padded:
                 return Plan(config, splits, symmetric=True)
     config = table_config(kernel, capability, dtype, padded)
+    assert config is not None
     splits = best_splits(
         triton.cdiv(rows, config.block_m),
         triton.cdiv(total, config.block_n),

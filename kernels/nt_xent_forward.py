@@ -88,15 +88,14 @@ def symmetric_kernel(
     temperature_ptr,  # [], float32
     sum_ptr,  # [CHUNKS + T // 2, M], float32
     top_ptr,  # as sum_ptr, written for low temperatures only
-    total, padded,
-    BLOCK_M: tl.constexpr, RAGGED: tl.constexpr,
-    BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    total, padded, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: row tile I against key tiles I + b (mod T), one chunk of b in 0 .. T // 2.
 
     Each pair of tiles is visited once: its row sums are Σ exp2(x_ij) for I, its column sums for J.
     Row sums go to slot (chunk, I), column sums to slot (CHUNKS + b - 1, J): each is written once.
-    Half the dots and exponentials of negatives_kernel for T / 2 more floats per row.
+    Half the dots and exponentials of negatives_kernel for T / 2 more floats per row. M = T · BM.
     """
     tile = tl.program_id(0)
     tiles = tl.num_programs(0)
@@ -121,27 +120,29 @@ def symmetric_kernel(
                 WHOLE, EVEN, True, PRECISION,
             )  # fmt: skip
             top, sums = _online(x, is_negative(row, key, total, BLOCK_M, BLOCK_M), top, sums)
-        tl.store(top_ptr + out, top, mask=row + r < total)
+        tl.store(top_ptr + out, top)
     else:
-        length = tl.cdiv(tiles // 2 + 1, chunks)
+        half = tiles // 2
+        # With T even, b = T / 2 meets each pair of tiles from both sides: the second one counts 0.
+        repeated = (2 * half == tiles) & (tile >= half)
+        length = tl.cdiv(half + 1, chunks)
         begin = chunk * length
-        end = tl.minimum(begin + length, tiles // 2 + 1)
+        end = tl.minimum(begin + length, half + tl.where(repeated, 0, 1))
         for b in range(tl.maximum(begin, 1), end):
             key_tile = tile + b
             key_tile -= tl.where(key_tile >= tiles, tiles, 0)
             key = key_tile * BLOCK_M
             x, _ = scores(
                 u_ptr, q, row, row_end, key, total, padded, BLOCK_M, BLOCK_M, BLOCK_D,
-                WHOLE, EVEN, RAGGED, PRECISION,
+                WHOLE, EVEN, False, PRECISION,
             )  # fmt: skip
             p = tl.exp2(x)
-            if RAGGED:
-                p = tl.where(((row + r) < total)[:, None] & ((key + r) < total)[None, :], p, 0.0)
-            # With T even, b = T / 2 meets each pair of tiles from both sides: one of them counts.
-            keep = tl.where((2 * b == tiles) & (2 * tile >= tiles), 0.0, 1.0)
-            sums += tl.sum(p, axis=1) * keep
+            sums += tl.sum(p, axis=1)
             slot = sum_ptr + (chunks + b - 1).to(tl.int64) * total + key
-            tl.store(slot + r, tl.sum(p, axis=0) * keep, mask=key + r < total)
+            tl.store(slot + r, tl.sum(p, axis=0))
+        if repeated & (chunk == 0):
+            slot = sum_ptr + (chunks + half - 1).to(tl.int64) * total + row - half * BLOCK_M
+            tl.store(slot + r, tl.zeros([BLOCK_M], tl.float32))
         if begin == 0:
             x, _ = scores(
                 u_ptr, q, row, row_end, row, total, padded, BLOCK_M, BLOCK_M, BLOCK_D,
@@ -149,7 +150,7 @@ def symmetric_kernel(
             )  # fmt: skip
             negative = is_negative(row, row, total, BLOCK_M, BLOCK_M)
             sums += tl.sum(tl.where(negative, tl.exp2(x), 0.0), axis=1)
-    tl.store(sum_ptr + out, sums, mask=row + r < total)
+    tl.store(sum_ptr + out, sums)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Runs interpreted_nt_xent.py where Triton's interpreter, fixed at import, is on."""
+"""Runs interpreted_*.py where Triton's interpreter, fixed at import, is on."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ def test_kernels_in_the_interpreter():
     threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-         str(HERE / "interpreted_nt_xent.py")],
+         str(HERE / "interpreted_nt_xent.py"), str(HERE / "interpreted_memory.py")],
         env={**os.environ, **threads, "TRITON_INTERPRET": "1"},
         cwd=HERE.parent,
         capture_output=True,
