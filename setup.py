@@ -82,7 +82,6 @@ def extension_options() -> dict:
     options = {
         "include_dirs": [str(ROOT / "csrc")],
         "extra_compile_args": {"cxx": ["-std=c++17", "-O3", "-fvisibility=hidden", *ABI_MACROS]},
-        "depends": [*kernels, *glob("csrc/*.h")],
         "py_limited_api": True,
         "depends": [*kernels, *glob("csrc/*.h")],
     }

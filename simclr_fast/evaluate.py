@@ -13,9 +13,11 @@ from simclr_fast.models import encode
 from simclr_fast.sources import Source
 
 _BOOTSTRAPS = 2000
-# Inverse strength of the L2 penalty on standardised features, per training image: scikit-learn's
-# C = 1 at 1,000 images. Far from critical: a factor of ten either way moves little.
-_C = 0.1
+# scikit-learn's inverse strength of the L2 penalty, on standardised features. Chosen on held-out
+# training images of the embedded data; a factor of ten more moves the result by a point.
+_C = 1.0
+# Raw pixels converge slowly, long after the predictions have stopped changing.
+_ITERATIONS, _TOLERANCE = 500, 1e-3
 
 
 @dataclass(frozen=True)
@@ -55,19 +57,20 @@ def pixels(source: Source, augmentation: Augmentation) -> Tensor:
 
 
 def linear_probe(train: Tensor, train_labels, test: Tensor, test_labels, seed: int = 0) -> Accuracy:
-    """Multinomial logistic regression, L2-regularised, to convergence, on standardised features.
+    """Multinomial logistic regression, L2-regularised, on standardised features.
 
     train: [n, D], test: [m, D]; labels: integers [n] and [m].
     """
-    sklearn = need("sklearn", "train")
+    need("sklearn", "train")
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    del sklearn
     if not (torch.isfinite(train).all() and torch.isfinite(test).all()):
         raise ValueError("the features are not finite: the encoder has diverged")
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=_C, max_iter=2000))
+    probe = make_pipeline(
+        StandardScaler(), LogisticRegression(C=_C, max_iter=_ITERATIONS, tol=_TOLERANCE)
+    )
     probe.fit(train.numpy(), train_labels)
     correct = probe.predict(test.numpy()) == np.asarray(test_labels)
     return bootstrap(correct, seed)

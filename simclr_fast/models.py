@@ -62,11 +62,6 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            # Each residual branch starts at zero, as google-research/simclr's does.
-            if isinstance(module, resnet.BasicBlock):
-                nn.init.zeros_(module.bn2.weight)
-            if isinstance(module, resnet.Bottleneck):
-                nn.init.zeros_(module.bn3.weight)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))

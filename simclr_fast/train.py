@@ -166,6 +166,7 @@ def build_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.Opt
             lr=config.lr or scaled_lr(config.batch_size, config.lr_rule),
             momentum_order="tf",
             norm="joint",
+            eps=0.0,
         )
     for given in groups:
         given.pop("adapt", None)

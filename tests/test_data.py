@@ -36,7 +36,9 @@ def run(loader):
 
 def equal(a, b):
     return len(a) == len(b) and all(
-        torch.equal(x, y) for one, two in zip(a, b, strict=True) for x, y in zip(one, two, strict=True)
+        torch.equal(x, y)
+        for one, two in zip(a, b, strict=True)
+        for x, y in zip(one, two, strict=True)
     )
 
 
@@ -67,7 +69,8 @@ def test_epochs_differ_and_repeat_by_number(folder):
 def test_views_belong_to_the_image_not_to_the_batch(folder):
     def by_image(batch_size):
         loader = TwoViewLoader(folder, batch_size, augmentation=AUG, drop_last=False)
-        return {int(i): (a, b) for v1, v2, ids in run(loader) for a, b, i in zip(v1, v2, ids)}
+        rows = [row for batch in run(loader) for row in zip(*batch, strict=True)]
+        return {int(i): (a, b) for a, b, i in rows}
 
     small, large = by_image(4), by_image(23)
     assert small.keys() == large.keys() == set(range(23))
@@ -132,7 +135,9 @@ def test_image_loader_shows_every_image_once_in_order(folder):
     batches = run(loader)
     assert torch.cat([b[1] for b in batches]).tolist() == list(range(23))
     path = loader.source.paths[4]
-    expected = np.asarray(Image.open(path).convert("RGB").resize((16, 16), Image.Resampling.NEAREST))
+    expected = np.asarray(
+        Image.open(path).convert("RGB").resize((16, 16), Image.Resampling.NEAREST)
+    )
     shown = batches[0][0][4].permute(1, 2, 0).numpy() * 255
     assert np.corrcoef(shown.ravel(), expected.ravel())[0, 1] > 0.5
 

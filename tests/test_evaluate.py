@@ -29,7 +29,7 @@ def test_probe_is_logistic_regression_on_standardised_features():
     train, labels = clusters(300, 3)
     test, test_labels = clusters(99, 3)
     mean, std = train.mean(0), train.std(0, correction=0)
-    model = LogisticRegression(C=0.1, max_iter=10000, tol=1e-8)
+    model = LogisticRegression(C=1.0, max_iter=10000, tol=1e-8)
     model.fit(((train - mean) / std).numpy(), labels)
     expected = model.score(((test - mean) / std).numpy(), test_labels)
     assert linear_probe(train * 7 + 3, labels, test * 7 + 3, test_labels).value == pytest.approx(

@@ -105,7 +105,13 @@ except ImportError as error:
 
 
 def test_files_stay_short():
-    for pattern in ("simclr_fast/**/*.py", "kernels/*.py", "csrc/*", "tests/*.py", "benchmarks/*.py"):
+    for pattern in (
+        "simclr_fast/**/*.py",
+        "kernels/*.py",
+        "csrc/*",
+        "tests/*.py",
+        "benchmarks/*.py",
+    ):
         for path in ROOT.glob(pattern):
             if path.is_file():
                 assert len(path.read_text().splitlines()) <= 400, path

@@ -1,0 +1,46 @@
+# make pretrain · make test: each works alone in a fresh clone.
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+RUN := .venv/bin/python
+PIP := $(RUN) -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
+
+.PHONY: install pretrain test test-gpu-static test-sanitize lint bench clean
+
+install: .venv/.installed
+
+# torch first, so that the extension builds against the torch that is used.
+.venv/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
+	test -x $(RUN) || $(PYTHON) -m venv .venv
+	$(PIP) "torch>=2.10" "torchvision>=0.25" "setuptools>=77" wheel
+	$(PIP) --no-build-isolation --editable ".[dev,bench]"
+	touch $@
+
+pretrain: install
+	$(RUN) -m simclr_fast pretrain --data demo $(ARGS)
+
+test: install
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pytest $(ARGS)
+
+# Every GPU kernel configuration for every architecture, and its machine code: tens of minutes.
+test-gpu-static: install
+	$(RUN) -m pytest -m gpu_static $(ARGS)
+
+# The CUDA kernels on the host under ASan, UBSan and TSan, with planted faults: minutes.
+test-sanitize: install
+	$(RUN) -m pytest -m sanitize --timeout=1200 $(ARGS)
+
+lint: install
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+bench: install
+	$(RUN) -m benchmarks.bench_nt_xent
+	$(RUN) -m benchmarks.bench_lars
+	$(RUN) -m benchmarks.bench_augment
+
+clean:
+	rm -rf .venv build dist *.egg-info simclr_fast/*.so
