@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 # The share of each side that evaluation keeps of larger images (224 of 256, arXiv:2002.05709, B.7).
 _CENTER = 224 / 256
 _SMALL = 64
-_ORDER_STREAM = 0x6F72646572
+_ORDER_STREAM = 0x6F726465
 
 
 class _Loader:

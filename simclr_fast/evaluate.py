@@ -1,5 +1,6 @@
 """What an encoder has learnt: logistic regression on its frozen features."""
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +63,7 @@ def linear_probe(train: Tensor, train_labels, test: Tensor, test_labels, seed: i
     train: [n, D], test: [m, D]; labels: integers [n] and [m].
     """
     need("sklearn", "train")
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -71,7 +73,9 @@ def linear_probe(train: Tensor, train_labels, test: Tensor, test_labels, seed: i
     probe = make_pipeline(
         StandardScaler(), LogisticRegression(C=_C, max_iter=_ITERATIONS, tol=_TOLERANCE)
     )
-    probe.fit(train.numpy(), train_labels)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=ConvergenceWarning)
+        probe.fit(train.numpy(), train_labels)
     correct = probe.predict(test.numpy()) == np.asarray(test_labels)
     return bootstrap(correct, seed)
 

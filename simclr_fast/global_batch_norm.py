@@ -17,6 +17,9 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         super().__init__(
             like.num_features, like.eps, like.momentum, like.affine, like.track_running_stats
         )
+        for tensor in (like.weight, like.running_mean):
+            if tensor is not None:
+                self.to(device=tensor.device, dtype=tensor.dtype)
         self.load_state_dict(like.state_dict())
         for own, given in zip(self.parameters(), like.parameters(), strict=True):
             own.requires_grad_(given.requires_grad)

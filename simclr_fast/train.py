@@ -5,6 +5,7 @@ import logging
 import math
 import shutil
 import signal
+import sys
 import time
 from contextlib import contextmanager
 from datetime import datetime
@@ -68,9 +69,10 @@ def _pretrain(config: PretrainConfig, world: World) -> Path:
         on_error=config.on_error,
         num_threads=config.workers,
     )
-    out = prepare_output(config, world)
     total_steps = config.steps or config.epochs * len(loader)
     model = build_model(config).to(world.device)
+    # After everything that a wrong argument stops.
+    out = prepare_output(config, world)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if world.size > 1:
@@ -253,7 +255,8 @@ class Metrics:
                 unit_scale=True,
                 desc="pretrain",
                 smoothing=0.05,
-                mininterval=0.5,
+                # A log file wants a line now and then, not a screen that moves.
+                mininterval=0.5 if sys.stderr.isatty() else 20,
                 dynamic_ncols=True,
             )
         self.start, self.since = time.perf_counter(), self.first

@@ -7,6 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from simclr_fast.image_check import checked_size
@@ -199,3 +200,13 @@ def test_a_changed_png_is_found_by_its_checksum():
     data[len(data) // 2] ^= 1
     with pytest.raises(ValueError, match="checksum"):
         checked_size(data)
+
+
+def test_torchvision_data_sets_as_they_are():
+    data = torchvision.datasets.FakeData(3, (3, 12, 10))
+    source = open_source(data)
+    assert np.array_equal(source.read(1), np.array(data[1][0]))
+    with pytest.raises(TypeError, match="PIL"):
+        open_source(
+            torchvision.datasets.FakeData(3, transform=torchvision.transforms.ToTensor())
+        ).read(0)

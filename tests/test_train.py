@@ -175,7 +175,6 @@ def test_the_demo_from_the_command_line(tmp_path, monkeypatch, capsys):
         (["--data", "demo", "--batch-size", "9999"], "9999"),
         (["--data", "demo", "--model", "resnet51"], "resnet51"),
         (["--data", "cifar10:/nowhere"], "cifar10"),
-        (["--data", "demo", "--temperature", "0"], "temperature"),
     ],
 )
 def test_errors_are_one_line(arguments, says, tmp_path, capsys):
@@ -184,6 +183,14 @@ def test_errors_are_one_line(arguments, says, tmp_path, capsys):
     assert says in errors
     assert "Traceback" not in errors
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize("option", [("--temperature", "0"), ("--no-such-option", "1")])
+def test_bad_options_are_explained(option, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(["pretrain", *option])
+    assert stop.value.code == 2
+    assert option[0].strip("-") in capsys.readouterr().err
 
 
 def test_commands(capsys):
