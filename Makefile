@@ -5,7 +5,7 @@ RUN := .venv/bin/python
 PIP := $(RUN) -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
 
-.PHONY: install pretrain test test-gpu-static test-sanitize lint bench clean
+.PHONY: install pretrain test test-slow test-gpu-static test-sanitize lint bench clean
 
 install: .venv/.installed
 
@@ -23,6 +23,10 @@ test: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pytest $(ARGS)
+
+# The remaining architectures and the large cases: minutes more.
+test-slow: install
+	$(RUN) -m pytest -m slow --timeout=1200 $(ARGS)
 
 # Every GPU kernel configuration for every architecture, and its machine code: tens of minutes.
 test-gpu-static: install
