@@ -1,4 +1,4 @@
-"""The command line: simclr-fast pretrain."""
+"""The command line: simclr-fast pretrain | preview."""
 
 import argparse
 import logging
@@ -7,9 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from simclr_fast import __version__
+from simclr_fast.checkpoint import write_atomic
 from simclr_fast.config import PRESETS, PretrainConfig
 from simclr_fast.extras import need
 
@@ -17,6 +19,8 @@ _USAGE = """simclr-fast: SimCLR in PyTorch
 
   simclr-fast pretrain [--preset demo|cifar10|imagenet100|imagenet] [--data ...] [options]
   simclr-fast pretrain --help          all options, with the preset's values
+  simclr-fast preview [--data ...] [--images 8] [--to preview.png] [options]
+                                       what the augmentation does to some of the images
   simclr-fast --version
 """
 
@@ -29,7 +33,7 @@ def run(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"simclr_fast {__version__}, torch {torch.__version__}")
         return 0
-    commands = {"pretrain": _pretrain}
+    commands = {"pretrain": _pretrain, "preview": _preview}
     if arguments[0] not in commands:
         print(f"simclr-fast: no command {arguments[0]!r}\n\n{_USAGE}", end="", file=sys.stderr)
         return 2
@@ -56,6 +60,29 @@ def _pretrain(arguments: list[str]) -> int:
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"trained in {time.perf_counter() - start:.0f} s")
         _report(config, out)
+    return 0
+
+
+def _preview(arguments: list[str]) -> int:
+    """A contact sheet of a run's first images, originals beside views, and the parameters drawn."""
+    from simclr_fast.data import decode_some
+    from simclr_fast.datasets import named_source
+    from simclr_fast.preview import contact_sheet
+
+    image = need("PIL.Image", "train")
+    own = argparse.ArgumentParser(prog="simclr-fast preview", allow_abbrev=False)
+    own.add_argument("--images", type=int, default=8)
+    own.add_argument("--to", type=Path, default=Path("preview.png"))
+    given, rest = own.parse_known_args(arguments)
+    config = parse_pretrain(rest)
+    source = named_source(config.data)
+    # Spread over the source: folders hold one class after another.
+    ids = np.linspace(0, len(source) - 1, min(given.images, len(source))).astype(np.int64)
+    images = decode_some(source, ids)
+    sheet, lines = contact_sheet(images, config.augmentation, seed=config.seed, ids=ids)
+    print("\n".join(lines))
+    write_atomic(given.to, lambda path: image.fromarray(sheet).save(path, "PNG"))
+    print(f"contact sheet  {given.to}")
     return 0
 
 

@@ -298,3 +298,13 @@ class ImageLoader(_Loader):
             side = sizes
         params.box = np.concatenate([(sizes - side) // 2, side], axis=1).astype(np.int32)
         return [params]
+
+
+def decode_some(source: Source, ids: np.ndarray) -> list[np.ndarray]:
+    """The images `ids` of a source as they are stored: uint8 [H, W, 3] each."""
+    requests = iter([Batch(0, np.asarray(ids), lambda *_: [])])
+    ((_, images),) = (
+        (batch, [image.copy() for image in decoded])
+        for batch, decoded in Decoder(source, len(ids), 1).run(requests)
+    )
+    return images

@@ -185,6 +185,17 @@ def test_errors_are_one_line(arguments, says, tmp_path, capsys):
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
 
 
+def test_preview(images, tmp_path, capsys):
+    sheet = tmp_path / "sheet.png"
+    options = ["--images", "3", "--to", str(sheet), "--augmentation.size", "32"]
+    assert run(["preview", "--data", str(images), *options]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) >= 6
+    assert str(sheet) in printed[-1]
+    width, height = Image.open(sheet).size
+    assert width > height > 3 * 32
+
+
 @pytest.mark.parametrize("option", [("--temperature", "0"), ("--no-such-option", "1")])
 def test_bad_options_are_explained(option, capsys):
     with pytest.raises(SystemExit) as stop:
