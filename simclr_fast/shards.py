@@ -9,6 +9,7 @@ import mmap
 import struct
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -117,9 +118,11 @@ def scan_recordio(path: Path) -> Iterator[_Record]:
     """Image records as MXNet's im2rec writes them: IRHeader (flag, label, id, id2), then a file."""
     with _mapped(path) as data:
         position, number = 0, 0
-        while position + 8 <= len(data):
+        while position < len(data):
             spans = []
             while True:
+                if position + 8 > len(data):
+                    raise ValueError(f"{path} ends within record {number}")
                 magic, header = struct.unpack_from("<II", data, position)
                 if magic != _RECORDIO_MAGIC:
                     raise ValueError(f"{path}: no RecordIO magic at byte {position}")
@@ -132,6 +135,8 @@ def scan_recordio(path: Path) -> Iterator[_Record]:
                 if part in (0, 3):
                     break
             offset, length = spans[0]
+            if length < 24:
+                raise ValueError(f"{path}: record {number} has no IRHeader")
             flag, label = struct.unpack_from("<If", data, offset)
             skip = 24 + 4 * flag
             if flag > 0:
@@ -141,25 +146,18 @@ def scan_recordio(path: Path) -> Iterator[_Record]:
             number += 1
 
 
-class _mapped:
-    """A file's bytes, mapped read-only; an empty file is b""."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> "mmap.mmap | bytes":
-        self.file = self.path.open("rb")
-        empty = self.path.stat().st_size == 0
-        self.map = b"" if empty else mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self.map
-
-    def __exit__(self, *_: object) -> None:
-        if isinstance(self.map, mmap.mmap):
-            self.map.close()
-        self.file.close()
+@contextmanager
+def _mapped(path: Path) -> Iterator[mmap.mmap | bytes]:
+    """A file's bytes, mapped read-only; an empty file, which cannot be mapped, is b""."""
+    with path.open("rb") as file:
+        if path.stat().st_size == 0:
+            yield b""
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield data
 
 
-def _fields(data: "mmap.mmap | bytes", start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+def _fields(data: mmap.mmap | bytes, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
     """(field number, wire type, value or offset, length) of a protocol buffer message."""
     while start < end:
         key, start = _varint(data, start)
@@ -179,7 +177,7 @@ def _fields(data: "mmap.mmap | bytes", start: int, end: int) -> Iterator[tuple[i
             raise ValueError(f"wire type {wire}")
 
 
-def _varint(data: "mmap.mmap | bytes", position: int) -> tuple[int, int]:
+def _varint(data: mmap.mmap | bytes, position: int) -> tuple[int, int]:
     value, shift = 0, 0
     while True:
         byte = data[position]
@@ -191,7 +189,7 @@ def _varint(data: "mmap.mmap | bytes", position: int) -> tuple[int, int]:
 
 
 def _parse_example(
-    data: "mmap.mmap | bytes", start: int, end: int
+    data: mmap.mmap | bytes, start: int, end: int
 ) -> tuple[tuple[int, int] | None, int | None]:
     """The image's (offset, bytes) and label. Example.features=1 → Features.feature=1 (a map)."""
     image, label = None, None
@@ -210,7 +208,7 @@ def _parse_example(
     return image, label
 
 
-def _first_value(data: "mmap.mmap | bytes", feature: tuple[int, int]) -> tuple[int, int] | None:
+def _first_value(data: mmap.mmap | bytes, feature: tuple[int, int]) -> tuple[int, int] | None:
     """Feature.bytes_list=1 → BytesList.value=1."""
     for _, _, offset, length in _fields(data, feature[0], sum(feature)):
         for _, _, value, size in _fields(data, offset, offset + length):
@@ -218,7 +216,7 @@ def _first_value(data: "mmap.mmap | bytes", feature: tuple[int, int]) -> tuple[i
     return None
 
 
-def _first_integer(data: "mmap.mmap | bytes", feature: tuple[int, int]) -> int | None:
+def _first_integer(data: mmap.mmap | bytes, feature: tuple[int, int]) -> int | None:
     """Feature.int64_list=3 → Int64List.value=1, packed or not."""
     for _, _, offset, length in _fields(data, feature[0], sum(feature)):
         for _, wire, value, _ in _fields(data, offset, offset + length):

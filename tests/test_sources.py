@@ -104,12 +104,17 @@ def test_recordio_joins_split_records_with_the_magic(tmp_path):
         assert open_source(tmp_path / "a.rec").read(i).tobytes() == joined[24:]
 
 
-@pytest.mark.parametrize("write", [write_tfrecord, write_recordio])
+def write_split_recordio(path):
+    write_recordio(path, split=True)
+
+
+@pytest.mark.parametrize("write", [write_tfrecord, write_recordio, write_split_recordio])
 def test_a_cut_shard_names_itself(tmp_path, write):
-    path = tmp_path / ("a.rec" if write is write_recordio else "a.tfrecord")
+    path = tmp_path / ("a.tfrecord" if write is write_tfrecord else "a.rec")
     write(path)
-    for cut in (3, 40):
-        path.write_bytes(path.read_bytes()[:-cut])
+    whole = path.read_bytes()
+    for cut in (3, 40, len(whole) - 5, len(whole) - 60):
+        path.write_bytes(whole[:-cut])
         with pytest.raises(ValueError, match=str(path)):
             open_source(path)
 
