@@ -66,13 +66,13 @@ def apply_views(
 def _as_tensors(images: Tensor | Sequence[Tensor | np.ndarray]) -> Tensor | list[Tensor]:
     if isinstance(images, np.ndarray):
         images = _from_numpy(images)
-    if not isinstance(images, Tensor):
-        images = [i if isinstance(i, Tensor) else _from_numpy(i) for i in images]
-        for image in images:
-            _check_image(image, 3)
+    if isinstance(images, Tensor):
+        _check_image(images, 4)
         return images
-    _check_image(images, 4)
-    return images
+    tensors = [i if isinstance(i, Tensor) else _from_numpy(i) for i in images]
+    for tensor in tensors:
+        _check_image(tensor, 3)
+    return tensors
 
 
 def _from_numpy(array: np.ndarray) -> Tensor:
@@ -120,8 +120,8 @@ def _apply_triton(
 ) -> Tensor:
     from simclr_fast.kernels import augment as kernels
 
-    ints = [params.box, params.flip[:, None], params.jitter[:, None], params.order]
-    ints = np.concatenate([*ints, params.gray[:, None]], axis=1).astype(np.int32)
+    flip, jitter, gray = (switch[:, None] for switch in (params.flip, params.jitter, params.gray))
+    ints = np.concatenate([params.box, flip, jitter, params.order, gray], axis=1).astype(np.int32)
     floats = np.concatenate([params.factors, params.sigma[:, None]], axis=1).astype(np.float32)
     scale, shift = aug.normalization
     kernels.augment_views(

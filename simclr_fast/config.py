@@ -130,7 +130,7 @@ def from_json(text: str) -> PretrainConfig:
     """The inverse of `to_json`."""
     values = json.loads(text)
     hints = typing.get_type_hints(Augmentation)
-    augmentation = {
+    augmentation: dict[str, Any] = {
         name: tuple(value) if _is_tuple(hints[name]) and value is not None else value
         for name, value in values.pop("augmentation").items()
     }

@@ -1,12 +1,16 @@
 """Data by name: "demo", "cifar10:ROOT", "stl10:ROOT", or a path."""
 
-from typing import Literal
+from typing import Literal, overload
 
 from simclr_fast.demo import demo_folder
 from simclr_fast.extras import need
 from simclr_fast.sources import DatasetSource, Source, open_source
 
 
+@overload
+def named_source(data: str, split: Literal["train"] = "train") -> Source: ...
+@overload
+def named_source(data: str, split: Literal["test"]) -> Source | None: ...
 def named_source(data: str, split: Literal["train", "test"] = "train") -> Source | None:
     """The images of `data`; None for the test split of a path, which has no such thing.
 

@@ -34,6 +34,8 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(x)
         y, mean, variance, count = _Normalize.apply(x, self.weight, self.bias, self.eps)
         if self.running_mean is not None:
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)
                 momentum = self.momentum

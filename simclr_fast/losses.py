@@ -1,7 +1,7 @@
 """NT-Xent (Chen et al. 2020, "A Simple Framework for Contrastive Learning", equation 1)."""
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,36 @@ class NTXentStats(NamedTuple):
     negative_similarity: Tensor
 
 
+@overload
+def nt_xent_loss(
+    z1: Tensor,
+    z2: Tensor | None = None,
+    temperature: float | Tensor = 0.5,
+    *,
+    reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
+    return_stats: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def nt_xent_loss(
+    z1: Tensor,
+    z2: Tensor | None = None,
+    temperature: float | Tensor = 0.5,
+    *,
+    reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
+    return_stats: Literal[True],
+) -> tuple[Tensor, NTXentStats]: ...
+@overload
+def nt_xent_loss(
+    z1: Tensor,
+    z2: Tensor | None = None,
+    temperature: float | Tensor = 0.5,
+    *,
+    reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
+    return_stats: bool,
+) -> Tensor | tuple[Tensor, NTXentStats]: ...
 def nt_xent_loss(
     z1: Tensor,
     z2: Tensor | None = None,
@@ -71,7 +101,8 @@ def nt_xent_loss(
         return (total, NTXentStats(*stats.unbind())) if return_stats else total
     rows, lse, row_stats, u, _ = ops.nt_xent(z1, z2, temperature, return_stats)
     loss = rows.unflatten(0, (-1, 2)).T.flatten() if reduction == "none" else rows
-    loss = {"mean": torch.mean, "sum": torch.sum}.get(reduction, lambda rows: rows)(loss)
+    if reduction != "none":
+        loss = loss.mean() if reduction == "mean" else loss.sum()
     if not return_stats:
         return loss
     stats = _mean_stats(rows.detach(), lse, row_stats, u, temperature.detach())

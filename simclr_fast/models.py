@@ -1,6 +1,6 @@
 """Encoders and projection heads: images → h, what evaluation uses → z, what the loss sees."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class ResNet(nn.Module):
         channels = [round(64 * width * 2**stage) for stage in range(4)]
         if stem == "imagenet":
             self.conv1 = nn.Conv2d(3, channels[0], 7, stride=2, padding=3, bias=False)
-            self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+            self.maxpool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1)
         else:
             stride = 2 if stem == "cifar-stride2" else 1
             self.conv1 = nn.Conv2d(3, channels[0], 3, stride=stride, padding=1, bias=False)
@@ -65,7 +65,8 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        for stage in range(4):
+            x = self.get_submodule(f"layer{stage + 1}")(x)
         return self.avgpool(x).flatten(1)
 
 
@@ -84,8 +85,8 @@ def build_encoder(
     if width <= 0:
         raise ValueError(f"width must be positive, got {width}")
     if name in _RESNETS:
-        encoder = ResNet(name, width, stem or ("cifar" if image_size <= 64 else "imagenet"))
-        return encoder, encoder.feature_dim
+        resnet = ResNet(name, width, stem or ("cifar" if image_size <= 64 else "imagenet"))
+        return resnet, resnet.feature_dim
     if width != 1:
         raise ValueError(f"width={width} is for {', '.join(_RESNETS)}; {name} has its own")
     models = need("torchvision", "train").models
@@ -100,9 +101,10 @@ def build_encoder(
     bare = name.removeprefix("timm:")
     if not timm.is_model(bare):
         raise ValueError(f"neither torchvision nor timm has a model {bare!r}")
-    encoder = timm.create_model(bare, num_classes=0)
+    encoder: Any = timm.create_model(bare, num_classes=0)
     # num_features is not always what pooling puts out (timm's own note on MobileNetV3 and kin).
-    return encoder, getattr(encoder, "head_hidden_size", None) or encoder.num_features
+    dim: int = getattr(encoder, "head_hidden_size", None) or encoder.num_features
+    return encoder, dim
 
 
 def _cut_classifier(model: nn.Module, name: str) -> tuple[nn.Module, int]:

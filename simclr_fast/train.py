@@ -76,7 +76,7 @@ def _pretrain(config: PretrainConfig, world: World) -> Path:
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if world.size > 1:
-        model = convert_batch_norm(model, world.device)
+        convert_batch_norm(model, world.device)
     optimizer = build_optimizer(model, config)
     warmup = min(round(config.warmup_epochs * len(loader)), total_steps - 1)
     scheduler = warmup_cosine(optimizer, warmup, total_steps)
@@ -91,7 +91,7 @@ def _pretrain(config: PretrainConfig, world: World) -> Path:
         step = state["step"]
         log.info("resuming at step %d from %s", step, saved[-1])
 
-    run = model
+    run: nn.Module = model
     if world.size > 1:
         # Statistics are the same on all ranks already.
         run = DistributedDataParallel(model, broadcast_buffers=False)
