@@ -14,6 +14,7 @@ ROOMS = [
     {"global_batch_norm", "decode", "data", "datasets", "preview", "compat"},
     {"evaluate", "plots", "train"},
     {"report"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from simclr_fast.augment import Augmentation
 from simclr_fast.checkpoint import checkpoints, load_checkpoint
-from simclr_fast.cli import parse_pretrain, run
+from simclr_fast.cli import run
+from simclr_fast.commands.pretrain import parse_pretrain
 from simclr_fast.config import PRESETS, PretrainConfig, from_json, to_json
 from simclr_fast.train import pretrain
 

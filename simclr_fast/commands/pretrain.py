@@ -1,0 +1,69 @@
+"""simclr-fast pretrain."""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from simclr_fast.config import PRESETS, PretrainConfig
+from simclr_fast.extras import need
+from simclr_fast.plots import plot_loss
+from simclr_fast.report import probe_report
+from simclr_fast.train import Interrupted, pretrain
+
+
+def run(arguments: list[str]) -> int:
+    """Pretrain, then print the linear probe beside its baselines."""
+    config = parse_pretrain(arguments)
+    start = time.perf_counter()
+    try:
+        out = pretrain(config)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.signal_number
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"trained in {time.perf_counter() - start:.0f} s")
+        _report(config, out)
+    return 0
+
+
+def parse_pretrain(arguments: list[str]) -> PretrainConfig:
+    """Options over a preset: --preset's, else demo's for the demo data, else imagenet's."""
+    tyro = need("tyro", "train")
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--preset", choices=sorted(PRESETS))
+    early.add_argument("--data", default="demo")
+    known, _ = early.parse_known_args(arguments)
+    preset = known.preset or ("demo" if known.data == "demo" else "imagenet")
+    rest = _without(arguments, "--preset")
+    return tyro.cli(
+        PretrainConfig,
+        args=rest,
+        default=PRESETS[preset](),
+        prog="simclr-fast pretrain",
+        description=f"Pretrain an encoder. Values shown are those of --preset {preset}.",
+    )
+
+
+def _without(arguments: list[str], option: str) -> list[str]:
+    """`arguments` without `option VALUE` or `option=VALUE`."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip or argument.startswith(option + "="):
+            skip = False
+            continue
+        if argument == option:
+            skip = True
+            continue
+        kept.append(argument)
+    return kept
+
+
+def _report(config: PretrainConfig, out: Path) -> None:
+    """The loss curve, and where there are test labels the linear probe beside its baselines."""
+    plot_loss(out / "metrics.jsonl", out / "loss.png")
+    for line in probe_report(config, out):
+        print(line)
+    print(f"loss curve     {out / 'loss.png'}")
+    print(f"encoder        {out / 'encoder.safetensors'}")
