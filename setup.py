@@ -120,10 +120,15 @@ packages = [
     "simclr_fast",
     *(f"simclr_fast.{p.parent.name}" for p in sorted(ROOT.glob("simclr_fast/*/__init__.py"))),
     "simclr_fast.kernels",
+    "simclr_fast.benchmarks",
 ]
 setup(
     packages=packages,
-    package_dir={"simclr_fast": "simclr_fast", "simclr_fast.kernels": "kernels"},
+    package_dir={
+        "simclr_fast": "simclr_fast",
+        "simclr_fast.kernels": "kernels",
+        "simclr_fast.benchmarks": "benchmarks",
+    },
     package_data={"simclr_fast": ["py.typed", "assets/*"], "simclr_fast.kernels": ["*.md"]},
     **extension_options(),
 )

@@ -24,7 +24,8 @@ from simclr_fast.augment import Augmentation, SimCLRViews, apply_views, draw_par
 SIZE, HEIGHT, WIDTH, CIFAR = 224, 375, 500, 32
 
 
-def jpegs(n: int) -> list[bytes]:
+def jpegs(n: int, width: int = WIDTH, height: int = HEIGHT) -> list[bytes]:
+    """n natural images, cut from scikit-learn's two photographs."""
     rng = np.random.default_rng(0)
     photographs = [Image.fromarray(load_sample_image(f"{k}.jpg")) for k in ("china", "flower")]
     files = []
@@ -33,7 +34,7 @@ def jpegs(n: int) -> list[bytes]:
         w, h = int(WIDTH * scale * 1.27), int(HEIGHT * scale * 1.13)
         w, h = min(w, 640), min(h, 427)
         x, y = rng.integers(0, 640 - w + 1), rng.integers(0, 427 - h + 1)
-        crop = photographs[i % 2].crop((x, y, x + w, y + h)).resize((WIDTH, HEIGHT), Image.BICUBIC)
+        crop = photographs[i % 2].crop((x, y, x + w, y + h)).resize((width, height), Image.BICUBIC)
         buffer = io.BytesIO()
         crop.save(buffer, "JPEG", quality=90)
         files.append(buffer.getvalue())
@@ -110,11 +111,9 @@ def dali_only(files: list[bytes]) -> Callable:
     return pipeline(build, source, n, len(kinds), kinds).run
 
 
-def solo_learn(files: list[bytes]) -> Callable:
-    """The operators and blends of solo-learn's DALI pipeline: color_twist, one 23-tap blur."""
+def solo_learn_view(x, size: int, blur: bool = True):
+    """The operators and blends of solo-learn's DALI pipeline: color_twist, one blur of 23 taps."""
     from nvidia.dali import fn, types
-
-    raw = encoded(files)
 
     def coin(p):
         return fn.cast(fn.random.coin_flip(probability=p), dtype=types.FLOAT)
@@ -123,34 +122,40 @@ def solo_learn(files: list[bytes]) -> Callable:
         c = coin(p)
         return fn.cast(c * yes + (1 - c) * no, dtype=types.UINT8)
 
-    def view(x):
-        x = fn.random_resized_crop(
-            x, size=[SIZE, SIZE], random_area=[0.08, 1.0], interp_type=types.INTERP_CUBIC
-        )
-        jittered = fn.color_twist(
-            x,
-            brightness=fn.random.uniform(range=[0.2, 1.8]),
-            contrast=fn.random.uniform(range=[0.2, 1.8]),
-            saturation=fn.random.uniform(range=[0.2, 1.8]),
-            hue=fn.random.uniform(range=[-72.0, 72.0]),
-        )
-        x = blend(0.8, jittered, x)
-        gray = fn.color_space_conversion(x, image_type=types.RGB, output_type=types.GRAY)
-        x = blend(0.2, fn.cat(gray, gray, gray, axis=2), x)
+    x = fn.random_resized_crop(
+        x, size=[size, size], random_area=[0.08, 1.0], interp_type=types.INTERP_CUBIC
+    )
+    jittered = fn.color_twist(
+        x,
+        brightness=fn.random.uniform(range=[0.2, 1.8]),
+        contrast=fn.random.uniform(range=[0.2, 1.8]),
+        saturation=fn.random.uniform(range=[0.2, 1.8]),
+        hue=fn.random.uniform(range=[-72.0, 72.0]),
+    )
+    x = blend(0.8, jittered, x)
+    gray = fn.color_space_conversion(x, image_type=types.RGB, output_type=types.GRAY)
+    x = blend(0.2, fn.cat(gray, gray, gray, axis=2), x)
+    if blur:
         blurred = fn.gaussian_blur(x, window_size=23, sigma=fn.random.uniform(range=[0.1, 2.0]))
         x = blend(0.5, blurred, x)
-        return fn.crop_mirror_normalize(
-            x,
-            mirror=fn.random.coin_flip(),
-            mean=[0.485 * 255, 0.456 * 255, 0.406 * 255],
-            std=[0.229 * 255, 0.224 * 255, 0.225 * 255],
-            dtype=types.FLOAT,
-            output_layout="CHW",
-        )
+    return fn.crop_mirror_normalize(
+        x,
+        mirror=fn.random.coin_flip(),
+        mean=[0.485 * 255, 0.456 * 255, 0.406 * 255],
+        std=[0.229 * 255, 0.224 * 255, 0.225 * 255],
+        dtype=types.FLOAT,
+        output_layout="CHW",
+    )
+
+
+def solo_learn(files: list[bytes]) -> Callable:
+    from nvidia.dali import fn, types
+
+    raw = encoded(files)
 
     def build(raw_node):
         images = fn.decoders.image(raw_node)
-        return view(images), view(images)
+        return solo_learn_view(images, SIZE), solo_learn_view(images, SIZE)
 
     return pipeline(build, lambda: [raw], len(files), 1, [types.UINT8]).run
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from benchmarks.gpu_static import ARCHITECTURES, Static, nt_xent_static
+from simclr_fast.benchmarks.gpu_static import ARCHITECTURES, Static, nt_xent_static
 from simclr_fast.kernels.normalize import padded_dim
 from simclr_fast.kernels.nt_xent_configs import VALUE_BLOCK, Plan, plan, table_config
 

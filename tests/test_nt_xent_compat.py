@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import peers
+from simclr_fast.benchmarks import peers
 from simclr_fast.compat import google_simclr, lightly, pytorch_metric_learning, solo_learn
 
 N, D = 24, 10

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.gpu_static import (
+from simclr_fast.benchmarks.gpu_static import (
     ARCHITECTURES,
     SHARED_LIMIT,
     inspect,

@@ -1,0 +1,232 @@
+"""What every benchmark shares: interleaved timing, tables, the machine they were taken on."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import simclr_fast
+from simclr_fast.checkpoint import write_atomic
+from simclr_fast.extras import need
+
+_PACKAGES = (
+    *("numpy", "torchvision", "triton", "nvidia-dali-cuda130", "nvidia-dali-cuda120"),
+    *("lightly", "pytorch-metric-learning", "timm", "kornia", "pillow"),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a benchmark runs. device: cpu or cuda; threads: torch's; rounds: calls of each step."""
+
+    device: torch.device
+    threads: int
+    rounds: int
+    quick: bool
+
+
+@dataclass
+class Table:
+    """Contenders side by side.
+
+    times: column → contender → milliseconds of each round, the rounds of one column interleaved.
+    facts: column → contender → text, beside the times. base: the contender that ratios refer to.
+    floors: contenders that are no peers but bounds of the machine.
+    """
+
+    title: str
+    base: str
+    times: dict[str, dict[str, list[float]]]
+    facts: dict[str, dict[str, str]] = field(default_factory=dict)
+    floors: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+
+    def median(self, column: str, name: str) -> float:
+        return statistics.median(self.times[column][name])
+
+    def ratio(self, column: str, name: str) -> float:
+        """How many times the base's time `name` takes: the median over rounds."""
+        pairs = zip(self.times[column][name], self.times[column][self.base], strict=True)
+        return statistics.median(theirs / ours for theirs, ours in pairs)
+
+    def names(self) -> list[str]:
+        """Contenders by the first column's median, floors last."""
+        first = next(iter(self.times))
+        return sorted(self.times[first], key=lambda n: (n in self.floors, self.median(first, n)))
+
+    def text(self) -> str:
+        """Markdown."""
+        heads = [h for c in self.times for h in (f"{c} ms", "× ours")]
+        lines = [
+            self.title,
+            "",
+            "| | " + " | ".join([*heads, *self.facts]) + " |",
+            "|---" * (1 + len(heads) + len(self.facts)) + "|",
+        ]
+        for name in self.names():
+            cells = []
+            for column in self.times:
+                cells += [f"{self.median(column, name):.3g}", f"{self.ratio(column, name):.2f}"]
+            cells += [fact.get(name, "") for fact in self.facts.values()]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        return "\n".join([*lines, *(f"\n{note}" for note in self.notes)])
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "title": self.title,
+            "base": self.base,
+            "milliseconds": self.times,
+            "ratios": {c: {n: self.ratio(c, n) for n in t} for c, t in self.times.items()},
+            "facts": self.facts,
+            "notes": self.notes,
+        }
+
+
+def measure(
+    steps: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device | str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Milliseconds of each step in each round: two calls to warm up, then one call per round.
+
+    On a GPU the time between two CUDA events around the step; elsewhere `clock`'s.
+    """
+    timed = _cuda_milliseconds if torch.device(device).type == "cuda" else _milliseconds
+    for step in steps.values():
+        step()
+        step()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(timed(step, clock))
+    return times
+
+
+def _milliseconds(step: Callable[[], object], clock: Callable[[], float]) -> float:
+    start = clock()
+    step()
+    return 1e3 * (clock() - start)
+
+
+def _cuda_milliseconds(step: Callable[[], object], _: Callable[[], float]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Hardware, versions, commit and command."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    found = {
+        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["simclr-fast", *sys.argv[1:]]),
+        "simclr_fast": simclr_fast.__version__,
+        "commit": _commit(),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "threads": torch.get_num_threads(),
+        "instruction_set": os.environ.get("SIMCLR_FAST_ISA", "best"),
+        "load": os.getloadavg()[0],
+        "versions": versions,
+    }
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+        found["compute_capability"] = torch.cuda.get_device_capability(device)
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _commit() -> str | None:
+    folder = Path(simclr_fast.__file__).resolve().parent.parent
+    done = subprocess.run(
+        ["git", "-C", folder, "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or None
+
+
+def save(tables: Iterable[Table], where: dict[str, Any], path: Path) -> None:
+    """Write the tables as JSON, atomically."""
+    content = {"environment": where, "tables": [table.to_json() for table in tables]}
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomic(path, lambda temporary: temporary.write_text(text))
+
+
+def draw(tables: list[Table], path: Path) -> None:
+    """One panel of bars per table and column: times as multiples of the base's."""
+    need("matplotlib", "train")
+    from matplotlib.figure import Figure
+
+    panels = [(table, column) for table in tables for column in table.times]
+    heights = [0.6 + 0.24 * len(table.times[column]) for table, column in panels]
+    figure = Figure(figsize=(8, sum(heights) + 0.4 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
+    for axis, (table, column) in zip(axes, panels, strict=True):
+        names = table.names()[::-1]
+        ratios = [table.ratio(column, name) for name in names]
+        colours = [
+            "tab:blue" if n == table.base else "0.8" if n in table.floors else "0.55" for n in names
+        ]
+        bars = axis.barh(names, ratios, color=colours)
+        axis.bar_label(bars, [f"{ratio:.2f}×" for ratio in ratios], padding=3, fontsize=8)
+        axis.set_title(f"{table.title} · {column}", fontsize=9, loc="left")
+        axis.set_xscale("log")
+        axis.margins(x=0.15)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+
+
+def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
+    """The options that all benchmarks have."""
+    own = argparse.ArgumentParser(prog=prog, description=(description or "").split("\n")[0])
+    own.add_argument("--quick", action="store_true", help="smaller cases: at most two minutes")
+    own.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    own.add_argument("--threads", type=int, default=torch.get_num_threads())
+    own.add_argument("--rounds", type=int, default=9)
+    return own
+
+
+def options(given: argparse.Namespace) -> Options:
+    """Checked options; sets torch's number of threads."""
+    for name in ("threads", "rounds"):
+        if getattr(given, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(given, name)}")
+    device = torch.device(given.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda: torch sees no GPU")
+    torch.set_num_threads(given.threads)
+    return Options(device, given.threads, given.rounds, given.quick)
