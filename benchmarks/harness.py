@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 import simclr_fast
+from simclr_fast import ops
 from simclr_fast.checkpoint import write_atomic
 from simclr_fast.extras import need
 
@@ -147,7 +149,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "threads": torch.get_num_threads(),
-        "instruction_set": os.environ.get("SIMCLR_FAST_ISA", "best"),
+        "instruction_set": _instruction_set(),
         "load": os.getloadavg()[0],
         "versions": versions,
     }
@@ -156,6 +158,12 @@ def environment(device: torch.device) -> dict[str, Any]:
         found["compute_capability"] = torch.cuda.get_device_capability(device)
         found["cuda"] = torch.version.cuda
     return found
+
+
+def _instruction_set() -> str:
+    if not ops.has_extension():
+        return "none: plain torch"
+    return import_module("simclr_fast._C").instruction_set()
 
 
 def _cpu_name() -> str:

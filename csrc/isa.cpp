@@ -1,6 +1,7 @@
 #include "isa.h"
 
 #include <cstdlib>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -25,18 +26,21 @@ Isa choose_isa() {
   const char* variable = std::getenv("SIMCLR_FAST_ISA");
   const std::string wanted = variable ? variable : "";
   if (wanted.empty()) return best;
-  const char* names[] = {"base", "avx2", "avx512"};
-  for (int i = 0; i < 3; ++i) {
-    if (wanted != names[i]) continue;
-    if (i > static_cast<int>(best))
+  for (const Isa isa : {Isa::base, Isa::avx2, Isa::avx512}) {
+    if (wanted != isa_name(isa)) continue;
+    if (isa > best)
       throw std::runtime_error("SIMCLR_FAST_ISA=" + wanted + ": this CPU has only " +
-                               names[static_cast<int>(best)]);
-    return static_cast<Isa>(i);
+                               isa_name(best));
+    return isa;
   }
   throw std::runtime_error("SIMCLR_FAST_ISA must be base, avx2 or avx512, got '" + wanted + "'");
 }
 
 }  // namespace
+
+const char* isa_name(Isa isa) {
+  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "base";
+}
 
 Isa current_isa() {
   static const Isa isa = choose_isa();

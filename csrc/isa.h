@@ -18,6 +18,8 @@ enum class Isa { base, avx2, avx512 };
 // throws std::runtime_error if that name is unknown or the CPU lacks it. Read once per process.
 Isa current_isa();
 
+const char* isa_name(Isa isa);
+
 }  // namespace simclr
 
 #if defined(__x86_64__) || defined(_M_X64)

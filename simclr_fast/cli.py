@@ -16,6 +16,8 @@ COMMANDS = {
                        the preset's values""",
     "preview": """[--data ...] [--images 8] [--to preview.png] [options]
                        what the augmentation does to some of the images""",
+    "selfcheck": """[--device cuda]
+                       every op on this machine against float64: a report to paste""",
 }
 
 

@@ -13,7 +13,7 @@ ROOMS = [
     {"distributed", "losses", "optim", "augment", "dali_views", "models", "config"},
     {"global_batch_norm", "decode", "data", "datasets", "preview", "compat"},
     {"evaluate", "plots", "train"},
-    {"report", "benchmarks"},
+    {"report", "selfcheck", "benchmarks"},
     {"commands"},
     {"cli"},
     {"__main__"},
