@@ -5,7 +5,7 @@ RUN := .venv/bin/python
 PIP := $(RUN) -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
 
-.PHONY: install pretrain test test-slow test-gpu-static test-sanitize lint bench clean
+.PHONY: install pretrain test test-slow test-gpu-static test-sanitize lint docs bench clean
 
 install: .venv/.installed
 
@@ -41,10 +41,13 @@ lint: install
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+docs: install
+	$(RUN) -m mkdocs build --strict
+
 bench: install
 	$(RUN) -m benchmarks.bench_nt_xent
 	$(RUN) -m benchmarks.bench_lars
 	$(RUN) -m benchmarks.bench_augment
 
 clean:
-	rm -rf .venv build dist *.egg-info simclr_fast/*.so
+	rm -rf .venv build dist site *.egg-info simclr_fast/*.so

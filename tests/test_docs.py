@@ -1,0 +1,73 @@
+"""The documents: examples run, commands exist, links lead somewhere, the site builds."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from simclr_fast.cli import COMMANDS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = [
+    pytest.param(code, id=f"{page.stem}-{number}")
+    for page in PAGES
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+]
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_example(code, tmp_path, monkeypatch):
+    pytest.importorskip("nvidia.dali", reason="decoding needs DALI (Linux)")
+    for name in ("lightly", "timm", "pytorch_metric_learning"):
+        if name in code and "compat" not in code:
+            pytest.importorskip(name)
+    (tmp_path / "photos").mkdir()
+    for i in range(4):
+        pixels = np.random.default_rng(i).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.jpg")
+    monkeypatch.chdir(tmp_path)
+    assert len(code.splitlines()) <= 10
+    exec(compile(code.replace("batch_size=256", "batch_size=2"), "example", "exec"), {})
+
+
+def test_there_are_examples():
+    assert sum("README" in param.id for param in EXAMPLES) >= 3
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_exist(page):
+    for command in re.findall(r"simclr-fast ([a-z]+)", page.read_text()):
+        assert command in COMMANDS, f"{page.name}: simclr-fast {command}"
+    for module in re.findall(r"python -m (benchmarks\.\w+)", page.read_text()):
+        assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), f"{page.name}: {module}"
+    targets = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make ([a-z-]+)`", page.read_text()):
+        assert f"\n{target}:" in targets, f"{page.name}: make {target}"
+
+
+def test_links_lead_somewhere():
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
+            folder = page.resolve().parent if page.parent != ROOT / "docs" else ROOT / "docs"
+            assert (folder / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_site_builds_without_warnings(tmp_path):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "site" / "reference" / "index.html").read_text()
+    assert "trust_coefficient" in text
+    assert "contrastive_entropy" in text
