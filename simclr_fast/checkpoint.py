@@ -1,6 +1,7 @@
 """Checkpoints that an interruption cannot harm: written aside, synced, then renamed."""
 
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,10 @@ from torch import Tensor, nn
 from simclr_fast.extras import need
 
 _KEEP = 2
+# Keys that an error names before it counts the rest.
+_NAMED = 5
+# What torch says of a class or function that weights_only refuses.
+_FOREIGN = re.compile(r"GLOBAL ([\w.]+)")
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -56,7 +61,53 @@ def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dic
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise ValueError(f"not a readable checkpoint: {path}: {error}") from error
+        if found := _FOREIGN.search(str(error)):
+            raise ValueError(
+                f"{path} holds objects other than tensors ({found[1]}); no code in a checkpoint is "
+                "run: save its state_dict alone, with the program that wrote it"
+            ) from error
+        cause = str(error).partition("\n")[0]
+        raise ValueError(f"not a readable checkpoint: {path}: {cause}") from error
+
+
+def load_strictly(module: nn.Module, state: dict[str, Any], path: Path) -> None:
+    """Load all of `state` into `module`, or raise and leave it as it was.
+
+    Raises:
+        ValueError: naming `path` and the keys that are missing, unexpected, of another shape or
+            kind, or hold NaN or infinity.
+    """
+    if problems := misfits(module, state):
+        raise ValueError(f"{path} does not fit this model: {'; '.join(problems)}")
+    module.load_state_dict(state)
+
+
+def misfits(module: nn.Module, state: dict[str, Any]) -> list[str]:
+    """Why `state` cannot be loaded into `module`, whole and finite; nothing if it can."""
+    own = module.state_dict()
+    problems = []
+    if missing := [key for key in own if key not in state]:
+        problems.append(f"missing {_some(missing)}")
+    if unexpected := [key for key in state if key not in own]:
+        problems.append(f"unexpected {_some(unexpected)}")
+    for key, mine in own.items():
+        given = state.get(key)
+        if key not in state or not isinstance(mine, Tensor):
+            continue
+        if not isinstance(given, Tensor):
+            problems.append(f"{key} is a {type(given).__name__}, not a tensor")
+        elif mine.shape != given.shape:
+            problems.append(f"{key} is {list(given.shape)}, must be {list(mine.shape)}")
+        elif mine.is_floating_point() != given.is_floating_point():
+            problems.append(f"{key} is {given.dtype}, must be {mine.dtype}")
+        elif bad := int((~torch.isfinite(given)).sum()):
+            problems.append(f"{key} has {bad} of {given.numel()} values that are not finite")
+    return problems[:_NAMED] + [f"{len(problems) - _NAMED} more"] * (len(problems) > _NAMED)
+
+
+def _some(keys: list[str]) -> str:
+    more = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
+    return ", ".join(keys[:_NAMED]) + more
 
 
 def save_encoder(path: Path, encoder: nn.Module, about: dict[str, str]) -> None:

@@ -129,15 +129,19 @@ def to_json(config: Any) -> str:
 def from_json(text: str) -> PretrainConfig:
     """The inverse of `to_json`."""
     values = json.loads(text)
-    hints = typing.get_type_hints(Augmentation)
-    augmentation: dict[str, Any] = {
-        name: tuple(value) if _is_tuple(hints[name]) and value is not None else value
-        for name, value in values.pop("augmentation").items()
-    }
+    augmentation = augmentation_from(values.pop("augmentation"))
     out = values.pop("out")
-    return PretrainConfig(
-        **values, augmentation=Augmentation(**augmentation), out=Path(out) if out else None
-    )
+    return PretrainConfig(**values, augmentation=augmentation, out=Path(out) if out else None)
+
+
+def augmentation_from(values: dict[str, Any]) -> Augmentation:
+    """An Augmentation from the JSON of one."""
+    hints = typing.get_type_hints(Augmentation)
+    typed: dict[str, Any] = {
+        name: tuple(value) if _is_tuple(hints[name]) and value is not None else value
+        for name, value in values.items()
+    }
+    return Augmentation(**typed)
 
 
 def _is_tuple(hint: Any) -> bool:

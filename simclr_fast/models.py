@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from simclr_fast.extras import need
 
 # Blocks per stage. resnet10 is the embedded data set's; the others are He et al. 2015.
-_RESNETS = {
+RESNETS = {
     "resnet10": ("BasicBlock", (1, 1, 1, 1)),
     "resnet18": ("BasicBlock", (2, 2, 2, 2)),
     "resnet34": ("BasicBlock", (3, 4, 6, 3)),
@@ -16,7 +16,7 @@ _RESNETS = {
     "resnet101": ("Bottleneck", (3, 4, 23, 3)),
     "resnet152": ("Bottleneck", (3, 8, 36, 3)),
 }
-Stem = Literal["imagenet", "cifar", "cifar-stride2"]
+Stem = Literal["imagenet", "cifar", "cifar-stride2", "cifar-pad2", "cifar-no-relu"]
 
 
 class ResNet(nn.Module):
@@ -25,24 +25,29 @@ class ResNet(nn.Module):
     images: [N, 3, H, W] → h: [N, feature_dim]. width multiplies every layer's channels, the stem's
     too, as in the SimCLR paper (torchvision's wide_resnet widens only inner layers). stem: 7×7
     stride 2 and max-pooling ("imagenet"); 3×3 without pooling ("cifar", arXiv:2002.05709, B.9), or
-    the same with stride 2 ("cifar-stride2").
+    the same with stride 2 ("cifar-stride2"). For imported weights: "cifar" padded by 2, which is
+    solo-learn's ("cifar-pad2"), and "cifar" without the ReLU, lightly's ResNetGenerator in a
+    Sequential ("cifar-no-relu").
     """
 
     def __init__(self, name: str, width: float = 1, stem: Stem = "imagenet") -> None:
         super().__init__()
         resnet = need("torchvision", "train").models.resnet
-        kind, blocks = _RESNETS[name]
+        kind, blocks = RESNETS[name]
         block = getattr(resnet, kind)
         channels = [round(64 * width * 2**stage) for stage in range(4)]
         if stem == "imagenet":
             self.conv1 = nn.Conv2d(3, channels[0], 7, stride=2, padding=3, bias=False)
-            self.maxpool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1)
+            maxpool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1)
         else:
             stride = 2 if stem == "cifar-stride2" else 1
-            self.conv1 = nn.Conv2d(3, channels[0], 3, stride=stride, padding=1, bias=False)
-            self.maxpool = nn.Identity()
+            padding = 2 if stem == "cifar-pad2" else 1
+            self.conv1 = nn.Conv2d(3, channels[0], 3, stride=stride, padding=padding, bias=False)
+            maxpool = nn.Identity()
+        # In the order of use: torchvision's IntermediateLayerGetter runs the children in turn.
         self.bn1 = nn.BatchNorm2d(channels[0])
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = nn.Identity() if stem == "cifar-no-relu" else nn.ReLU(inplace=True)
+        self.maxpool = maxpool
         inputs = channels[0]
         for stage, (planes, count) in enumerate(zip(channels, blocks, strict=True)):
             layers = []
@@ -84,11 +89,11 @@ def build_encoder(
     """
     if width <= 0:
         raise ValueError(f"width must be positive, got {width}")
-    if name in _RESNETS:
-        resnet = ResNet(name, width, stem or ("cifar" if image_size <= 64 else "imagenet"))
+    if name in RESNETS:
+        resnet = ResNet(name, width, stem or default_stem(image_size))
         return resnet, resnet.feature_dim
     if width != 1:
-        raise ValueError(f"width={width} is for {', '.join(_RESNETS)}; {name} has its own")
+        raise ValueError(f"width={width} is for {', '.join(RESNETS)}; {name} has its own")
     models = need("torchvision", "train").models
     if not name.startswith("timm:") and name in models.list_models(module=models):
         return _cut_classifier(models.get_model(name, weights=None), name)
@@ -105,6 +110,11 @@ def build_encoder(
     # num_features is not always what pooling puts out (timm's own note on MobileNetV3 and kin).
     dim: int = getattr(encoder, "head_hidden_size", None) or encoder.num_features
     return encoder, dim
+
+
+def default_stem(image_size: int) -> Stem:
+    """A ResNet's first layers by the size of its images."""
+    return "cifar" if image_size <= 64 else "imagenet"
 
 
 def _cut_classifier(model: nn.Module, name: str) -> tuple[nn.Module, int]:

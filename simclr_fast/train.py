@@ -26,6 +26,7 @@ from simclr_fast.global_batch_norm import convert_batch_norm
 from simclr_fast.losses import nt_xent_loss
 from simclr_fast.models import SimCLR, build_encoder, build_projector
 from simclr_fast.optim import LARS, lars_param_groups, scaled_lr, warmup_cosine
+from simclr_fast.weights import about_encoder
 
 log = logging.getLogger(__name__)
 # Adam's, for runs too small for LARS.
@@ -83,7 +84,7 @@ def _pretrain(config: PretrainConfig, world: World) -> Path:
     step = 0
     if config.resume and (saved := checkpoint.checkpoints(out / "checkpoints")):
         state = checkpoint.load_checkpoint(saved[-1], world.device)
-        model.load_state_dict(state["model"])
+        checkpoint.load_strictly(model, state["model"], saved[-1])
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         loader.load_state_dict(state["loader"])
@@ -110,6 +111,7 @@ def _pretrain(config: PretrainConfig, world: World) -> Path:
                 "loader": loader.state_dict(),
                 "rng": torch.get_rng_state(),
                 "version": __version__,
+                "encoder": describe(config),
             }
             checkpoint.save_checkpoint(out / "checkpoints", step, state)
 
@@ -176,13 +178,8 @@ def build_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.Opt
 
 
 def describe(config: PretrainConfig) -> dict[str, str]:
-    """Metadata of encoder.safetensors: what builds the encoder again."""
-    return {
-        "model": config.model,
-        "width": str(config.width),
-        "stem": config.stem or "",
-        "image_size": str(config.augmentation.size),
-    }
+    """Metadata of encoder.safetensors: what builds the encoder again, and what its images were."""
+    return about_encoder(config.model, config.width, config.stem, config.augmentation)
 
 
 def prepare_output(config: PretrainConfig, world: World) -> Path:

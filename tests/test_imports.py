@@ -12,7 +12,7 @@ ROOMS = [
     {"kernels", "ops", "sources", "shards", "demo", "checkpoint"},
     {"distributed", "losses", "optim", "augment", "dali_views", "models", "config"},
     {"global_batch_norm", "decode", "data", "datasets", "preview", "compat"},
-    {"evaluate", "plots", "train"},
+    {"weights", "evaluate", "plots", "train"},
     {"report", "selfcheck", "benchmarks"},
     {"commands"},
     {"cli"},
@@ -65,7 +65,7 @@ def test_imports_go_one_way():
 
 def test_evaluation_and_checkpoints_know_nothing_of_training():
     for name, path in modules():
-        if name in ("evaluate", "checkpoint", "plots"):
+        if name in ("evaluate", "checkpoint", "plots", "weights"):
             assert "train" not in imported(path)
 
 
