@@ -120,14 +120,15 @@ def _apply_triton(
 ) -> Tensor:
     from simclr_fast.kernels import augment as kernels
 
-    flip, jitter, gray = (switch[:, None] for switch in (params.flip, params.jitter, params.gray))
-    ints = np.concatenate([params.box, flip, jitter, params.order, gray], axis=1).astype(np.int32)
-    floats = np.concatenate([params.factors, params.sigma[:, None]], axis=1).astype(np.float32)
+    ints, floats = (torch.from_numpy(a) for a in pack_params(params))
+    if out.is_cuda:
+        # From pinned memory the copy waits for nothing.
+        ints, floats = (t.pin_memory().to(out.device, non_blocking=True) for t in (ints, floats))
     scale, shift = aug.normalization
     kernels.augment_views(
         [_dense_rows(i) for i in images],
-        torch.from_numpy(ints).contiguous().to(out.device, non_blocking=True),
-        torch.from_numpy(floats).contiguous().to(out.device, non_blocking=True),
+        ints,
+        floats,
         torch.tensor(scale + shift, dtype=torch.float32).to(out.device, non_blocking=True),
         aug.spec == "simclr",
         aug.brightness == "additive",
@@ -136,6 +137,54 @@ def _apply_triton(
         out,
     )
     return out
+
+
+def finish_crops(
+    crops: Tensor, ints: Tensor, floats: Tensor, aug: Augmentation, out: Tensor
+) -> Tensor:
+    """Flip, jitter, gray, blur, normalise, cast and layout of crops that are cut and resized.
+
+    crops: uint8 [n, size, size, 3], contiguous. ints, floats: what `pack_params` gives, on the same
+    device. out: as in `apply_views`. On the GPU everything is queued on torch's current stream.
+    """
+    if len(crops) and crops.is_cuda and ops.has_triton():
+        from simclr_fast.kernels import augment as kernels
+
+        scale, shift = aug.normalization
+        kernels.augment_crops(
+            crops,
+            ints,
+            floats,
+            torch.tensor(scale + shift, dtype=torch.float32).to(out.device, non_blocking=True),
+            aug.spec == "simclr",
+            aug.brightness == "additive",
+            aug.blur_radius,
+            out,
+        )
+        return out
+    params = _unpack_params(ints.numpy(force=True), floats.numpy(force=True))
+    params.box = np.tile(np.array([0, 0, aug.size, aug.size], np.int32), (len(crops), 1))
+    return apply_views(crops, params, aug, out=out)
+
+
+def pack_params(params: ViewParams) -> tuple[np.ndarray, np.ndarray]:
+    """int32 [n, 11]: box, flip, jitter, order (4), gray; float32 [n, 5]: factors (4), sigma."""
+    flip, jitter, gray = (switch[:, None] for switch in (params.flip, params.jitter, params.gray))
+    ints = np.concatenate([params.box, flip, jitter, params.order, gray], axis=1, dtype=np.int32)
+    floats = np.concatenate([params.factors, params.sigma[:, None]], axis=1, dtype=np.float32)
+    return ints, floats
+
+
+def _unpack_params(ints: np.ndarray, floats: np.ndarray) -> ViewParams:
+    return ViewParams(
+        box=ints[:, :4],
+        flip=ints[:, 4] != 0,
+        jitter=ints[:, 5] != 0,
+        order=ints[:, 6:10].astype(np.uint8),
+        factors=floats[:, :4],
+        gray=ints[:, 10] != 0,
+        sigma=floats[:, 4],
+    )
 
 
 def _apply_torch(

@@ -52,6 +52,7 @@ PARAM_NAMES = (
     "sigma",  # float32
     "window",  # int32
 )
+CROP_NAMES = PARAM_NAMES[:8]
 _LUMA = [0.2989, 0.587, 0.114]
 # Beyond 4 sigma the Gaussian's tail weighs 6e-5 in all.
 _BLUR_SIGMAS = 4
@@ -75,18 +76,31 @@ def param_types() -> list[Any]:
 
 def feeds(params: ViewParams, aug: Augmentation) -> list[np.ndarray]:
     """One array [n, ...] per entry of PARAM_NAMES, to feed for one view."""
+    radius = np.minimum(np.ceil(_BLUR_SIGMAS * params.sigma), aug.blur_radius).astype(np.int32)
+    blur = (params.sigma > 0) & (radius > 0)
+    values = [
+        params.jitter,
+        *params.order.T.astype(np.int32),
+        *params.factors.T,
+        params.gray,
+        blur,
+        np.where(blur, params.sigma, 1).astype(np.float32),
+        2 * radius + 1,
+    ]
+    return crop_feeds(params, aug, params.flip) + [np.ascontiguousarray(v) for v in values]
+
+
+def crop_feeds(params: ViewParams, aug: Augmentation, flip: np.ndarray) -> list[np.ndarray]:
+    """One array [n, ...] per entry of CROP_NAMES. flip: bool [n], the views to mirror."""
     n = len(params)
     start, shape = params.box[:, :2], params.box[:, 2:]
     support = 1 if aug.interpolation == "bilinear" else 2
     stretch = np.maximum(shape / aug.size, 1) if aug.spec == "torchvision" else np.ones_like(shape)
     margin = np.ceil(support * stretch).astype(np.int32) + 1
     roi_start, roi_end = margin.astype(np.float32), (margin + shape).astype(np.float32)
-    flip = params.flip
     roi_start[flip, 1], roi_end[flip, 1] = roi_end[flip, 1], roi_start[flip, 1]
     rows, columns = (_gain(shape[:, axis], stretch[:, axis], aug, support) for axis in (0, 1))
     columns[flip] = columns[flip, ::-1]
-    radius = np.minimum(np.ceil(_BLUR_SIGMAS * params.sigma), aug.blur_radius).astype(np.int32)
-    blur = (params.sigma > 0) & (radius > 0)
     values = [
         start,
         shape,
@@ -96,13 +110,6 @@ def feeds(params: ViewParams, aug: Augmentation) -> list[np.ndarray]:
         roi_end,
         rows.reshape(n, -1, 1, 1),
         columns.reshape(n, 1, -1, 1),
-        params.jitter,
-        *params.order.T.astype(np.int32),
-        *params.factors.T,
-        params.gray,
-        blur,
-        np.where(blur, params.sigma, 1).astype(np.float32),
-        2 * radius + 1,
     ]
     return [np.ascontiguousarray(v) for v in values]
 
@@ -155,6 +162,21 @@ def make_views(
     return outputs
 
 
+def make_crops(images: Any, nodes: list[Any], aug: Augmentation, device: str) -> list[Any]:
+    """As `make_views`, up to the resize: one uint8 [size, size, 3] per view, rounded and clipped.
+
+    nodes: the CPU DataNodes of the views' crops, len(CROP_NAMES) per view, in that order.
+    """
+    fn, types = _dali("fn"), _dali("types")
+    count = len(CROP_NAMES)
+    crops = []
+    for first in range(0, len(nodes), count):
+        params = {name: nodes[first + i] for i, name in enumerate(CROP_NAMES)}
+        x = _crop(images, params, aug, device, 1.0)
+        crops.append(fn.cast(x, dtype=types.UINT8))
+    return crops
+
+
 def _make_view(
     images: Any, p: dict[str, Any], aug: Augmentation, device: str, dtype: Any, channels_last: bool
 ) -> Any:
@@ -163,20 +185,8 @@ def _make_view(
     def local(name: str) -> Any:
         return p[name].gpu() if device == "gpu" else p[name]
 
-    cubic = aug.interpolation == "bicubic"
     margins = {"axis_names": "HW", "out_of_bounds_policy": "pad", "fill_values": 0}
-    x = fn.slice(images, p["crop_start"], p["crop_shape"], axis_names="HW")
-    x = fn.slice(x, p["pad_start"], p["pad_shape"], **margins)
-    x = fn.resize(
-        x,
-        size=[aug.size, aug.size],
-        roi_start=p["roi_start"],
-        roi_end=p["roi_end"],
-        interp_type=types.INTERP_CUBIC if cubic else types.INTERP_LINEAR,
-        antialias=aug.spec == "torchvision",
-        dtype=types.FLOAT,
-    )
-    x = x * (local("row_gain") * (1 / 255)) * local("column_gain")
+    x = _crop(images, p, aug, device, 1 / 255)
     if aug.spec == "torchvision":
         x = math.clamp(x, 0, 1)
     # Nested: the outer condition is Python's, the inner one the graph's, per sample.
@@ -204,6 +214,34 @@ def _make_view(
         dtype=types.FLOAT if dtype is None else dtype,
         output_layout="HWC" if channels_last else "CHW",
     )
+
+
+def _crop(images: Any, p: dict[str, Any], aug: Augmentation, device: str, scale: float) -> Any:
+    """The box, resized: float32 [size, size, 3], times `scale`."""
+    fn, types = _dali("fn"), _dali("types")
+    row_gain, column_gain = (
+        p[name].gpu() if device == "gpu" else p[name] for name in ("row_gain", "column_gain")
+    )
+    x = fn.slice(images, p["crop_start"], p["crop_shape"], axis_names="HW")
+    x = fn.slice(
+        x,
+        p["pad_start"],
+        p["pad_shape"],
+        axis_names="HW",
+        out_of_bounds_policy="pad",
+        fill_values=0,
+    )
+    cubic = aug.interpolation == "bicubic"
+    x = fn.resize(
+        x,
+        size=[aug.size, aug.size],
+        roi_start=p["roi_start"],
+        roi_end=p["roi_end"],
+        interp_type=types.INTERP_CUBIC if cubic else types.INTERP_LINEAR,
+        antialias=aug.spec == "torchvision",
+        dtype=types.FLOAT,
+    )
+    return x * (row_gain * scale) * column_gain
 
 
 def _jitter_step(x: Any, step: Any, local: Any, aug: Augmentation) -> Any:

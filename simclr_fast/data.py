@@ -15,9 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simclr_fast.augment import Augmentation, ViewParams, apply_views, draw_params
+from simclr_fast.augment import (
+    Augmentation,
+    ViewParams,
+    apply_views,
+    draw_params,
+    finish_crops,
+)
 from simclr_fast.augment_params import philox
-from simclr_fast.decode import Batch, CorruptImageError, DaliViews, Decoder
+from simclr_fast.decode import Batch, CorruptImageError, DaliCrops, DaliViews, Decoder
 from simclr_fast.sources import Source, open_source
 
 __all__ = ["CorruptImageError", "ImageLoader", "TwoViewLoader"]
@@ -26,6 +32,11 @@ log = logging.getLogger(__name__)
 # The share of each side that evaluation keeps of larger images (224 of 256, arXiv:2002.05709, B.7).
 _CENTER = 224 / 256
 _SMALL = 64
+# DALI has no bfloat16.
+_DTYPES = {
+    "fused": (torch.float32, torch.float16, torch.bfloat16),
+    "dali": (torch.float32, torch.float16),
+}
 _ORDER_STREAM = 0x6F726465
 
 
@@ -70,10 +81,9 @@ class _Loader:
             raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
         if self.backend not in ("fused", "dali"):
             raise ValueError(f"backend must be 'fused' or 'dali', got {backend!r}")
-        if self.backend == "fused" and self.device.type != "cpu":
-            raise ValueError(f"backend 'fused' needs device 'cpu', got {device}; use 'dali'")
-        if dtype not in (torch.float32, torch.float16):
-            raise TypeError(f"dtype must be float32 or float16, got {dtype}")
+        if dtype not in _DTYPES[self.backend]:
+            allowed = ", ".join(map(str, _DTYPES[self.backend]))
+            raise TypeError(f"dtype must be {allowed} with backend {self.backend!r}, got {dtype}")
         self.batch_size, self.augmentation = batch_size, augmentation
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
         self.rank, self.world_size = rank, world_size
@@ -85,19 +95,21 @@ class _Loader:
         self._resumed = False
         self._buffers: list[list[Tensor]] = []
         threads = num_threads or min(8, os.cpu_count() or 1)
-        if self.backend == "fused":
-            self._decoder = Decoder(self.source, self.rows, threads)
-        else:
+        where = (self.source, self.rows, threads)
+        self._decoder: Decoder
+        if self.backend == "dali":
             self._decoder = DaliViews(
-                self.source,
-                self.rows,
-                threads,
+                *where,
                 augmentation,
                 self.device,
-                dtype,
-                channels_last,
                 self.n_views,
+                dtype=dtype,
+                channels_last=channels_last,
             )
+        elif self.device.type == "cpu":
+            self._decoder = Decoder(*where)
+        else:
+            self._decoder = DaliCrops(*where, augmentation, self.device, self.n_views)
 
     @property
     def rows(self) -> int:
@@ -197,11 +209,16 @@ class _Loader:
                     raise ValueError("every image of the source is corrupt") from error
         self.epoch, self._position = self.epoch + 1, 0
 
-    def _augment(self, batch: Batch, images: list[np.ndarray]) -> list[Tensor]:
+    def _augment(self, batch: Batch, images: list) -> list[Tensor]:
+        """What the fused backend's decoder gave → views, in a set of reused tensors."""
+        out = self._next_buffer(len(batch.ids))
+        if isinstance(self._decoder, DaliCrops):
+            for (crops, ints, floats), view in zip(images, out, strict=True):
+                finish_crops(crops, ints, floats, self.augmentation, view)
+            return out
         params = self._draw(batch.ids, np.array([i.shape[:2] for i in images]).reshape(-1, 2))
-        out = self._next_buffer(len(images))
-        for view, one in enumerate(params):
-            apply_views(images, one, self.augmentation, out=out[view])
+        for one, view in zip(params, out, strict=True):
+            apply_views(images, one, self.augmentation, out=view)
         return out
 
     def _next_buffer(self, rows: int) -> list[Tensor]:
@@ -211,7 +228,7 @@ class _Loader:
             layout = torch.channels_last if self.channels_last else torch.contiguous_format
             self._buffers.append(
                 [
-                    torch.empty(shape, dtype=self.dtype, memory_format=layout)
+                    torch.empty(shape, dtype=self.dtype, device=self.device, memory_format=layout)
                     for _ in range(self.n_views)
                 ]
             )
@@ -224,14 +241,20 @@ class TwoViewLoader(_Loader):
     """Iterates (view1, view2, index): two random views of each image, and the images' numbers.
 
     view1, view2: [N, 3, size, size] on `device`; index: int64 [N] on the CPU, into the source.
-    On the CPU a batch is overwritten when the batch after the next is made: clone it to keep it.
+    With backend "fused" a batch is overwritten when the batch after the next is made: clone it to
+    keep it.
 
     source: anything that `open_source` takes: a folder, files, shards, an array, a data set.
     batch_size: images per step over all ranks; rank r of W gets its share of each batch.
     size: side of the views in pixels; or pass a whole `augmentation` instead.
-    backend: "fused" (CPU; DALI only decodes, one native op does the rest) or "dali" (all of it in
-        DALI, CPU or GPU). Default: fused on the CPU, dali on the GPU.
-    channels_last: memory format of the views. dtype: float32 or float16.
+    backend: "fused" or "dali" (all of it in DALI). Fused on the CPU: DALI only decodes, one native
+        op does the rest. Fused on the GPU: DALI ends at resized uint8 crops, Triton kernels do the
+        rest on torch's current stream. The crops are rounded and clipped to 8 bits, as in an 8-bit
+        pipeline: spec="simclr"'s bicubic overshoot is cut off before the jitter, where TensorFlow
+        keeps it until the first clip. That moves a view's values by .1/255 on average, and one in
+        two thousand by more than 2/255. Default: fused on the CPU; on the GPU dali, until somebody
+        measures otherwise.
+    channels_last: memory format of the views. dtype: float32, float16 or (fused) bfloat16.
     on_error: a corrupt image raises `CorruptImageError`, which names it, or is logged, counted in
         `skipped` and replaced by another ("skip").
     Each iteration is one epoch; the next has another order and other views. `set_epoch` chooses.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simclr_fast.augment import Augmentation, ViewParams
+from simclr_fast.augment import Augmentation, ViewParams, pack_params
 from simclr_fast.image_check import checked_size
 from simclr_fast.sources import Source
 
@@ -180,28 +180,57 @@ class DaliViews(Decoder):
         num_threads: int,
         augmentation: Augmentation,
         device: torch.device,
-        dtype: torch.dtype,
-        channels_last: bool,
         n_views: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
     ) -> None:
         super().__init__(source, batch_size, num_threads)
         self.augmentation, self.device, self.n_views = augmentation, device, n_views
         self.dtype, self.channels_last = dtype, channels_last
 
     def _feed(self, batch: Batch) -> list:
+        samples, sizes = self._read(batch.ids)
+        return [samples, *(a for p in batch.draw(batch.ids, sizes) for a in self._view_feeds(p))]
+
+    def _view_feeds(self, params: ViewParams) -> list[np.ndarray]:
+        """What one view's parameters are fed as, and `_view_types` the DALI types of it."""
         from simclr_fast.dali_views import feeds
 
-        samples, sizes = self._read(batch.ids)
-        params = batch.draw(batch.ids, sizes)
-        return [samples, *(array for p in params for array in feeds(p, self.augmentation))]
+        return feeds(params, self.augmentation)
+
+    def _view_types(self) -> list[Any]:
+        from simclr_fast.dali_views import param_types
+
+        return param_types()
+
+    def _graph(self, pixels: Any, nodes: list[Any], device: str) -> list[Any]:
+        """Decoded pixels and the nodes of `_view_feeds` → the pipeline's outputs."""
+        from simclr_fast.dali_views import make_views
+
+        types = import_dali().types
+        return make_views(
+            pixels,
+            nodes,
+            self.augmentation,
+            device,
+            dtype=types.FLOAT16 if self.dtype == torch.float16 else types.FLOAT,
+            channels_last=self.channels_last,
+        )
 
     def _build(self, batch_size: int) -> Any:
-        dali = import_dali()
-        from simclr_fast.dali_views import make_views, param_types
+        pipeline = self._define(batch_size)
+        with warnings.catch_warnings():
+            # Parameters of steps that are switched off are fed and not used.
+            warnings.filterwarnings("ignore", message=".*produces .* outputs, but")
+            pipeline.build()
+        return pipeline
 
+    def _define(self, batch_size: int) -> Any:
+        dali = import_dali()
         fn, types = dali.fn, dali.types
         device = "gpu" if self.device.type == "cuda" else "cpu"
-        kinds = [types.UINT8, *param_types() * self.n_views]
+        kinds = [types.UINT8, *self._view_types() * self.n_views]
 
         @dali.pipeline_def(enable_conditionals=True)
         def views() -> Any:
@@ -219,35 +248,23 @@ class DaliViews(Decoder):
                 )
             elif device == "gpu":
                 pixels = pixels.gpu()
-            return tuple(
-                make_views(
-                    pixels,
-                    nodes,
-                    self.augmentation,
-                    device,
-                    dtype=types.FLOAT16 if self.dtype == torch.float16 else types.FLOAT,
-                    channels_last=self.channels_last,
-                )
-            )
+            return tuple(self._graph(pixels, nodes, device))
 
-        pipeline = views(
+        return views(
             batch_size=batch_size,
             num_threads=self.num_threads,
             device_id=(self.device.index or 0) if device == "gpu" else None,
             prefetch_queue_depth=_READ_AHEAD,
+            # Needed for outputs in the order of a stream, without a wait on the host.
+            exec_dynamic=True,
         )
-        with warnings.catch_warnings():
-            # Parameters of steps that are switched off are fed and not used.
-            warnings.filterwarnings("ignore", message=".*produces .* outputs, but")
-            pipeline.build()
-        return pipeline
 
     def _run_once(self, pipeline: Any) -> Any:
         if self.device.type == "cpu":
             return pipeline.run()
-        return pipeline.run(cuda_stream=torch.cuda.current_stream(self.device))
+        return pipeline.run(torch.cuda.current_stream(self.device))
 
-    def _unpack(self, outputs: Any) -> list[Tensor]:
+    def _unpack(self, outputs: Any) -> list:
         return [self._to_torch(view) for view in outputs]
 
     def _to_torch(self, view: Any) -> Tensor:
@@ -261,3 +278,38 @@ class DaliViews(Decoder):
             # On the stream that the outputs were ordered to: no wait on the host.
             feed_ndarray(dense, made, cuda_stream=torch.cuda.current_stream(self.device))
         return made.permute(0, 3, 1, 2) if self.channels_last else made
+
+
+class DaliCrops(DaliViews):
+    """Decodes, cuts and resizes inside DALI: `run` gives (batch, [(crops, ints, floats), …]).
+
+    One triple per view, on the device, as `finish_crops` takes them. They are DALI's memory: valid
+    until the next batch is asked for, and ordered after the current stream's work by then.
+    """
+
+    def _view_feeds(self, params: ViewParams) -> list[np.ndarray]:
+        from simclr_fast.dali_views import crop_feeds
+
+        no_flip = np.zeros(len(params), bool)
+        return [*crop_feeds(params, self.augmentation, no_flip), *pack_params(params)]
+
+    def _view_types(self) -> list[Any]:
+        from simclr_fast.dali_views import CROP_NAMES, param_types
+
+        types = import_dali().types
+        return [*param_types()[: len(CROP_NAMES)], types.INT32, types.FLOAT]
+
+    def _graph(self, pixels: Any, nodes: list[Any], device: str) -> list[Any]:
+        from simclr_fast.dali_views import make_crops
+
+        outputs = []
+        count = len(self._view_types())
+        for first in range(0, len(nodes), count):
+            *crop, ints, floats = nodes[first : first + count]
+            (crops,) = make_crops(pixels, crop, self.augmentation, device)
+            outputs += [crops, ints, floats]
+        return [node.gpu() for node in outputs] if device == "gpu" else outputs
+
+    def _unpack(self, outputs: Any) -> list:
+        tensors = [torch.from_dlpack(output.as_tensor()) for output in outputs]
+        return [tuple(tensors[i : i + 3]) for i in range(0, len(tensors), 3)]

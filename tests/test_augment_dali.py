@@ -1,8 +1,11 @@
 """The DALI graph against apply_views on the CPU; its GPU form against the operators' schemas."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from simclr_fast.augment import Augmentation, apply_views, draw_params
@@ -10,11 +13,29 @@ from simclr_fast.augment import Augmentation, apply_views, draw_params
 dali = pytest.importorskip("nvidia.dali", reason="DALI is optional")
 from nvidia.dali import backend, fn, pipeline_def, types  # noqa: E402
 
-from simclr_fast import dali_views  # noqa: E402
+from simclr_fast import dali_views, decode  # noqa: E402
+from simclr_fast.data import TwoViewLoader  # noqa: E402
+from simclr_fast.sources import Source, open_source  # noqa: E402
 
 NAMES = dali_views.PARAM_NAMES
 CHINA, FLOWER = (load_sample_image(f"{name}.jpg").copy() for name in ("china", "flower"))
 IMAGES = [CHINA, FLOWER, CHINA[:97, :61].copy(), FLOWER[200:208, 300:308].copy()] * 3
+
+
+class Encoded(Source):
+    def __len__(self):
+        return len(IMAGES)
+
+    def read(self, i):
+        buffer = io.BytesIO()
+        Image.fromarray(IMAGES[i]).save(buffer, "PNG", compress_level=0)
+        return np.frombuffer(buffer.getvalue(), np.uint8)
+
+    def name(self, i):
+        return f"image {i}"
+
+
+ENCODED = Encoded()
 pytestmark = pytest.mark.filterwarnings("ignore:The external source node")
 
 
@@ -82,22 +103,57 @@ def test_switched_off_steps(off):
     assert error.max() < 1
 
 
+def crop_loader(aug, **options):
+    """The loader that backend="fused" makes on the GPU, with its graph and its op on the CPU."""
+    loader = TwoViewLoader(ENCODED, 6, augmentation=aug, shuffle=False, **options)
+    loader._decoder = decode.DaliCrops(ENCODED, 6, 2, aug, torch.device("cpu"), 2)
+    return loader
+
+
+def all_views(loader):
+    return torch.stack([torch.cat([view1, view2]) for view1, view2, _ in loader])
+
+
 @pytest.mark.parametrize("spec", ["simclr", "torchvision"])
-def test_the_gpu_graph_satisfies_the_operator_schemas(spec):
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_crops_are_the_resize_rounded_to_bytes(spec, interpolation):
+    aug = Augmentation(48, spec, interpolation=interpolation, p_jitter=0, p_gray=0, p_blur=0)
+    exact = all_views(TwoViewLoader(ENCODED, 6, augmentation=aug, shuffle=False))
+    crops = all_views(crop_loader(aug)) * 255
+    assert (crops - crops.round()).abs().max() < 1e-3
+    assert (crops - exact.clamp(0, 1) * 255).abs().max() < 0.6
+
+
+@pytest.mark.parametrize(("spec", "most"), [("simclr", 12), ("torchvision", 3)])
+def test_what_bytes_cost_the_fused_gpu_views(spec, most):
+    """Rounding, and clipping the bicubic overshoot, before a jitter that may amplify both."""
+    aug = Augmentation(96, spec)
+    exact = all_views(TwoViewLoader(ENCODED, 6, augmentation=aug, shuffle=False))
+    error = (all_views(crop_loader(aug)) - exact).abs() * 255
+    assert error.mean() < 0.15
+    assert (error > 2).float().mean() < 1e-3
+    assert error.max() < most
+
+
+def test_crops_stay_with_their_images_through_layouts_normalisation_and_halves():
+    aug = Augmentation(32, "torchvision", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    options = {"channels_last": True, "dtype": torch.float16}
+    exact = TwoViewLoader(ENCODED, 6, augmentation=aug, shuffle=False, **options)
+    for given, expected in zip(crop_loader(aug, **options), exact, strict=True):
+        assert torch.equal(given[2], expected[2])
+        for one, two in zip(given[:2], expected[:2], strict=True):
+            assert one.dtype == torch.float16
+            assert one.is_contiguous(memory_format=torch.channels_last)
+            assert (one - two).abs().mean() < 0.01
+
+
+@pytest.mark.parametrize("spec", ["simclr", "torchvision"])
+@pytest.mark.parametrize("kind", [decode.DaliViews, decode.DaliCrops])
+@pytest.mark.parametrize("source", [ENCODED, open_source(np.stack(IMAGES[:2]))])
+def test_the_gpu_graph_satisfies_the_operator_schemas(kind, spec, source):
     """All that needs no driver: every operator exists for its device, and takes its arguments and
     its inputs' devices."""
-    aug = Augmentation(224, spec)
-
-    @pipeline_def(batch_size=2, num_threads=1, device_id=0, enable_conditionals=True)
-    def pipeline():
-        kinds = [types.UINT8, *dali_views.param_types() * 2]
-        files, *nodes = fn.external_source(
-            lambda: None, batch=True, num_outputs=len(kinds), dtype=kinds
-        )
-        images = fn.decoders.image(files, device="mixed", jpeg_fancy_upsampling=True)
-        return tuple(dali_views.make_views(images, nodes, aug, "gpu", dtype=types.FLOAT16))
-
-    pipe = pipeline()
+    pipe = kind(source, 2, 1, Augmentation(224, spec), torch.device("cuda:0"), 2)._define(2)
     pipe._build_graph()
     registered = {
         "cpu": backend.RegisteredCPUOps(),
@@ -117,5 +173,10 @@ def test_the_gpu_graph_satisfies_the_operator_schemas(spec):
             if device != "mixed":
                 assert schema.GetInputDevice(i, actual, device) == actual, (name, i)
     computing = {name for name, device in seen if device == "gpu"}
-    assert {"Slice", "Resize", "GaussianBlur", "CoordTransform", "CropMirrorNormalize"} <= computing
+    expected = {"Slice", "Resize"}
+    if kind is decode.DaliViews:
+        expected |= {"GaussianBlur", "CoordTransform", "CropMirrorNormalize"}
+    assert expected <= computing
+    assert (("Image", "mixed") in seen) == source.encoded
     assert all(node.device == "gpu" for node in pipe._graph_outputs)
+    assert pipe.exec_dynamic

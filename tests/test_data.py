@@ -213,6 +213,14 @@ def test_bad_arguments_are_named(folder, options, says):
         TwoViewLoader(folder, **{"batch_size": 4, "augmentation": AUG, **options})
 
 
+def test_the_dtype_is_one_that_the_backend_has(folder):
+    view, _, _ = next(iter(TwoViewLoader(folder, 4, 16, dtype=torch.bfloat16)))
+    assert view.dtype == torch.bfloat16
+    for backend, dtype in (("dali", torch.bfloat16), ("fused", torch.float64)):
+        with pytest.raises(TypeError, match=f"backend '{backend}', got {dtype}"):
+            TwoViewLoader(folder, 4, 16, backend=backend, dtype=dtype)
+
+
 def test_state_of_another_loader_is_refused(folder):
     state = TwoViewLoader(folder, 5, 16, seed=1).state_dict()
     with pytest.raises(ValueError, match="seed=1"):
