@@ -157,7 +157,8 @@ def argument_types(kernel, u: str, z: str) -> dict[str, str]:
         elif name in ("z1_ptr", "z2_ptr", "grad_z_ptr"):
             types[name] = f"*{z}"
         else:
-            types[name] = "*fp32" if name.endswith("_ptr") else "i32"
+            scalar = "fp32" if name == "grad_scale" else "i32"
+            types[name] = "*fp32" if name.endswith("_ptr") else scalar
     return types
 
 
@@ -215,9 +216,12 @@ def row_kernel_static(kernel: str, arch: int, dtype: torch.dtype, dim: int) -> S
     if kernel == "weights":
         blocks["BLOCK_R"] = WEIGHTS_BLOCK
     constants = {n: v for n, v in blocks.items() if n in function.arg_names}
+    if "DECOUPLED" in function.arg_names:
+        constants["DECOUPLED"] = False
     # A launch turns integers that equal 1 into constants.
     constants.update({n: 1 for n in ("stride_1d", "stride_2d") if n in types})
     types = {n: t for n, t in types.items() if n not in constants}
-    multiples = [n for n in types if dim % 16 == 0 or n not in ("dim", "stride_1n", "stride_2n")]
+    ragged = ("dim", "stride_1n", "stride_2n") if dim % 16 else ()
+    multiples = [n for n, t in types.items() if t != "fp32" and n not in ragged]
     compiled = compile_kernel(function, types, constants, arch, multiples, num_warps=4)
     return inspect(compiled, arch)

@@ -38,9 +38,10 @@ struct NtXentForward {
   int64_t total, dim;
   int64_t row_offset, rows;  // the rows whose loss is wanted; columns are all rows
   double temperature;
-  T* loss;      // [rows]
-  double* lse;  // [rows] natural logarithm
-  T* stats;     // [rows, 4] or null
+  bool decoupled;  // the positive is left out of the denominator
+  T* loss;         // [rows]
+  double* lse;     // [rows] natural logarithm of the denominator
+  T* stats;        // [rows, 4] or null
   Workers workers;
   Workspace workspace;
 };
@@ -49,10 +50,12 @@ template <class T>
 struct NtXentBackward {
   const T* grad;        // [total], stride grad_stride (0: one value for all rows)
   int64_t grad_stride;
+  double grad_scale;    // multiplies grad
   const T* u;           // [total, dim]
   int64_t total, dim;
   const double* lse;    // [total]
   int64_t row_offset, rows;
+  bool decoupled;
   const T* loss;        // [rows]
   const T* z1;          // [rows / 2, dim]
   const T* z2;          // [rows / 2, dim]

@@ -37,7 +37,7 @@ Factors<T> make_factors(const NtXentBackward<T>& p) {
     if (!(g <= f.scale)) f.scale = g;
     if (!p.grad_stride) break;
   }
-  if (!(f.scale > 0)) f.scale = f.scale == 0 ? 1 : f.scale;
+  if (f.scale == 0) f.scale = 1;
   parallel_rows(p.workers, padded, [&](int64_t i) {
     f.factor[i] = 0;
     if (f.lse) f.lse[i] = 0;
@@ -47,6 +47,7 @@ Factors<T> make_factors(const NtXentBackward<T>& p) {
     if (f.lse) f.lse[i] = T(lse);
     f.factor[i] = T(g * __builtin_exp2((f.lse ? double(f.lse[i]) : 0) - lse));
   });
+  f.scale *= p.grad_scale;
   return f;
 }
 
@@ -83,25 +84,50 @@ void weighted_sums(const NtXentBackward<T>& p, const Factors<T>& f, T* g, int64_
   });
 }
 
-// Gradients of one view of a pair. q: weight of the positive, over temperature; the projection
-// removes u, so its term is q·(positive - u), exact for aligned views. Returns <u, dL/du>.
+// Where the gradients of a pair's two views are formed.
 template <class T>
-double finish_view(const T* z, const T* other, int64_t dim, const T* g, double g_scale, double q,
-                   T* out) {
-  const double length = norm(z, dim), other_length = norm(other, dim);
-  const double inverse = 1 / (length > kNormEps ? length : kNormEps);
-  const double other_inverse = 1 / (other_length > kNormEps ? other_length : kNormEps);
-  const double along = sum_of(dim, [&](int64_t k) {
-    const double u = double(z[k]) * inverse, positive = double(other[k]) * other_inverse;
-    return (g_scale * double(g[k]) + q * (positive - u)) * u;
-  });
-  const double radial = length > kNormEps ? along : 0;
-  for (int64_t k = 0; k < dim; ++k) {
-    const double u = double(z[k]) * inverse, positive = double(other[k]) * other_inverse;
-    const double grad = g_scale * double(g[k]) + q * (positive - u);
-    out[k] = T((grad - radial * u) * inverse);
+struct Pair {
+  const T* z[2];        // [dim]
+  const T* negatives[2];  // [dim], Σ_j W_ij u_j, times scale: dL/du but for the positive
+  double scale;
+  double q;  // weight of the positive, over temperature
+  T* grad[2];  // [dim]
+};
+
+// The projection removes u, so the positive's term is q·(positive - u), exact for aligned views.
+// Returns Σ <u, dL/du> over both views.
+template <class T>
+double finish_pair(const Pair<T>& p, int64_t dim) {
+  double inverse[2];
+  bool clamped[2];
+  for (int v = 0; v < 2; ++v) {
+    const double length = norm(p.z[v], dim);
+    clamped[v] = !(length > kNormEps);
+    inverse[v] = 1 / (clamped[v] ? kNormEps : length);
   }
-  return along + q * length * length * inverse * inverse;
+  Doubles sums[2] = {}, squares{};
+  for (int64_t k = 0; k < dim; k += kDoubles) {
+    const Doubles u0 = load_doubles(p.z[0] + k, dim - k) * inverse[0];
+    const Doubles u1 = load_doubles(p.z[1] + k, dim - k) * inverse[1];
+    const Doubles toward = p.q * (u1 - u0);
+    sums[0] += (p.scale * load_doubles(p.negatives[0] + k, dim - k) + toward) * u0;
+    sums[1] += (p.scale * load_doubles(p.negatives[1] + k, dim - k) - toward) * u1;
+    squares += u0 * u0 + u1 * u1;
+  }
+  const double along[2] = {sum_lanes(sums[0]), sum_lanes(sums[1])};
+  // A clamped norm is a constant: nothing is projected, and the u that the positive's term left out
+  // comes back.
+  const double radial[2] = {clamped[0] ? -p.q : along[0], clamped[1] ? -p.q : along[1]};
+  for (int64_t k = 0; k < dim; k += kDoubles) {
+    const Doubles u0 = load_doubles(p.z[0] + k, dim - k) * inverse[0];
+    const Doubles u1 = load_doubles(p.z[1] + k, dim - k) * inverse[1];
+    const Doubles toward = p.q * (u1 - u0);
+    const Doubles g0 = p.scale * load_doubles(p.negatives[0] + k, dim - k) + toward;
+    const Doubles g1 = p.scale * load_doubles(p.negatives[1] + k, dim - k) - toward;
+    store_doubles(p.grad[0] + k, dim - k, (g0 - radial[0] * u0) * inverse[0]);
+    store_doubles(p.grad[1] + k, dim - k, (g1 - radial[1] * u1) * inverse[1]);
+  }
+  return along[0] + along[1] + p.q * sum_lanes(squares);
 }
 
 template <class T>
@@ -112,12 +138,16 @@ void finish(const NtXentBackward<T>& p, const Factors<T>& f, const T* g, int64_t
   parallel_rows(p.workers, pairs, [&](int64_t pair) {
     double q = 0;
     for (int64_t row = 2 * pair; row < 2 * pair + 2; ++row)
-      q += __builtin_expm1(-double(p.loss[row])) / p.temperature *
+      q += (p.decoupled ? -1 : __builtin_expm1(-double(p.loss[row]))) *
            double(p.grad[(p.row_offset + row) * p.grad_stride]);
-    const T *z1 = p.z1 + pair * p.dim, *z2 = p.z2 + pair * p.dim, *row = g + 2 * pair * padded_dim;
+    const T* row = g + 2 * pair * padded_dim;
     T* out = p.grad_z + pair * p.dim;
-    radial[pair] = finish_view(z1, z2, p.dim, row, g_scale, q, out) +
-                   finish_view(z2, z1, p.dim, row + padded_dim, g_scale, q, out + pairs * p.dim);
+    radial[pair] = finish_pair<T>({{p.z1 + pair * p.dim, p.z2 + pair * p.dim},
+                                   {row, row + padded_dim},
+                                   g_scale,
+                                   q * p.grad_scale / p.temperature,
+                                   {out, out + pairs * p.dim}},
+                                  p.dim);
   });
   double sum = 0;
   for (int64_t pair = 0; pair < pairs; ++pair) sum += radial[pair];

@@ -177,22 +177,44 @@ void for_block_pairs(const Packed<T>& rows, const Packed<T>& columns, const Work
   });
 }
 
-// Σ term(k) in double precision, in one order for every instruction set.
-template <class F>
-double sum_of(int64_t count, const F& term) {
-  double lanes[8] = {};
-  int64_t k = 0;
-  for (; k + 8 <= count; k += 8)
-    for (int l = 0; l < 8; ++l) lanes[l] += term(k + l);
-  for (int l = 0; k + l < count; ++l) lanes[l] += term(k + l);
-  double sum = 0;
-  for (int l = 0; l < 8; ++l) sum += lanes[l];
-  return sum;
+// Row-wise arithmetic is in double precision, in eight lanes whatever the instruction set.
+constexpr int64_t kDoubles = 8;
+typedef double Doubles __attribute__((vector_size(64), aligned(8)));
+
+template <class T>
+struct Eight {
+  typedef T Type __attribute__((vector_size(8 * sizeof(T)), aligned(sizeof(T))));
+};
+
+// The first `count` elements, at most eight; lanes beyond are zero.
+template <class T>
+SIMCLR_INLINE Doubles load_doubles(const T* p, int64_t count) {
+  if (count >= kDoubles)
+    return __builtin_convertvector(*reinterpret_cast<const typename Eight<T>::Type*>(p), Doubles);
+  Doubles v{};
+  for (int64_t l = 0; l < count; ++l) v[l] = double(p[l]);
+  return v;
+}
+
+template <class T>
+SIMCLR_INLINE void store_doubles(T* p, int64_t count, Doubles v) {
+  using Type = typename Eight<T>::Type;
+  if (count >= kDoubles)
+    *reinterpret_cast<Type*>(p) = __builtin_convertvector(v, Type);
+  else
+    for (int64_t l = 0; l < count; ++l) p[l] = T(v[l]);
+}
+
+SIMCLR_INLINE double sum_lanes(Doubles v) {
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
 template <class T>
 double dot(const T* a, const T* b, int64_t dim) {
-  return sum_of(dim, [&](int64_t k) { return double(a[k]) * double(b[k]); });
+  Doubles sum{};
+  for (int64_t k = 0; k < dim; k += kDoubles)
+    sum += load_doubles(a + k, dim - k) * load_doubles(b + k, dim - k);
+  return sum_lanes(sum);
 }
 
 template <class T>

@@ -6,6 +6,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cstdlib>
+#include <initializer_list>
+#include <new>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -26,21 +29,39 @@ void run_workers(int64_t count, void (*body)(void*, int64_t), void* context) {
 
 Workers workers() { return {int64_t(torch::stable::get_num_threads()), run_workers}; }
 
-Tensor empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
+// Contiguous, on the CPU. Through the shim: torch::stable::new_empty's trip through the dispatcher
+// costs several times as much, which small batches feel.
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int64_t strides[2] = {1, 1};
+  if (sizes.size() == 2) strides[0] = sizes.begin()[1];
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle tensor;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.begin(), strides, code, aoti_torch_device_type_cpu(), 0,
+      &tensor));
+  return Tensor(tensor);
 }
 
-struct Memory {
-  const Tensor& like;
-  std::vector<Tensor> owned{};
+class Memory {
+ public:
+  Memory() = default;
+  Memory(const Memory&) = delete;
+  ~Memory() {
+    for (void* block : owned_) std::free(block);
+  }
 
   Workspace workspace() {
     return {this, [](void* self, int64_t bytes) {
-              Memory& memory = *static_cast<Memory*>(self);
-              memory.owned.push_back(empty(memory.like, {bytes}, ScalarType::Byte));
-              return memory.owned.back().mutable_data_ptr();
+              constexpr int64_t line = 64;
+              void* block = std::aligned_alloc(line, (bytes / line + 1) * line);
+              if (!block) throw std::bad_alloc();
+              static_cast<Memory*>(self)->owned_.push_back(block);
+              return block;
             }};
   }
+
+ private:
+  std::vector<void*> owned_;
 };
 
 ScalarType statistics_dtype(const Tensor& z) {
@@ -48,12 +69,15 @@ ScalarType statistics_dtype(const Tensor& z) {
 }
 
 Tensor dense(const Tensor& t, ScalarType dtype) {
-  return torch::stable::contiguous(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
+  const Tensor typed = t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+  return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
 }
 
 double value(const Tensor& temperature) {
   STD_TORCH_CHECK(temperature.dim() == 0 && temperature.is_cpu(),
                   "temperature must be a 0-dim CPU tensor");
+  if (temperature.scalar_type() == ScalarType::Float)
+    return *static_cast<const float*>(temperature.const_data_ptr());
   const Tensor t = dense(temperature, ScalarType::Double);
   return *static_cast<const double*>(t.const_data_ptr());
 }
@@ -132,74 +156,98 @@ void with_type(ScalarType dtype, const F& f) {
     f(float());
 }
 
-std::tuple<Tensor, Tensor> normalize(const Tensor& z1, std::optional<Tensor> z2,
-                                     const Tensor& temperature) {
-  const Views z = make_views(z1, z2);
-  const ScalarType dtype = statistics_dtype(z1);
-  Tensor u = empty(z1, {2 * z.pairs, z.dim}, dtype), inv_norm = empty(z1, {2 * z.pairs}, dtype);
+std::tuple<Tensor, Tensor> normalize_views(const Views& z, ScalarType dtype, double temperature) {
+  Tensor u = empty({2 * z.pairs, z.dim}, dtype), inv_norm = empty({2 * z.pairs}, dtype);
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    run(NtXentNormalize<T>{z.z1<T>(), z.z2<T>(), z.pairs, z.dim, value(temperature),
-                           mutable_data<T>(u), mutable_data<T>(inv_norm), workers()});
+    run(NtXentNormalize<T>{z.z1<T>(), z.z2<T>(), z.pairs, z.dim, temperature, mutable_data<T>(u),
+                           mutable_data<T>(inv_norm), workers()});
   });
   return {u, inv_norm};
 }
 
+std::tuple<Tensor, Tensor> normalize(const Tensor& z1, std::optional<Tensor> z2,
+                                     const Tensor& temperature) {
+  return normalize_views(make_views(z1, z2), statistics_dtype(z1), value(temperature));
+}
+
 std::tuple<Tensor, Tensor, Tensor> rows(const Tensor& u_all, const Tensor& temperature,
-                                        int64_t row_offset, int64_t rows, bool statistics) {
+                                        int64_t row_offset, int64_t rows, bool decoupled,
+                                        bool statistics) {
   const int64_t total = u_all.size(0);
   STD_TORCH_CHECK(row_offset >= 0 && row_offset % 2 == 0 && rows > 0 && rows % 2 == 0 &&
                       row_offset + rows <= total,
                   "rows must be pairs of u_all's rows");
   const ScalarType dtype = u_all.scalar_type();
-  const Tensor u = torch::stable::contiguous(u_all);
-  Tensor loss = empty(u, {rows}, dtype), lse = empty(u, {rows}, ScalarType::Double);
-  Tensor stats = empty(u, {statistics ? rows : 0, 4}, dtype);
-  Memory memory{u};
+  const Tensor u = dense(u_all, dtype);
+  Tensor loss = empty({rows}, dtype), lse = empty({rows}, ScalarType::Double);
+  Tensor stats = empty({statistics ? rows : 0, 4}, dtype);
+  Memory memory;
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     run(NtXentForward<T>{data<T>(u), total, u.size(1), row_offset, rows, value(temperature),
-                         mutable_data<T>(loss), mutable_data<double>(lse),
+                         decoupled, mutable_data<T>(loss), mutable_data<double>(lse),
                          statistics ? mutable_data<T>(stats) : nullptr, workers(),
                          memory.workspace()});
   });
   return {loss, lse, stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nt_xent(const Tensor& z1,
-                                                           std::optional<Tensor> z2,
-                                                           const Tensor& temperature,
-                                                           bool statistics) {
-  auto [u, inv_norm] = normalize(z1, z2, temperature);
-  auto [loss, lse, stats] = rows(u, temperature, 0, u.size(0), statistics);
-  return {loss, lse, stats, u, inv_norm};
+// Numbered as torch's own losses do.
+enum Reduction : int64_t { kNone, kMean, kSum };
+
+// [2N], view 1's rows first, or their sum or mean, from interleaved rows.
+template <class T>
+Tensor reduce(const Tensor& loss, int64_t reduction) {
+  const int64_t rows = loss.size(0);
+  const T* row = data<T>(loss);
+  if (reduction == kNone) {
+    Tensor out = empty({rows}, loss.scalar_type());
+    for (int64_t i = 0; i < rows; ++i) mutable_data<T>(out)[i % 2 * (rows / 2) + i / 2] = row[i];
+    return out;
+  }
+  double sum = 0;
+  for (int64_t i = 0; i < rows; ++i) sum += double(row[i]);
+  Tensor out = empty({}, loss.scalar_type());
+  *mutable_data<T>(out) = T(reduction == kMean ? sum / double(rows) : sum);
+  return out;
 }
 
-std::tuple<Tensor, Tensor> backward(const Tensor& grad_all, const Tensor& u_all,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> nt_xent(
+    const Tensor& z1, std::optional<Tensor> z2, const Tensor& temperature, int64_t reduction,
+    bool decoupled, bool statistics) {
+  auto [u, inv_norm] = normalize(z1, z2, temperature);
+  auto [loss, lse, stats] = rows(u, temperature, 0, u.size(0), decoupled, statistics);
+  Tensor total;
+  with_type(u.scalar_type(), [&](auto type) { total = reduce<decltype(type)>(loss, reduction); });
+  return {total, loss, lse, stats, u, inv_norm};
+}
+
+std::tuple<Tensor, Tensor> backward(const Tensor& grad, bool mean, const Tensor& u_all,
                                     const Tensor& lse_all, const Tensor& loss,
                                     const Tensor& inv_norm, const Tensor& z1,
                                     std::optional<Tensor> z2, const Tensor& temperature,
-                                    int64_t row_offset) {
+                                    int64_t row_offset, bool decoupled) {
   const Views z = make_views(z1, z2);
   const int64_t rows = 2 * z.pairs, total = u_all.size(0);
   const ScalarType dtype = u_all.scalar_type();
   STD_TORCH_CHECK(dtype == statistics_dtype(z1) && u_all.size(1) == z.dim && row_offset >= 0 &&
-                      row_offset + rows <= total && grad_all.numel() == total &&
+                      row_offset + rows <= total && (grad.dim() == 0 || grad.numel() == total) &&
                       lse_all.numel() == total && loss.numel() == rows &&
                       inv_norm.numel() == rows,
                   "the arguments of nt_xent_backward do not belong together");
-  const Tensor u = torch::stable::contiguous(u_all), own = torch::stable::contiguous(loss);
+  const Tensor u = dense(u_all, dtype), own = dense(loss, dtype);
   const Tensor lse = dense(lse_all, ScalarType::Double);
-  const Tensor grad =
-      grad_all.scalar_type() == dtype ? grad_all : torch::stable::to(grad_all, dtype);
-  Tensor grad_z = empty(u, {rows, z.dim}, dtype), grad_temperature = empty(u, {}, dtype);
-  Memory memory{u};
+  const Tensor g = grad.scalar_type() == dtype ? grad : torch::stable::to(grad, dtype);
+  Tensor grad_z = empty({rows, z.dim}, dtype), grad_temperature = empty({}, dtype);
+  Memory memory;
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    run(NtXentBackward<T>{data<T>(grad), grad.stride(0), data<T>(u), total, z.dim,
-                          data<double>(lse), row_offset, rows, data<T>(own), z.z1<T>(), z.z2<T>(),
-                          value(temperature), mutable_data<T>(grad_z),
-                          mutable_data<T>(grad_temperature), workers(), memory.workspace()});
+    run(NtXentBackward<T>{data<T>(g), g.dim() ? g.stride(0) : 0, mean ? 1 / double(total) : 1.0,
+                          data<T>(u), total, z.dim, data<double>(lse), row_offset, rows, decoupled,
+                          data<T>(own), z.z1<T>(), z.z2<T>(), value(temperature),
+                          mutable_data<T>(grad_z), mutable_data<T>(grad_temperature), workers(),
+                          memory.workspace()});
   });
   const ScalarType out = z1.scalar_type();
   return {out == dtype ? grad_z : torch::stable::to(grad_z, out),

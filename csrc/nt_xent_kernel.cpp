@@ -16,8 +16,10 @@ void normalize(const NtXentNormalize<T>& p) {
       const double inverse = 1 / (length > kNormEps ? length : kNormEps);
       // 0, or NaN when the row holds NaN or infinity.
       const double poison = length - length;
-      for (int64_t k = 0; k < p.dim; ++k)
-        p.u[row * p.dim + k] = T(double(z[k]) * (scale * inverse) + poison);
+      T* u = p.u + row * p.dim;
+      for (int64_t k = 0; k < p.dim; k += kDoubles)
+        store_doubles(u + k, p.dim - k,
+                      load_doubles(z + k, p.dim - k) * (scale * inverse) + poison);
       p.inv_norm[row] = T(inverse + poison);
     }
   });
@@ -119,30 +121,39 @@ void top1_and_entropy(const Negatives& negatives, double positive, T* out) {
   out[1] = T(entropy > 0 ? entropy : 0);
 }
 
+// log(1 + 2^bits), to full relative accuracy.
+double softplus_of_bits(double bits) {
+  return bits > 0 ? bits / kLog2E + __builtin_log1p(__builtin_exp2(-bits))
+                  : __builtin_log1p(__builtin_exp2(bits));
+}
+
 template <class T>
 void finish_row(const NtXentForward<T>& p, const Sums& sums, const T* references, int64_t row) {
   const T* u = p.u + (p.row_offset + row) * p.dim;
   const double positive = dot(u, row % 2 ? u - p.dim : u + p.dim, p.dim);
-  Negatives negatives[2];
-  for (int c = 0; c < 2; ++c) {
-    const int64_t at = 2 * row + c;
-    const double sum = sums.sum[at];
-    negatives[c] = {-__builtin_inf(), 0, -__builtin_inf()};
-    if (!(sum > 0)) continue;
-    negatives[c].log2_sum = __builtin_log2(sum) + (references ? double(references[at]) : 0);
-    if (sums.weighted) negatives[c].mean = sums.weighted[at] / sum;
-    if (sums.highest) negatives[c].highest = sums.highest[at];
+  Negatives all{__builtin_log2(sums.sum[2 * row] + sums.sum[2 * row + 1]), 0, 0};
+  if (references || p.stats) {
+    Negatives negatives[2];
+    for (int c = 0; c < 2; ++c) {
+      const int64_t at = 2 * row + c;
+      const double sum = sums.sum[at];
+      negatives[c] = {-__builtin_inf(), 0, -__builtin_inf()};
+      if (!(sum > 0)) continue;
+      negatives[c].log2_sum = __builtin_log2(sum) + (references ? double(references[at]) : 0);
+      if (sums.weighted) negatives[c].mean = sums.weighted[at] / sum;
+      if (sums.highest) negatives[c].highest = sums.highest[at];
+    }
+    all = both(negatives[0], negatives[1]);
+    if (p.stats) {
+      top1_and_entropy(negatives[1], positive, p.stats + 4 * row);
+      top1_and_entropy(all, positive, p.stats + 4 * row + 2);
+    }
   }
-  const Negatives all = both(negatives[0], negatives[1]);
-  const double difference = (all.log2_sum - positive) / kLog2E;
-  // log(1 + e^d) = log(positive + negatives) - log(positive), without its cancellation.
-  const double loss = difference > 0 ? difference + __builtin_log1p(__builtin_exp(-difference))
-                                     : __builtin_log1p(__builtin_exp(difference));
+  // log(positive + negatives) - log(positive), without its cancellation.
+  const double difference = all.log2_sum - positive;
+  const double loss = p.decoupled ? difference / kLog2E : softplus_of_bits(difference);
   p.loss[row] = T(loss);
-  p.lse[row] = positive / kLog2E + loss;
-  if (!p.stats) return;
-  top1_and_entropy(negatives[1], positive, p.stats + 4 * row);
-  top1_and_entropy(all, positive, p.stats + 4 * row + 2);
+  p.lse[row] = p.decoupled ? all.log2_sum / kLog2E : positive / kLog2E + loss;
 }
 
 template <class T>

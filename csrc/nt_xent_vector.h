@@ -11,6 +11,8 @@
 #define SIMCLR_VECTOR_BYTES 16
 #endif
 #define SIMCLR_INLINE inline __attribute__((always_inline))
+// Vectors wider than a register are passed to inlined functions only.
+#pragma GCC diagnostic ignored "-Wpsabi"
 
 namespace simclr::SIMCLR_ISA {
 namespace {

@@ -28,7 +28,12 @@ def _floats(device: torch.device, *shape: int) -> Tensor:
 
 
 def forward(
-    u_all: Tensor, temperature: Tensor, row_offset: int, rows: int, statistics: bool
+    u_all: Tensor,
+    temperature: Tensor,
+    row_offset: int,
+    rows: int,
+    decoupled: bool,
+    statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses of `rows` rows from `row_offset` on, against all rows.
 
@@ -36,11 +41,13 @@ def forward(
         u_all: [M, D_pad], from `normalize` (of all ranks, concatenated), contiguous.
         temperature: [], float32, on the same device; any value from 0.001 to 100.
         row_offset, rows: even.
+        decoupled: the positive is left out of the denominator.
         statistics: whether to fill `stats`.
 
     Returns:
-        loss: [rows], float32, softplus(log Σ_negatives exp(s_ij) - s_i,p(i)).
-        lse: [rows], float32, log Σ_{j≠i} exp(s_ij).
+        loss: [rows], float32, softplus(log Σ_negatives exp(s_ij) - s_i,p(i)), without the softplus
+            if decoupled.
+        lse: [rows], float32, loss + s_i,p(i): the logarithm of the denominator.
         stats: [rows, 4], float32 ([0, 4] without statistics): whether the positive is above all
             negatives of the other view, entropy in nats over the other view's rows, then both
             over all rows.
@@ -64,7 +71,7 @@ def forward(
             )  # fmt: skip
             statistics_kernel[row_grid](
                 u_all, partial, loss, lse, stats, row_offset, rows, padded, splits,
-                BLOCK_R=block_r, BLOCK_D=block_d,
+                DECOUPLED=decoupled, BLOCK_R=block_r, BLOCK_D=block_d,
             )  # fmt: skip
             return loss, lse, stats
 
@@ -84,13 +91,14 @@ def forward(
             )  # fmt: skip
         losses_kernel[row_grid](
             u_all, temperature, sums, tops, loss, lse, row_offset, rows, padded, slots, splits,
-            BLOCK_R=block_r, BLOCK_D=block_d, BLOCK_S=SLOT_BLOCK,
+            DECOUPLED=decoupled, BLOCK_R=block_r, BLOCK_D=block_d, BLOCK_S=SLOT_BLOCK,
         )  # fmt: skip
     return loss, lse, stats
 
 
 def backward(
-    grad_all: Tensor,
+    grad: Tensor,
+    mean: bool,
     u_all: Tensor,
     lse_all: Tensor,
     loss: Tensor,
@@ -99,16 +107,17 @@ def backward(
     z2: Tensor | None,
     temperature: Tensor,
     row_offset: int,
+    decoupled: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of Σ_i grad_i loss_i, over all ranks' rows i, to this rank's z and to τ.
 
     Args:
-        grad_all: [M], float32, any stride; stride 0 (the mean or sum of the losses) is fastest.
+        grad: [M], float32, any stride; or [], the same for all rows: faster. mean: divided by M.
         u_all: [M, D_pad]; lse_all: [M], float32; contiguous.
         loss, inv_norm: [R], float32, of this rank's rows.
         z1, z2: what `normalize` took on this rank.
         temperature: [], float32.
-        row_offset: first of this rank's rows.
+        row_offset: first of this rank's rows. decoupled: as in `forward`.
 
     Returns:
         grad_z: [R, D], z's dtype, view-major: first the R/2 rows of view 1.
@@ -130,10 +139,10 @@ def backward(
     partial = _floats(device, splits, rows, padded)
     grad_temperature = _floats(device, programs)
     with torch.cuda.device_of(u_all):
-        stride = grad_all.stride(0)
-        scale = grad_all[0] if stride == 0 else torch.linalg.vector_norm(grad_all, math.inf)
+        stride = grad.stride(0) if grad.dim() else 0
+        scale = torch.linalg.vector_norm(grad, math.inf) if grad.dim() else grad
         weights_kernel[(triton.cdiv(total, WEIGHTS_BLOCK),)](
-            grad_all, scale, lse_all, temperature, factor, weight, total, stride,
+            grad, scale, lse_all, temperature, factor, weight, total, stride,
             BLOCK_R=WEIGHTS_BLOCK,
         )  # fmt: skip
         grid = (triton.cdiv(rows, config.block_m), splits, triton.cdiv(padded, block_v))
@@ -142,8 +151,9 @@ def backward(
             config.block_m, config.block_n, BLOCK_V=block_v, **config.options(padded, precision),
         )  # fmt: skip
         finish_gradient_kernel[(programs,)](
-            partial, grad_all, scale, loss, inv_norm, z1, z2, temperature, grad_z,
-            grad_temperature, row_offset, rows, dim, padded, splits, stride,
-            *z1.stride(), *z2.stride(), BLOCK_P=block_p, BLOCK_D=block_d,
+            partial, grad, scale, loss, inv_norm, z1, z2, temperature, grad_z,
+            grad_temperature, 1 / total if mean else 1.0, row_offset, rows, dim, padded, splits,
+            stride, *z1.stride(), *z2.stride(),
+            DECOUPLED=decoupled, BLOCK_P=block_p, BLOCK_D=block_d,
         )  # fmt: skip
     return grad_z, grad_temperature.sum()

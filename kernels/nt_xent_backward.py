@@ -183,9 +183,10 @@ def finish_gradient_kernel(
     temperature_ptr,  # [], float32
     grad_z_ptr,  # [R, D], view-major
     grad_temperature_ptr,  # [programs], float32
+    grad_scale,  # float32: multiplies grad
     row_offset, rows, dim, padded, splits, grad_stride,
     stride_1n, stride_1d, stride_2n, stride_2d,
-    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    DECOUPLED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: BP pairs; adds the positives, and goes from u to z and to the temperature.
 
@@ -201,12 +202,13 @@ def finish_gradient_kernel(
     column = tl.arange(0, BLOCK_D)
     temperature = tl.load(temperature_ptr)
     grad = grad_ptr + (row_offset + row) * grad_stride
-    share_1 = _one_minus_exp(tl.load(loss_ptr + row, mask=inside, other=0.0))
-    share_2 = _one_minus_exp(tl.load(loss_ptr + row + 1, mask=inside, other=0.0))
-    v = tl.load(grad, mask=inside, other=0.0) * share_1
-    v += tl.load(grad + grad_stride, mask=inside, other=0.0) * share_2
-    v = -v / temperature
-    k = tl.load(scale_ptr) * tl.exp2(-WEIGHT_SHIFT) / tl.sqrt(temperature * LOG2_E)
+    v_1 = tl.load(grad, mask=inside, other=0.0)
+    v_2 = tl.load(grad + grad_stride, mask=inside, other=0.0)
+    if not DECOUPLED:
+        v_1 *= _one_minus_exp(tl.load(loss_ptr + row, mask=inside, other=0.0))
+        v_2 *= _one_minus_exp(tl.load(loss_ptr + row + 1, mask=inside, other=0.0))
+    v = -(v_1 + v_2) * grad_scale / temperature
+    k = tl.load(scale_ptr) * grad_scale * tl.exp2(-WEIGHT_SHIFT) / tl.sqrt(temperature * LOG2_E)
     inv_1 = tl.load(inv_norm_ptr + row, mask=inside, other=1.0)
     inv_2 = tl.load(inv_norm_ptr + row + 1, mask=inside, other=1.0)
 

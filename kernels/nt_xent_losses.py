@@ -65,6 +65,16 @@ def _positive(u_ptr, row, inside, padded, BLOCK_R: tl.constexpr, BLOCK_D: tl.con
 
 
 @triton.jit
+def _store_loss(loss_ptr, lse_ptr, r, rows, negatives, positive, DECOUPLED: tl.constexpr):
+    """From log2 Σ_negatives exp(s_ij) and the positive, in bits."""
+    loss = (negatives - positive) * LN_2
+    if not DECOUPLED:
+        loss = _softplus(loss)
+    tl.store(loss_ptr + r, loss, mask=r < rows)
+    tl.store(lse_ptr + r, positive * LN_2 + loss, mask=r < rows)
+
+
+@triton.jit
 def losses_kernel(
     u_ptr,  # [M, D_pad], float16 or float32
     temperature_ptr,  # [], float32
@@ -72,12 +82,13 @@ def losses_kernel(
     top_ptr,  # [LOW_SLOTS, R], float32, read for low temperatures only
     loss_ptr,  # [R], float32
     lse_ptr,  # [R], float32, natural
-    row_offset, rows, padded, slots, low_slots,
+    row_offset, rows, padded, slots, low_slots, DECOUPLED: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """One program: BR rows; loss_i = softplus(log Σ_negatives exp(s_ij) - s_i,p(i)).
 
-    The positive stays outside the sum, so a small loss keeps its relative accuracy.
+    The positive stays outside the sum, so a small loss keeps its relative accuracy. Without the
+    softplus if DECOUPLED.
     Reads SLOTS floats and two rows of û per row, writes two floats.
     """
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -92,9 +103,7 @@ def losses_kernel(
             mask = ((first + s) < slots)[:, None] & (r < rows)[None, :]
             total += tl.sum(tl.load(sum_ptr + offset, mask=mask, other=0.0), axis=0)
     positive = _positive(u_ptr, row_offset + r, r < rows, padded, BLOCK_R, BLOCK_D)
-    loss = _softplus((top + tl.log2(total) - positive) * LN_2)
-    tl.store(loss_ptr + r, loss, mask=r < rows)
-    tl.store(lse_ptr + r, positive * LN_2 + loss, mask=r < rows)
+    _store_loss(loss_ptr, lse_ptr, r, rows, top + tl.log2(total), positive, DECOUPLED)
 
 
 @triton.jit
@@ -113,7 +122,7 @@ def statistics_kernel(
     loss_ptr,  # [R], float32
     lse_ptr,  # [R], float32, natural
     stats_ptr,  # [R, 4], float32
-    row_offset, rows, padded, splits,
+    row_offset, rows, padded, splits, DECOUPLED: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: BR rows; losses_kernel's outputs and the four statistics.
@@ -150,9 +159,7 @@ def statistics_kernel(
                 moment_o += scale * (moment + (t - top_o) * total)
 
     positive = _positive(u_ptr, row_offset + r, inside, padded, BLOCK_R, BLOCK_D)
-    loss = _softplus((top + tl.log2(sum_all) - positive) * LN_2)
-    tl.store(loss_ptr + r, loss, mask=inside)
-    tl.store(lse_ptr + r, positive * LN_2 + loss, mask=inside)
+    _store_loss(loss_ptr, lse_ptr, r, rows, top + tl.log2(sum_all), positive, DECOUPLED)
     out = stats_ptr + 4 * r
     tl.store(out, (positive > top_o).to(tl.float32), mask=inside)
     tl.store(out + 1, _entropy(top_o, sum_o, moment_o, positive), mask=inside)

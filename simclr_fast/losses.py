@@ -1,6 +1,7 @@
 """NT-Xent (Chen et al. 2020, "A Simple Framework for Contrastive Learning", equation 1)."""
 
 import math
+from functools import lru_cache
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -11,6 +12,8 @@ from simclr_fast import ops
 from simclr_fast.distributed import all_gather_rows, gather_row_counts
 from simclr_fast.nt_xent_plain import LOG2E, statistics_dtype
 
+_REDUCTIONS = {"none": ops.NONE, "mean": ops.MEAN, "sum": ops.SUM}
+_NO_NEGATIVES = "decoupled=True needs at least two pairs: a single one has no negatives"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -39,6 +42,7 @@ def nt_xent_loss(
     temperature: float | Tensor = 0.5,
     *,
     reduction: str = "mean",
+    decoupled: bool = False,
     group: dist.ProcessGroup | None = None,
     return_stats: Literal[False] = False,
 ) -> Tensor: ...
@@ -49,6 +53,7 @@ def nt_xent_loss(
     temperature: float | Tensor = 0.5,
     *,
     reduction: str = "mean",
+    decoupled: bool = False,
     group: dist.ProcessGroup | None = None,
     return_stats: Literal[True],
 ) -> tuple[Tensor, NTXentStats]: ...
@@ -59,6 +64,7 @@ def nt_xent_loss(
     temperature: float | Tensor = 0.5,
     *,
     reduction: str = "mean",
+    decoupled: bool = False,
     group: dist.ProcessGroup | None = None,
     return_stats: bool,
 ) -> Tensor | tuple[Tensor, NTXentStats]: ...
@@ -68,6 +74,7 @@ def nt_xent_loss(
     temperature: float | Tensor = 0.5,
     *,
     reduction: str = "mean",
+    decoupled: bool = False,
     group: dist.ProcessGroup | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, NTXentStats]:
@@ -77,10 +84,13 @@ def nt_xent_loss(
     `torch.nn.functional.normalize` in float32. Deterministic. No double backward.
 
     z1, z2: [N, D], any strides; or z1 is [2N, D], view 1's rows first, and z2 is None.
-        float64, float32, bfloat16 or float16; arithmetic and loss are float32 or wider.
+        float64, float32, bfloat16 or float16; arithmetic and loss are float32 or wider. A zero
+        row's gradient is about 1e12, infinite in float16, as with normalize there.
     temperature: a positive number, or a 0-dim tensor, which receives a gradient. The value of a
         CUDA tensor is not checked, as that would wait for the device.
     reduction: "mean" or "sum" over the 2N rows, or "none": [2N], view 1's rows first.
+    decoupled: leave the positive out of the denominator (Yeh et al. 2022, "Decoupled Contrastive
+        Learning", equation 5); needs at least two pairs.
     group: ranks whose batches form one; each may bring a different N. Every rank returns the loss
         of the whole batch, and gradients times the number of ranks, so that the averaging of
         DistributedDataParallel gives the whole batch's gradient exactly. Without DDP, average the
@@ -88,31 +98,31 @@ def nt_xent_loss(
     return_stats: also return `NTXentStats`, from the same pass.
     """
     _check_embeddings(z1, z2)
-    if reduction not in ("mean", "sum", "none"):
+    code = _REDUCTIONS.get(reduction)
+    if code is None:
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    temperature = _temperature_tensor(temperature, z1)
+    tau = _temperature_tensor(temperature, z1)
     if group is not None:
-        if reduction == "none":
+        if code == ops.NONE:
             raise ValueError(
                 "reduction='none' cannot be used with a group: the gradient of a row needs the "
                 "other ranks' upstream gradients; use 'mean' or 'sum'"
             )
-        total, stats = _GroupNTXent.apply(z1, z2, temperature, group, reduction, return_stats)
-        return (total, NTXentStats(*stats.unbind())) if return_stats else total
-    rows, lse, row_stats, u, _ = ops.nt_xent(z1, z2, temperature, return_stats)
-    loss = rows.unflatten(0, (-1, 2)).T.flatten() if reduction == "none" else rows
-    if reduction != "none":
-        loss = loss.mean() if reduction == "mean" else loss.sum()
+        loss, stats = _GroupNTXent.apply(z1, z2, tau, group, code, decoupled, return_stats)
+        return (loss, NTXentStats(*stats.unbind())) if return_stats else loss
+    if decoupled and z1.size(0) == (2 if z2 is None else 1):
+        raise ValueError(_NO_NEGATIVES)
+    loss, rows, lse, row_stats, u, _ = ops.nt_xent(z1, z2, tau, code, decoupled, return_stats)
     if not return_stats:
         return loss
-    stats = _mean_stats(rows.detach(), lse, row_stats, u, temperature.detach())
-    return loss, NTXentStats(*stats.unbind())
+    return loss, NTXentStats(*_mean_stats(rows, lse, row_stats, u, tau.detach()).unbind())
 
 
 class NTXentLoss(nn.Module):
     """`nt_xent_loss` as a module: `NTXentLoss(0.1)(z1, z2)`.
 
     learnable: the temperature becomes a parameter, through its logarithm, `log_temperature`.
+    decoupled: as in `nt_xent_loss`.
     gather_distributed: the batch is that of all ranks of `group` (default: of all processes).
     """
 
@@ -124,6 +134,7 @@ class NTXentLoss(nn.Module):
         gather_distributed: bool = False,
         group: dist.ProcessGroup | None = None,
         reduction: str = "mean",
+        decoupled: bool = False,
     ):
         super().__init__()
         _check_temperature(temperature)
@@ -133,7 +144,8 @@ class NTXentLoss(nn.Module):
         self.log_temperature = (
             nn.Parameter(torch.tensor(math.log(temperature))) if learnable else None
         )
-        self.gather_distributed, self.group, self.reduction = gather_distributed, group, reduction
+        self.gather_distributed, self.group = gather_distributed, group
+        self.reduction, self.decoupled = reduction, decoupled
 
     def forward(
         self, z1: Tensor, z2: Tensor | None = None, *, return_stats: bool = False
@@ -146,6 +158,7 @@ class NTXentLoss(nn.Module):
             z2,
             temperature,
             reduction=self.reduction,
+            decoupled=self.decoupled,
             group=self._group(),
             return_stats=return_stats,
         )
@@ -154,7 +167,7 @@ class NTXentLoss(nn.Module):
         learnable = self.log_temperature is not None
         return (
             f"temperature={self.temperature:g}, {learnable=}, reduction={self.reduction!r}, "
-            f"gather_distributed={self.gather_distributed}"
+            f"decoupled={self.decoupled}, gather_distributed={self.gather_distributed}"
         )
 
     def _group(self) -> dist.ProcessGroup | None:
@@ -171,13 +184,15 @@ class _GroupNTXent(torch.autograd.Function):
     """The loss of every rank's rows together: two gathers forward, none backward."""
 
     @staticmethod
-    def forward(ctx, z1, z2, temperature, group, reduction, return_stats):
+    def forward(ctx, z1, z2, temperature, group, reduction, decoupled, return_stats):
         u, inv_norm = ops.nt_xent_normalize(z1, z2, temperature)
         counts = gather_row_counts(u.size(0), u.device, group)
         row_offset = sum(counts[: dist.get_rank(group)])
+        if decoupled and sum(counts) == 2:
+            raise ValueError(_NO_NEGATIVES)
         u_all = all_gather_rows(u, group, counts)
         loss, lse, row_stats = ops.nt_xent_rows(
-            u_all, temperature, row_offset, u.size(0), return_stats
+            u_all, temperature, row_offset, u.size(0), decoupled, return_stats
         )
         per_row = (
             torch.cat((torch.stack((loss, lse), 1), row_stats), 1)
@@ -186,23 +201,24 @@ class _GroupNTXent(torch.autograd.Function):
         )
         loss_all, lse_all, *stats_all = all_gather_rows(per_row, group, counts).unbind(1)
         ctx.save_for_backward(u_all, lse_all.contiguous(), loss, inv_norm, z1, z2, temperature)
-        ctx.row_offset = row_offset
-        ctx.scale = len(counts) / (sum(counts) if reduction == "mean" else 1)
+        ctx.row_offset, ctx.decoupled, ctx.ranks = row_offset, decoupled, len(counts)
+        ctx.mean = reduction == ops.MEAN
         stats = None
         if return_stats:
             stats = _mean_stats(loss_all, lse_all, torch.stack(stats_all, 1), u_all, temperature)
             ctx.mark_non_differentiable(stats)
-        total = loss_all.mean() if reduction == "mean" else loss_all.sum()
+        total = loss_all.mean() if ctx.mean else loss_all.sum()
         return total.to(loss.dtype), stats
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _):
-        u_all, *saved = ctx.saved_tensors
-        grad_all = (grad_loss * ctx.scale).expand(u_all.size(0))
-        grad_z, grad_temperature = ops.nt_xent_backward(grad_all, u_all, *saved, ctx.row_offset)
-        grads = (grad_z, None) if ctx.saved_tensors[5] is None else grad_z.chunk(2)
-        return *grads, grad_temperature, None, None, None
+        saved = ctx.saved_tensors
+        grad_z, grad_temperature = ops.nt_xent_backward(
+            grad_loss * ctx.ranks, ctx.mean, *saved, ctx.row_offset, ctx.decoupled
+        )
+        grads = (grad_z, None) if saved[5] is None else grad_z.chunk(2)
+        return *grads, grad_temperature, None, None, None, None
 
 
 def _mean_stats(loss: Tensor, lse: Tensor, stats: Tensor, u: Tensor, temperature: Tensor) -> Tensor:
@@ -218,17 +234,7 @@ def _mean_stats(loss: Tensor, lse: Tensor, stats: Tensor, u: Tensor, temperature
 
 
 def _check_embeddings(z1: Tensor, z2: Tensor | None) -> None:
-    for name, z in (("z1", z1), ("z2", z2)):
-        if z is None and name == "z2":
-            continue
-        if not isinstance(z, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(z).__name__}")
-        if z.dim() != 2 or 0 in z.shape:
-            raise ValueError(
-                f"{name} must have shape [rows, features], both at least 1, got {list(z.shape)}"
-            )
-        if z.dtype not in _DTYPES:
-            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {z.dtype}")
+    _check_matrix("z1", z1)
     if z2 is None:
         if z1.size(0) % 2:
             raise ValueError(
@@ -236,10 +242,22 @@ def _check_embeddings(z1: Tensor, z2: Tensor | None) -> None:
                 f"got {list(z1.shape)}"
             )
         return
+    _check_matrix("z2", z2)
     for what in ("shape", "dtype", "device"):
         first, second = getattr(z1, what), getattr(z2, what)
         if first != second:
             raise ValueError(f"z1 and z2 must have the same {what}, got {first} and {second}")
+
+
+def _check_matrix(name: str, z: Tensor) -> None:
+    if not isinstance(z, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(z).__name__}")
+    if z.dim() != 2 or 0 in z.shape:
+        raise ValueError(
+            f"{name} must have shape [rows, features], both at least 1, got {list(z.shape)}"
+        )
+    if z.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {z.dtype}")
 
 
 def _check_temperature(temperature: float) -> None:
@@ -248,9 +266,12 @@ def _check_temperature(temperature: float) -> None:
 
 
 def _temperature_tensor(temperature: float | Tensor, z: Tensor) -> Tensor:
+    """On z's device, float32 or wider."""
     dtype = statistics_dtype(z.dtype)
     if not isinstance(temperature, Tensor):
         _check_temperature(temperature)
+        if z.device.type == "cpu" and type(z) is Tensor and not torch.compiler.is_compiling():
+            return _cpu_scalar(temperature, dtype)
         return torch.full((), temperature, dtype=dtype, device=z.device)
     if temperature.dim() != 0 or not temperature.dtype.is_floating_point:
         raise ValueError(
@@ -260,3 +281,10 @@ def _temperature_tensor(temperature: float | Tensor, z: Tensor) -> Tensor:
     if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_temperature(temperature.item())
     return temperature.to(z.device, dtype)
+
+
+@lru_cache(maxsize=64)
+def _cpu_scalar(value: float, dtype: torch.dtype) -> Tensor:
+    # A tensor of inference mode could not be saved for a later backward pass.
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype)

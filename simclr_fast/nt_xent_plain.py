@@ -40,9 +40,16 @@ def normalize(z1: Tensor, z2: Tensor | None, temperature: Tensor) -> tuple[Tenso
 
 
 def forward(
-    u_all: Tensor, temperature: Tensor, row_offset: int, rows: int, statistics: bool
+    u_all: Tensor,
+    temperature: Tensor,
+    row_offset: int,
+    rows: int,
+    decoupled: bool,
+    statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [rows] of rows row_offset.. against all M rows, log-sum-exp [rows] in float64.
+    """Loss [rows] of rows row_offset.. against all M rows, log of its denominator in float64.
+
+    decoupled: the positive is left out of the denominator (Yeh et al. 2022, equation 5).
 
     Also [rows, 4] (else [0, 4]): whether the positive wins, and the entropy in nats, against the
     other view's rows, and the same two against all rows.
@@ -57,7 +64,9 @@ def forward(
         highest = s.amax(1).clamp_min(-LARGEST_LOGIT)
         negatives = highest + (s - highest[:, None]).exp().sum(1).double().log()
         # log(pos + neg) - log(pos) without the cancellation of that difference.
-        loss = torch.logaddexp(torch.zeros_like(positive), negatives - positive)
+        loss = negatives - positive
+        if not decoupled:
+            loss = torch.logaddexp(torch.zeros_like(loss), loss)
         losses.append(loss.to(u_all.dtype))
         lses.append(positive + loss)
         if statistics:
@@ -69,7 +78,8 @@ def forward(
 
 
 def backward(
-    grad_all: Tensor,
+    grad: Tensor,
+    mean: bool,
     u_all: Tensor,
     lse_all: Tensor,
     loss: Tensor,
@@ -78,9 +88,14 @@ def backward(
     z2: Tensor | None,
     temperature: Tensor,
     row_offset: int,
+    decoupled: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of sum(grad_all · loss): local rows of z, [R, D] view-major, and temperature."""
+    """Gradients of sum(grad · loss): local rows of z, [R, D] view-major, and temperature.
+
+    grad: [M], or [] for all rows; mean: divided by M.
+    """
     count = inv_norm.numel()
+    grad_all = (grad / u_all.size(0) if mean else grad).expand(u_all.size(0))
     columns = torch.arange(u_all.size(0), device=u_all.device)
     grad_u = u_all.new_empty(count, u_all.size(1))
     # In the dtype of u, and what that rounds off in a factor.
@@ -97,12 +112,15 @@ def backward(
     # aligned views this difference is small, and taking it in float64 keeps its leading digits.
     u, norm = unit_rows(z1, z2)
     local = torch.arange(count, device=u.device)
-    q = torch.expm1(-loss.double()) * grad_all[row_offset : row_offset + count] / temperature
+    q = torch.full_like(loss, -1) if decoupled else torch.expm1(-loss.double())
+    q = q * grad_all[row_offset : row_offset + count] / temperature
     q = (q + q[local ^ 1])[:, None]
     grad_u = grad_u.double() + q * (u[local ^ 1] - u)
-    radial = torch.where(norm > NORM_EPS, (grad_u * u).sum(1), 0)
-    grad_z = (grad_u - radial[:, None] * u) / norm[:, None]
-    grad_temperature = ((grad_u * u).sum() + (q[:, 0] * (u * u).sum(1)).sum()) / (-2 * temperature)
+    along = (grad_u * u).sum(1, keepdim=True)
+    # A clamped norm is a constant: no projection, and the u that the difference left out is back.
+    radial = torch.where(norm[:, None] > NORM_EPS, along, -q)
+    grad_z = (grad_u - radial * u) / norm[:, None]
+    grad_temperature = (along + q * (u * u).sum(1, keepdim=True)).sum() / (-2 * temperature)
     grad_z = grad_z.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
     return grad_z.to(z1.dtype).contiguous(), grad_temperature.to(temperature.dtype)
 

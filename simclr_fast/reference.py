@@ -122,13 +122,19 @@ def gaussian_blur(image: Tensor, sigma: float, *, reflect: bool) -> Tensor:
     return blurred[:, 0]
 
 
-def nt_xent(z1: Tensor, z2: Tensor | None = None, temperature: float | Tensor = 0.5) -> Tensor:
+def nt_xent(
+    z1: Tensor,
+    z2: Tensor | None = None,
+    temperature: float | Tensor = 0.5,
+    decoupled: bool = False,
+) -> Tensor:
     """NT-Xent of each row, [2N], view 1's rows first (Chen et al. 2020, equation 1).
 
     The positive stays outside the sum, log(1 + exp(lse(negatives) - positive)), so that neither
     the loss nor its gradient subtracts two nearly equal numbers when views are aligned.
 
     z1, z2: [N, D]; or z1 is [2N, D], view 1 first, and z2 is None. O(N²) memory, any autograd.
+    decoupled: lse(negatives) - positive (Yeh et al. 2022, equation 5), N at least 2.
     """
     z = z1 if z2 is None else torch.cat((z1, z2))
     u = torch.nn.functional.normalize(z, dim=1)
@@ -139,7 +145,8 @@ def nt_xent(z1: Tensor, z2: Tensor | None = None, temperature: float | Tensor = 
     negatives = s.masked_fill(pair, -math.inf).logsumexp(1)
     if len(z) == 2:
         return 0 * s[rows, positive]
-    return torch.logaddexp(s.new_zeros(()), negatives - s[rows, positive])
+    loss = negatives - s[rows, positive]
+    return loss if decoupled else torch.logaddexp(s.new_zeros(()), loss)
 
 
 LARS_SEMANTICS = ("google", "moco", "lightly", "timm", "solo_learn", "larc")

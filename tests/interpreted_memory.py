@@ -39,7 +39,7 @@ def test_offsets_beyond_32_bits(monkeypatch):
         )  # fmt: skip
         nt_xent_losses.losses_kernel[(1,)](
             u_all, tau, out[0], out[1], out[2], out[3], first, rows, padded,
-            1, 1, BLOCK_R=64, BLOCK_D=64, BLOCK_S=2,
+            1, 1, DECOUPLED=False, BLOCK_R=64, BLOCK_D=64, BLOCK_S=2,
         )  # fmt: skip
         nt_xent.normalize(wide, wide, tau)
     assert len(launches) == 4
@@ -96,4 +96,4 @@ def test_the_checker_finds_an_undersized_buffer(monkeypatch):
     floats = nt_xent._floats
     monkeypatch.setattr(nt_xent, "_floats", lambda device, n, *s: floats(device, n - (n == 3), *s))
     with pytest.raises((MemoryFault, triton.runtime.errors.InterpreterError)), checked_memory():
-        nt_xent.forward(u, tau, 0, len(u), False)
+        nt_xent.forward(u, tau, 0, len(u), False, False)

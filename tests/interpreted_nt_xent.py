@@ -49,7 +49,7 @@ def interleave(a, b):
     return torch.stack((a, b), 1).flatten(0, 1)
 
 
-def reference(z1, z2, temperature, grad):
+def reference(z1, z2, temperature, grad, decoupled=False):
     """float64 by autograd, the positive outside the sum; rows interleaved, grad_z view-major."""
     z1, z2 = (z.detach().double().requires_grad_() for z in (z1, z2))
     tau = torch.tensor(temperature, dtype=torch.float64, requires_grad=True)
@@ -61,7 +61,8 @@ def reference(z1, z2, temperature, grad):
     negatives = s.masked_fill(same_pair, -math.inf)
     loss = 0 * positive
     if len(u) > 2:
-        loss = torch.logaddexp(loss, negatives.logsumexp(1) - positive)
+        loss = negatives.logsumexp(1) - positive
+        loss = loss if decoupled else torch.logaddexp(0 * loss, loss)
     (loss * grad.double()).sum().backward()
     other = negatives.masked_fill(((i[:, None] ^ i[None, :]) & 1) == 0, -math.inf)
     columns = []
@@ -78,11 +79,13 @@ def relative(value, expected):
     return float((value.double() - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
-def run(z1, z2, temperature, grad, statistics=False):
+def run(z1, z2, temperature, grad, statistics=False, decoupled=False, mean=False):
     tau = torch.tensor(temperature)
     u, inv_norm = nt_xent.normalize(z1, z2, tau)
-    loss, lse, stats = nt_xent.forward(u, tau, 0, len(u), statistics)
-    grad_z, grad_tau = nt_xent.backward(grad, u, lse, loss, inv_norm, z1, z2, tau, 0)
+    loss, lse, stats = nt_xent.forward(u, tau, 0, len(u), decoupled, statistics)
+    grad_z, grad_tau = nt_xent.backward(
+        grad, mean, u, lse, loss, inv_norm, z1, z2, tau, 0, decoupled
+    )
     return loss, lse, stats, grad_z, grad_tau
 
 
@@ -115,7 +118,7 @@ def textbook_error(z1, z2, temperature, grad, expected):
 )
 def test_loss_and_gradients_match_float64(pairs, dim, temperature, dtype):
     z1, z2 = make_views(pairs, dim, dtype)
-    grad = torch.full((), 0.37).expand(2 * pairs)
+    grad = torch.tensor(0.37)
     with checked_memory() as launches:
         loss, lse, _, grad_z, grad_tau = run(z1, z2, temperature, grad)
     assert len(launches) == 6
@@ -138,7 +141,7 @@ def test_loss_and_gradients_match_float64(pairs, dim, temperature, dtype):
 def test_low_temperatures_keep_a_running_maximum(temperature, symmetric, monkeypatch):
     use_plan(monkeypatch, symmetric=symmetric, splits=3)
     z1, z2 = make_views(48, 32, noise=2.0)
-    grad = torch.full((), 1.0).expand(96)
+    grad = torch.tensor(1.0)
     loss, lse, _, grad_z, grad_tau = run(z1, z2, temperature, grad)
     ref_loss, ref_lse, _, ref_grad, ref_tau = reference(z1, z2, temperature, grad)
     assert relative(loss, ref_loss) < 2e-6
@@ -156,10 +159,10 @@ def test_symmetric_forward_equals_the_plain_one(pairs, splits, monkeypatch):
     z1, z2 = make_views(pairs, 16)
     tau = torch.tensor(0.2)
     u, _ = nt_xent.normalize(z1, z2, tau)
-    plain = nt_xent.forward(u, tau, 0, len(u), False)[:2]
+    plain = nt_xent.forward(u, tau, 0, len(u), False, False)[:2]
     use_plan(monkeypatch, symmetric=True, splits=splits)
     with checked_memory() as launches:
-        symmetric = nt_xent.forward(u, tau, 0, len(u), False)[:2]
+        symmetric = nt_xent.forward(u, tau, 0, len(u), False, False)[:2]
     assert "symmetric_kernel" in launches
     for a, b in zip(plain, symmetric, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-6)
@@ -214,7 +217,7 @@ def test_ranks_with_uneven_rows_equal_one_process(statistics):
     parts = [(0, 20), (20, 21), (21, 61)]
     local = [nt_xent.normalize(z1[a:b], z2[a:b], tau) for a, b in parts]
     u_all = torch.cat([u for u, _ in local])
-    rows = [nt_xent.forward(u_all, tau, 2 * a, 2 * (b - a), statistics) for a, b in parts]
+    rows = [nt_xent.forward(u_all, tau, 2 * a, 2 * (b - a), False, statistics) for a, b in parts]
     lse_all = torch.cat([lse for _, lse, _ in rows])
     ref_loss, ref_lse, ref_stats, ref_grad, ref_tau = reference(z1, z2, 0.15, grad)
     assert relative(torch.cat([r[0] for r in rows]), ref_loss) < 2e-6
@@ -225,12 +228,25 @@ def test_ranks_with_uneven_rows_equal_one_process(statistics):
     total_tau, ref_views = 0.0, ref_grad.chunk(2)
     for (a, b), (_, inv_norm), (loss, _, _) in zip(parts, local, rows, strict=True):
         grad_z, grad_tau = nt_xent.backward(
-            grad, u_all, lse_all, loss, inv_norm, z1[a:b], z2[a:b], tau, 2 * a
+            grad, False, u_all, lse_all, loss, inv_norm, z1[a:b], z2[a:b], tau, 2 * a, False
         )
         expected = torch.cat([view[a:b] for view in ref_views])
         assert relative(grad_z, expected) < 2e-6
         total_tau += float(grad_tau)
     assert abs(total_tau / float(ref_tau) - 1) < 2e-5
+
+
+@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("temperature", [0.2, 0.005])
+def test_decoupled(statistics, temperature):
+    z1, z2 = make_views(37, 24, noise=0.3)
+    for grad, mean in ((torch.tensor(3.0), True), (torch.rand(74), False)):
+        loss, _, _, grad_z, grad_tau = run(z1, z2, temperature, grad, statistics, True, mean)
+        exact = grad / 74 if mean else grad
+        ref_loss, _, _, ref_grad, ref_tau = reference(z1, z2, temperature, exact, True)
+        assert relative(loss, ref_loss) < 3e-6
+        assert relative(grad_z, ref_grad) < 4e-7 / min(temperature, 0.1)
+        assert abs(float(grad_tau / ref_tau) - 1) < 4e-7 / min(temperature, 0.1)
 
 
 def test_aligned_views_keep_a_precise_gradient():
@@ -283,7 +299,7 @@ def test_zero_rows_behave_as_normalize(dtype):
     z1, z2 = make_views(6, 8, dtype)
     z1[2] = 0
     z2[4] = 0
-    grad = torch.full((), 1.0).expand(12)
+    grad = torch.tensor(1.0)
     loss, _, _, grad_z, _ = run(z1, z2, 0.5, grad)
     ref_loss, _, _, ref_grad, _ = reference(z1, z2, 0.5, grad)
     assert relative(loss, ref_loss) < (1e-6 if dtype == torch.float32 else 1e-3)
@@ -315,17 +331,19 @@ def test_the_ops_call_the_kernels(joined, monkeypatch):
     views = (torch.cat((z1, z2)), None) if joined else (z1, z2)
     tau, grad = torch.tensor(0.2), torch.rand(24, generator=torch.Generator().manual_seed(5))
     with checked_memory() as launches:
-        outputs = ops._nt_xent(*views, tau, True)
-        loss, lse, stats, u, inv_norm = outputs
-        results = ops._nt_xent_backward(grad, u, lse, loss, inv_norm, *views, tau, 0)
+        outputs = ops._nt_xent(*views, tau, ops.NONE, False, True)
+        loss, rows, lse, stats, u, inv_norm = outputs
+        arguments = grad, False, u, lse, rows, inv_norm, *views, tau, 0, False
+        results = ops._nt_xent_backward(*arguments)
     assert "gradient_kernel" in launches
     ref_loss, _, ref_stats, ref_grad, ref_tau = reference(z1, z2, 0.2, grad)
-    assert relative(loss, ref_loss) < 1e-3
+    assert relative(rows, ref_loss) < 1e-3
+    assert relative(loss, torch.cat((ref_loss[::2], ref_loss[1::2]))) < 1e-3
     assert relative(stats, ref_stats) < 1e-3
     assert relative(results[0], ref_grad) < 6e-3
     assert relative(results[1], ref_tau) < 1e-3
-    fakes = ops._fake_nt_xent(*views, tau, True)
-    fakes += ops._fake_nt_xent_backward(grad, u, lse, loss, inv_norm, *views, tau, 0)
+    fakes = ops._fake_nt_xent(*views, tau, ops.NONE, False, True)
+    fakes += ops._fake_nt_xent_backward(*arguments)
     for made, fake in zip((*outputs, *results), fakes, strict=True):
         assert made.shape == fake.shape
         assert made.dtype == fake.dtype
@@ -334,7 +352,7 @@ def test_the_ops_call_the_kernels(joined, monkeypatch):
 
 def test_results_repeat_bit_for_bit():
     z1, z2 = make_views(45, 20)
-    grad = torch.full((), 1.0).expand(90)
+    grad = torch.tensor(1.0)
     first, second = (run(z1, z2, 0.1, grad) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -352,8 +370,8 @@ def test_no_pairs_launch_nothing():
     tau = torch.tensor(0.5)
     with checked_memory() as launches:
         u, inv_norm = nt_xent.normalize(z, z, tau)
-        loss, lse, stats = nt_xent.forward(u, tau, 0, 0, True)
-        grad_z, _ = nt_xent.backward(loss, u, lse, loss, inv_norm, z, z, tau, 0)
+        loss, lse, stats = nt_xent.forward(u, tau, 0, 0, False, True)
+        grad_z, _ = nt_xent.backward(loss, False, u, lse, loss, inv_norm, z, z, tau, 0, False)
     assert launches == []
     assert u.shape == (0, 16)
     assert stats.shape == (0, 4)

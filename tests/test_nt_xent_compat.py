@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from simclr_fast import NTXentLoss
 from simclr_fast.benchmarks import peers
 from simclr_fast.compat import google_simclr, lightly, pytorch_metric_learning, solo_learn
 
@@ -29,6 +30,13 @@ def test_lightly(temperature):
     z = views()
     ours = lightly.NTXentLoss(temperature)(*z)
     assert_same(ours, theirs.NTXentLoss(temperature)(*z), z)
+
+
+def test_lightly_decoupled():
+    theirs = pytest.importorskip("lightly.loss", reason="lightly is not installed")
+    z = views()
+    ours = NTXentLoss(0.2, decoupled=True)(*z)
+    assert_same(ours, theirs.DCLLoss(0.2)(*z), z)
 
 
 def test_lightly_memory_bank():

@@ -118,7 +118,8 @@ def test_same_bits_for_any_number_of_threads(dtype, temperature):
 @pytest.mark.parametrize(
     ("offset", "rows", "total"), [(0, 130, 130), (0, 2, 900), (6, 50, 900), (300, 600, 900)]
 )
-def test_native_and_plain_ops_agree(dtype, temperature, offset, rows, total):
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_native_and_plain_ops_agree(dtype, temperature, offset, rows, total, decoupled):
     torch.manual_seed(0)
     z1, z2 = torch.randn(2, total // 2, 37, dtype=dtype)
     tau = torch.tensor(temperature, dtype=dtype)
@@ -126,17 +127,18 @@ def test_native_and_plain_ops_agree(dtype, temperature, offset, rows, total):
     close = {"rtol": 30 * eps, "atol": 30 * eps}
     u, inv_norm = ops.nt_xent_normalize(z1, z2, tau)
     torch.testing.assert_close((u, inv_norm), nt_xent_plain.normalize(z1, z2, tau))
-    native = ops.nt_xent_rows(u, tau, offset, rows, True)
-    plain = nt_xent_plain.forward(u, tau, offset, rows, True)
+    native = ops.nt_xent_rows(u, tau, offset, rows, decoupled, True)
+    plain = nt_xent_plain.forward(u, tau, offset, rows, decoupled, True)
     for actual, expected in zip(native, plain, strict=True):
         assert actual.dtype == expected.dtype
         torch.testing.assert_close(actual, expected, **close)
-    _, lse, _ = nt_xent_plain.forward(u, tau, 0, total, False)
+    _, lse, _ = nt_xent_plain.forward(u, tau, 0, total, decoupled, False)
     own = slice(offset // 2, (offset + rows) // 2)
-    local = plain[0], inv_norm[offset : offset + rows], z1[own], z2[own], tau, offset
-    for grad in (torch.rand(total, dtype=dtype), torch.tensor(0.3, dtype=dtype).expand(total)):
-        native = ops.nt_xent_backward(grad, u, lse, *local)
-        plain_grads = nt_xent_plain.backward(grad, u, lse, *local)
+    local = plain[0], inv_norm[offset : offset + rows], z1[own], z2[own], tau, offset, decoupled
+    one = torch.tensor(0.3, dtype=dtype)
+    for grad in (torch.rand(total, dtype=dtype), one.expand(total), one):
+        native = ops.nt_xent_backward(grad, decoupled, u, lse, *local)
+        plain_grads = nt_xent_plain.backward(grad, decoupled, u, lse, *local)
         for actual, expected in zip(native, plain_grads, strict=True):
             scale = {"rtol": 30 * eps, "atol": 30 * eps * expected.abs().max().item()}
             torch.testing.assert_close(actual, expected, **scale)
@@ -147,10 +149,12 @@ def test_ops_check_their_arguments():
     z, tau = torch.ones(4, 3), torch.tensor(0.5)
     u, inv_norm = ops.nt_xent_normalize(z, z, tau)
     with pytest.raises(RuntimeError, match="pairs of u_all's rows"):
-        ops.nt_xent_rows(u, tau, 1, 4, False)
+        ops.nt_xent_rows(u, tau, 1, 4, False, False)
     with pytest.raises(RuntimeError, match="pairs of u_all's rows"):
-        ops.nt_xent_rows(u, tau, 6, 4, False)
+        ops.nt_xent_rows(u, tau, 6, 4, False, False)
     with pytest.raises(RuntimeError, match="do not belong together"):
-        ops.nt_xent_backward(inv_norm, u, inv_norm, inv_norm[:4], inv_norm, z, z, tau, 0)
+        ops.nt_xent_backward(
+            inv_norm, False, u, inv_norm, inv_norm[:4], inv_norm, z, z, tau, 0, False
+        )
     with pytest.raises(RuntimeError, match="0-dim CPU tensor"):
-        ops.nt_xent_rows(u, torch.ones(2), 0, 8, False)
+        ops.nt_xent_rows(u, torch.ones(2), 0, 8, False, False)

@@ -20,21 +20,22 @@ def whole_batch(pairs, dtype):
     return z1, z2
 
 
-def check_loss(group, rank, pairs, dtype, reduction, two):
+def check_loss(group, rank, pairs, dtype, reduction, two, decoupled=False):
     z1, z2 = whole_batch(pairs, dtype)
     own = slice(sum(pairs[:rank]), sum(pairs[: rank + 1]))
     leaves = [z1[own].clone().requires_grad_(), z2[own].clone().requires_grad_()]
     tau = torch.tensor(TAU, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
     arguments = leaves if two else [torch.cat(leaves), None]
-    loss, stats = nt_xent_loss(*arguments, tau, reduction=reduction, group=group, return_stats=True)
+    options = {"decoupled": decoupled, "return_stats": True}
+    loss, stats = nt_xent_loss(*arguments, tau, reduction=reduction, group=group, **options)
     grads = torch.autograd.grad(loss * 3, [*leaves, tau])
 
     whole = [z.double().requires_grad_() for z in (z1, z2)]
     exact_tau = torch.tensor(TAU, dtype=torch.float64, requires_grad=True)
-    rows = reference.nt_xent(*whole, exact_tau)
+    rows = reference.nt_xent(*whole, exact_tau, decoupled)
     wanted = rows.mean() if reduction == "mean" else rows.sum()
     exact = torch.autograd.grad(wanted * 3, [*whole, exact_tau])
-    _, one_process = nt_xent_loss(*(z.detach() for z in whole), TAU, return_stats=True)
+    _, one_process = nt_xent_loss(*(z.detach() for z in whole), TAU, **options)
 
     rtol = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
     close = {"rtol": rtol, "atol": rtol, "check_dtype": False}
@@ -92,6 +93,7 @@ def check(group, rank, pairs):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         check_loss(group, rank, pairs, dtype, "mean", two=True)
     check_loss(group, rank, pairs, torch.float64, "sum", two=False)
+    check_loss(group, rank, pairs, torch.float32, "mean", two=False, decoupled=True)
     check_ddp(group, rank, pairs)
     check_no_communication_in_backward(group, rank, pairs)
 

@@ -184,9 +184,8 @@ def test_launches_compile_as_the_arguments_specialise(monkeypatch):
     z1, z2 = torch.ones(2, 512, 128, dtype=torch.bfloat16)
     tau = torch.tensor(0.1)
     u, inv_norm = nt_xent.normalize(z1, z2, tau)
-    loss, lse, _ = nt_xent.forward(u, tau, 0, 1024, False)
-    grad = torch.ones(()).expand(1024)
-    nt_xent.backward(grad, u, lse, loss, inv_norm, z1, z2, tau, 0)
+    loss, lse, _ = nt_xent.forward(u, tau, 0, 1024, False, False)
+    nt_xent.backward(torch.ones(()), True, u, lse, loss, inv_norm, z1, z2, tau, 0, False)
     names = [kernel.metadata.name for kernel in launched]
     assert names == [
         "normalize_kernel",
