@@ -47,8 +47,16 @@ class PretrainConfig:
     device: str = "auto"
     """auto: cuda if there is one, else cpu."""
     backend: Literal["fused", "dali"] | None = None
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 autocast on GPUs that have it, else float32."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 autocast on GPUs that have it, else float32. float16 scales the loss."""
+    memory: Literal["plain", "replay", "lockstep", "grad-cache"] = "plain"
+    """How the batch's gradient is made to fit; see simclr_fast.large_batch.LargeBatch."""
+    micro_batch: int | None = None
+    """Views at a time in lockstep and grad-cache, per rank; by default 256."""
+    offload_gb: float = 0
+    """Host memory per rank for lockstep's block inputs, GB."""
+    allow_ghost_bn: bool = False
+    """Let grad-cache run with batch norms, whose statistics are then a micro-batch's own."""
     channels_last: bool = True
     on_error: Literal["raise", "skip"] = "raise"
     """What a corrupt image does: end the run with its name, or be replaced and counted."""
@@ -68,6 +76,10 @@ class PretrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}")
+        if self.offload_gb < 0:
+            raise ValueError(f"offload_gb must be at least 0, got {self.offload_gb}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         if self.lr is not None and self.lr <= 0:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from simclr_fast import __version__, checkpoint
 from simclr_fast.config import PretrainConfig, to_json
@@ -22,7 +21,7 @@ from simclr_fast.data import TwoViewLoader
 from simclr_fast.datasets import named_source
 from simclr_fast.distributed import World, join_world
 from simclr_fast.extras import need
-from simclr_fast.global_batch_norm import convert_batch_norm
+from simclr_fast.large_batch import LargeBatch
 from simclr_fast.losses import nt_xent_loss
 from simclr_fast.models import SimCLR, build_encoder, build_projector
 from simclr_fast.optim import LARS, lars_param_groups, scaled_lr, warmup_cosine
@@ -72,34 +71,43 @@ def _pretrain(config: PretrainConfig, world: World) -> Path:
     )
     total_steps = config.steps or config.epochs * len(loader)
     model = build_model(config).to(world.device)
-    # After everything that a wrong argument stops.
-    out = prepare_output(config, world)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    if world.size > 1:
-        convert_batch_norm(model, world.device)
+    autocast = autocast_dtype(config, world.device)
+    group = torch.distributed.group.WORLD if world.size > 1 else None
+    large_batch = LargeBatch(
+        model,
+        memory=config.memory,
+        micro_batch=config.micro_batch,
+        group=group,
+        autocast=autocast,
+        offload_gb=config.offload_gb,
+        allow_ghost_bn=config.allow_ghost_bn,
+    )
+    # After everything that a wrong argument stops.
+    out = prepare_output(config, world)
     optimizer = build_optimizer(model, config)
     warmup = min(round(config.warmup_epochs * len(loader)), total_steps - 1)
     scheduler = warmup_cosine(optimizer, warmup, total_steps)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=autocast is torch.float16)
     step = 0
     if config.resume and (saved := checkpoint.checkpoints(out / "checkpoints")):
         state = checkpoint.load_checkpoint(saved[-1], world.device)
         checkpoint.load_strictly(model, state["model"], saved[-1])
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
+        if state.get("scaler"):
+            scaler.load_state_dict(state["scaler"])
         loader.load_state_dict(state["loader"])
         torch.set_rng_state(state["rng"].cpu())
         step = state["step"]
         log.info("resuming at step %d from %s", step, saved[-1])
 
-    run: nn.Module = model
-    if world.size > 1:
-        # Statistics are the same on all ranks already.
-        run = DistributedDataParallel(model, broadcast_buffers=False)
-    group = torch.distributed.group.WORLD if world.size > 1 else None
-    autocast = torch.autocast(
-        world.device.type, torch.bfloat16, enabled=_bfloat16(config, world.device)
-    )
+    def loss_fn(outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Any]:
+        loss, statistics = nt_xent_loss(
+            outputs[1], temperature=config.temperature, group=group, return_stats=True
+        )
+        return scaler.scale(loss), loss.detach(), statistics
 
     def save() -> None:
         if world.rank == 0:
@@ -108,6 +116,7 @@ def _pretrain(config: PretrainConfig, world: World) -> Path:
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "scheduler": scheduler.state_dict(),
+                "scaler": scaler.state_dict(),
                 "loader": loader.state_dict(),
                 "rng": torch.get_rng_state(),
                 "version": __version__,
@@ -123,15 +132,12 @@ def _pretrain(config: PretrainConfig, world: World) -> Path:
             for view1, view2, _ in loader:
                 metrics.waited += time.perf_counter() - waiting
                 views = torch.cat([view1, view2]).to(world.device)
-                with autocast:
-                    _, z = run(views)
-                loss, statistics = nt_xent_loss(
-                    z, temperature=config.temperature, group=group, return_stats=True
-                )
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                _, loss, statistics = large_batch.backward(views, loss_fn)
                 lr = optimizer.param_groups[0]["lr"]
-                optimizer.step()
+                # Averaged gradients are the same on all ranks, and so is an overflow in them.
+                scaler.step(optimizer)
+                scaler.update()
                 scheduler.step()
                 step += 1
                 metrics.after_step(step, loss, statistics, lr)
@@ -201,10 +207,12 @@ def prepare_output(config: PretrainConfig, world: World) -> Path:
     return out
 
 
-def _bfloat16(config: PretrainConfig, device: torch.device) -> bool:
+def autocast_dtype(config: PretrainConfig, device: torch.device) -> torch.dtype | None:
+    """What the model computes in, or None for the parameters' dtype."""
     if config.precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return config.precision == "bfloat16"
+        on = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if on else None
+    return None if config.precision == "float32" else getattr(torch, config.precision)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ ROOMS = [
     {"kernels", "ops", "sources", "shards", "demo", "checkpoint"},
     {"distributed", "losses", "optim", "augment", "dali_views", "models", "config"},
     {"global_batch_norm", "decode", "data", "datasets", "preview", "compat"},
+    {"large_batch"},
     {"weights", "evaluate", "plots", "train"},
     {"report", "selfcheck", "benchmarks"},
     {"commands"},

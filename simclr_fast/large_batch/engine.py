@@ -1,0 +1,149 @@
+"""A step of contrastive training at a batch whose activations do not fit: `LargeBatch.backward`."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from simclr_fast.large_batch import grad_cache
+from simclr_fast.large_batch.lockstep import Lockstep
+from simclr_fast.large_batch.norms import batch_norms
+from simclr_fast.large_batch.replay import global_norms, recomputed_blocks
+
+Memory = Literal["plain", "replay", "lockstep", "grad-cache"]
+_MICRO_BATCH = 256
+
+
+class LargeBatch:
+    """Gradients of a loss over all rows of a batch, in a chosen amount of memory.
+
+    ::
+
+        step = LargeBatch(model, memory="lockstep", micro_batch=256)
+        loss = step.backward(views, lambda z: nt_xent_loss(z, temperature=0.1))
+        optimizer.step()
+
+    memory:
+        "plain": everything is kept.
+        "replay": blocks keep their inputs and are recomputed with the batch statistics of their
+            first pass. Any model with blocks in a Sequential or ModuleList.
+        "lockstep": micro-batches go through the model layer by layer, so batch statistics are
+            those of the whole batch. Any model that torch.fx can trace and that draws no random
+            numbers; see `simclr_fast.large_batch.lockstep`.
+        "grad-cache": outputs first, then micro-batch after micro-batch with a graph. For models
+            without batch statistics; ValueError with them, unless allow_ghost_bn.
+    All but ghost batch norm give the same gradient up to rounding. In all, rows may meet in batch
+    norms only.
+
+    micro_batch: rows per micro-batch in lockstep and grad-cache (default 256); the last may be
+        smaller.
+    group: ranks whose batches form one, each with any number of rows; batch statistics are over all
+        of them, .grad is averaged over them as DistributedDataParallel does. Do not wrap the model
+        in it. A loss of the whole batch needs the group too (`nt_xent_loss(z, group=group)`).
+        Parameters of the loss itself are not averaged.
+    autocast: dtype of torch.autocast around the model; the loss runs outside.
+    offload_gb: lockstep keeps up to that many GB (10⁹ bytes) of block inputs in host memory.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        memory: Memory = "lockstep",
+        micro_batch: int | None = None,
+        group: dist.ProcessGroup | None = None,
+        autocast: torch.dtype | None = None,
+        offload_gb: float = 0,
+        allow_ghost_bn: bool = False,
+    ) -> None:
+        if memory not in get_args(Memory):
+            raise ValueError(f"memory must be one of {', '.join(get_args(Memory))}, got {memory!r}")
+        if micro_batch is not None and micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
+        if offload_gb < 0:
+            raise ValueError(f"offload_gb must be at least 0, got {offload_gb}")
+        if offload_gb and memory != "lockstep":
+            raise ValueError(f"offload_gb is for memory='lockstep', got {memory!r}")
+        if isinstance(model, DistributedDataParallel):
+            raise ValueError("model must be bare: LargeBatch averages gradients over group itself")
+        self.model, self.memory, self.autocast = model, memory, autocast
+        self.micro_batch = micro_batch or _MICRO_BATCH
+        self.group = group if group is not None and dist.get_world_size(group) > 1 else None
+        self.allow_ghost_bn = allow_ghost_bn
+        self.run = model
+        self._sync = True
+        if memory == "lockstep":
+            self.lockstep = Lockstep(model, self.micro_batch, self.group, offload_gb)
+        elif self.group is not None:
+            # Statistics are the same on all ranks already.
+            self.run = DistributedDataParallel(
+                model, process_group=self.group, broadcast_buffers=False
+            )
+        if memory == "replay":
+            recomputed_blocks(model)
+        if memory == "grad-cache" and not allow_ghost_bn:
+            grad_cache.refuse_ghost_batch_norm(model)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within it, `backward` leaves this rank's own gradients; the next outside averages all."""
+        before, self._sync = self._sync, False
+        try:
+            yield
+        finally:
+            self._sync = before
+
+    def backward(self, views: Tensor, loss_fn: Callable[[Any], Any]) -> Any:
+        """Add the gradients of loss_fn(model(views)) to .grad, and return what loss_fn returned.
+
+        views: [N, ...], this rank's rows, N ≥ 0.
+        loss_fn: takes what model(views) returns, for all N rows; returns a scalar loss, or a tuple
+            that begins with it. It is called once; what it returns comes back detached.
+        """
+        device = views.device.type
+        ambient = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        dtype = self.autocast or ambient
+
+        def autocast(cache: bool = False) -> AbstractContextManager:
+            # Without the cache: a cast that was cached without a graph would lose the gradient.
+            return torch.autocast(device, dtype, dtype is not None, cache)
+
+        def loss_of(outputs: Any) -> Any:
+            with torch.autocast(device, ambient, ambient is not None):
+                result = loss_fn(outputs)
+            loss = result[0] if isinstance(result, tuple) else result
+            if not isinstance(loss, Tensor) or loss.dim():
+                raise TypeError(f"loss_fn must return a 0-dim loss first, got {loss!r}")
+            loss.backward()
+            if isinstance(result, tuple):
+                return (loss.detach(), *result[1:])
+            return loss.detach()
+
+        with torch.autocast(device, enabled=False):
+            if self.memory == "lockstep":
+                return self.lockstep.backward(views, loss_of, autocast, self._sync)
+            if self.memory == "grad-cache":
+                if not self.allow_ghost_bn:
+                    grad_cache.refuse_ghost_batch_norm(self.model)
+                return grad_cache.backward(
+                    self.model, self.run, views, loss_of, self.micro_batch, autocast, self._sync
+                )
+            replay = self.memory == "replay"
+            with self._unsynced(), self._norms(replay):
+                with autocast(True):
+                    outputs = self.run(views)
+                return loss_of(outputs)
+
+    def _norms(self, replay: bool) -> AbstractContextManager:
+        if not replay and (self.group is None or not batch_norms(self.model)):
+            return nullcontext()
+        return global_norms(self.model, self.group, replay)
+
+    def _unsynced(self) -> AbstractContextManager:
+        if self._sync or not isinstance(self.run, DistributedDataParallel):
+            return nullcontext()
+        return self.run.no_sync()

@@ -1,0 +1,281 @@
+"""A model as blocks of segments: cut at its narrow places, and within them at every batch norm.
+
+`torch.fx` gives the operations in order. A block ends where a single value leads on (after a
+residual sum, between the layers of a chain); lockstep keeps these values alone. Within a block, a
+segment is what lies between two batch norms, so it treats every row by itself.
+"""
+
+import copy
+import inspect
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.fx import Node
+
+from simclr_fast.large_batch.norms import after_norm, uses_batch_statistics
+
+_IN_PLACE: dict[Any, Callable[..., Any]] = {
+    getattr(operator, f"i{name}"): getattr(operator, name)
+    for name in ("add", "sub", "mul", "truediv", "pow", "matmul")
+}
+_RANDOM = ("dropout", "bernoulli", "rand", "multinomial", "stochastic_depth", "normal_", "uniform_")
+
+
+@dataclass
+class Segment:
+    """Operations between two batch norms."""
+
+    nodes: list[Node]
+    norm: Node | None
+    """The batch norm after them; the last segment of a block may have none."""
+    reads: list[Node]
+    """Values made before it, batch norms among them."""
+    writes: list[Node] = field(default_factory=list)
+    """Values made here that the norm or later segments need."""
+    last_use: list[Node] = field(default_factory=list)
+    """Stored values that nothing later needs."""
+    parameters: list[nn.Parameter] = field(default_factory=list)
+    conv: Node | None = None
+    """The convolution whose result `norm` reads and nothing else does."""
+
+
+@dataclass
+class Block:
+    segments: list[Segment]
+    input: Node
+    outputs: list[Node]
+    parameters: list[nn.Parameter]
+
+
+class Graph:
+    """The blocks of `model`, for one setting of its modules' training flags.
+
+    Raises ValueError: what cannot be traced, is random, or would change by being cut.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.root = _Call(model)
+        self.modules = dict(self.root.named_modules())
+        try:
+            graph = _Tracer().trace(self.root)
+        except Exception as error:
+            raise _refusal(f"its forward cannot be traced: {error}") from error
+        self.norms = {n for n in graph.nodes if self._normalizes(n)}
+        self._split_activations(graph)
+        (self.input,) = (n for n in graph.nodes if n.op == "placeholder")
+        (self.result,) = (n.args[0] for n in graph.nodes if n.op == "output")
+        nodes = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
+        for node in nodes:
+            self._refuse_random(node)
+        self._make_out_of_place(nodes)
+        found: dict[Node, None] = {}
+        fx.map_arg(self.result, lambda n: found.setdefault(n))
+        self.outputs = list(found)
+        self.blocks = list(self._blocks(nodes))
+
+    def module(self, node: Node) -> Any:
+        return self.modules[str(node.target)]
+
+    def stored(self, node: Node) -> Node:
+        """The value that is kept for `node`: a batch norm's input, as its output is cheap."""
+        while node in self.norms:
+            node = node.all_input_nodes[0]
+        return node
+
+    def execute(self, node: Node, env: dict[Node, Any]) -> Any:
+        """The value of a node that is not a batch norm."""
+
+        def value(n: Node) -> Any:
+            return self._attribute(n) if n.op == "get_attr" else env[n]
+
+        args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
+        if node.op == "call_module":
+            return self.module(node)(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+    def rebuild(self, values: dict[Node, Any]) -> Any:
+        """The model's result, with `values` in the place of its tensors."""
+        return fx.map_arg(self.result, values.__getitem__)
+
+    def _normalizes(self, node: Node) -> bool:
+        return node.op == "call_module" and uses_batch_statistics(self.module(node))
+
+    def _attribute(self, node: Node) -> Any:
+        return operator.attrgetter(str(node.target))(self.root)
+
+    def _blocks(self, nodes: list[Node]) -> Iterator[Block]:
+        place = {n: i for i, n in enumerate(nodes)}
+
+        def last_use(node: Node) -> int:
+            return max((place.get(user, len(nodes)) for user in node.users), default=-1)
+
+        alive = {self.input}
+        source, start, cut, norms = self.input, 0, 0, 0
+        for i, node in enumerate(nodes):
+            if node in self.norms:
+                # A block holds a batch norm at least, and ends as late as it can before the next.
+                if cut > start:
+                    yield self._block(nodes[start:cut], source, [nodes[cut - 1]])
+                    source, start, norms = nodes[cut - 1], cut, 0
+                norms += 1
+            alive = {n for n in alive | {node} if last_use(n) > i}
+            # What a batch norm reads is kept anyway, and only while its block runs.
+            if norms and alive == {node} and not self.norms.intersection(node.users):
+                cut = i + 1
+        yield self._block(nodes[start:], source, self.outputs)
+
+    def _block(self, nodes: list[Node], source: Node, outputs: list[Node]) -> Block:
+        segments: list[Segment] = []
+        run: list[Node] = []
+        for node in [*nodes, None]:
+            if node is None or node in self.norms:
+                if node or run:
+                    segments.append(self._segment(run, node))
+                run = []
+            else:
+                run.append(node)
+        until: dict[Node, int] = {}
+        for i, segment in enumerate(segments):
+            ends = [] if segment.norm is None else segment.norm.all_input_nodes
+            until.update({self.stored(n): i for n in [*segment.reads, *ends]})
+        until.update({self.stored(n): len(segments) for n in outputs})
+        made_in = {n: segment for segment in segments for n in segment.nodes}
+        for node, last in until.items():
+            if node in made_in:
+                made_in[node].writes.append(node)
+            if last < len(segments):
+                segments[last].last_use.append(node)
+        return Block(segments, source, outputs, self._parameters(nodes))
+
+    def _segment(self, nodes: list[Node], norm: Node | None) -> Segment:
+        reads = {n: None for node in nodes for n in node.all_input_nodes if n.op != "get_attr"}
+        segment = Segment(nodes, norm, [n for n in reads if n not in nodes])
+        segment.parameters = self._parameters(nodes)
+        if norm is not None:
+            (last,) = norm.all_input_nodes
+            module: Any = self.module(last) if last.op == "call_module" else None
+            if (
+                last in nodes
+                and list(last.users) == [norm]
+                and type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+                and module.padding_mode == "zeros"
+                and not isinstance(module.padding, str)
+            ):
+                segment.conv = last
+        return segment
+
+    def _parameters(self, nodes: list[Node]) -> list[nn.Parameter]:
+        found: dict[nn.Parameter, None] = {}
+        for node in nodes:
+            if node.op == "call_module":
+                found.update(dict.fromkeys(self.module(node).parameters()))
+            for source in node.all_input_nodes:
+                if source.op == "get_attr" and isinstance(self._attribute(source), nn.Parameter):
+                    found[self._attribute(source)] = None
+        return [p for p in found if p.requires_grad]
+
+    def _split_activations(self, graph: fx.Graph) -> None:
+        """timm's norm-with-activation becomes two nodes."""
+        for node in list(graph.nodes):
+            end = node
+            for name in after_norm(self.module(node)) if node in self.norms else ():
+                with graph.inserting_after(end):
+                    new = graph.call_module(f"{node.target}.{name}", (end,))
+                end.replace_all_uses_with(new, lambda user, new=new: user is not new)
+                end = new
+
+    def _refuse_random(self, node: Node) -> None:
+        if node.op == "call_module":
+            module = self.module(node)
+            probability = getattr(module, "p", getattr(module, "dropout", 0))
+            kind = isinstance(module, (nn.modules.dropout._DropoutNd, nn.MultiheadAttention))
+            active = module.training and (
+                (kind and probability > 0) or isinstance(module, nn.RReLU)
+            )
+        else:
+            name = getattr(node.target, "__name__", str(node.target))
+            options = _arguments(node)
+            active = options.get("dropout_p", 0) != 0 or (
+                any(word in name for word in _RANDOM)
+                and options.get("training", True)
+                and options.get("p", 1) != 0
+            )
+            if name == "batch_norm" and options.get("training"):
+                raise _refusal("it calls torch.nn.functional.batch_norm without a module")
+        if active:
+            raise _refusal(f"{node.format_node()} is random, and recomputing would draw anew")
+
+    def _make_out_of_place(self, nodes: list[Node]) -> None:
+        """Stored values must outlive the operations that overwrite them."""
+        copies: dict[str, nn.Module] = {}
+        for i, node in enumerate(nodes):
+            name = getattr(node.target, "__name__", str(node.target))
+            if node.op == "call_module" and getattr(self.module(node), "inplace", False) is True:
+                quiet = copy.copy(self.module(node))
+                quiet.inplace = False
+                copies[str(node.target)] = quiet
+            elif node.target in _IN_PLACE:
+                node.target = _IN_PLACE[node.target]
+            elif node.op == "call_method" and name.endswith("_") and not name.endswith("__"):
+                node.target = name[:-1]
+            elif _arguments(node).get("inplace") is True:
+                function: Any = node.target
+                bound = inspect.signature(function).bind(*node.args, **node.kwargs)
+                bound.arguments["inplace"] = False
+                node.args, node.kwargs = bound.args, bound.kwargs
+            elif "out" in node.kwargs or name in ("setitem", "relu_", "dropout_"):
+                raise _refusal(f"{node.format_node()} writes into a tensor")
+            else:
+                continue
+            overwritten = node.all_input_nodes[0]
+            if any(user in nodes[i + 1 :] for user in overwritten.users):
+                raise _refusal(f"{node.format_node()} overwrites what is read later")
+        self.modules.update(copies)
+
+
+class _Call(nn.Module):
+    """So that the arguments of `model` after the first keep their defaults."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.modules.batchnorm._BatchNorm) or super().is_leaf_module(
+            m, module_qualified_name
+        )
+
+
+def flags(model: nn.Module) -> tuple[bool, ...]:
+    """What a `Graph` depends on besides the model's structure."""
+    trainable = (p.requires_grad for p in model.parameters())
+    return (*(m.training for m in model.modules()), *trainable)
+
+
+def _arguments(node: Node) -> dict[str, Any]:
+    """Arguments of a function of torch.nn.functional by name; else the keyword arguments."""
+    if node.op == "call_function" and getattr(F, getattr(node.target, "__name__", ""), None):
+        function: Any = node.target
+        try:
+            bound = inspect.signature(function).bind(*node.args, **node.kwargs)
+        except ValueError:
+            return dict(node.kwargs)
+        bound.apply_defaults()
+        return dict(bound.arguments)
+    return dict(node.kwargs)
+
+
+def _refusal(why: str) -> ValueError:
+    return ValueError(f"memory='lockstep' cannot run this model: {why}; memory='replay' can")

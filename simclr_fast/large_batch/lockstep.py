@@ -1,0 +1,268 @@
+"""The whole batch's exact gradient, batch normalisation included, from micro-batches in lockstep.
+
+Forward. All micro-batches (and ranks) go through a segment before any goes further, so at each
+batch norm the moments of the whole batch are at hand: y = γ x̂ + β with x̂ = (x - μ) r and
+r = (σ² + eps)^-½, μ and σ² merged over micro-batches and ranks. Kept are each block's input and,
+while a block runs, the inputs x of its batch norms; y and what follows are recomputed.
+
+Backward, blocks in reverse. Given μ and σ² of the forward, micro-batches are independent, so a
+block's x are recomputed one micro-batch at a time. Let g = ∂L/∂y and n be the values per channel of
+the whole batch. x reaches the loss directly and through μ and σ²; with ∂σ²/∂x_i = 2 (x_i - μ) / n
+and ∂μ/∂x_i = 1 / n,
+
+    ∂L/∂x_i = γ r (g_i - Σg / n - x̂_i Σ(g x̂) / n),    ∂L/∂β = Σg,    ∂L/∂γ = Σ(g x̂).
+
+Both sums run over the whole batch: one pass over the micro-batches and one all-reduce. Then each
+micro-batch's g passes its segment alone, and the gradients of parameters add up.
+
+Cost: every convolution forward twice and backward once, 4/3 of the plain work.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.fx import Node
+
+from simclr_fast import global_batch_norm as gbn
+from simclr_fast.large_batch.buckets import Buckets
+from simclr_fast.large_batch.graph import Block, Graph, Segment, flags
+from simclr_fast.large_batch.offload import Arena, Stored
+
+Values = dict[Node, Any]
+
+
+class Lockstep:
+    """Runs one model; `backward` is a step's forward, loss and backward.
+
+    group: ranks whose batches form one. offload_gb: host memory for the first blocks' inputs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        micro_batch: int,
+        group: dist.ProcessGroup | None = None,
+        offload_gb: float = 0,
+    ) -> None:
+        self.model, self.micro_batch, self.group = model, micro_batch, group
+        self.offload_gb = offload_gb
+        self.arena: Arena | None = None
+        self.graph = Graph(model)
+        self.flags = flags(model)
+        self.statistics: dict[Node, gbn.Statistics] = {}
+
+    def backward(
+        self,
+        views: Tensor,
+        loss_of: Callable[[Any], Any],
+        autocast: Callable[[], AbstractContextManager],
+        sync: bool = True,
+    ) -> Any:
+        """See `LargeBatch.backward`. autocast: makes the context of the model's operations."""
+        if self.flags != flags(self.model):
+            self.graph, self.flags = Graph(self.model), flags(self.model)
+        self.autocast = autocast
+        self.statistics = {}
+        blocks = self.graph.blocks
+        values, saved = self._forward(views)
+        leaves = {n: torch.cat([v[n] for v in values]).requires_grad_() for n in self.graph.outputs}
+        result = loss_of(self.graph.rebuild(leaves))
+        sizes = [len(part) for part in views.split(self.micro_batch)]
+        gradients: list[Values] = [{} for _ in sizes]
+        for node, leaf in leaves.items():
+            if leaf.grad is not None:
+                for g, part in zip(gradients, leaf.grad.split(sizes), strict=True):
+                    g[node] = part
+        del values, leaves
+        buckets = Buckets([b.parameters for b in blocks], self.group if sync else None)
+        for i in reversed(range(len(blocks))):
+            inputs = saved.pop().take()
+            if saved:
+                saved[-1].fetch()
+            gradients = self._backward_block(blocks[i], inputs, gradients, buckets)
+            buckets.reduce(i)
+        buckets.finish()
+        return result
+
+    @torch.no_grad()
+    def _forward(self, views: Tensor) -> tuple[list[Values], list[Stored]]:
+        """The outputs of every micro-batch, and the blocks' inputs."""
+        if self.offload_gb and self.arena is None:
+            self.arena = Arena(self.offload_gb, views.device)
+        if self.arena is not None:
+            self.arena.clear()
+        values: list[Values] = [{self.graph.input: p} for p in views.split(self.micro_batch)]
+        saved = []
+        for block in self.graph.blocks:
+            inputs = [v[block.input] for v in values]
+            # The caller holds the views anyway.
+            if self.arena is None or block.input is self.graph.input:
+                saved.append(Stored(inputs))
+            else:
+                saved.append(self.arena.store(inputs))
+            del inputs
+            values = self._forward_block(block, values)
+        return values, saved
+
+    def _forward_block(self, block: Block, values: list[Values]) -> list[Values]:
+        for segment in block.segments:
+            moments = []
+            for v in values:
+                self._run(segment, v)
+                if segment.norm is not None:
+                    x = self._value(segment.norm.all_input_nodes[0], v)
+                    moments.append(gbn.moments(x, self.graph.module(segment.norm).eps))
+                    dtype = torch.promote_types(x.dtype, torch.float32)
+                for node in segment.last_use:
+                    v.pop(node, None)
+            if segment.norm is not None:
+                norm = self.graph.module(segment.norm)
+                row = gbn.merge(moments)
+                statistics = gbn.global_statistics(row, norm.eps, dtype, self.group)
+                gbn.update_running(norm, statistics)
+                self.statistics[segment.norm] = statistics
+        return [{n: self._value(n, v) for n in block.outputs} for v in values]
+
+    @torch.no_grad()
+    def _backward_block(
+        self, block: Block, inputs: list[Tensor], gradients: list[Values], buckets: Buckets
+    ) -> list[Values]:
+        """Gradients of the block's outputs to those of its input."""
+        values: list[Values] = [{block.input: x} for x in inputs]
+        inputs.clear()
+        segments = block.segments
+        for v in values:
+            for segment in segments if segments[-1].norm is not None else segments[:-1]:
+                self._run(segment, v)
+        for segment in reversed(segments):
+            sums = self._norm_sums(segment, values, gradients, buckets)
+            for v, g in zip(values, gradients, strict=True):
+                self._backward_segment(block, segment, v, g, sums, buckets)
+                for node in segment.writes:
+                    v.pop(node, None)
+        return gradients
+
+    def _norm_sums(
+        self, segment: Segment, values: list[Values], gradients: list[Values], buckets: Buckets
+    ) -> Tensor | None:
+        """Σg and Σ(g x̂) of the whole batch at the segment's batch norm, [2, C]."""
+        if segment.norm is None or segment.norm not in gradients[0]:
+            return None
+        source, norm = segment.norm.all_input_nodes[0], self.graph.module(segment.norm)
+        statistics = self.statistics[segment.norm]
+        own = torch.zeros(2, len(statistics.mean)).to(statistics.mean)
+        for v, g in zip(values, gradients, strict=True):
+            own += gbn.gradient_sums(g[segment.norm], self._value(source, v), statistics)
+        # The parameters' gradients are this rank's share; their buckets are summed over ranks.
+        for parameter, gradient in ((norm.bias, own[0]), (norm.weight, own[1])):
+            if parameter is not None and parameter.requires_grad:
+                buckets.add(parameter, gradient)
+        if self.group is None:
+            return own
+        sums = own.clone()
+        dist.all_reduce(sums, group=self.group)
+        return sums
+
+    def _backward_segment(
+        self,
+        block: Block,
+        segment: Segment,
+        v: Values,
+        g: Values,
+        sums: Tensor | None,
+        buckets: Buckets,
+    ) -> None:
+        """Pass one micro-batch's gradients `g` from what the segment made to what it read."""
+        env = {n: _leaf(self._value(n, v), n is not self.graph.input) for n in segment.reads}
+        leaves = {n: env[n] for n in segment.reads if isinstance(env[n], Tensor)}
+        with torch.enable_grad(), self.autocast():
+            for node in segment.nodes:
+                if node is not segment.conv:
+                    env[node] = self.graph.execute(node, env)
+        ends, upstream = [], []
+        if segment.norm is not None and sums is not None:
+            source, norm = segment.norm.all_input_nodes[0], self.graph.module(segment.norm)
+            x, statistics = self._value(source, v), self.statistics[segment.norm]
+            dx = gbn.input_gradient(g.pop(segment.norm), x, statistics, norm.weight, sums)
+            if segment.conv is None:
+                _add(g, source, dx)
+            else:
+                ends.append(env[segment.conv.all_input_nodes[0]])
+                upstream.append(self._backward_conv(segment.conv, ends[0], dx, buckets))
+        for node in segment.writes:
+            if node is not segment.conv and (grad := g.pop(node, None)) is not None:
+                ends.append(env[node])
+                upstream.append(grad)
+        kept = [(e, u) for e, u in zip(ends, upstream, strict=True) if e.requires_grad]
+        read = [n for n, leaf in leaves.items() if leaf.requires_grad]
+        if not kept or not (read or segment.parameters):
+            return
+        found = torch.autograd.grad(
+            [e for e, _ in kept],
+            [*(leaves[n] for n in read), *segment.parameters],
+            [u for _, u in kept],
+            allow_unused=True,
+        )
+        for node, grad in zip(read, found, strict=False):
+            if grad is not None:
+                _add(g, node, grad)
+        for parameter, grad in zip(segment.parameters, found[len(read) :], strict=True):
+            if grad is not None:
+                buckets.add(parameter, grad)
+
+    def _backward_conv(self, node: Node, source: Tensor, dx: Tensor, buckets: Buckets) -> Tensor:
+        """The gradient of a convolution's input; its output is known, so it is not run again."""
+        conv = self.graph.module(node)
+        wanted = [p is not None and p.requires_grad for p in (source, conv.weight, conv.bias)]
+        grads = torch.ops.aten.convolution_backward(
+            dx,
+            source.detach().to(dx.dtype),
+            conv.weight.detach().to(dx.dtype),
+            None if conv.bias is None else [len(conv.bias)],
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            False,
+            [0] * len(conv.padding),
+            conv.groups,
+            wanted,
+        )
+        for parameter, gradient in zip((conv.weight, conv.bias), grads[1:], strict=True):
+            if gradient is not None and parameter.requires_grad:
+                buckets.add(parameter, gradient)
+        return source if grads[0] is None else grads[0].to(source.dtype)
+
+    def _run(self, segment: Segment, v: Values) -> None:
+        """The segment's operations on one micro-batch; what is needed later goes into `v`."""
+        env = {n: self._value(n, v) for n in segment.reads}
+        with self.autocast():
+            for node in segment.nodes:
+                env[node] = self.graph.execute(node, env)
+        for node in segment.writes:
+            if not isinstance(env[node], (Tensor, int, float)):
+                raise ValueError(
+                    f"memory='lockstep' cannot run this model: {node} is a "
+                    f"{type(env[node]).__name__} used across a batch norm; memory='replay' can"
+                )
+            v[node] = env[node]
+
+    def _value(self, node: Node, v: Values) -> Any:
+        if node not in self.graph.norms:
+            return v[node]
+        norm, x = self.graph.module(node), self._value(node.all_input_nodes[0], v)
+        return gbn.normalize(x, self.statistics[node], norm.weight, norm.bias)
+
+
+def _leaf(value: Any, needs_grad: bool) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().requires_grad_(needs_grad and value.is_floating_point())
+
+
+def _add(g: Values, node: Node, gradient: Tensor) -> None:
+    # Out of place: autograd may have handed the same tensor to two inputs.
+    g[node] = g[node] + gradient if node in g else gradient

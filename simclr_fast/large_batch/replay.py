@@ -1,0 +1,142 @@
+"""Activation checkpointing that recomputes with the batch statistics of the first pass.
+
+`torch.utils.checkpoint` alone would take the statistics again (over ranks: a second collective) and
+update the running buffers twice (pytorch issue 96136). Works with any model.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from simclr_fast import global_batch_norm as gbn
+from simclr_fast.large_batch.norms import after_norm, batch_norms
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+class _Tape:
+    """The statistics that one run of a block met, in order, for its recomputation."""
+
+    def __init__(self, norms: "GlobalNorms") -> None:
+        self.norms = norms
+        self.statistics: list[gbn.Statistics] = []
+        self.position: int | None = None
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        outer, self.norms.tape = self.norms.tape, self
+        try:
+            yield
+        finally:
+            self.norms.tape = outer
+
+    @contextmanager
+    def replay(self) -> Iterator[None]:
+        self.position = 0
+        with self.record():
+            yield
+
+
+class GlobalNorms:
+    """Batch norms that normalise over all ranks of `group`, and replay their statistics."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.tape: _Tape | None = None
+
+    def forward(self, norm: Any, x: Tensor) -> Tensor:
+        y = gbn.NormalizeFunction.apply(
+            x, norm.weight, norm.bias, self._statistics(norm, x), self.group
+        )
+        for name in after_norm(norm):
+            y = getattr(norm, name)(y)
+        return y
+
+    @torch.no_grad()
+    def _statistics(self, norm: Any, x: Tensor) -> gbn.Statistics:
+        tape = self.tape
+        if tape is not None and tape.position is not None:
+            tape.position += 1
+            return tape.statistics[tape.position - 1]
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        statistics = gbn.global_statistics(gbn.moments(x, norm.eps), norm.eps, dtype, self.group)
+        gbn.update_running(norm, statistics)
+        if tape is not None:
+            tape.statistics.append(statistics)
+        return statistics
+
+
+@contextmanager
+def global_norms(
+    model: nn.Module, group: dist.ProcessGroup | None, recompute: bool
+) -> Iterator[None]:
+    """Within it, the forward and backward of `model` take batch statistics over `group`.
+
+    recompute: and its blocks keep their inputs alone.
+    """
+    norms = GlobalNorms(group)
+    forwards: dict[nn.Module, Callable[..., Any]] = {
+        norm: partial(norms.forward, norm) for norm in batch_norms(model).values()
+    }
+    if recompute:
+        for block in recomputed_blocks(model):
+            forwards[block] = partial(_checkpointed, block.forward, norms)
+    before: dict[nn.Module, Any] = {m: vars(m).get("forward") for m in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = forward
+
+
+def recomputed_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of `model`: items of a Sequential or ModuleList with several layers inside.
+
+    A wrapper that holds more than half of the parameters is looked into. ValueError: none found.
+    """
+    half = sum(p.numel() for p in model.parameters()) / 2
+
+    def search(module: nn.Module, listed: bool) -> list[nn.Module]:
+        layers = sum(any(True for _ in m.parameters(recurse=False)) for m in module.modules())
+        is_list = isinstance(module, _CONTAINERS)
+        block = listed and not is_list and layers > 1
+        if block and sum(p.numel() for p in module.parameters()) <= half:
+            return [module]
+        inside = [b for child in module.children() for b in search(child, is_list)]
+        return inside or ([module] if block else [])
+
+    found = search(model, False)
+    if not found:
+        raise ValueError(
+            "memory='replay' recomputes the blocks in a model's Sequential or ModuleList; "
+            f"{type(model).__name__} has none"
+        )
+    return found
+
+
+def _checkpointed(
+    forward: Callable[..., Any], norms: GlobalNorms, *args: Any, **kwargs: Any
+) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    tape = _Tape(norms)
+    # DenseNets append to the list that they pass on.
+    args = tuple(list(a) if isinstance(a, list) else a for a in args)
+    return checkpoint(
+        forward,
+        *args,
+        use_reentrant=False,
+        context_fn=lambda: (tape.record(), tape.replay()),
+        **kwargs,
+    )

@@ -1,0 +1,80 @@
+"""Every memory mode against plain autograd of the whole batch, in float64, in one process."""
+
+import pytest
+import torch
+from torch import nn
+
+from simclr_fast.large_batch import LargeBatch
+from simclr_fast.losses import nt_xent_loss
+from simclr_fast.models import SimCLR, build_encoder, build_projector
+from simclr_fast.optim import LARS, lars_param_groups
+
+ROWS = 14
+
+
+def views(rows=ROWS, size=16):
+    return torch.randn(
+        rows, 3, size, size, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    )
+
+
+def lively(model):
+    """float64, with norm weights and biases that no two channels share."""
+    for p in model.parameters():
+        if p.dim() == 1:
+            nn.init.normal_(p, 1, 0.3)
+    return model.double().train()
+
+
+def simclr(name, stem="cifar", width=0.125):
+    torch.manual_seed(1)
+    encoder, dim = build_encoder(name, width=width, image_size=16, stem=stem)
+    return lively(SimCLR(encoder, build_projector("nonlinear", dim, 8)))
+
+
+def loss_fn(outputs):
+    return nt_xent_loss(outputs[1], temperature=0.3)
+
+
+def step(model, backward):
+    """(loss, gradients, buffers, parameters after a step of LARS)."""
+    optimizer = LARS(lars_param_groups(model, 1e-4), lr=0.5, momentum_order="tf", norm="joint")
+    loss = backward(model)
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    optimizer.step()
+    stepped = {n: p.detach().clone() for n, p in model.named_parameters()}
+    return loss, gradients, dict(model.named_buffers()), stepped
+
+
+def plain_autograd(model, x=None):
+    loss = loss_fn(model(views() if x is None else x))
+    loss.backward()
+    return loss.detach()
+
+
+def assert_equal(found, expected, tolerance=1e-12):
+    assert abs(found[0] - expected[0]) <= tolerance * abs(expected[0])
+    for have, want in zip(found[1:], expected[1:], strict=True):
+        assert have.keys() == want.keys()
+        scale = max(t.double().norm() for t in want.values())
+        for name, t in want.items():
+            error = (have[name] - t).double().norm()
+            # A gradient that is zero but for rounding is measured by the others.
+            assert error <= tolerance * max(t.double().norm(), 1e-3 * scale), (name, error)
+
+
+MODES = [
+    {"memory": "plain"},
+    {"memory": "replay"},
+    {"memory": "lockstep", "micro_batch": 7},
+    {"memory": "lockstep", "micro_batch": 5},
+    {"memory": "lockstep", "micro_batch": 4, "offload_gb": 1e-4},
+]
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: "-".join(map(str, m.values())))
+@pytest.mark.parametrize("model", ["resnet18", "resnet50"])
+def test_equals_plain_autograd(model, mode):
+    expected = step(simclr(model), plain_autograd)
+    found = step(simclr(model), lambda m: LargeBatch(m, **mode).backward(views(), loss_fn))
+    assert_equal(found, expected)
