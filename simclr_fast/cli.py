@@ -16,6 +16,9 @@ COMMANDS = {
                        the preset's values""",
     "preview": """[--data ...] [--images 8] [--to preview.png] [options]
                        what the augmentation does to some of the images""",
+    "export": """--encoder FILE --to DIR --format torchvision|timm|safetensors|torch-export|onnx
+                       an encoder (ours, torchvision's, timm's, lightly's, solo-learn's) for
+                       other programs, written once its outputs there equal ours""",
     "selfcheck": """[--device cuda]
                        every op on this machine against float64: a report to paste""",
 }

@@ -96,7 +96,7 @@ def build_encoder(
         raise ValueError(f"width={width} is for {', '.join(RESNETS)}; {name} has its own")
     models = need("torchvision", "train").models
     if not name.startswith("timm:") and name in models.list_models(module=models):
-        return _cut_classifier(models.get_model(name, weights=None), name)
+        return cut_classifier(models.get_model(name, weights=None), name)
     try:
         import timm
     except ImportError as error:
@@ -117,7 +117,7 @@ def default_stem(image_size: int) -> Stem:
     return "cifar" if image_size <= 64 else "imagenet"
 
 
-def _cut_classifier(model: nn.Module, name: str) -> tuple[nn.Module, int]:
+def cut_classifier(model: nn.Module, name: str) -> tuple[nn.Module, int]:
     """Replace the last Linear of the model's head by Identity."""
     for attribute in ("fc", "classifier", "heads", "head"):
         head = getattr(model, attribute, None)

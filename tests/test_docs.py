@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from simclr_fast.augment import Augmentation
+from simclr_fast.checkpoint import save_encoder
 from simclr_fast.cli import COMMANDS
+from simclr_fast.models import build_encoder
+from simclr_fast.weights import about_encoder
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,6 +34,10 @@ def test_example(code, tmp_path, monkeypatch):
     for i in range(4):
         pixels = np.random.default_rng(i).integers(0, 255, (20, 30, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.jpg")
+    if "runs/photos" in code:
+        about = about_encoder("resnet50", 1, None, Augmentation())
+        path = tmp_path / "runs" / "photos" / "encoder.safetensors"
+        save_encoder(path, build_encoder("resnet50")[0], about)
     monkeypatch.chdir(tmp_path)
     assert len(code.splitlines()) <= 10
     exec(compile(code.replace("batch_size=256", "batch_size=2"), "example", "exec"), {})

@@ -14,7 +14,7 @@ ROOMS = [
     {"global_batch_norm", "decode", "data", "datasets", "preview", "compat"},
     {"large_batch"},
     {"weights", "evaluate", "plots", "train"},
-    {"report", "selfcheck", "benchmarks"},
+    {"export", "report", "selfcheck", "benchmarks"},
     {"commands"},
     {"cli"},
     {"__main__"},
