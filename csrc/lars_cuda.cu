@@ -138,7 +138,8 @@ struct Squares {
   template <bool kJoint>
   __device__ inline void add(A weight, A gradient, A scale, A decay) {
     gradient *= scale;
-    if (kJoint) gradient += decay * weight;
+    // Without decay an infinite weight must not enter as 0·inf.
+    if (kJoint && decay != A(0)) gradient += decay * weight;
     p += weight * weight;
     g += gradient * gradient;
   }
@@ -213,7 +214,9 @@ struct Factors {
 template <bool kMomentum, bool kNesterov, typename A, typename T>
 __device__ inline void update_one(T* p, T g, T* v, const Factors<A>& f) {
   const A weight = widen(*p);
-  const A d = f.into * (f.grad * widen(g) + f.decay * weight);
+  A d = f.grad * widen(g);
+  if (f.decay != A(0)) d += f.decay * weight;
+  d *= f.into;
   A u = d;
   if (kMomentum) {
     const A next = f.momentum * widen(*v) + d;

@@ -213,7 +213,7 @@ struct Scalars {
   T grad, decay, into, momentum, out;
 };
 
-template <bool kMomentum, bool kNesterov, typename T>
+template <bool kDecay, bool kMomentum, bool kNesterov, typename T>
 inline void update_block(T* p, const T* g, T* v, const Scalars<T>& f) {
   typedef typename Vector<T>::type V;
 #pragma GCC unroll 8
@@ -221,7 +221,10 @@ inline void update_block(T* p, const T* g, T* v, const Scalars<T>& f) {
     V weight, grad, buffer;
     __builtin_memcpy(&weight, p + i, kBytes);
     __builtin_memcpy(&grad, g + i, kBytes);
-    const V d = f.into * (f.grad * grad + f.decay * weight);
+    V d = f.grad * grad;
+    // Without decay an infinite weight must not enter as 0·inf.
+    if (kDecay) d += f.decay * weight;
+    d *= f.into;
     V u = d;
     if (kMomentum) {
       __builtin_memcpy(&buffer, v + i, kBytes);
@@ -234,13 +237,13 @@ inline void update_block(T* p, const T* g, T* v, const Scalars<T>& f) {
   }
 }
 
-template <bool kMomentum, bool kNesterov, typename T>
+template <bool kDecay, bool kMomentum, bool kNesterov, typename T>
 void update_with(T* p, const T* g, T* v, int64_t n, const LarsFactors& factors) {
   const Scalars<T> f = {static_cast<T>(factors.grad), static_cast<T>(factors.decay),
                         static_cast<T>(factors.into), static_cast<T>(factors.momentum),
                         static_cast<T>(factors.out)};
   const auto block = [&](int64_t i) {
-    update_block<kMomentum, kNesterov>(p + i, g + i, kMomentum ? v + i : v, f);
+    update_block<kDecay, kMomentum, kNesterov>(p + i, g + i, kMomentum ? v + i : v, f);
   };
   const int64_t quarter = n / (kStreams * kBlock) * kBlock;
   for (int64_t i = 0; i < quarter; i += kBlock)
@@ -261,7 +264,7 @@ void update_with(T* p, const T* g, T* v, int64_t n, const LarsFactors& factors) 
       p_tail[j] = p[i + j], g_tail[j] = g[i + j];
       if (kMomentum) v_tail[j] = v[i + j];
     }
-    update_block<kMomentum, kNesterov>(p_tail, g_tail, v_tail, f);
+    update_block<kDecay, kMomentum, kNesterov>(p_tail, g_tail, v_tail, f);
     for (int64_t j = 0; j < rest; ++j) {
       p[i + j] = p_tail[j];
       if (kMomentum) v[i + j] = v_tail[j];
@@ -269,14 +272,22 @@ void update_with(T* p, const T* g, T* v, int64_t n, const LarsFactors& factors) 
   }
 }
 
+template <bool kDecay, typename T>
+void update_decayed(T* p, const T* g, T* v, int64_t n, const LarsFactors& f, bool nesterov) {
+  if (!v)
+    update_with<kDecay, false, false>(p, g, v, n, f);
+  else if (nesterov)
+    update_with<kDecay, true, true>(p, g, v, n, f);
+  else
+    update_with<kDecay, true, false>(p, g, v, n, f);
+}
+
 template <typename T>
 void update(T* p, const T* g, T* v, int64_t n, const LarsFactors& f, bool nesterov) {
-  if (!v)
-    update_with<false, false>(p, g, v, n, f);
-  else if (nesterov)
-    update_with<true, true>(p, g, v, n, f);
+  if (f.decay != 0.0)
+    update_decayed<true>(p, g, v, n, f, nesterov);
   else
-    update_with<true, false>(p, g, v, n, f);
+    update_decayed<false>(p, g, v, n, f, nesterov);
 }
 
 template <typename T>
@@ -297,7 +308,8 @@ void update_halves(T* p, const T* g, T* v, int64_t n, const LarsFactors& f, bool
 
 void lars_squares(LarsType type, const void* p, const void* g, int64_t n, bool joint, double grad,
                   double decay, double out[2]) {
-  const Joint how = {joint, grad, decay};
+  const bool both = joint && decay != 0.0;
+  const Joint how = {both, grad, decay};
   Sums sums;
 #define SIMCLR_SQUARES(function, T) \
   sums = function(static_cast<const T*>(p), static_cast<const T*>(g), n, how)
@@ -309,7 +321,7 @@ void lars_squares(LarsType type, const void* p, const void* g, int64_t n, bool j
   }
 #undef SIMCLR_SQUARES
   out[0] = sums.p;
-  out[1] = sums.g;
+  out[1] = joint && !both ? grad * grad * sums.g : sums.g;
 }
 
 void lars_update(LarsType type, void* p, const void* g, void* v, int64_t n,

@@ -4,6 +4,7 @@ import warnings
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -271,3 +272,18 @@ def lars_(
     torch.ops.simclr_fast.lars_.default(
         params, grads, momentum_buffers, group_sizes, flags, hyper, lrs, grad_scale, found_inf
     )
+
+
+def lars_hold(params: list[Tensor], momentum_buffers: list[Tensor]) -> int:
+    """Keeps both lists in the extension, for ``lars_held_``, until ``lars_release``."""
+    return torch.ops.simclr_fast.lars_hold.default(params, momentum_buffers)
+
+
+def lars_release(held: int) -> None:
+    torch.ops.simclr_fast.lars_release.default(held)
+
+
+def lars_held_(held: int, grads: list[Tensor], *rules: Any) -> bool:
+    """``lars_`` for the tensors of ``lars_hold``; False, having changed nothing, where these are no
+    longer on the gradients' device. rules: the arguments of ``lars_`` after its tensors."""
+    return torch.ops.simclr_fast.lars_held_.default(held, grads, *rules)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import Optimizer
 
-from . import ops
 from ._lars_foreach import Batch, foreach_step
+from ._lars_native import Held, native_step, use_native
 
 _NORM_LAYERS = (
     nn.modules.batchnorm._NormBase,
@@ -78,6 +78,7 @@ class LARS(Optimizer):
     _step_supports_amp_scaling = True
     # Keys of another library's parameter groups and what they are called here: simclr_fast.compat.
     _other_names: ClassVar[dict[str, str]] = {}
+    _held: Held | None = None
 
     def __init__(
         self,
@@ -122,6 +123,7 @@ class LARS(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._held = None
         for group in self.param_groups:
             self._rename(group)
             for name, value in self.defaults.items():
@@ -156,50 +158,59 @@ class LARS(Optimizer):
                 loss = closure()
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self._held is not None:
+            if self._held.step(self, self._rule, grad_scale, found_inf):
+                return loss
+            self._held = None
+        batches = self._batches(found_inf)
         native: dict[torch.device, list[Batch]] = {}
-        for batch in self._batches(found_inf):
+        for batch in batches:
             device = batch.params[0].device
-            if _use_native(batch.group, device):
+            if use_native(batch.group, batch.params):
                 native.setdefault(device, []).append(batch)
             elif batch.group["foreach"] is False:
                 for i in range(len(batch.params)):
                     foreach_step(batch.select([i]), grad_scale, found_inf)
             else:
                 foreach_step(batch, grad_scale, found_inf)
-        for device, batches in native.items():
-            _native_step(device, batches, grad_scale, found_inf)
+        for device, on_device in native.items():
+            native_step(device, on_device, grad_scale, found_inf)
+            if len(on_device) == len(batches) and not compiling and Held.can(batches):
+                self._held = Held(self, batches)
         return loss
 
-    def _adapts(self, group: dict[str, Any]) -> bool:
-        return group["adapt"]
+    # What a subclass may treat apart within a group, and the rule of either part.
+    def _apart(self, p: Tensor) -> bool:
+        return False
+
+    def _rule(self, group: dict[str, Any], apart: bool) -> tuple[float, bool]:
+        """Weight decay of the group's tensors, and whether they are adapted."""
+        return group["weight_decay"], group["adapt"]
 
     def _batches(self, found_inf: Tensor | None) -> list[Batch]:
         batches = []
         for group in self.param_groups:
-            params, grads = [], []
+            parts: dict[tuple[torch.device, bool], list[Tensor]] = {}
             for p in group["params"]:
-                if (grad := p.grad) is not None:
-                    params.append(p)
-                    grads.append(grad)
-            devices = {p.device for p in params}
-            if len(devices) == 1:
-                batches += self._device_batches(params, grads, group, found_inf)
-                continue
-            for device in devices:
-                mine = [p for p in params if p.device == device]
-                batches += self._device_batches(mine, _grads(mine), group, found_inf)
+                if p.grad is not None:
+                    parts.setdefault((p.device, self._apart(p)), []).append(p)
+            for (_, apart), params in parts.items():
+                batches += self._part_batches(params, group, apart, found_inf)
         return batches
 
-    def _device_batches(
+    def _part_batches(
         self,
         params: list[Tensor],
-        grads: list[Tensor],
         group: dict[str, Any],
+        apart: bool,
         found_inf: Tensor | None,
     ) -> list[Batch]:
-        adapt, dampening, state = self._adapts(group), group["dampening"], self.state
+        grads = [p.grad for p in params if p.grad is not None]
+        dampening, state = group["dampening"], self.state
+        rule = self._rule(group, apart)
         if group["momentum"] == 0:
-            return [Batch(params, grads, [], group, 0.0, adapt)]
+            return [Batch(params, grads, [], group, apart, 0.0, *rule)]
         buffers = [state[p].get("momentum_buffer") for p in params]
         fresh = [i for i, buffer in enumerate(buffers) if buffer is None]
         # The first step is undampened, so a skipped one must not count: the one flag read here.
@@ -208,7 +219,7 @@ class LARS(Optimizer):
         for i in fresh:
             buffers[i] = torch.zeros_like(params[i], memory_format=torch.preserve_format)
             state[params[i]]["momentum_buffer"] = buffers[i]
-        batch = Batch(params, grads, buffers, group, dampening, adapt)
+        batch = Batch(params, grads, buffers, group, apart, dampening, *rule)
         if not fresh or dampening == 0:
             return [batch]
         older = sorted(set(range(len(params))) - set(fresh))
@@ -275,10 +286,6 @@ def scaled_lr(batch_size: int, rule: str = "linear") -> float:
     raise ValueError(f"rule must be 'linear' or 'sqrt', got {rule!r}")
 
 
-def _grads(params: list[Tensor]) -> list[Tensor]:
-    return [p.grad for p in params if p.grad is not None]
-
-
 def _check_group(group: dict[str, Any]) -> None:
     lr = group["lr"]
     if isinstance(lr, Tensor):
@@ -313,61 +320,3 @@ def _check_params(params: list[Tensor]) -> None:
             raise ValueError(f"LARS needs real floating-point parameters, got {p.dtype}")
         if p.layout is not torch.strided:
             raise ValueError(f"LARS needs strided parameters, got layout {p.layout}")
-
-
-def _use_native(group: dict[str, Any], device: torch.device) -> bool:
-    if group["fused"] is False or group["foreach"] is not None:
-        return False
-    available = ops.has_lars(device.type)
-    if group["fused"] and not available:
-        raise RuntimeError(
-            f"fused=True needs the native LARS kernel for {device.type!r} devices, which this "
-            "installation lacks"
-        ) from ops.EXTENSION_ERROR
-    return available
-
-
-_FLAGS = (
-    ("nesterov", True, ops.LARS_NESTEROV),
-    ("maximize", True, ops.LARS_MAXIMIZE),
-    ("trust_clip", True, ops.LARS_CLIP),
-    ("momentum_order", "tf", ops.LARS_TF_ORDER),
-    ("norm", "joint", ops.LARS_JOINT_NORM),
-    ("when_zero", "decay", ops.LARS_DECAY_WHEN_ZERO),
-)
-
-
-def _native_step(
-    device: torch.device,
-    batches: list[Batch],
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
-    params, grads, buffers, sizes, flags, hyper, lrs = [], [], [], [], [], [], []
-    for batch in batches:
-        params += batch.params
-        grads += batch.grads
-        buffers += batch.buffers
-        sizes.append(len(batch.params))
-        group, lr = batch.group, batch.group["lr"]
-        bits = sum(bit for name, value, bit in _FLAGS if group[name] == value)
-        flags.append(bits | (ops.LARS_ADAPT if batch.adapt else 0))
-        lrs.append(lr)
-        hyper += [
-            0.0 if isinstance(lr, Tensor) else lr,
-            group["momentum"],
-            batch.dampening,
-            group["weight_decay"],
-            group["trust_coefficient"],
-            group["eps"],
-        ]
-    if any(isinstance(lr, Tensor) for lr in lrs):
-        lrs = [torch.as_tensor(lr, dtype=torch.float64, device=device).reshape(()) for lr in lrs]
-    else:
-        lrs = []
-    if grad_scale is not None:
-        grad_scale = grad_scale.to(device, non_blocking=True)
-    if found_inf is not None:
-        found_inf = found_inf.to(device, non_blocking=True)
-    ops.lars_(params, grads, buffers, sizes, flags, hyper, lrs, grad_scale, found_inf)
-    torch.autograd.graph.increment_version([*params, *buffers])

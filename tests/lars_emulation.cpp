@@ -100,7 +100,7 @@ struct Run {
         double p_squares = 0.0, g_squares = 0.0;
         for (int64_t k = 0; k < sizes[i]; ++k) {
           const double x = old_p[i][k], d = s * get(g[i].data[k]) +
-              ((group.flags & lars_joint_norm) ? group.weight_decay * x : 0.0);
+              ((group.flags & lars_joint_norm) && group.weight_decay != 0.0 ? group.weight_decay * x : 0.0);
           p_squares += x * x;
           g_squares += d * d;
         }
@@ -108,7 +108,8 @@ struct Run {
         const LarsFactors f = lars_factors(group, rate, 1.0, p_squares, g_squares);
         std::vector<double> new_p = old_p[i], new_v = old_v[i];
         for (int64_t k = 0; k < sizes[i] && found_inf == 0.0f; ++k) {
-          const double d = f.into * (s * get(g[i].data[k]) + f.decay * old_p[i][k]);
+          const double decayed = f.decay == 0.0 ? 0.0 : f.decay * old_p[i][k];
+          const double d = f.into * (s * get(g[i].data[k]) + decayed);
           double u = d;
           if (f.momentum != 0.0) {
             new_v[k] = f.momentum * old_v[i][k] + d;

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = [
     {"reference", "nt_xent_plain", "_lars_foreach", "extras", "augment_params", "image_check"},
     {"kernels", "ops", "sources", "shards", "demo", "checkpoint"},
-    {"distributed", "losses", "optim", "augment", "dali_views", "models", "config"},
+    {"_lars_native", "distributed", "losses", "optim", "augment", "dali_views", "models", "config"},
     {"global_batch_norm", "decode", "data", "datasets", "preview", "compat"},
     {"large_batch"},
     {"weights", "evaluate", "plots", "train"},

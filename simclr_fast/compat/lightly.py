@@ -150,5 +150,5 @@ class LARS(optim.LARS):
             eps=eps,
         )
 
-    def _adapts(self, group: dict[str, Any]) -> bool:
-        return group["weight_decay"] != 0
+    def _rule(self, group: dict[str, Any], apart: bool) -> tuple[float, bool]:
+        return group["weight_decay"], group["weight_decay"] != 0

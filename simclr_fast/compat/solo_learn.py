@@ -7,7 +7,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from simclr_fast import optim
-from simclr_fast._lars_foreach import Batch
 from simclr_fast.losses import nt_xent_loss
 
 
@@ -78,15 +77,9 @@ class LARS(optim.LARS):
         param_group.setdefault("exclude_bias_n_norm_lars", default)
         super().add_param_group(param_group)
 
-    def _batches(self, found_inf: Tensor | None) -> list[Batch]:
-        batches = []
-        for batch in super()._batches(found_inf):
-            if not batch.group["exclude_bias_n_norm_lars"]:
-                batches.append(batch)
-                continue
-            flat = [i for i, p in enumerate(batch.params) if p.ndim == 1]
-            others = [i for i, p in enumerate(batch.params) if p.ndim != 1]
-            undecayed = batch.group | {"weight_decay": 0.0}
-            batches.append(batch.select(others))
-            batches.append(batch.select(flat)._replace(group=undecayed, adapt=False))
-        return [batch for batch in batches if batch.params]
+    def _apart(self, p: Tensor) -> bool:
+        return p.ndim == 1
+
+    def _rule(self, group: dict[str, Any], apart: bool) -> tuple[float, bool]:
+        excluded = apart and group["exclude_bias_n_norm_lars"]
+        return (0.0, False) if excluded else (group["weight_decay"], True)

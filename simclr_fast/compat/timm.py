@@ -51,5 +51,5 @@ class Lars(optim.LARS):
         param_group.setdefault("always_adapt", default)
         super().add_param_group(param_group)
 
-    def _adapts(self, group: dict[str, Any]) -> bool:
-        return group["weight_decay"] != 0 or group["always_adapt"]
+    def _rule(self, group: dict[str, Any], apart: bool) -> tuple[float, bool]:
+        return group["weight_decay"], group["weight_decay"] != 0 or group["always_adapt"]
