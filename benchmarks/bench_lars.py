@@ -1,39 +1,51 @@
-"""Milliseconds per LARS step on the CPU, beside the optimizers that people use for it.
+"""Milliseconds per LARS step beside the optimizers that people use for it.
 
-    python benchmarks/bench_lars.py --model resnet50 --threads 2 --rounds 20
+    python -m benchmarks.bench_lars [--models resnet50,vit_b_16,small,overhead] [--busy 2]
 
-All run in one process, one step each in turn, so that they share whatever else the machine does;
-the table gives minimum, median and the ratio of medians to ours. The floor is measured in the same
-turns: reading weights and gradients once, and the five arrays that any SGD with momentum must move.
+All run in one process, one step each in turn, on the same parameters and gradients. The floors are
+measured in the same turns: reading weights and gradients once, and the five arrays that any SGD
+with momentum must move. `overhead` is ResNet-50 with one element per tensor: what a call costs at
+all. --busy starts that many processes which compute beside it.
 """
 
-import argparse
-import statistics
-import time
-from collections.abc import Callable
+import contextlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from simclr_fast.benchmarks import harness
+from simclr_fast.benchmarks.harness import Options, Table
 from simclr_fast.optim import LARS
 
 WEIGHT_DECAY, MOMENTUM, LR = 1e-6, 0.9, 0.1
+MODELS = ("resnet50", "vit_b_16", "small", "overhead")
+OURS = "simclr_fast"
+FLOORS = ("floor: read p and g", "floor: five arrays")
 # NVIDIA's data sheets, bytes per second.
 GPUS = {"A100 80GB": 2.039e12, "H100 SXM": 3.35e12, "B200": 8.0e12}
+
+Step = Callable[[], object]
 
 
 def shapes_of(model: str) -> list[tuple[int, ...]]:
     if model == "small":
         return [(64 + 7 * (i % 100),) if i % 2 else (16, 16 + i % 50) for i in range(2000)]
+    if model == "overhead":
+        return [(1,) * len(shape) for shape in shapes_of("resnet50")]
     import torchvision
 
     builder = {"resnet50": torchvision.models.resnet50, "vit_b_16": torchvision.models.vit_b_16}
+    if model not in builder:
+        raise ValueError(f"models must be among {MODELS}, got {model!r}")
     with torch.device("meta"):
         return [tuple(p.shape) for p in builder[model]().parameters()]
 
 
-def parameters(shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
-    params = [nn.Parameter(torch.randn(shape) * 0.05) for shape in shapes]
+def parameters(shapes: list[tuple[int, ...]], device: torch.device) -> list[nn.Parameter]:
+    params = [nn.Parameter(torch.randn(shape, device=device) * 0.05) for shape in shapes]
     for p in params:
         p.grad = torch.randn_like(p) * 0.01
     return params
@@ -95,83 +107,107 @@ class LarcStyle:
             group["weight_decay"] = decay
 
 
-def contenders(shapes: list[tuple[int, ...]], compiled: bool) -> dict[str, Callable[[], object]]:
+def contenders(params: list[nn.Parameter], compiled: bool, notes: list[str]) -> dict[str, Step]:
     kwargs = {"lr": LR, "momentum": MOMENTUM}
-    steps: dict[str, Callable[[], object]] = {
-        "simclr_fast": LARS(groups(parameters(shapes), adapt=False), **kwargs).step,
-        "simclr_fast foreach": LARS(
-            groups(parameters(shapes), adapt=False), foreach=True, **kwargs
-        ).step,
-        "SGD fused": torch.optim.SGD(groups(parameters(shapes)), fused=True, **kwargs).step,
-        "solo-learn's formula": SoloLearnFormula(groups(parameters(shapes))).step,
-        "LARC-style wrapper": LarcStyle(groups(parameters(shapes))).step,
+    steps: dict[str, Step] = {
+        OURS: LARS(groups(params, adapt=False), **kwargs).step,
+        "simclr_fast foreach": LARS(groups(params, adapt=False), foreach=True, **kwargs).step,
+        "SGD fused": torch.optim.SGD(groups(params), fused=True, **kwargs).step,
+        "solo-learn's formula": SoloLearnFormula(groups(params)).step,
+        "LARC-style wrapper": LarcStyle(groups(params)).step,
     }
     try:
         from lightly.utils.lars import LARS as LightlyLARS
-
-        steps["lightly"] = LightlyLARS(groups(parameters(shapes)), **kwargs).step
     except ImportError:
-        print("lightly is not installed and left out")
+        notes.append("lightly is not installed and left out.")
+    else:
+        steps["lightly"] = LightlyLARS(groups(params), **kwargs).step
     try:
         from timm.optim.lars import Lars
-
-        steps["timm foreach"] = Lars(groups(parameters(shapes)), foreach=True, **kwargs).step
-        steps["timm loop"] = Lars(groups(parameters(shapes)), foreach=False, **kwargs).step
-        if compiled:
-            optimizer = Lars(groups(parameters(shapes)), foreach=True, **kwargs)
-            steps["torch.compile(timm foreach)"] = torch.compile(optimizer.step)
     except ImportError:
-        print("timm is not installed and left out")
-    elements = sum(p.numel() for p in parameters(shapes))
-    a, b, c = (torch.randn(elements) for _ in range(3))
+        notes.append("timm is not installed and left out.")
+    else:
+        for name, foreach in (("timm foreach", True), ("timm loop", False)):
+            steps[name] = Lars(groups(params), foreach=foreach, **kwargs).step
+        if compiled:
+            step = Lars(groups(params), foreach=True, **kwargs).step
+            steps["torch.compile(timm foreach)"] = torch.compile(step)
+    return steps
+
+
+def floors(elements: int, device: torch.device) -> dict[str, Step]:
+    a, b, c = (torch.randn(elements, device=device) for _ in range(3))
 
     def five_arrays() -> None:
         torch.add(a, b, out=a)
         c.neg_()
 
-    steps["floor: read p and g"] = lambda: (a.sum(), b.sum())
-    steps["floor: five arrays"] = five_arrays
-    return steps
+    return dict(zip(FLOORS, (lambda: (a.sum(), b.sum()), five_arrays), strict=True))
 
 
-def measure(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        step()
-        step()
-    for _ in range(rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return times
+@contextlib.contextmanager
+def load(processes: int) -> Iterator[None]:
+    """Other processes that compute meanwhile."""
+    program = "import torch\nx = torch.randn(512, 512)\nwhile True: x = (x @ x).clamp(-1, 1)"
+    running = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="bench lars", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=("resnet50", "vit_b_16", "small"), default="resnet50")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--compile", action="store_true", help="torch.compile timm's, a minute")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    shapes = shapes_of(options.model)
-    times = measure(contenders(shapes, options.compile), options.rounds)
-    elements = sum(torch.Size(shape).numel() for shape in shapes)
-    print(
-        f"{options.model}: {len(shapes)} tensors, {elements / 1e6:.1f} M float32 parameters, "
-        f"{options.threads} threads, torch {torch.__version__}, {options.rounds} rounds"
+def tables(
+    options: Options,
+    models: tuple[str, ...] = MODELS,
+    compiled: bool = False,
+    busy: int = 0,
+) -> Iterator[Table]:
+    """A table per model. compiled: torch.compile timm's too, a minute. busy: other processes."""
+    for model in models:
+        shapes, notes = shapes_of(model), []
+        elements = sum(torch.Size(shape).numel() for shape in shapes)
+        steps = contenders(parameters(shapes, options.device), compiled, notes)
+        steps |= floors(elements, options.device)
+        with load(busy):
+            times = harness.measure(steps, options.rounds, options.device)
+        title = (
+            f"LARS step, {model}: {len(shapes)} tensors, {elements / 1e6:.3g} M float32, "
+            f"{options.device.type}, threads {options.threads}, busy processes {busy}"
+        )
+        least = {name: min(values) for name, values in times.items()}
+        facts = {
+            "least ms": {name: f"{least[name]:.3g}" for name in times},
+            "× ours, least": {name: f"{least[name] / least[OURS]:.2f}" for name in times},
+        }
+        if options.device.type == "cpu" and elements > 1e6:
+            notes.append(prediction(elements))
+        yield Table(title, OURS, {"step": times}, facts, FLOORS, notes)
+
+
+def prediction(elements: int) -> str:
+    """Seven arrays pass a GPU's memory, five where the last-level cache keeps p and g."""
+    low, high = 5 * 4 * elements, 7 * 4 * elements
+    times = (
+        f"{name} {1e6 * low / rate:.0f} to {1e6 * high / rate:.0f} µs"
+        for name, rate in GPUS.items()
     )
-    ours = statistics.median(times["simclr_fast"])
-    fastest = min(times["simclr_fast"])
-    print(f"{'':30s}{'min ms':>9s}{'median':>9s}{'x ours (median)':>17s}{'(min)':>7s}")
-    for name, values in sorted(times.items(), key=lambda item: statistics.median(item[1])):
-        low, middle = min(values), statistics.median(values)
-        print(f"{name:30s}{low:9.2f}{middle:9.2f}{middle / ours:17.2f}{low / fastest:7.2f}")
-    print("predicted on GPUs, two launches, at the data sheet's bandwidth (five to seven arrays):")
-    for name, bandwidth in GPUS.items():
-        low, high = (1e6 * arrays * 4 * elements / bandwidth for arrays in (5, 7))
-        print(f"  {name}: {low:.0f} to {high:.0f} µs")
+    return (
+        f"Predicted on GPUs: two launches, {low / 1e6:.0f} to {high / 1e6:.0f} MB a step; with the "
+        f"data sheet's bandwidth {', '.join(times)}."
+    )
+
+
+def main() -> None:
+    parser = harness.parser("bench lars", __doc__)
+    parser.add_argument("--models", default="resnet50", help=",".join(MODELS))
+    parser.add_argument("--busy", type=int, default=0, help="processes that compute meanwhile")
+    parser.add_argument("--compile", action="store_true", help="torch.compile timm's, a minute")
+    given = parser.parse_args()
+    models = tuple(given.models.split(","))
+    for table in tables(harness.options(given), models, given.compile, given.busy):
+        print(table.text(), "\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 class Batch(NamedTuple):
@@ -147,5 +148,6 @@ def _norms(tensors: list[Tensor]) -> Tensor:
 
 
 def _on_host(tensor: Tensor) -> bool:
-    """Whether Python may branch on values without waiting for a device."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether Python may branch on values: without waiting for a device or breaking a graph."""
+    plain = not torch.compiler.is_compiling() and not is_traceable_wrapper_subclass(tensor)
+    return plain and tensor.device.type == "cpu"

@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Collection
 from itertools import repeat
-from operator import is_, is_not
+from operator import attrgetter, is_, is_not
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ._lars_foreach import Batch
 # A group and whether its tensors are set apart → their weight decay, and whether they are adapted.
 Rule = Callable[[dict[str, Any], bool], tuple[float, bool]]
 
+_grad = attrgetter("grad")
 _FLAGS = (
     ("nesterov", True, ops.LARS_NESTEROV),
     ("maximize", True, ops.LARS_MAXIMIZE),
@@ -139,11 +140,11 @@ class Held:
             and _same(self._all, _params(optimizer))
             and _same(self._keys, optimizer.state)
             and _same(self._states, optimizer.state.values())
-            and _same(self._buffers, [state.get("momentum_buffer") for state in self._states])
+            and all(map(is_, self._buffers, map(dict.get, self._states, repeat("momentum_buffer"))))
             and all(p.grad is None for p in self._others)
         ):
             return False
-        grads = [p.grad for p in self._params]
+        grads: list[Any] = list(map(_grad, self._params))
         if not all(map(is_not, grads, repeat(None))):
             return False
         batches = []
