@@ -172,32 +172,44 @@ def make_crops(images: Any, nodes: list[Any], aug: Augmentation, device: str) ->
     crops = []
     for first in range(0, len(nodes), count):
         params = {name: nodes[first + i] for i, name in enumerate(CROP_NAMES)}
-        x = _crop(images, params, aug, device, 1.0)
-        crops.append(fn.cast(x, dtype=types.UINT8))
+        x, gain = _crop(images, params, aug, device)
+        crops.append(fn.cast(x * gain, dtype=types.UINT8))
     return crops
 
 
 def _make_view(
     images: Any, p: dict[str, Any], aug: Augmentation, device: str, dtype: Any, channels_last: bool
 ) -> Any:
-    fn, types, math = _dali("fn"), _dali("types"), _dali("math")
+    fn, types = _dali("fn"), _dali("types")
 
     def local(name: str) -> Any:
         return p[name].gpu() if device == "gpu" else p[name]
 
     margins = {"axis_names": "HW", "out_of_bounds_policy": "pad", "fill_values": 0}
-    x = _crop(images, p, aug, device, 1 / 255)
-    if aug.spec == "torchvision":
-        x = math.clamp(x, 0, 1)
+    x, gain = _crop(images, p, aug, device)
+    # One plane per channel: DALI's arithmetic is slow where it broadcasts or reduces over channels.
+    gain = gain * (1 / 255)
+    r, g, b = (
+        fn.squeeze(fn.coord_transform(x, M=row) * gain, axis_names="C")
+        for row in ([1, 0, 0], [0, 1, 0], [0, 0, 1])
+    )
+    # Otherwise the first step to come sees the bicubic overshoot.
+    clipped = aug.spec == "torchvision"
+    if clipped:
+        r, g, b = _clip(r), _clip(g), _clip(b)
     # Nested: the outer condition is Python's, the inner one the graph's, per sample.
     if aug.p_jitter > 0:  # noqa: SIM102
         if p["jitter"]:
             for k in range(4):
-                x = _jitter_step(x, p[f"step{k}"], local, aug)
+                r, g, b = _jitter_step(r, g, b, p[f"step{k}"], local, aug, clipped or k > 0)
     if aug.p_gray > 0:  # noqa: SIM102
         if p["gray"]:
-            x = fn.coord_transform(x, M=_LUMA * 3)
-    x = math.clamp(x, 0, 1)
+            y = _luma(r, g, b)
+            r, g, b = y, y, y
+    if not clipped:  # noqa: SIM102
+        if not p["jitter"]:
+            r, g, b = _clip(r), _clip(g), _clip(b)
+    x = fn.stack(r, g, b, axis_name="C")
     pad = aug.blur_radius if aug.spec == "simclr" else 0
     if aug.p_blur > 0 and aug.blur_radius > 0:  # noqa: SIM102
         if p["blur"]:
@@ -216,8 +228,8 @@ def _make_view(
     )
 
 
-def _crop(images: Any, p: dict[str, Any], aug: Augmentation, device: str, scale: float) -> Any:
-    """The box, resized: float32 [size, size, 3], times `scale`."""
+def _crop(images: Any, p: dict[str, Any], aug: Augmentation, device: str) -> tuple[Any, Any]:
+    """The box, resized: float32 [size, size, 3], and what to multiply by: [size, size, 1]."""
     fn, types = _dali("fn"), _dali("types")
     row_gain, column_gain = (
         p[name].gpu() if device == "gpu" else p[name] for name in ("row_gain", "column_gain")
@@ -241,53 +253,91 @@ def _crop(images: Any, p: dict[str, Any], aug: Augmentation, device: str, scale:
         antialias=aug.spec == "torchvision",
         dtype=types.FLOAT,
     )
-    return x * (row_gain * scale) * column_gain
+    return x, row_gain * column_gain
 
 
-def _jitter_step(x: Any, step: Any, local: Any, aug: Augmentation) -> Any:
-    fn, math = _dali("fn"), _dali("math")
+def _clip(x: Any) -> Any:
+    math = _dali("math")
+    # math.clamp is three times as slow.
+    return math.max(math.min(x, 1.0), 0.0)
+
+
+def _luma(r: Any, g: Any, b: Any) -> Any:
+    return _LUMA[0] * r + _LUMA[1] * g + _LUMA[2] * b
+
+
+def _jitter_step(
+    r: Any, g: Any, b: Any, step: Any, local: Any, aug: Augmentation, clipped: bool
+) -> Any:
+    """Jitter step number `step`, per sample, of float32 [size, size] each.
+
+    clipped: the input lies in [0, 1]; then hue and HSV saturation do not leave it.
+    """
     if step == 0:
         f = local("brightness")
-        x = math.clamp(x + f if aug.brightness == "additive" else x * f, 0, 1)
-    elif step == 1:
-        f = local("contrast")
-        mean = fn.reductions.mean(x, axis_names="HW", keep_dims=True)
-        if aug.spec == "torchvision":
-            mean = fn.coord_transform(mean, M=_LUMA)
-        x = math.clamp(x * f + mean * (1 - f), 0, 1)
-    elif step == 2:
-        f = local("saturation")
-        if aug.spec == "torchvision":
-            x = math.clamp(x * f + fn.coord_transform(x, M=_LUMA) * (1 - f), 0, 1)
+        if aug.brightness == "additive":
+            r, g, b = _clip(r + f), _clip(g + f), _clip(b + f)
         else:
-            # Scaling HSV S moves each channel towards the largest, V, by at most V / chroma.
-            top = fn.reductions.max(x, axis_names="C", keep_dims=True)
-            chroma = top - fn.reductions.min(x, axis_names="C", keep_dims=True)
-            factor = math.max(math.min(f, top / math.max(chroma, 1e-30)), 0)
-            x = math.clamp(top - (top - x) * factor, 0, 1)
+            r, g, b = _clip(r * f), _clip(g * f), _clip(b * f)
+    elif step == 1:
+        r, g, b = _contrast(r, g, b, local("contrast"), aug)
+    elif step == 2:
+        r, g, b = _saturate(r, g, b, local("saturation"), aug, clipped)
     else:
-        x = math.clamp(_rotate_hue(x, local("hue")), 0, 1)
-    return x
+        r, g, b = _rotate_hue(r, g, b, local("hue"))
+        if not clipped:
+            r, g, b = _clip(r), _clip(g), _clip(b)
+    return r, g, b
 
 
-def _rotate_hue(x: Any, turns: Any) -> Any:
-    """HSV hue + turns. channel = V - chroma·clamp(min(k, 4 - k), 0, 1), k = (n + 6h) mod 6."""
-    fn, types, math = _dali("fn"), _dali("types"), _dali("math")
-    device = x.device
+def _contrast(r: Any, g: Any, b: Any, f: Any, aug: Augmentation) -> Any:
+    fn = _dali("fn")
+    mean_r, mean_g, mean_b = (fn.reductions.mean(x, keep_dims=True) for x in (r, g, b))
+    if aug.spec == "torchvision":
+        mean_r = _luma(mean_r, mean_g, mean_b)
+        mean_g = mean_b = mean_r
+    rest = 1 - f
+    return _clip(r * f + mean_r * rest), _clip(g * f + mean_g * rest), _clip(b * f + mean_b * rest)
 
-    def per_channel(values: list[float]) -> Any:
-        return types.Constant(np.array(values, np.float32).reshape(1, 1, 3), device=device)
 
-    top = fn.reductions.max(x, axis_names="C", keep_dims=True)
-    chroma = top - fn.reductions.min(x, axis_names="C", keep_dims=True)
-    # Each channel's hue in sixths if it were the largest; ties agree, so any largest one serves.
-    difference = fn.coord_transform(x, M=[0, 1, -1, -1, 0, 1, 1, -1, 0])
-    sixths = per_channel([0, 2, 4]) + difference / math.max(chroma, 1e-30)
-    sixths = (x == top) * (sixths - 6 * math.floor(sixths / 6))
-    h = fn.reductions.max(sixths, axis_names="C", keep_dims=True) + 6 * turns
-    k = per_channel([5, 3, 1]) + h
-    k = k - 6 * math.floor(k / 6)
-    return top - chroma * math.clamp(math.min(k, 4 - k), 0, 1)
+def _saturate(r: Any, g: Any, b: Any, f: Any, aug: Augmentation, clipped: bool) -> Any:
+    math = _dali("math")
+    if aug.spec == "torchvision":
+        rest = _luma(r, g, b) * (1 - f)
+        return _clip(r * f + rest), _clip(g * f + rest), _clip(b * f + rest)
+    # Scaling HSV S moves each channel towards the largest, V, by at most V / chroma.
+    top = math.max(math.max(r, g), b)
+    chroma = top - math.min(math.min(r, g), b)
+    factor = math.min(top / math.max(chroma, 1e-30), f)
+    if not clipped:
+        factor = math.max(factor, 0.0)
+    rest = top - top * factor
+    r, g, b = rest + r * factor, rest + g * factor, rest + b * factor
+    return (r, g, b) if clipped else (_clip(r), _clip(g), _clip(b))
+
+
+def _rotate_hue(r: Any, g: Any, b: Any, turns: Any) -> Any:
+    """HSV hue + turns.
+
+    The hue in sixths is |k + (middle - low) / chroma| with k by which channel is the largest;
+    then each channel is low + chroma·clamp(its piecewise linear function of the hue, 0, 1).
+    """
+    math = _dali("math")
+    swapped = g < b
+    high, low = math.max(g, b), math.min(g, b)
+    k = -6.0 * swapped
+    below = r < high
+    top, middle = math.max(r, high), math.min(r, high)
+    k = k + below * (-2.0 - 2.0 * k)
+    bottom = math.min(middle, low)
+    chroma = top - bottom
+    h = math.fabs(k + (middle - low) / math.max(chroma, 1e-30)) + 6.0 * (turns - math.floor(turns))
+    h = h - 6.0 * (h >= 6.0)
+    return (
+        bottom + chroma * _clip(math.fabs(h - 3.0) - 1.0),
+        bottom + chroma * _clip(2.0 - math.fabs(h - 2.0)),
+        bottom + chroma * _clip(2.0 - math.fabs(h - 4.0)),
+    )
 
 
 def _dali(name: str) -> ModuleType:
