@@ -26,7 +26,7 @@ from simclr_fast.augment_params import philox
 from simclr_fast.decode import Batch, CorruptImageError, DaliCrops, DaliViews, Decoder
 from simclr_fast.sources import Source, open_source
 
-__all__ = ["CorruptImageError", "ImageLoader", "TwoViewLoader"]
+__all__ = ["CorruptImageError", "ImageLoader", "OneViewLoader", "TwoViewLoader"]
 
 log = logging.getLogger(__name__)
 # The share of each side that evaluation keeps of larger images (224 of 256, arXiv:2002.05709, B.7).
@@ -285,6 +285,18 @@ class TwoViewLoader(_Loader):
         return [
             draw_params(self.augmentation, self.seed, self.epoch, ids, v, sizes) for v in (0, 1)
         ]
+
+
+class OneViewLoader(_Loader):
+    """Iterates (view, index): one random view of each image, what a classifier is trained on.
+
+    Arguments as for `TwoViewLoader`; `augmentation` is required.
+    """
+
+    n_views = 1
+
+    def _draw(self, ids: np.ndarray, sizes: np.ndarray) -> list[ViewParams]:
+        return [draw_params(self.augmentation, self.seed, self.epoch, ids, 0, sizes)]
 
 
 class ImageLoader(_Loader):

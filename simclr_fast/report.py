@@ -9,7 +9,8 @@ import torch
 from simclr_fast import checkpoint
 from simclr_fast.config import PretrainConfig
 from simclr_fast.datasets import named_source
-from simclr_fast.evaluate import features, linear_probe, pixels
+from simclr_fast.evaluation.features import features, pixels
+from simclr_fast.evaluation.linear import linear_probe
 from simclr_fast.models import build_encoder
 from simclr_fast.plots import plot_embedding
 

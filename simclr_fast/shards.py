@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from simclr_fast.sources import IMAGE_SUFFIXES, Source
+from simclr_fast.sources import IMAGE_SUFFIXES, Source, file_fingerprint
 
 _RECORDIO_MAGIC = 0xCED7230A
 _TFRECORD_IMAGE = (b"image/encoded", b"image")
@@ -60,6 +60,9 @@ class ShardSource(Source):
     def name(self, i: int) -> str:
         shard, record = self._records[i]
         return f"{self.paths[shard]}:{record.key}"
+
+    def fingerprint(self) -> bytes:
+        return file_fingerprint(self.paths)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_maps": {}}

@@ -4,7 +4,8 @@ A source gives sample i's bytes (or pixels) by number. The loader decides order,
 sharding and resuming are exact whatever the storage format.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,25 @@ class Source:
         """What to call sample i in a message: a path, or a record of one."""
         raise NotImplementedError
 
+    def fingerprint(self) -> bytes:
+        """Changes with the images and their order: for files their paths, sizes and dates."""
+        images = (self.read(i) for i in range(len(self)))
+        return fingerprint(f"{image.shape}".encode() + image.tobytes() for image in images)
+
+
+def fingerprint(parts: Iterable[bytes]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.digest()
+
+
+def file_fingerprint(paths: Iterable[Path]) -> bytes:
+    return fingerprint(
+        f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()
+        for path, stat in ((path, path.stat()) for path in paths)
+    )
+
 
 class FileSource(Source):
     """One image per file."""
@@ -54,6 +74,9 @@ class FileSource(Source):
 
     def name(self, i: int) -> str:
         return str(self.paths[i])
+
+    def fingerprint(self) -> bytes:
+        return file_fingerprint(self.paths)
 
 
 class ArraySource(Source):
@@ -125,6 +148,9 @@ class _Subset(Source):
 
     def name(self, i: int) -> str:
         return self.source.name(self.ids[i])
+
+    def fingerprint(self) -> bytes:
+        return fingerprint([self.source.fingerprint(), self.ids.tobytes()])
 
 
 def open_source(data: Any, labels: Any = None) -> Source:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from simclr_fast.augment import Augmentation
-from simclr_fast.data import CorruptImageError, ImageLoader, TwoViewLoader
+from simclr_fast.data import CorruptImageError, ImageLoader, OneViewLoader, TwoViewLoader
 
 pytest.importorskip("nvidia.dali", reason="decoding needs DALI (Linux)")
 AUG = Augmentation(size=16, p_blur=0.5)
@@ -55,6 +55,12 @@ def test_shapes_layout_and_two_different_views(folder):
     assert index.dtype == torch.int64
     assert not torch.equal(view1, view2)
     assert len(set(torch.cat([b[2] for b in batches]).tolist())) == 20
+
+
+def test_one_view_is_the_first_of_two(folder):
+    one = run(OneViewLoader(folder, 5, AUG, seed=3))
+    two = run(TwoViewLoader(folder, 5, augmentation=AUG, seed=3))
+    assert equal(one, [(view1, index) for view1, _, index in two])
 
 
 def test_epochs_differ_and_repeat_by_number(folder):

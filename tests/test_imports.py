@@ -13,7 +13,7 @@ ROOMS = [
     {"_lars_native", "distributed", "losses", "optim", "augment", "dali_views", "models", "config"},
     {"global_batch_norm", "decode", "data", "datasets", "preview", "compat"},
     {"large_batch"},
-    {"weights", "evaluate", "plots", "train"},
+    {"weights", "evaluation", "plots", "train"},
     {"export", "report", "selfcheck", "benchmarks"},
     {"commands"},
     {"cli"},
@@ -66,7 +66,7 @@ def test_imports_go_one_way():
 
 def test_evaluation_and_checkpoints_know_nothing_of_training():
     for name, path in modules():
-        if name in ("evaluate", "checkpoint", "plots", "weights"):
+        if name in ("evaluation", "checkpoint", "plots", "weights"):
             assert "train" not in imported(path)
 
 
@@ -87,7 +87,7 @@ for name in {optional!r} + ("safetensors", "matplotlib", "scipy"):
     sys.modules[name] = None
 import simclr_fast, torch
 import simclr_fast.losses, simclr_fast.optim, simclr_fast.augment, simclr_fast.data
-import simclr_fast.models, simclr_fast.config, simclr_fast.train, simclr_fast.evaluate
+import simclr_fast.models, simclr_fast.config, simclr_fast.train, simclr_fast.evaluation.knn
 assert not torch.cuda.is_initialized()
 z = torch.randn(8, 4)
 simclr_fast.nt_xent_loss(z)

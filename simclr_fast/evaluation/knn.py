@@ -1,0 +1,94 @@
+"""Weighted k-nearest-neighbour classification by cosine similarity, exact.
+
+The protocol of arXiv:1805.01978, 3.4: each of the k most similar training images votes for its
+class with the weight exp(similarity / τ).
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simclr_fast.evaluation.accuracy import ranks
+
+K = (20, 200)
+TAU = 0.07
+_QUERIES, _BANK = 1024, 16384
+
+
+def nearest(
+    queries: Tensor,
+    bank: Tensor,
+    k: int,
+    *,
+    device: torch.device | str = "cpu",
+    query_block: int = _QUERIES,
+    bank_block: int = _BANK,
+) -> tuple[Tensor, Tensor]:
+    """The k most similar rows of `bank` for every query, most similar first.
+
+    queries: [n, D], bank: [m, D], on any device or mapped from a file; k ≤ m. They are read in
+    blocks: memory is query_block × (bank_block + 2k) similarities, never n × m.
+
+    Returns:
+        cosine similarities, float32 [n, k], and row numbers, int64 [n, k], on the CPU. Of equally
+        similar rows any may come first.
+    """
+    if not 1 <= k <= len(bank):
+        raise ValueError(f"k must be in [1, {len(bank)}], the size of the bank, got {k}")
+    similarities = torch.empty(len(queries), k)
+    indices = torch.empty(len(queries), k, dtype=torch.int64)
+    for q in range(0, len(queries), query_block):
+        mine = _normalized(queries[q : q + query_block], device)
+        best = mine.new_empty(len(mine), 0)
+        which = torch.empty(len(mine), 0, dtype=torch.int64, device=mine.device)
+        for b in range(0, len(bank), bank_block):
+            similar = mine @ _normalized(bank[b : b + bank_block], device).T
+            value, at = similar.topk(min(k, similar.shape[1]), dim=1)
+            best, which = torch.cat([best, value], 1), torch.cat([which, at + b], 1)
+            best, order = best.topk(min(k, best.shape[1]), dim=1)
+            which = which.gather(1, order)
+        similarities[q : q + query_block], indices[q : q + query_block] = best, which
+    return similarities, indices
+
+
+def votes(
+    similarities: Tensor, neighbour_labels: Tensor, n_classes: int, tau: float = TAU
+) -> Tensor:
+    """[n, C] sums of exp(similarity / tau) over neighbours of each class, from two [n, k]."""
+    # Less the largest: a common factor per query, which keeps float32 in range for small tau.
+    weights = ((similarities - similarities[:, :1]) / tau).exp().double()
+    out = weights.new_zeros(len(weights), n_classes)
+    return out.scatter_add_(1, neighbour_labels, weights)
+
+
+def knn_ranks(
+    train: Tensor,
+    train_labels: Any,
+    test: Tensor,
+    test_labels: Any,
+    n_classes: int,
+    *,
+    ks: tuple[int, ...] = K,
+    tau: float = TAU,
+    device: torch.device | str = "cpu",
+) -> dict[int, Tensor]:
+    """k → classes before the true one, int64 [m], for every k of `ks` that the data allow."""
+    if tau <= 0:
+        raise ValueError(f"tau must be positive, got {tau}")
+    for name, features in (("train", train), ("test", test)):
+        if not all(torch.isfinite(part).all() for part in features.split(_BANK)):
+            raise ValueError(f"the {name} features are not finite: the encoder has diverged")
+    targets = torch.as_tensor(np.asarray(train_labels), dtype=torch.int64)
+    truth = torch.as_tensor(np.asarray(test_labels), dtype=torch.int64)
+    ks = tuple(k for k in ks if k <= len(train)) or (len(train),)
+    similarities, indices = nearest(test, train, max(ks), device=device)
+    return {
+        k: ranks(votes(similarities[:, :k], targets[indices[:, :k]], n_classes, tau), truth)
+        for k in ks
+    }
+
+
+def _normalized(rows: Tensor, device: torch.device | str) -> Tensor:
+    return torch.nn.functional.normalize(rows.to(device, torch.float32), dim=1)

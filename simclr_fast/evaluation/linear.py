@@ -1,0 +1,268 @@
+"""L2-regularised logistic regression on frozen features, by L-BFGS to convergence.
+
+The objective is scikit-learn's: Σᵢ CE(W xᵢ + b, yᵢ) + l2/2 ‖W‖², so l2 = 1/C and the bias is free.
+Features are standardised by the training images' mean and deviation. The protocol is that of
+arXiv:2002.05709, B.8.1: no augmentation, L-BFGS, l2 from 45 logarithmically spaced values between
+1e-6 and 1e5, chosen on held-out training images.
+
+L-BFGS runs in float64 on the features' principal components, each divided by the root of
+(variance / C + l2 / n): about the Hessian's diagonal, so that tens of steps suffice. The minimiser
+is the same, since the penalty does not change under a rotation.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simclr_fast.checkpoint import load_checkpoint, write_atomic
+from simclr_fast.evaluation.accuracy import Accuracy, bootstrap, ranks
+from simclr_fast.evaluation.subsets import balanced_subset
+from simclr_fast.extras import need
+
+SWEEP = tuple(float(v) for v in np.logspace(5, -6, 45))
+# On the largest component of the scaled gradient of the objective over n: of a fit that is
+# reported, and of the fits that only choose l2.
+_TOLERANCE, _ROUGH = 1e-6, 1e-4
+_ITERATIONS = 2000
+_HISTORY = 10
+# Logits in memory at once.
+_BLOCK = 2**24
+_VALIDATION = 0.2
+_L2 = 1.0
+
+
+@dataclass
+class Logistic:
+    """x [n, D] → logits (x - mean) / std · weightᵀ + bias.
+
+    weight: float64 [C, D]; bias: float64 [C]; mean, std: float32 [D].
+    iterations: of L-BFGS. gradient: its largest component at the end. converged: small enough.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    std: Tensor
+    l2: float
+    iterations: int
+    gradient: float
+    converged: bool
+
+    def parameters(self) -> Tensor:
+        """[C, D + 1]: weights and biases."""
+        return torch.cat([self.weight, self.bias[:, None]], 1)
+
+    def ranks(self, x: Tensor, labels: Any) -> Tensor:
+        """Classes before the true one: int64 [n] on the CPU (`accuracy.ranks`)."""
+        targets = _integers(labels)
+        weight, bias = self.weight.float(), self.bias.float()
+        parts = []
+        for rows in _blocks(len(x), max(weight.shape)):
+            z = (x[rows].to(weight.device) - self.mean) / self.std
+            parts.append(ranks(z @ weight.T + bias, targets[rows].to(weight.device)).cpu())
+        return torch.cat(parts)
+
+
+def fit_logistic(
+    x: Tensor,
+    labels: Any,
+    l2: float,
+    *,
+    n_classes: int | None = None,
+    start: Logistic | None = None,
+    device: torch.device | str = "cpu",
+    tolerance: float = _TOLERANCE,
+    max_iterations: int = _ITERATIONS,
+) -> Logistic:
+    """The minimiser of the objective above.
+
+    x: float [n, D]; labels: integers [n] in [0, n_classes). start: a fit on the same features
+        to go on from.
+    tolerance: on the largest component of the gradient of the objective divided by n, in the
+        scaled coordinates. Fits that stop at max_iterations have converged=False.
+
+    Raises:
+        ValueError: features that are not finite, l2 that is not positive, labels out of range.
+    """
+    if not l2 > 0:
+        raise ValueError(f"l2 must be positive, got {l2}")
+    targets = _integers(labels)
+    classes = n_classes or int(targets.max()) + 1
+    if len(targets) != len(x) or int(targets.min()) < 0 or int(targets.max()) >= classes:
+        raise ValueError(f"labels must be {len(x)} integers in [0, {classes})")
+    problem = _Problem(x, targets, classes, device)
+    return problem.fit(l2, None if start is None else start.parameters(), tolerance, max_iterations)
+
+
+class _Problem:
+    """Standardised features in their principal axes, and the fits on them.
+
+    z: [n, D] with covariance diag(variance); axes: float64 [D, D], standardised x = z · axesᵀ.
+    """
+
+    def __init__(self, x: Tensor, targets: Tensor, classes: int, device: torch.device | str):
+        self.targets, self.classes = targets.to(device), classes
+        self.mean, self.std = _moments(x, device)
+        n, dim = x.shape
+        standard = torch.empty(n, dim, dtype=_storage(x), device=device)
+        covariance = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        for rows in _blocks(n, dim):
+            standard[rows] = (x[rows].to(device) - self.mean) / self.std
+            block = standard[rows].double()
+            covariance.addmm_(block.T, block, alpha=1 / n)
+        variance, self.axes = torch.linalg.eigh(covariance)
+        self.variance = variance.clamp_min(0)
+        for rows in _blocks(n, dim):
+            standard[rows] = (standard[rows].double() @ self.axes).to(standard.dtype)
+        self.z = standard
+
+    def fit(
+        self, l2: float, start: Tensor | None, tolerance: float, max_iterations: int
+    ) -> Logistic:
+        """start: float64 [C, D + 1], weights and biases to start from."""
+        n, dim = self.z.shape
+        scale = (self.variance / self.classes + l2 / n).rsqrt()
+        scale = torch.cat([scale, scale.new_full((1,), self.classes**0.5)])
+        flat = torch.zeros(self.classes, dim + 1, dtype=torch.float64, device=self.z.device)
+        if start is not None:
+            flat.copy_(start)
+            flat[:, :dim] = flat[:, :dim] @ self.axes
+            flat /= scale
+
+        def objective() -> Tensor:
+            parameters = flat * scale
+            weight, bias = parameters[:, :dim], parameters[:, dim]
+            loss = l2 / 2 * weight.square().sum()
+            gradient = l2 * parameters
+            gradient[:, dim] = 0
+            for rows in _blocks(n, max(self.classes, dim)):
+                block = self.z[rows].double()
+                log_p = torch.log_softmax(torch.addmm(bias, block, weight.T), 1)
+                mine = self.targets[rows, None]
+                loss = loss - log_p.gather(1, mine).sum()
+                error = log_p.exp_().scatter_add_(1, mine, bias.new_full(mine.shape, -1.0))
+                gradient[:, :dim].addmm_(error.T, block)
+                gradient[:, dim] += error.sum(0)
+            flat.grad = gradient / n * scale
+            return loss / n
+
+        optimizer = torch.optim.LBFGS(
+            [flat],
+            max_iter=max_iterations,
+            tolerance_grad=tolerance,
+            tolerance_change=0,
+            history_size=_HISTORY,
+            line_search_fn="strong_wolfe",
+        )
+        optimizer.step(objective)
+        objective()
+        assert flat.grad is not None
+        gradient = float(flat.grad.abs().max())
+        parameters = flat * scale
+        return Logistic(
+            weight=parameters[:, :dim] @ self.axes.T,
+            bias=parameters[:, dim],
+            mean=self.mean,
+            std=self.std,
+            l2=l2,
+            iterations=optimizer.state[flat]["n_iter"],
+            gradient=gradient,
+            converged=gradient <= tolerance,
+        )
+
+
+@dataclass
+class Sweep:
+    """fit: on all training images with the chosen l2; validation: l2 → top-1 on held-out ones."""
+
+    fit: Logistic
+    validation: dict[float, float]
+
+
+def sweep_logistic(
+    x: Tensor,
+    labels: Any,
+    *,
+    n_classes: int,
+    values: tuple[float, ...] = SWEEP,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Path | None = None,
+) -> Sweep:
+    """Choose l2 on a class-balanced fifth of the training images, then fit on all of them.
+
+    values: from the strongest to the weakest; each fit starts from the one before. Of values that
+        do equally well the strongest is taken.
+    progress: a file that holds what is done; an interrupted sweep of the same features, labels and
+        arguments goes on from it.
+    """
+    targets = _integers(labels)
+    held = np.zeros(len(x), bool)
+    held[balanced_subset(targets.numpy(), _VALIDATION, seed)] = True
+    problem = _Problem(x[~held], targets[~held], n_classes, device)
+    done: dict[float, float] = {}
+    start = None
+    # An older file may be of other arguments or features.
+    key = [list(values), seed, len(x), float(x[0].sum()), float(x[-1].sum())]
+    if progress is not None and progress.exists():
+        saved = load_checkpoint(progress)
+        if saved["key"] == key:
+            done, start = saved["done"], saved["start"].to(device)
+    for l2 in need("tqdm", "train").tqdm(values, desc="l2 sweep", leave=False):
+        if l2 in done:
+            continue
+        fit = problem.fit(l2, start, _ROUGH, _ITERATIONS)
+        done[l2] = float((fit.ranks(x[held], targets[held]) == 0).double().mean())
+        start = fit.parameters()
+        if progress is not None:
+            write_atomic(progress, partial(torch.save, {"key": key, "done": done, "start": start}))
+    best = max(done, key=lambda l2: (done[l2], l2))
+    fit = fit_logistic(x, targets, best, n_classes=n_classes, device=device)
+    if progress is not None:
+        progress.unlink(missing_ok=True)
+    return Sweep(fit, done)
+
+
+def linear_probe(train: Tensor, train_labels, test: Tensor, test_labels, seed: int = 0) -> Accuracy:
+    """Top-1 of logistic regression with l2 = 1.
+
+    train: [n, D], test: [m, D]; labels: integers [n] and [m].
+    """
+    if not torch.isfinite(test).all():
+        raise ValueError("the features are not finite: the encoder has diverged")
+    fit = fit_logistic(train, train_labels, _L2, tolerance=_ROUGH)
+    return bootstrap((fit.ranks(test, test_labels) == 0).numpy(), seed)
+
+
+def _moments(x: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (of a constant feature: 1), float32 [D]."""
+    total = torch.zeros(x.shape[1], dtype=torch.float64)
+    squares = torch.zeros_like(total)
+    for rows in _blocks(len(x), x.shape[1]):
+        total += x[rows].double().sum(0).cpu()
+    mean = total / len(x)
+    for rows in _blocks(len(x), x.shape[1]):
+        squares += (x[rows].double().cpu() - mean).square().sum(0)
+    std = (squares / len(x)).sqrt()
+    if not torch.isfinite(std).all():
+        raise ValueError("the features are not finite: the encoder has diverged")
+    std = torch.where(std > 1e-6 * mean.abs().clamp_min(1e-6), std, torch.ones_like(std))
+    return mean.float().to(device), std.float().to(device)
+
+
+def _storage(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.numel() <= _BLOCK * 8 else torch.float32
+
+
+def _blocks(n: int, width: int):
+    step = max(_BLOCK // width, 1)
+    return (slice(i, min(i + step, n)) for i in range(0, n, step))
+
+
+def _integers(labels: Any) -> Tensor:
+    return torch.as_tensor(np.asarray(labels), dtype=torch.int64)
