@@ -14,6 +14,8 @@ COMMANDS = {
     "pretrain": """[--preset demo|cifar10|imagenet100|imagenet] [--data ...] [options]
                        an encoder from images without labels; --help: all options, with
                        the preset's values""",
+    "eval": """linear|knn|finetune|layers|embed --encoder FILE [--data ...] [options]
+                       what an encoder has learnt: tables, JSON and pictures""",
     "preview": """[--data ...] [--images 8] [--to preview.png] [options]
                        what the augmentation does to some of the images""",
     "export": """--encoder FILE --to DIR --format torchvision|timm|safetensors|torch-export|onnx

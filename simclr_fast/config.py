@@ -63,6 +63,9 @@ class PretrainConfig:
     workers: int | None = None
     """Threads that decode; by default the cores, at most 8."""
     log_every: int = 20
+    probe_every: int | None = None
+    """Steps between reports of a linear and a k-NN probe on the features of the run's own steps;
+    needs labels, which train only the probe."""
     checkpoint_every: int = 500
     """Steps between checkpoints; the newest two are kept."""
     resume: bool = False
@@ -80,6 +83,8 @@ class PretrainConfig:
             raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}")
         if self.offload_gb < 0:
             raise ValueError(f"offload_gb must be at least 0, got {self.offload_gb}")
+        if self.probe_every is not None and self.probe_every < 1:
+            raise ValueError(f"probe_every must be at least 1, got {self.probe_every}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         if self.lr is not None and self.lr <= 0:

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from simclr_fast.checkpoint import write_atomic
+from simclr_fast.evaluation.accuracy import Accuracy
 from simclr_fast.extras import need
 
 
@@ -29,22 +29,33 @@ def plot_loss(metrics: Path, path: Path) -> None:
 
 
 def plot_embedding(
-    features: Tensor, labels: np.ndarray, classes: tuple[str, ...], path: Path
+    points: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], path: Path, title: str
 ) -> None:
-    """t-SNE of h [n, D], coloured by class."""
-    manifold = need("sklearn.manifold", "train")
-    standard = (features - features.mean(0)) / features.std(0).clamp_min(1e-6)
-    points = manifold.TSNE(init="pca", perplexity=30, random_state=0).fit_transform(
-        standard.numpy()
-    )
+    """Points [n, 2], coloured by class; a legend for up to 20 classes."""
     figure, axes = _figure(1, (7.5, 6))
     (axis,) = axes
-    colours = need("matplotlib", "train").colormaps["tab10"]
+    few = len(classes) <= 10
+    colours = need("matplotlib", "train").colormaps["tab10" if few else "gist_rainbow"]
     for label, name in enumerate(classes):
         mine = points[labels == label]
-        axis.scatter(*mine.T, s=9, color=colours(label % 10), label=name)
-    axis.set(xticks=[], yticks=[], title="t-SNE of h, test images (labels never seen in training)")
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=2)
+        colour = colours(label if few else label / len(classes))
+        axis.scatter(*mine.T, s=9, color=colour, label=name)
+    axis.set(xticks=[], yticks=[], title=title)
+    if 1 < len(classes) <= 20:
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=2)
+    _save(figure, path)
+
+
+def plot_layers(accuracies: dict[str, Accuracy], path: Path) -> None:
+    """Top-1 after each layer, with its interval."""
+    figure, axes = _figure(1, (1.6 + 1.5 * len(accuracies), 4))
+    (axis,) = axes
+    values = np.array([a.value for a in accuracies.values()])
+    errors = np.array([[a.value - a.low, a.high - a.value] for a in accuracies.values()]).T
+    axis.bar(list(accuracies), 100 * values, yerr=100 * errors, capsize=4, color="tab:blue")
+    for i, value in enumerate(values):
+        axis.text(i, 1, f"{100 * value:.1f}", ha="center", color="white")
+    axis.set(ylabel="linear probe, top-1 in %", title="where the features are best")
     _save(figure, path)
 
 

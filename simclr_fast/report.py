@@ -9,6 +9,7 @@ import torch
 from simclr_fast import checkpoint
 from simclr_fast.config import PretrainConfig
 from simclr_fast.datasets import named_source
+from simclr_fast.evaluation.embed import project
 from simclr_fast.evaluation.features import features, pixels
 from simclr_fast.evaluation.linear import linear_probe
 from simclr_fast.models import build_encoder
@@ -44,7 +45,9 @@ def probe_report(config: PretrainConfig, out: Path) -> Iterator[str]:
     encoder.load_state_dict(weights)
     h_train, h_test = features(encoder, train, aug), features(encoder, test, aug)
     yield probe("pretrained encoder", h_train, h_test)
-    plot_embedding(h_test, test.labels, test.classes, out / "embedding.png")
+    title = "t-SNE of h, test images (labels never seen in training)"
+    points = project(h_test, "tsne")
+    plot_embedding(points, test.labels, test.classes, out / "embedding.png", title)
     summary = {name: vars(accuracy) for name, accuracy in results.items()}
     checkpoint.write_atomic(
         out / "probe.json", lambda p: p.write_text(json.dumps(summary, indent=2) + "\n")

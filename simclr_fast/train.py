@@ -20,6 +20,7 @@ from simclr_fast.config import PretrainConfig, to_json
 from simclr_fast.data import TwoViewLoader
 from simclr_fast.datasets import named_source
 from simclr_fast.distributed import World, join_world
+from simclr_fast.evaluation.online import OnlineProbe
 from simclr_fast.extras import need
 from simclr_fast.large_batch import LargeBatch
 from simclr_fast.losses import nt_xent_loss
@@ -84,6 +85,9 @@ def _pretrain(config: PretrainConfig, world: World) -> Path:
         offload_gb=config.offload_gb,
         allow_ghost_bn=config.allow_ghost_bn,
     )
+    probe = None
+    if config.probe_every and world.rank == 0:
+        probe = OnlineProbe(loader.source.labels, config.probe_every, world.device)
     # After everything that a wrong argument stops.
     out = prepare_output(config, world)
     optimizer = build_optimizer(model, config)
@@ -101,12 +105,16 @@ def _pretrain(config: PretrainConfig, world: World) -> Path:
         loader.load_state_dict(state["loader"])
         torch.set_rng_state(state["rng"].cpu())
         step = state["step"]
+        if probe is not None:
+            probe.state = state.get("probe") or {}
         log.info("resuming at step %d from %s", step, saved[-1])
 
     def loss_fn(outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Any]:
         loss, statistics = nt_xent_loss(
             outputs[1], temperature=config.temperature, group=group, return_stats=True
         )
+        if probe is not None:
+            probe.take(outputs[0])
         return scaler.scale(loss), loss.detach(), statistics
 
     def save() -> None:
@@ -119,17 +127,20 @@ def _pretrain(config: PretrainConfig, world: World) -> Path:
                 "scaler": scaler.state_dict(),
                 "loader": loader.state_dict(),
                 "rng": torch.get_rng_state(),
+                "probe": None if probe is None else probe.state,
                 "version": __version__,
                 "encoder": describe(config),
             }
             checkpoint.save_checkpoint(out / "checkpoints", step, state)
 
     model.train()
+    if probe is not None:
+        probe.open(out / "online_probe.jsonl", step)
     metrics = Metrics(out / "metrics.jsonl", config, world, step, total_steps)
     with catch_signals() as caught, metrics:
         while step < total_steps:
             waiting = time.perf_counter()
-            for view1, view2, _ in loader:
+            for view1, view2, index in loader:
                 metrics.waited += time.perf_counter() - waiting
                 views = torch.cat([view1, view2]).to(world.device)
                 optimizer.zero_grad(set_to_none=True)
@@ -141,6 +152,8 @@ def _pretrain(config: PretrainConfig, world: World) -> Path:
                 scheduler.step()
                 step += 1
                 metrics.after_step(step, loss, statistics, lr)
+                if probe is not None:
+                    probe.after_step(step, index)
                 # Ranks agree on a stop when they meet anyway: not at the cost of a sync per step.
                 meet = world.size == 1 or step % config.log_every == 0
                 if meet and step < total_steps and world.any(bool(caught)):

@@ -1,10 +1,12 @@
 """Which training images a protocol may see: class-balanced parts, and lists of file names."""
 
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 import numpy as np
 
-from simclr_fast.sources import Source
+from simclr_fast.datasets import named_source
+from simclr_fast.sources import Source, subset
 
 
 def balanced_subset(labels: np.ndarray, fraction: float, seed: int = 0) -> np.ndarray:
@@ -54,3 +56,63 @@ def listed_subset(source: Source, listing: Path) -> np.ndarray:
     if double := [name for name in names if len(where[name]) > 1]:
         raise ValueError(f"{listing}: {double[0]} is {len(where[double[0]])} images of the data")
     return np.sort(np.array([where[name][0] for name in names], dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class LabelledPair:
+    """Training and test images; labels: int64 [n] and [m], indices of classes."""
+
+    train: Source
+    train_labels: np.ndarray
+    test: Source
+    test_labels: np.ndarray
+    classes: tuple[str, ...]
+
+
+def labelled_pair(data: str, test: str | None) -> LabelledPair:
+    """Training and test images that have labels.
+
+    data, test: as for `named_source`; without `test`, the test split of `data`. Images labelled
+    -1 (STL-10's) are left out.
+
+    Raises:
+        ValueError: no test images, no labels, or other classes in the one than in the other.
+    """
+    train, labels = _labelled(named_source(data), data)
+    given = named_source(test) if test else named_source(data, "test")
+    if given is None:
+        raise ValueError(f"{data!r} has no test images of its own: pass --test")
+    tested, test_labels = _labelled(given, test or data)
+    if train.classes and tested.classes and train.classes != tested.classes:
+        only = sorted(set(train.classes) ^ set(tested.classes))
+        raise ValueError(f"{test} has other classes than {data}: {', '.join(only[:5])}")
+    classes = train.classes or tuple(str(i) for i in range(int(labels.max()) + 1))
+    if int(test_labels.max()) >= len(classes):
+        raise ValueError(
+            f"{test or data} has label {int(test_labels.max())}, {data} {len(classes)} classes"
+        )
+    return LabelledPair(train, labels, tested, test_labels, classes)
+
+
+def shown_source(data: str, test: str | None) -> Source:
+    """The images to look at: those of `test`, else the test split of `data`, else `data`."""
+    if test:
+        return named_source(test)
+    return named_source(data, "test") or named_source(data)
+
+
+def labels_or_none(source: Source) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels and classes; one class for images without labels."""
+    if source.labels is None:
+        return np.zeros(len(source), np.int64), ("image",)
+    n = int(source.labels.max()) + 1
+    return source.labels, source.classes or tuple(str(i) for i in range(n))
+
+
+def _labelled(source: Source, name: str) -> tuple[Source, np.ndarray]:
+    if source.labels is None:
+        raise ValueError(f"{name!r} has no labels: a folder of one folder per class has them")
+    known = np.flatnonzero(source.labels >= 0)
+    if len(known) == len(source):
+        return source, source.labels
+    return subset(source, known), source.labels[known]

@@ -1,0 +1,401 @@
+"""simclr-fast eval linear | knn | finetune | layers | embed."""
+
+import copy
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from simclr_fast.checkpoint import write_atomic
+from simclr_fast.evaluation import embed, knn, layers, linear, subsets
+from simclr_fast.evaluation.accuracy import Scores, score
+from simclr_fast.evaluation.classifier import Recipe, classify, train_classifier
+from simclr_fast.evaluation.features import cached_features
+from simclr_fast.evaluation.subsets import LabelledPair
+from simclr_fast.extras import need
+from simclr_fast.models import Stem
+from simclr_fast.plots import plot_embedding, plot_layers
+from simclr_fast.sources import Source, subset
+from simclr_fast.weights import Weights, load_weights
+
+USAGE = """simclr-fast eval PROTOCOL --encoder FILE [--data ...] [--test ...]
+  linear    logistic regression on frozen features, and a linear layer trained with random crops
+  knn       weighted k nearest neighbours by cosine similarity
+  finetune  the whole network on 1%, 10% and 100% of the labels
+  layers    h, each projector layer and z of a run beside each other
+  embed     pictures of the features, and a page to browse nearest neighbours
+simclr-fast eval PROTOCOL --help: all options
+"""
+
+
+def run(arguments: list[str]) -> int:
+    """Run a protocol, print its table and write its JSON."""
+    if not arguments or arguments[0] not in PROTOCOLS:
+        asked = arguments and arguments[0] in ("-h", "--help")
+        print(USAGE, end="", file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    name = arguments[0]
+    options = need("tyro", "train").cli(
+        PROTOCOLS[name],
+        args=arguments[1:],
+        prog=f"simclr-fast eval {name}",
+        description=PROTOCOLS[name].__doc__,
+    )
+    try:
+        for line in options.lines():
+            print(line, flush=True)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+@dataclass(frozen=True)
+class Options:
+    encoder: Path
+    """A file of weights of any library (.safetensors, .pth, .pt, .ckpt), or a run's folder."""
+    data: str = "demo"
+    """Training images with labels: a folder, shards, "demo", "cifar10:ROOT" or "stl10:ROOT"."""
+    test: str | None = None
+    """Test images with labels; demo, cifar10 and stl10 have their own."""
+    out: Path | None = None
+    """Output folder; by default "eval" beside the encoder."""
+    cache: Path | None = None
+    """Folder of extracted features."""
+    model: str | None = None
+    """A torchvision or timm model, where the file does not say."""
+    width: float | None = None
+    stem: Stem | None = None
+    device: str = "auto"
+    workers: int | None = None
+    """Threads that decode."""
+    seed: int = 0
+
+    protocol: ClassVar[str]
+
+    def lines(self) -> Iterator[str]:
+        """What to print, as it becomes known."""
+        raise NotImplementedError
+
+    @property
+    def torch_device(self) -> torch.device:
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)
+
+    @property
+    def folder(self) -> Path:
+        beside = self.encoder if self.encoder.is_dir() else self.encoder.parent
+        return self.out or beside / "eval"
+
+    def load(self) -> Weights:
+        weights = load_weights(self.encoder, model=self.model, width=self.width, stem=self.stem)
+        weights.encoder.to(self.torch_device)
+        return weights
+
+    def features(self, weights: Weights, source: Source, name: str) -> Tensor:
+        return cached_features(
+            weights.encoder,
+            source,
+            weights.augmentation,
+            folder=self.cache,
+            device=self.torch_device,
+            workers=self.workers,
+            name=f"features of the {name} images",
+        )
+
+    def trained(
+        self,
+        weights: Weights,
+        encoder: nn.Module,
+        part: Source,
+        pair: LabelledPair,
+        recipe: Recipe,
+        name: str,
+    ) -> Scores:
+        """Test scores of a classifier trained on `part`; its checkpoints are in folder/name."""
+        model = train_classifier(
+            encoder,
+            weights.feature_dim,
+            part,
+            len(pair.classes),
+            recipe,
+            weights.augmentation,
+            self.folder / name,
+            seed=self.seed,
+            device=self.torch_device,
+            workers=self.workers,
+            name=name,
+        )
+        rank = classify(
+            model, pair.test, weights.augmentation, device=self.torch_device, workers=self.workers
+        )
+        return score(rank, pair.test_labels, pair.classes, self.seed)
+
+    def write(self, results: dict[str, Any], name: str | None = None) -> str:
+        """Write PROTOCOL.json; the line that says so."""
+        path = self.folder / f"{name or self.protocol}.json"
+        content = {"options": asdict(self), "results": results}
+        text = json.dumps(content, indent=2, default=str) + "\n"
+        write_atomic(path, lambda temporary: temporary.write_text(text))
+        return f"{'results':<28} {path}"
+
+
+@dataclass(frozen=True)
+class Linear(Options):
+    """Linear evaluation of a frozen encoder (arXiv:2002.05709, B.6 and B.8.1)."""
+
+    logistic: bool = True
+    """L2-regularised logistic regression, 45 strengths of the penalty."""
+    sgd: bool = True
+    """A linear layer trained with random crops and flips."""
+    optimizer: Literal["sgd", "lars"] = "sgd"
+    epochs: int = 90
+    batch_size: int = 4096
+    lr: float = 0.1
+    """Per 256 images of the batch."""
+
+    protocol: ClassVar[str] = "linear"
+
+    def lines(self) -> Iterator[str]:
+        pair = subsets.labelled_pair(self.data, self.test)
+        weights = self.load()
+        yield f"{weights}\nlinear evaluation, {_measured(pair)}"
+        results: dict[str, Any] = {}
+        if self.logistic:
+            x, y = (
+                self.features(weights, pair.train, "training"),
+                self.features(weights, pair.test, "test"),
+            )
+            sweep = linear.sweep_logistic(
+                x,
+                pair.train_labels,
+                n_classes=len(pair.classes),
+                seed=self.seed,
+                device=self.torch_device,
+                progress=self.folder / "sweep.pt",
+            )
+            fit = sweep.fit
+            scores = score(
+                fit.ranks(y, pair.test_labels), pair.test_labels, pair.classes, self.seed
+            )
+            results["logistic"] = {
+                **scores.to_json(),
+                "l2": fit.l2,
+                "validation": sweep.validation,
+                "iterations": fit.iterations,
+                "gradient": fit.gradient,
+                "converged": fit.converged,
+            }
+            yield from _table("logistic regression", scores)
+            yield (
+                f"{'':<28} l2 {fit.l2:.3g} of {len(sweep.validation)} values, "
+                f"{sweep.validation[fit.l2]:.1%} on held-out training images; {fit.iterations} "
+                f"steps, {'converged' if fit.converged else 'NOT converged'}"
+            )
+        if self.sgd:
+            recipe = Recipe(True, self.epochs, self.lr, self.batch_size, self.optimizer)
+            name = f"linear-{self.optimizer}"
+            scores = self.trained(weights, weights.encoder, pair.train, pair, recipe, name)
+            results[self.optimizer] = {**scores.to_json(), "recipe": asdict(recipe)}
+            yield from _table(f"{self.optimizer.upper()}, {self.epochs} epochs", scores)
+        yield self.write(results)
+
+
+@dataclass(frozen=True)
+class Knn(Options):
+    """Weighted k nearest neighbours by cosine similarity (arXiv:1805.01978, 3.4)."""
+
+    k: tuple[int, ...] = knn.K
+    tau: float = knn.TAU
+
+    protocol: ClassVar[str] = "knn"
+
+    def lines(self) -> Iterator[str]:
+        pair = subsets.labelled_pair(self.data, self.test)
+        weights = self.load()
+        yield f"{weights}\nk-NN, τ {self.tau}, {_measured(pair)}"
+        found = knn.knn_ranks(
+            self.features(weights, pair.train, "training"),
+            pair.train_labels,
+            self.features(weights, pair.test, "test"),
+            pair.test_labels,
+            len(pair.classes),
+            ks=self.k,
+            tau=self.tau,
+            device=self.torch_device,
+        )
+        results = {}
+        for k, rank in found.items():
+            scores = score(rank, pair.test_labels, pair.classes, self.seed)
+            results[f"k={k}"] = scores.to_json()
+            yield from _table(f"k = {k}", scores)
+        yield self.write(results)
+
+
+@dataclass(frozen=True)
+class Finetune(Options):
+    """The whole network trained on a part of the labels (arXiv:2002.05709, B.5)."""
+
+    labels: tuple[float, ...] = (0.01, 0.1, 1.0)
+    """Shares of every class's training images."""
+    subset: Path | None = None
+    """A list of file names, one per line, instead: such as google-research/simclr's."""
+    epochs: int | None = None
+    """By default 60 up to 2% of the images, else 30."""
+    batch_size: int = 4096
+    lr: float = 0.05
+    """Per 256 images of the batch."""
+
+    protocol: ClassVar[str] = "finetune"
+
+    def lines(self) -> Iterator[str]:
+        pair = subsets.labelled_pair(self.data, self.test)
+        weights = self.load()
+        yield f"{weights}\nfine-tuning, {_measured(pair)}"
+        parts: dict[str, np.ndarray] = {}
+        if self.subset:
+            parts[self.subset.stem] = subsets.listed_subset(pair.train, self.subset)
+        else:
+            for share in self.labels:
+                parts[f"{share:.4g}"] = subsets.balanced_subset(pair.train_labels, share, self.seed)
+        results = {}
+        for name, ids in parts.items():
+            part = subset(pair.train, ids)
+            few = len(part) <= 0.02 * len(pair.train)
+            recipe = Recipe(False, self.epochs or (60 if few else 30), self.lr, self.batch_size)
+            encoder = copy.deepcopy(weights.encoder)
+            scores = self.trained(weights, encoder, part, pair, recipe, f"finetune-{name}")
+            results[name] = {**scores.to_json(), "images": len(part), "recipe": asdict(recipe)}
+            yield from _table(f"{len(part)} labels, {recipe.epochs} epochs", scores)
+        yield self.write(results)
+
+
+@dataclass(frozen=True)
+class Layers(Options):
+    """Logistic regression on h, on each projector layer and on z of a run (--encoder: its folder).
+
+    The penalty is chosen among every fourth of the 45 values, for each layer alone.
+    """
+
+    protocol: ClassVar[str] = "layers"
+
+    def lines(self) -> Iterator[str]:
+        pair = subsets.labelled_pair(self.data, self.test)
+        model, config = layers.load_run(self.encoder)
+        taps = layers.Taps(model).to(self.torch_device).eval()
+        yield f"{self.encoder}: logistic regression, {_measured(pair)}"
+        parts = []
+        for source, name in ((pair.train, "training"), (pair.test, "test")):
+            both = cached_features(
+                taps,
+                source,
+                config.augmentation,
+                folder=self.cache,
+                device=self.torch_device,
+                workers=self.workers,
+                name=f"features of the {name} images",
+            )
+            parts.append(both.split(taps.widths(both.shape[1]), dim=1))
+        results, found = {}, {}
+        for name, x, y in zip(taps.names, *parts, strict=True):
+            sweep = linear.sweep_logistic(
+                x,
+                pair.train_labels,
+                n_classes=len(pair.classes),
+                values=linear.SWEEP[::4],
+                seed=self.seed,
+                device=self.torch_device,
+            )
+            scores = score(
+                sweep.fit.ranks(y, pair.test_labels), pair.test_labels, pair.classes, self.seed
+            )
+            found[name] = scores.top1
+            results[name] = {**scores.to_json(), "l2": sweep.fit.l2, "width": x.shape[1]}
+            yield scores.row(f"{name} [{x.shape[1]}]")
+        picture = self.folder / "layers.png"
+        plot_layers(found, picture)
+        yield self.write(results)
+        yield f"{'picture':<28} {picture}"
+
+
+@dataclass(frozen=True)
+class Embed(Options):
+    """Features in two dimensions, nearest neighbours as a picture and as a page.
+
+    Of the test images where there are some, else of --data's; labels only colour them.
+    """
+
+    methods: tuple[embed.Method, ...] = ()
+    """By default pca and tsne, and umap where umap-learn is installed."""
+    images: int = 1000
+    """At most so many, spread over the data."""
+    queries: int = 10
+    """Rows of the picture of neighbours."""
+    thumb: int = 64
+    """Pixels of an image in picture and page."""
+
+    protocol: ClassVar[str] = "embed"
+
+    def lines(self) -> Iterator[str]:
+        source = subsets.shown_source(self.data, self.test)
+        ids = np.linspace(0, len(source) - 1, min(self.images, len(source))).astype(np.int64)
+        source = subset(source, ids)
+        weights = self.load()
+        yield str(weights)
+        features = self.features(weights, source, "shown")
+        labels, classes = subsets.labels_or_none(source)
+        methods: tuple[embed.Method, ...] = self.methods or ("pca", "tsne")
+        if not self.methods and find_spec("umap"):
+            methods += ("umap",)
+        points: dict[str, np.ndarray] = {}
+        for method in methods:
+            points[method] = embed.project(features, method, self.seed)
+            picture = self.folder / f"embed-{method}.png"
+            plot_embedding(points[method], labels, classes, picture, f"{method} of h")
+            yield f"{method:<28} {picture}"
+        similarities, indices = embed.neighbours(features, self.torch_device)
+        thumbs = embed.thumbnails(source, weights.augmentation, self.thumb)
+        rows = np.linspace(0, len(source) - 1, min(self.queries, len(source))).astype(np.int64)
+        sheet = self.folder / "neighbours.png"
+        embed.save_picture(embed.neighbour_sheet(thumbs, indices, rows), sheet)
+        yield f"{'nearest neighbours':<28} {sheet}"
+        page = self.folder / "embed.html"
+        embed.write_page(
+            page,
+            f"{len(source)} images of {self.data} by {weights.model}",
+            points,
+            thumbs,
+            labels,
+            classes,
+            [source.name(i) for i in range(len(source))],
+            similarities,
+            indices,
+        )
+        yield f"{'page':<28} {page}"
+        if source.labels is not None:
+            same = (torch.from_numpy(labels)[indices] == torch.from_numpy(labels)[:, None]).double()
+            results = {"images": len(source), "neighbours_of_the_same_class": same.mean().item()}
+            yield f"{'same class':<28} {same.mean():.1%} of the {indices.shape[1]} neighbours"
+            yield self.write(results)
+
+
+PROTOCOLS: dict[str, type[Options]] = {
+    kind.protocol: kind for kind in (Linear, Knn, Finetune, Layers, Embed)
+}
+
+
+def _measured(pair: LabelledPair) -> str:
+    return f"{len(pair.test)} test images, 95% bootstrap intervals"
+
+
+def _table(name: str, scores: Scores) -> Iterator[str]:
+    yield scores.row(name)
+    yield f"{'':<28} lowest classes: {scores.worst()}"

@@ -1,0 +1,201 @@
+"""A linear classifier on an encoder, trained with random crops: linear evaluation, fine-tuning.
+
+The recipes are those of arXiv:2002.05709, B.5 and B.6, with the schedule and the zero start of
+google-research/simclr: Nesterov SGD with momentum .9, batch 4096, lr = base · batch / 256 without
+warm-up, cosine decay; only random crops and flips. B.6 allows LARS as in pretraining instead.
+"""
+
+import hashlib
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from simclr_fast.augment_params import Augmentation
+from simclr_fast.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from simclr_fast.data import ImageLoader, OneViewLoader
+from simclr_fast.evaluation.accuracy import ranks
+from simclr_fast.evaluation.features import fingerprint
+from simclr_fast.extras import need
+from simclr_fast.optim import LARS, lars_param_groups, scaled_lr, warmup_cosine
+from simclr_fast.sources import Source
+
+_SECONDS_BETWEEN_SAVES = 60.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """frozen: the encoder stays as it is, batch norm in eval mode; else everything is trained.
+
+    lr: per 256 images of the batch, for SGD; LARS takes 0.3 (`scaled_lr`) and weight decay 1e-6.
+    """
+
+    frozen: bool
+    epochs: int
+    lr: float
+    batch_size: int = 4096
+    optimizer: Literal["sgd", "lars"] = "sgd"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "lr", "batch_size"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+class Classifier(nn.Module):
+    """images [N, 3, H, W] → logits [N, n_classes]; the head starts at zero."""
+
+    def __init__(self, encoder: nn.Module, feature_dim: int, n_classes: int) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(feature_dim, n_classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.encoder(images))
+
+
+def train_classifier(
+    encoder: nn.Module,
+    feature_dim: int,
+    source: Source,
+    n_classes: int,
+    recipe: Recipe,
+    augmentation: Augmentation,
+    folder: Path,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    workers: int | None = None,
+    name: str = "train",
+) -> Classifier:
+    """Train by `recipe` on the labelled images of `source`; the encoder is trained in place.
+
+    augmentation: its crops and flips are used, the rest is left out.
+    folder: of checkpoints, one per epoch or minute; what stopped goes on from the newest of the
+        same encoder, images and arguments, and what is finished is only read.
+    A batch larger than the data is all of the data. On GPUs with bfloat16 its autocast is used.
+    """
+    device = torch.device(device)
+    if source.labels is None:
+        raise ValueError("a classifier needs labelled images: this source has no labels")
+    labels = torch.from_numpy(source.labels)
+    crops = replace(augmentation, p_jitter=0, p_gray=0, p_blur=0)
+    batch = min(recipe.batch_size, len(source))
+    loader = OneViewLoader(
+        source, batch, crops, seed=seed, device=device, channels_last=True, num_threads=workers
+    )
+    about = f"{recipe} {seed} {n_classes} {fingerprint(encoder, source, crops)} {labels.tolist()}"
+    key = hashlib.blake2b(about.encode(), digest_size=16).hexdigest()
+    model = Classifier(encoder, feature_dim, n_classes).to(device)
+    if recipe.frozen:
+        encoder.requires_grad_(False)
+    optimizer = _optimizer(model, recipe, batch)
+    total = recipe.epochs * len(loader)
+    scheduler = warmup_cosine(optimizer, 0, total)
+    part = model.head if recipe.frozen else model
+    torch.manual_seed(seed)
+    step = 0
+    if saved := checkpoints(folder):
+        state = load_checkpoint(saved[-1], device)
+        if state["key"] == key:
+            part.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            scheduler.load_state_dict(state["scheduler"])
+            loader.load_state_dict(state["loader"])
+            torch.set_rng_state(state["rng"].cpu())
+            step = state["step"]
+        else:
+            # Another encoder's, or another recipe's.
+            for path in saved:
+                path.unlink()
+
+    def save() -> None:
+        state: dict[str, Any] = {
+            "key": key,
+            "step": step,
+            "model": part.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+            "loader": loader.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+        save_checkpoint(folder, step, state)
+
+    bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    model.train()
+    if recipe.frozen:
+        encoder.eval()
+    saved_at = time.monotonic()
+    bar = need("tqdm", "train").tqdm(
+        total=total, initial=step, unit="steps", desc=name, leave=False
+    )
+    with bar:
+        while step < total:
+            for images, index in loader:
+                images = images.to(device)
+                with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                    with torch.no_grad() if recipe.frozen else nullcontext():
+                        h = encoder(images)
+                    logits = model.head(h)
+                targets = labels[index].to(device, non_blocking=True)
+                loss = nn.functional.cross_entropy(logits.float(), targets)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                scheduler.step()
+                step += 1
+                bar.update()
+                late = time.monotonic() - saved_at > _SECONDS_BETWEEN_SAVES
+                if late or step % len(loader) == 0:
+                    if not torch.isfinite(loss):
+                        raise FloatingPointError(
+                            f"the loss is {loss.item()} at step {step}: lower the learning rate"
+                        )
+                    save()
+                    saved_at = time.monotonic()
+                if step == total:
+                    break
+    return model.eval()
+
+
+def classify(
+    model: nn.Module,
+    source: Source,
+    augmentation: Augmentation,
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 256,
+    workers: int | None = None,
+) -> Tensor:
+    """Classes before the true one for every undistorted image: int64 [n] (`accuracy.ranks`)."""
+    assert source.labels is not None
+    labels, device = torch.from_numpy(source.labels), torch.device(device)
+    loader = ImageLoader(
+        source, batch_size, augmentation, channels_last=True, device=device, num_threads=workers
+    )
+    model.eval()
+    with torch.inference_mode():
+        return torch.cat(
+            [
+                ranks(model(images.to(device)).float(), labels[index].to(device)).cpu()
+                for images, index in loader
+            ]
+        )
+
+
+def _optimizer(model: Classifier, recipe: Recipe, batch: int) -> torch.optim.Optimizer:
+    if recipe.optimizer == "lars":
+        return LARS(
+            lars_param_groups(model),
+            lr=scaled_lr(batch),
+            momentum_order="tf",
+            norm="joint",
+            eps=0.0,
+        )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.SGD(trained, lr=recipe.lr * batch / 256, momentum=0.9, nesterov=True)

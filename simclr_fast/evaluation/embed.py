@@ -1,0 +1,144 @@
+"""Features to look at: in two dimensions, and every image beside its nearest neighbours."""
+
+import base64
+import io
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simclr_fast.augment_params import Augmentation
+from simclr_fast.checkpoint import write_atomic
+from simclr_fast.data import ImageLoader
+from simclr_fast.evaluation.knn import nearest
+from simclr_fast.extras import need
+from simclr_fast.sources import Source
+
+Method = Literal["pca", "tsne", "umap"]
+NEIGHBOURS = 8
+_PAGE = "embed.html"
+_GAP = 2
+
+
+def project(features: Tensor, method: Method, seed: int = 0) -> np.ndarray:
+    """Standardised features [n, D] in two dimensions: float [n, 2].
+
+    t-SNE and UMAP start from the principal components. Raises ImportError for umap without
+    umap-learn.
+    """
+    standard = (features - features.mean(0)) / features.std(0).clamp_min(1e-6)
+    if method == "umap":
+        try:
+            from umap import UMAP
+        except ImportError as error:
+            raise ImportError("umap needs umap-learn: pip install umap-learn") from error
+        return UMAP(random_state=seed, init="pca").fit_transform(standard.numpy())
+    if method == "tsne":
+        manifold = need("sklearn.manifold", "train")
+        perplexity = min(30, (len(features) - 1) / 3)
+        tsne = manifold.TSNE(init="pca", perplexity=perplexity, random_state=seed)
+        return tsne.fit_transform(standard.numpy())
+    if method != "pca":
+        raise ValueError(f"method must be 'pca', 'tsne' or 'umap', got {method!r}")
+    _, _, axes = torch.linalg.svd(standard.double(), full_matrices=False)
+    # A component's sign is free: its largest weight is made positive.
+    axes = axes[:2] * axes[:2].gather(1, axes[:2].abs().argmax(1, keepdim=True)).sign()
+    return (standard.double() @ axes.T).numpy()
+
+
+def neighbours(features: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """The 8 most cosine-similar other rows of each row: similarities and numbers, [n, 8] each."""
+    if len(features) < 2:
+        raise ValueError(f"neighbours need at least 2 images, got {len(features)}")
+    count = min(NEIGHBOURS, len(features) - 1)
+    similarities, indices = nearest(features, features, count + 1, device=device)
+    # Of duplicates, another may come before the image itself.
+    itself = indices == torch.arange(len(features))[:, None]
+    itself[~itself.any(1), -1] = True
+    keep = ~itself
+    return similarities[keep].view(-1, count), indices[keep].view(-1, count)
+
+
+def thumbnails(source: Source, augmentation: Augmentation, side: int) -> np.ndarray:
+    """What the encoder sees of each image, at `side` pixels: uint8 [n, side, side, 3]."""
+    image = need("PIL.Image", "train")
+    plain = Augmentation(
+        size=augmentation.size, spec=augmentation.spec, interpolation=augmentation.interpolation
+    )
+    out = np.empty((len(source), side, side, 3), np.uint8)
+    for images, index in ImageLoader(source, min(256, len(source)), plain):
+        pixels = (images.permute(0, 2, 3, 1) * 255).round().byte().numpy()
+        for i, one in zip(index.tolist(), pixels, strict=True):
+            out[i] = image.fromarray(one).resize((side, side), image.Resampling.LANCZOS)
+    return out
+
+
+def neighbour_sheet(thumbs: np.ndarray, indices: Tensor, queries: np.ndarray) -> np.ndarray:
+    """A row per query: the image, a gap, its neighbours. uint8 [rows, columns, 3]."""
+    side, count = thumbs.shape[1], indices.shape[1]
+    cell = side + _GAP
+    sheet = np.full((len(queries) * cell + _GAP, (count + 1) * cell + 5 * _GAP, 3), 255, np.uint8)
+    for row, query in enumerate(queries):
+        y = _GAP + row * cell
+        sheet[y : y + side, _GAP : _GAP + side] = thumbs[query]
+        for column, other in enumerate(indices[query].tolist()):
+            x = 5 * _GAP + (column + 1) * cell
+            sheet[y : y + side, x : x + side] = thumbs[other]
+    return sheet
+
+
+def save_picture(pixels: np.ndarray, path: Path) -> None:
+    """Write uint8 [H, W, 3] as PNG."""
+    image = need("PIL.Image", "train").fromarray(pixels)
+    write_atomic(path, lambda temporary: image.save(temporary, "PNG"))
+
+
+def write_page(
+    path: Path,
+    title: str,
+    points: dict[str, np.ndarray],
+    thumbs: np.ndarray,
+    labels: np.ndarray,
+    classes: tuple[str, ...],
+    names: list[str],
+    similarities: Tensor,
+    indices: Tensor,
+) -> None:
+    """One HTML file that needs nothing else: the scatter plots, and neighbours at a click.
+
+    points: name of a projection → [n, 2]; thumbs: [n, side, side, 3]; names: of the images.
+    """
+    image = need("PIL.Image", "train")
+    n, side = thumbs.shape[:2]
+    columns = int(np.ceil(np.sqrt(n)))
+    grid = np.zeros((-(-n // columns) * side, columns * side, 3), np.uint8)
+    for i, thumb in enumerate(thumbs):
+        y, x = i // columns * side, i % columns * side
+        grid[y : y + side, x : x + side] = thumb
+    packed = io.BytesIO()
+    image.fromarray(grid).save(packed, "JPEG", quality=88, subsampling=0)
+    data: dict[str, Any] = {
+        "title": title,
+        "side": side,
+        "columns": columns,
+        "points": {name: _unit_square(p).round(4).tolist() for name, p in points.items()},
+        "labels": np.asarray(labels).tolist(),
+        "classes": list(classes),
+        "names": names,
+        "similarities": [[round(s, 3) for s in row] for row in similarities.tolist()],
+        "neighbours": indices.tolist(),
+        "sprite": "data:image/jpeg;base64," + base64.b64encode(packed.getvalue()).decode(),
+    }
+    template = (files("simclr_fast") / "assets" / _PAGE).read_text()
+    # No name can end the script element that holds it.
+    text = json.dumps(data).replace("<", "\\u003c")
+    write_atomic(path, lambda p: p.write_text(template.replace("DATA_GOES_HERE", text, 1)))
+
+
+def _unit_square(points: np.ndarray) -> np.ndarray:
+    low, high = points.min(0), points.max(0)
+    return (points - low) / np.maximum(high - low, 1e-9)
