@@ -80,7 +80,7 @@ def test_knn(home, capsys):
     assert list(found) == ["k=1", "k=20"]
     for scores in found.values():
         check_scores(scores)
-    assert "k = 20" in capsys.readouterr().out
+    assert "20 neighbours" in capsys.readouterr().out
 
 
 def test_finetune(home, tmp_path):

@@ -139,12 +139,11 @@ class Options:
         )
         return score(rank, pair.test_labels, pair.classes, self.seed)
 
-    def write(self, results: dict[str, Any], name: str | None = None) -> str:
+    def write(self, results: dict[str, Any]) -> str:
         """Write PROTOCOL.json; the line that says so."""
-        path = self.folder / f"{name or self.protocol}.json"
-        content = {"options": asdict(self), "results": results}
-        text = json.dumps(content, indent=2, default=str) + "\n"
-        write_atomic(path, lambda temporary: temporary.write_text(text))
+        path = self.folder / f"{self.protocol}.json"
+        text = json.dumps({"options": asdict(self), "results": results}, indent=2, default=str)
+        write_atomic(path, lambda temporary: temporary.write_text(text + "\n"))
         return f"{'results':<28} {path}"
 
 
@@ -236,7 +235,7 @@ class Knn(Options):
         for k, rank in found.items():
             scores = score(rank, pair.test_labels, pair.classes, self.seed)
             results[f"k={k}"] = scores.to_json()
-            yield from _table(f"k = {k}", scores)
+            yield from _table(f"{k} neighbours", scores)
         yield self.write(results)
 
 
