@@ -9,6 +9,13 @@
 
 namespace simclr {
 
+// Rows of several classes, in any order and number: the positives of a row are its class's others.
+template <class T>
+struct Classes {
+  const int32_t* ids = nullptr;      // [total], below total, equal within a class; null: pairs
+  const T* inverse_count = nullptr;  // [total], 1 / (a row's positives), 0 without any
+};
+
 // Runs body(context, worker) for every worker in [0, count), on as many threads.
 struct Workers {
   int64_t count;
@@ -23,12 +30,12 @@ struct Workspace {
 
 template <class T>
 struct NtXentNormalize {
-  const T* z1;  // [pairs, dim] contiguous
-  const T* z2;  // [pairs, dim] contiguous
-  int64_t pairs, dim;
+  const T* z1;  // [rows 0, 2, .., dim]
+  const T* z2;  // [rows 1, 3, .., dim]
+  int64_t stride, rows, dim;
   double temperature;
-  T* u;         // [2 pairs, dim], a row with NaN or infinity is NaN
-  T* inv_norm;  // [2 pairs]
+  T* u;         // [rows, dim], a row with NaN or infinity is NaN
+  T* inv_norm;  // [rows]
   Workers workers;
 };
 
@@ -44,6 +51,7 @@ struct NtXentForward {
   T* stats;        // [rows, 4] or null
   Workers workers;
   Workspace workspace;
+  Classes<T> classes{};
 };
 
 template <class T>
@@ -57,13 +65,14 @@ struct NtXentBackward {
   int64_t row_offset, rows;
   bool decoupled;
   const T* loss;        // [rows]
-  const T* z1;          // [rows / 2, dim]
+  const T* z1;          // [rows / 2, dim], or [rows, dim] of classes
   const T* z2;          // [rows / 2, dim]
   double temperature;
-  T* grad_z;            // [2, rows / 2, dim]
+  T* grad_z;            // [2, rows / 2, dim], or [rows, dim] of classes
   T* grad_temperature;  // []
   Workers workers;
   Workspace workspace;
+  Classes<T> classes{};
 };
 
 }  // namespace simclr

@@ -3,6 +3,7 @@
 // G_i = Σ_j W_ij u_j over the negatives j, W_ij = g_i e^(s_ij - lse_i) + g_j e^(s_ij - lse_j); then,
 // row by row in double precision, the positive's term and the Jacobian of the normalisation.
 #include "nt_xent_blocks.h"
+#include "nt_xent_classes.h"
 #include "nt_xent_tiles.h"
 
 namespace simclr::SIMCLR_ISA {
@@ -23,14 +24,16 @@ template <class T>
 struct Factors {
   T* factor;  // [total rounded up to panels], 0 beyond total
   T* lse;     // in bits, or null
+  T* share;   // [total], what a row's positives share among them, or null
   double scale;
 };
 
 template <class T>
 Factors<T> make_factors(const NtXentBackward<T>& p) {
   const int64_t padded = p.total + kPanel<T>;
-  Factors<T> f{allocate<T>(p.workspace, padded), nullptr, 0};
+  Factors<T> f{allocate<T>(p.workspace, padded), nullptr, nullptr, 0};
   if (!in_range<T>(p.temperature, p.total)) f.lse = allocate<T>(p.workspace, padded);
+  if (p.classes.ids) f.share = allocate<T>(p.workspace, p.total);
   // The largest upstream gradient is taken out, so that small ones do not become subnormal.
   for (int64_t i = 0; i < p.total; ++i) {
     const double g = __builtin_fabs(double(p.grad[i * p.grad_stride]));
@@ -45,6 +48,10 @@ Factors<T> make_factors(const NtXentBackward<T>& p) {
     const double lse = p.lse[i] * kLog2E;
     const double g = double(p.grad[i * p.grad_stride]) / f.scale;
     if (f.lse) f.lse[i] = T(lse);
+    if (f.share) {
+      f.share[i] = T(g * double(p.classes.inverse_count[i]));
+      if (p.classes.inverse_count[i] == 0) return;
+    }
     f.factor[i] = T(g * __builtin_exp2((f.lse ? double(f.lse[i]) : 0) - lse));
   });
   f.scale *= p.grad_scale;
@@ -54,12 +61,13 @@ Factors<T> make_factors(const NtXentBackward<T>& p) {
 template <class T>
 void weighted_sums(const NtXentBackward<T>& p, const Factors<T>& f, T* g, int64_t padded_dim) {
   const int64_t block = block_rows<T>(p.total);
+  const int pair_bits = p.classes.ids ? 0 : 1;
   bool finite = true;
-  const Packed<T> columns = pack(p.u, 0, p.total, p.dim, block, p.workers, p.workspace, &finite);
+  const Packed<T> columns = pack(p.u, 0, p.total, p.dim, block, pair_bits, p.workers, p.workspace, &finite);
   const bool symmetric = p.rows == p.total;
   const Packed<T> rows = symmetric ? columns
-                                   : pack(p.u, p.row_offset, p.rows, p.dim, block, p.workers,
-                                          p.workspace, &finite);
+                                   : pack(p.u, p.row_offset, p.rows, p.dim, block, pair_bits,
+                                          p.workers, p.workspace, &finite);
   const int64_t sliced = block * round_up(padded_dim, kProductVecs * kLanes<T>);
   const int64_t each = block * block + 2 * sliced;
   T* scratch = allocate<T>(p.workspace, p.workers.count * each);
@@ -73,7 +81,10 @@ void weighted_sums(const NtXentBackward<T>& p, const Factors<T>& f, T* g, int64_
                              f.lse ? f.lse + J.first : nullptr,
                              w,
                              block};
-    for (int64_t j = 0; j < J.padded; j += kPanel<T>) weigh_panel(I, J, j, p.dim, weights);
+    for (int64_t j = 0; j < J.padded; j += kPanel<T>) {
+      weigh_panel(I, J, j, p.dim, weights);
+      if (f.share) subtract_shares(I, J, j, p.classes.ids, f.share, w, block);
+    }
     slice(p.u + J.first * p.dim, J.count, p.dim, padded_dim, block, u_columns);
     add_product(w, block, int64_t(1), I.padded, J.count, u_columns, block,
                 g + (I.first - rows.first) * padded_dim, padded_dim);
@@ -164,7 +175,11 @@ void backward(const NtXentBackward<T>& p) {
     __builtin_memset(g + row * padded_dim, 0, padded_dim * sizeof(T));
   });
   weighted_sums(p, factors, g, padded_dim);
-  finish(p, factors, g, padded_dim);
+  if (p.classes.ids)
+    finish_class_gradients(p, factors.scale / __builtin_sqrt(p.temperature * kLog2E), g,
+                           padded_dim);
+  else
+    finish(p, factors, g, padded_dim);
 }
 
 }  // namespace

@@ -70,6 +70,7 @@ struct Block {
   int64_t first;   // index of its first row among all rows
   int64_t count;   // rows
   int64_t padded;  // rows with those that fill up the last panel; they are zero
+  int pair_bits;   // 1: no row meets itself or its pair's other row; 0: no row meets itself
 };
 
 // Rows [first, first + count) of u in panels of kPanel rows, feature-major: panel[k][r]; taken in
@@ -78,11 +79,12 @@ template <class T>
 struct Packed {
   const T* panels;
   int64_t first, count, dim, block;
+  int pair_bits;
 
   int64_t blocks() const { return (count + block - 1) / block; }
   Block<T> operator[](int64_t b) const {
     const int64_t rows = smaller(block, count - b * block);
-    return {panels + b * block * dim, first + b * block, rows, round_up(rows, kPanel<T>)};
+    return {panels + b * block * dim, first + b * block, rows, round_up(rows, kPanel<T>), pair_bits};
   }
 };
 
@@ -112,7 +114,7 @@ bool pack_panel(const T* u, int64_t rows, int64_t dim, T* panel) {
 }
 
 template <class T>
-Packed<T> pack(const T* u, int64_t first, int64_t count, int64_t dim, int64_t block,
+Packed<T> pack(const T* u, int64_t first, int64_t count, int64_t dim, int64_t block, int pair_bits,
                const Workers& workers, const Workspace& workspace, bool* finite) {
   const int64_t panels = round_up(count, kPanel<T>) / kPanel<T>;
   T* packed = allocate<T>(workspace, panels * kPanel<T> * dim);
@@ -122,7 +124,7 @@ Packed<T> pack(const T* u, int64_t first, int64_t count, int64_t dim, int64_t bl
                     packed + row * dim))
       __atomic_store_n(finite, false, __ATOMIC_RELAXED);
   });
-  return {packed, first, count, dim, block};
+  return {packed, first, count, dim, block, pair_bits};
 }
 
 // The pair that has number t in the order of rounds; counts on t growing by any steps.

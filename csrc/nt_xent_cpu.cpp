@@ -1,96 +1,9 @@
 // NT-Xent's ops on the CPU: tensors in, csrc/nt_xent*_kernel.cpp, tensors out. The schemas are in
 // simclr_fast/ops.py, which also serves them without this extension.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <cstdlib>
-#include <initializer_list>
-#include <new>
-#include <optional>
-#include <tuple>
-#include <vector>
-
-#include "nt_xent.h"
+#include "nt_xent_binding.h"
 
 namespace simclr {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-void run_workers(int64_t count, void (*body)(void*, int64_t), void* context) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) body(context, worker);
-  });
-}
-
-Workers workers() { return {int64_t(torch::stable::get_num_threads()), run_workers}; }
-
-// Contiguous, on the CPU. Through the shim: torch::stable::new_empty's trip through the dispatcher
-// costs several times as much, which small batches feel.
-Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  int64_t strides[2] = {1, 1};
-  if (sizes.size() == 2) strides[0] = sizes.begin()[1];
-  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  AtenTensorHandle tensor;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(sizes.size()), sizes.begin(), strides, code, aoti_torch_device_type_cpu(), 0,
-      &tensor));
-  return Tensor(tensor);
-}
-
-class Memory {
- public:
-  Memory() = default;
-  Memory(const Memory&) = delete;
-  ~Memory() {
-    for (void* block : owned_) std::free(block);
-  }
-
-  Workspace workspace() {
-    return {this, [](void* self, int64_t bytes) {
-              constexpr int64_t line = 64;
-              void* block = std::aligned_alloc(line, (bytes / line + 1) * line);
-              if (!block) throw std::bad_alloc();
-              static_cast<Memory*>(self)->owned_.push_back(block);
-              return block;
-            }};
-  }
-
- private:
-  std::vector<void*> owned_;
-};
-
-ScalarType statistics_dtype(const Tensor& z) {
-  return z.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-Tensor dense(const Tensor& t, ScalarType dtype) {
-  const Tensor typed = t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
-  return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
-}
-
-double value(const Tensor& temperature) {
-  STD_TORCH_CHECK(temperature.dim() == 0 && temperature.is_cpu(),
-                  "temperature must be a 0-dim CPU tensor");
-  if (temperature.scalar_type() == ScalarType::Float)
-    return *static_cast<const float*>(temperature.const_data_ptr());
-  const Tensor t = dense(temperature, ScalarType::Double);
-  return *static_cast<const double*>(t.const_data_ptr());
-}
-
-template <class T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-template <class T>
-T* mutable_data(Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
 
 // Both views, contiguous, in the dtype of the arithmetic.
 struct Views {
@@ -121,47 +34,12 @@ Views make_views(const Tensor& z1, const std::optional<Tensor>& z2) {
   return {first, dense(*z2, dtype), z1.size(0), z1.size(1)};
 }
 
-template <class T>
-void run(const NtXentNormalize<T>& p) {
-  if constexpr (sizeof(T) == 8)
-    SIMCLR_DISPATCH(nt_xent_normalize_f64)(p);
-  else
-    SIMCLR_DISPATCH(nt_xent_normalize_f32)(p);
-}
-
-template <class T>
-void run(const NtXentForward<T>& p) {
-  if constexpr (sizeof(T) == 8)
-    SIMCLR_DISPATCH(nt_xent_forward_f64)(p);
-  else
-    SIMCLR_DISPATCH(nt_xent_forward_f32)(p);
-}
-
-template <class T>
-void run(const NtXentBackward<T>& p) {
-  if constexpr (sizeof(T) == 8)
-    SIMCLR_DISPATCH(nt_xent_backward_f64)(p);
-  else
-    SIMCLR_DISPATCH(nt_xent_backward_f32)(p);
-}
-
-// Calls f with a value of the type that `dtype` names.
-template <class F>
-void with_type(ScalarType dtype, const F& f) {
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
-                  "expected float32 or float64");
-  if (dtype == ScalarType::Double)
-    f(double());
-  else
-    f(float());
-}
-
 std::tuple<Tensor, Tensor> normalize_views(const Views& z, ScalarType dtype, double temperature) {
   Tensor u = empty({2 * z.pairs, z.dim}, dtype), inv_norm = empty({2 * z.pairs}, dtype);
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    run(NtXentNormalize<T>{z.z1<T>(), z.z2<T>(), z.pairs, z.dim, temperature, mutable_data<T>(u),
-                           mutable_data<T>(inv_norm), workers()});
+    run(NtXentNormalize<T>{z.z1<T>(), z.z2<T>(), z.dim, 2 * z.pairs, z.dim, temperature,
+                           mutable_data<T>(u), mutable_data<T>(inv_norm), workers()});
   });
   return {u, inv_norm};
 }

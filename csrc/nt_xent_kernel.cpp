@@ -1,5 +1,6 @@
 // NT-Xent's normalisation and forward pass on the CPU, compiled once per instruction set.
 #include "nt_xent_blocks.h"
+#include "nt_xent_classes.h"
 #include "nt_xent_tiles.h"
 
 namespace simclr::SIMCLR_ISA {
@@ -8,10 +9,9 @@ namespace {
 template <class T>
 void normalize(const NtXentNormalize<T>& p) {
   const double scale = __builtin_sqrt(kLog2E / p.temperature);
-  parallel_rows(p.workers, p.pairs, [&](int64_t pair) {
-    for (int view = 0; view < 2; ++view) {
-      const T* z = (view ? p.z2 : p.z1) + pair * p.dim;
-      const int64_t row = 2 * pair + view;
+  parallel_rows(p.workers, (p.rows + 1) / 2, [&](int64_t pair) {
+    for (int64_t row = 2 * pair; row < smaller(2 * pair + 2, p.rows); ++row) {
+      const T* z = (row % 2 ? p.z2 : p.z1) + pair * p.stride;
       const double length = norm(z, p.dim);
       const double inverse = 1 / (length > kNormEps ? length : kNormEps);
       // 0, or NaN when the row holds NaN or infinity.
@@ -128,9 +128,11 @@ double softplus_of_bits(double bits) {
 }
 
 template <class T>
-void finish_row(const NtXentForward<T>& p, const Sums& sums, const T* references, int64_t row) {
+void finish_row(const NtXentForward<T>& p, const Sums& sums, const T* references,
+                const ClassSums<T>* classes, int64_t row) {
   const T* u = p.u + (p.row_offset + row) * p.dim;
-  const double positive = dot(u, row % 2 ? u - p.dim : u + p.dim, p.dim);
+  const double positive =
+      p.classes.ids ? 0 : dot(u, row % 2 ? u - p.dim : u + p.dim, p.dim);
   Negatives all{__builtin_log2(sums.sum[2 * row] + sums.sum[2 * row + 1]), 0, 0};
   if (references || p.stats) {
     Negatives negatives[2];
@@ -149,6 +151,10 @@ void finish_row(const NtXentForward<T>& p, const Sums& sums, const T* references
       top1_and_entropy(all, positive, p.stats + 4 * row + 2);
     }
   }
+  if (p.classes.ids) {
+    finish_class_row(p, *classes, all.log2_sum, row);
+    return;
+  }
   // log(positive + negatives) - log(positive), without its cancellation.
   const double difference = all.log2_sum - positive;
   const double loss = p.decoupled ? difference / kLog2E : softplus_of_bits(difference);
@@ -159,13 +165,14 @@ void finish_row(const NtXentForward<T>& p, const Sums& sums, const T* references
 template <class T>
 void forward(const NtXentForward<T>& p) {
   const int64_t block = block_rows<T>(p.total);
+  const int pair_bits = p.classes.ids ? 0 : 1;
   bool finite = true;
   const Packed<T> columns =
-      pack(p.u, 0, p.total, p.dim, block, p.workers, p.workspace, &finite);
+      pack(p.u, 0, p.total, p.dim, block, pair_bits, p.workers, p.workspace, &finite);
   const bool symmetric = p.rows == p.total;
   const Packed<T> rows = symmetric ? columns
-                                   : pack(p.u, p.row_offset, p.rows, p.dim, block, p.workers,
-                                          p.workspace, &finite);
+                                   : pack(p.u, p.row_offset, p.rows, p.dim, block, pair_bits,
+                                          p.workers, p.workspace, &finite);
   if (!finite) {
     for (int64_t i = 0; i < p.rows; ++i) p.lse[i] = p.loss[i] = T(__builtin_nan(""));
     for (int64_t i = 0; p.stats && i < 4 * p.rows; ++i) p.stats[i] = T(__builtin_nan(""));
@@ -191,7 +198,10 @@ void forward(const NtXentForward<T>& p) {
     for (int64_t i = 2 * p.rows; i < 2 * round_up(p.rows, kPanel<T>); ++i) references[i] = 0;
     collect_blocks<T, Pass::reference>(rows, columns, sums, references, scratch, p);
   }
-  parallel_rows(p.workers, p.rows, [&](int64_t row) { finish_row(p, sums, references, row); });
+  ClassSums<T> classes{};
+  if (p.classes.ids) classes = sum_classes(p);
+  parallel_rows(p.workers, p.rows,
+                [&](int64_t row) { finish_row(p, sums, references, &classes, row); });
 }
 
 }  // namespace

@@ -47,8 +47,10 @@ SIMCLR_INLINE void make_mask(const Block<T>& I, int64_t i, const Block<T>& J, in
                              Mask<T>& keep) {
   using Int = typename Lanes<T>::IntVec;
   using Bits = typename Lanes<T>::Bits;
-  // Of the columns, from the first column of the tile; J.first and j are even.
-  const Bits pair = Bits((I.first + i) / 2 - (J.first + j) / 2), columns = Bits(J.count - j);
+  // Counted from the tile's first column, which is even, as is its first row where pairs matter.
+  const int bits = I.pair_bits;
+  const Bits pair = Bits(((I.first + i) >> bits) - ((J.first + j) >> bits));
+  const Bits columns = Bits(J.count - j);
   Int lane;
 #pragma GCC unroll 16
   for (int l = 0; l < kLanes<T>; ++l) lane[l] = l;
@@ -58,7 +60,8 @@ SIMCLR_INLINE void make_mask(const Block<T>& I, int64_t i, const Block<T>& J, in
     for (int v = 0; v < kTileVecs; ++v) {
       const Int column = lane + v * kLanes<T>;
       const Int rows = Int{} - Bits(i + r < I.count ? 1 : 0);
-      keep[r][v] = rows & ((column >> 1) != Int{} + Bits(pair + r / 2)) & (column < Int{} + columns);
+      keep[r][v] = rows & ((column >> bits) != Int{} + Bits(pair + (r >> bits))) &
+                   (column < Int{} + columns);
     }
 }
 

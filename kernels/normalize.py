@@ -12,12 +12,12 @@ BLOCK_ELEMENTS = 2048
 
 @triton.jit
 def _normalize_view(
-    z_ptr, temperature_ptr, u_ptr, inv_norm_ptr, pairs, dim, padded, stride_n, stride_d,
+    z_ptr, temperature_ptr, u_ptr, inv_norm_ptr, rows, dim, padded, stride_n, stride_d,
     VIEW: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BP]
     column = tl.arange(0, BLOCK_D)  # [BD]
-    inside = pair < pairs
+    inside = 2 * pair + VIEW < rows
     z_rows = z_ptr + pair[:, None] * stride_n  # [BP, 1]
 
     squares = tl.zeros([BLOCK_P], tl.float32)
@@ -51,9 +51,9 @@ def normalize_kernel(
     z1_ptr,  # [N, D], any strides
     z2_ptr,  # [N, D], any strides
     temperature_ptr,  # [], float32
-    u_ptr,  # [2N, D_pad], float16 or float32
-    inv_norm_ptr,  # [2N], float32
-    pairs, dim, padded, stride_1n, stride_1d, stride_2n, stride_2d,
+    u_ptr,  # [ROWS, D_pad], float16 or float32
+    inv_norm_ptr,  # [ROWS], float32
+    rows, dim, padded, stride_1n, stride_1d, stride_2n, stride_2d,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_P pairs; û = z / max(|z|, 1e-12) · sqrt(log2(e) / temperature).
@@ -61,11 +61,11 @@ def normalize_kernel(
     Row k of view v becomes row 2k + v. Reads z twice (the second time from cache), writes û once.
     """
     _normalize_view(
-        z1_ptr, temperature_ptr, u_ptr, inv_norm_ptr, pairs, dim, padded, stride_1n, stride_1d,
+        z1_ptr, temperature_ptr, u_ptr, inv_norm_ptr, rows, dim, padded, stride_1n, stride_1d,
         0, BLOCK_P, BLOCK_D,
     )  # fmt: skip
     _normalize_view(
-        z2_ptr, temperature_ptr, u_ptr, inv_norm_ptr, pairs, dim, padded, stride_2n, stride_2d,
+        z2_ptr, temperature_ptr, u_ptr, inv_norm_ptr, rows, dim, padded, stride_2n, stride_2d,
         1, BLOCK_P, BLOCK_D,
     )  # fmt: skip
 
@@ -94,17 +94,26 @@ def normalize(z1: Tensor, z2: Tensor | None, temperature: Tensor) -> tuple[Tenso
     """
     if z2 is None:
         z1, z2 = z1.chunk(2)
+    return _launch(z1, z2, temperature, 2 * z1.size(0))
+
+
+def normalize_rows(z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """`normalize` of one tensor [M, D] of any number of rows, in its own order."""
+    return _launch(z[::2], z[1::2], temperature, z.size(0))
+
+
+def _launch(z1: Tensor, z2: Tensor, temperature: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     pairs, dim = z1.shape
     padded = padded_dim(dim)
     dtype = torch.float32 if z1.dtype == torch.float32 else torch.float16
-    u = torch.empty((2 * pairs, padded), dtype=dtype, device=z1.device)
-    inv_norm = torch.empty(2 * pairs, dtype=torch.float32, device=z1.device)
+    u = torch.empty((rows, padded), dtype=dtype, device=z1.device)
+    inv_norm = torch.empty(rows, dtype=torch.float32, device=z1.device)
     if pairs == 0:
         return u, inv_norm
     block_p, block_d = row_blocks(padded)
     with torch.cuda.device_of(z1):
         normalize_kernel[(triton.cdiv(pairs, block_p),)](
-            z1, z2, temperature, u, inv_norm, pairs, dim, padded, *z1.stride(), *z2.stride(),
+            z1, z2, temperature, u, inv_norm, rows, dim, padded, *z1.stride(), *z2.stride(),
             BLOCK_P=block_p, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
     return u, inv_norm

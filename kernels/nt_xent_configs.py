@@ -140,6 +140,7 @@ TABLE = {
 # Asked for rarely: one for all GPUs.
 MOMENTS = Config(64, 32, 64, 4, 2, 3)
 MOMENTS_FLOAT32 = Config(64, 32, 32, 8, 2)
+CLASS_GRADIENT = Config(64, 32, 64, 8, 2, 2)
 # For a GPU that the table does not list.
 SMALLEST = Config(32, 32, 32, 4, 2)
 
@@ -147,7 +148,9 @@ SMALLEST = Config(32, 32, 32, 4, 2)
 def table_config(
     kernel: str, capability: tuple[int, int], dtype: torch.dtype, padded: int
 ) -> Config | None:
-    """The configuration of "forward", "symmetric", "gradient" or "moments" for û of a dtype.
+    """The configuration of a kernel for û of a dtype.
+
+    kernel: "forward", "symmetric", "gradient", "moments", "class_sums" or "class_gradient".
 
     A GPU that the table does not list takes the row of its family (the same major version), or
     the smallest configuration. None only for "symmetric": not worth it, or not possible, here.
@@ -155,8 +158,10 @@ def table_config(
     family = [key for key in TABLE if key[0] == capability[0] and key <= capability]
     if not family:
         return None if kernel == "symmetric" else _fit(SMALLEST, padded)
-    if kernel == "moments":
-        return _fit(MOMENTS_FLOAT32 if dtype == torch.float32 else MOMENTS, padded)
+    if kernel in ("moments", "class_sums", "class_gradient"):
+        if dtype == torch.float32:
+            return _fit(MOMENTS_FLOAT32, padded)
+        return _fit(CLASS_GRADIENT if kernel == "class_gradient" else MOMENTS, padded)
     if dtype == torch.float32:
         kernel = f"float32 {kernel}"
     configs = TABLE[max(family)].get(kernel, (None,) * 5)
@@ -203,7 +208,7 @@ def plan(
     rows: int,
     total: int,
 ) -> Plan:
-    """Configuration and splits of "forward" (perhaps symmetric), "gradient" or "moments"."""
+    """Configuration and splits of a kernel of `table_config`; "forward" may become symmetric."""
     if kernel == "forward" and rows == total:
         config = table_config("symmetric", capability, dtype, padded)
         if config is not None and total % config.block_m == 0:
@@ -218,7 +223,7 @@ def plan(
         triton.cdiv(rows, config.block_m),
         triton.cdiv(total, config.block_n),
         processors * config.resident,
-        GRADIENT_SPLITS if kernel == "gradient" else LOSS_SPLITS,
+        GRADIENT_SPLITS if "gradient" in kernel else LOSS_SPLITS,
     )
     return Plan(config, splits)
 

@@ -98,16 +98,9 @@ def nt_xent_loss(
     return_stats: also return `NTXentStats`, from the same pass.
     """
     _check_embeddings(z1, z2)
-    code = _REDUCTIONS.get(reduction)
-    if code is None:
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    code = _reduction_code(reduction, group)
     tau = _temperature_tensor(temperature, z1)
     if group is not None:
-        if code == ops.NONE:
-            raise ValueError(
-                "reduction='none' cannot be used with a group: the gradient of a row needs the "
-                "other ranks' upstream gradients; use 'mean' or 'sum'"
-            )
         loss, stats = _GroupNTXent.apply(z1, z2, tau, group, code, decoupled, return_stats)
         return (loss, NTXentStats(*stats.unbind())) if return_stats else loss
     if decoupled and z1.size(0) == (2 if z2 is None else 1):
@@ -211,7 +204,6 @@ class _GroupNTXent(torch.autograd.Function):
         return total.to(loss.dtype), stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _):
         saved = ctx.saved_tensors
         grad_z, grad_temperature = ops.nt_xent_backward(
@@ -231,6 +223,18 @@ def _mean_stats(loss: Tensor, lse: Tensor, stats: Tensor, u: Tensor, temperature
     negative = (total - rows * positive) / (rows * (rows - 2)) if rows > 2 else total * math.nan
     similarities = torch.stack((positive, negative))
     return torch.cat((contrastive, both_views, similarities)).to(loss.dtype)
+
+
+def _reduction_code(reduction: str, group: dist.ProcessGroup | None) -> int:
+    code = _REDUCTIONS.get(reduction)
+    if code is None:
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if group is not None and code == ops.NONE:
+        raise ValueError(
+            "reduction='none' cannot be used with a group: the gradient of a row needs the other "
+            "ranks' upstream gradients; use 'mean' or 'sum'"
+        )
+    return code
 
 
 def _check_embeddings(z1: Tensor, z2: Tensor | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simclr_fast import nt_xent_plain
+from simclr_fast import nt_xent_plain, sup_con_plain
 
 EXTENSION_ERROR: ImportError | None = None
 try:
@@ -89,6 +89,17 @@ _LIBRARY.define(
     " bool decoupled) -> (Tensor grad_z, Tensor grad_temperature)"
 )
 NONE, MEAN, SUM = 0, 1, 2
+# The supervised contrastive loss: rows in any order and number, their classes by ids [M].
+_LIBRARY.define("sup_con_normalize(Tensor z, Tensor temperature) -> (Tensor u, Tensor inv_norm)")
+_LIBRARY.define(
+    "sup_con_rows(Tensor u_all, Tensor ids, Tensor inverse_count, Tensor temperature,"
+    " SymInt row_offset, SymInt count) -> (Tensor rows, Tensor lse)"
+)
+_LIBRARY.define(
+    "sup_con_backward(Tensor grad, Tensor u_all, Tensor lse_all, Tensor ids,"
+    " Tensor inverse_count, Tensor inv_norm, Tensor z, Tensor temperature, SymInt row_offset)"
+    " -> (Tensor grad_z, Tensor grad_temperature)"
+)
 
 
 def _nt_xent_normalize(z1: Tensor, z2: Tensor | None, temperature: Tensor) -> tuple[Tensor, ...]:
@@ -126,6 +137,22 @@ def _nt_xent_implementation(u: Tensor):
     return import_module("simclr_fast.kernels.nt_xent") if _on_triton(u) else nt_xent_plain
 
 
+def _sup_con_normalize(z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    return _sup_con_implementation(z).normalize(z, temperature)
+
+
+def _sup_con_rows(u_all: Tensor, *args) -> tuple[Tensor, Tensor]:
+    return _sup_con_implementation(u_all).forward(u_all, *args)
+
+
+def _sup_con_backward(grad: Tensor, u_all: Tensor, *args) -> tuple[Tensor, Tensor]:
+    return _sup_con_implementation(u_all).backward(grad, u_all, *args)
+
+
+def _sup_con_implementation(tensor: Tensor):
+    return import_module("simclr_fast.kernels.sup_con") if _on_triton(tensor) else sup_con_plain
+
+
 def _on_triton(tensor: Tensor) -> bool:
     if tensor.device.type == "cpu":
         has_extension()
@@ -161,6 +188,21 @@ def _fake_nt_xent_backward(
     grad, mean, u_all, lse_all, rows, inv_norm, z1, z2, temperature, row_offset, decoupled
 ):
     return z1.new_empty(inv_norm.size(0), z1.size(1)), torch.empty_like(temperature)
+
+
+def _fake_sup_con_normalize(z, temperature):
+    u, _ = _fake_nt_xent_normalize(z, None, temperature)
+    return u, u.new_empty(z.size(0), dtype=nt_xent_plain.statistics_dtype(z.dtype))
+
+
+def _fake_sup_con_rows(u_all, ids, inverse_count, temperature, row_offset, count):
+    return _fake_nt_xent_rows(u_all, temperature, row_offset, count, False, False)[:2]
+
+
+def _fake_sup_con_backward(
+    grad, u_all, lse_all, ids, inverse_count, inv_norm, z, temperature, row_offset
+):
+    return z.new_empty(z.shape), torch.empty_like(temperature)
 
 
 def nt_xent_padded_dim(dim: int) -> int:
@@ -207,8 +249,8 @@ def _nt_xent_autograd(z1, z2, temperature, *options):
 
 def _no_double_backward(ctx, *_):
     raise NotImplementedError(
-        "the NT-Xent loss has no double backward (create_graph=True); "
-        "simclr_fast.reference.nt_xent is plain torch and has one"
+        "the contrastive losses have no double backward (create_graph=True); those of "
+        "simclr_fast.reference are plain torch and have one"
     )
 
 
@@ -217,20 +259,27 @@ for _name, _kernel, _fake in (
     ("nt_xent_normalize", _nt_xent_normalize, _fake_nt_xent_normalize),
     ("nt_xent_rows", _nt_xent_rows, _fake_nt_xent_rows),
     ("nt_xent_backward", _nt_xent_backward, _fake_nt_xent_backward),
+    ("sup_con_normalize", _sup_con_normalize, _fake_sup_con_normalize),
+    ("sup_con_rows", _sup_con_rows, _fake_sup_con_rows),
+    ("sup_con_backward", _sup_con_backward, _fake_sup_con_backward),
 ):
     _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"simclr_fast::{_name}", _fake, lib=_LIBRARY)
 _LIBRARY.impl("nt_xent", _nt_xent_autograd, "Autograd")
-torch.library.register_autograd(
-    "simclr_fast::nt_xent_backward",
-    _no_double_backward,
-    setup_context=lambda ctx, inputs, output: None,
-    lib=_LIBRARY,
-)
+for _name in ("nt_xent_backward", "sup_con_backward"):
+    torch.library.register_autograd(
+        f"simclr_fast::{_name}",
+        _no_double_backward,
+        setup_context=lambda ctx, inputs, output: None,
+        lib=_LIBRARY,
+    )
 nt_xent = torch.ops.simclr_fast.nt_xent.default
 nt_xent_normalize = torch.ops.simclr_fast.nt_xent_normalize.default
 nt_xent_rows = torch.ops.simclr_fast.nt_xent_rows.default
 nt_xent_backward = torch.ops.simclr_fast.nt_xent_backward.default
+sup_con_normalize = torch.ops.simclr_fast.sup_con_normalize.default
+sup_con_rows = torch.ops.simclr_fast.sup_con_rows.default
+sup_con_backward = torch.ops.simclr_fast.sup_con_backward.default
 
 
 # LarsFlag of csrc/lars.h.

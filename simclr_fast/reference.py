@@ -149,6 +149,21 @@ def nt_xent(
     return loss if decoupled else torch.logaddexp(s.new_zeros(()), loss)
 
 
+def sup_con(z: Tensor, labels: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
+    """Supervised contrastive loss L_out of each row, [M] (Khosla et al. 2020, equation 2).
+
+    z: [M, D]; labels: [M]. A row whose class has no other row counts 0. O(M²) memory.
+    """
+    u = torch.nn.functional.normalize(z, dim=1)
+    s = u @ u.T / temperature
+    own = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    positives = (labels[:, None] == labels) & ~own
+    count = positives.sum(1)
+    log_p = s - s.masked_fill(own, -math.inf).logsumexp(1, keepdim=True)
+    mean = torch.where(positives, log_p, 0).sum(1) / count.clamp_min(1)
+    return torch.where(count > 0, -mean, 0)
+
+
 LARS_SEMANTICS = ("google", "moco", "lightly", "timm", "solo_learn", "larc")
 
 

@@ -9,9 +9,9 @@ ROOT = Path(__file__).parent.parent
 # Each room may import from the rooms before it; modules of one room may import each other downward.
 ROOMS = [
     {"reference", "nt_xent_plain", "_lars_foreach", "extras", "augment_params", "image_check"},
-    {"kernels", "ops", "sources", "shards", "demo", "checkpoint"},
+    {"sup_con_plain", "kernels", "ops", "sources", "shards", "demo", "checkpoint"},
     {"_lars_native", "distributed", "losses", "optim", "augment", "dali_views", "models", "config"},
-    {"global_batch_norm", "decode", "data", "datasets", "preview", "compat"},
+    {"sup_con", "global_batch_norm", "decode", "data", "datasets", "preview", "compat"},
     {"large_batch"},
     {"weights", "evaluation", "plots", "train"},
     {"export", "report", "selfcheck", "benchmarks"},
