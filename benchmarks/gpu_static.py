@@ -22,6 +22,13 @@ from simclr_fast.kernels.nt_xent_backward import (
 from simclr_fast.kernels.nt_xent_configs import VALUE_BLOCK, table_config
 from simclr_fast.kernels.nt_xent_forward import moments_kernel, negatives_kernel, symmetric_kernel
 from simclr_fast.kernels.nt_xent_losses import losses_kernel, statistics_kernel
+from simclr_fast.kernels.sup_con_tiles import (
+    class_gradient_kernel,
+    class_losses_kernel,
+    class_sums_kernel,
+    class_weights_kernel,
+    finish_class_gradient_kernel,
+)
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -154,8 +161,10 @@ def argument_types(kernel, u: str, z: str) -> dict[str, str]:
             continue
         if name == "u_ptr":
             types[name] = f"*{u}"
-        elif name in ("z1_ptr", "z2_ptr", "grad_z_ptr"):
+        elif name in ("z_ptr", "z1_ptr", "z2_ptr", "grad_z_ptr"):
             types[name] = f"*{z}"
+        elif name == "ids_ptr":
+            types[name] = "*i32"
         else:
             scalar = "fp32" if name == "grad_scale" else "i32"
             types[name] = "*fp32" if name.endswith("_ptr") else scalar
@@ -173,8 +182,8 @@ def nt_xent_static(
 ) -> Static | None:
     """One row of the launch table, compiled; None where the table has no symmetric forward.
 
-    kernel: "forward", "symmetric", "gradient" or "moments". aligned: the row counts are multiples
-    of 16, as for even batches. overrides: other compile options.
+    kernel: as in `table_config`. aligned: the row counts are multiples of 16, as for even batches.
+    overrides: other compile options.
     """
     config = table_config(kernel, divmod(arch, 10), dtype, padded)
     if config is None:
@@ -184,6 +193,8 @@ def nt_xent_static(
         "symmetric": symmetric_kernel,
         "gradient": gradient_kernel,
         "moments": moments_kernel,
+        "class_sums": class_sums_kernel,
+        "class_gradient": class_gradient_kernel,
     }[kernel]
     options = config.options(padded, precision)
     launch = {k: v for k, v in options.items() if k.islower()}
@@ -191,7 +202,7 @@ def nt_xent_static(
     constants["BLOCK_M"] = config.block_m
     if kernel != "symmetric":
         constants["BLOCK_N"] = config.block_n
-    if kernel == "gradient":
+    if "gradient" in kernel:
         constants["BLOCK_V"] = config.block_d if config.block_d >= padded else VALUE_BLOCK
     types = argument_types(function, "fp32" if dtype == torch.float32 else "fp16", "fp32")
     multiples = [n for n in types if aligned or n.endswith("_ptr") or n == "padded"]
@@ -208,20 +219,23 @@ def row_kernel_static(kernel: str, arch: int, dtype: torch.dtype, dim: int) -> S
         "statistics": statistics_kernel,
         "weights": weights_kernel,
         "finish_gradient": finish_gradient_kernel,
+        "class_losses": class_losses_kernel,
+        "class_weights": class_weights_kernel,
+        "finish_class_gradient": finish_class_gradient_kernel,
     }[kernel]
     z = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     types = argument_types(function, "fp32" if dtype == torch.float32 else "fp16", z)
     block, block_d = row_blocks(padded_dim(dim))
     blocks = {"BLOCK_P": block, "BLOCK_D": block_d, "BLOCK_R": block, "BLOCK_S": SLOT_BLOCK}
-    if kernel == "weights":
+    if kernel in ("weights", "class_weights", "class_losses"):
         blocks["BLOCK_R"] = WEIGHTS_BLOCK
     constants = {n: v for n, v in blocks.items() if n in function.arg_names}
     if "DECOUPLED" in function.arg_names:
         constants["DECOUPLED"] = False
     # A launch turns integers that equal 1 into constants.
-    constants.update({n: 1 for n in ("stride_1d", "stride_2d") if n in types})
+    constants.update({n: 1 for n in ("stride_d", "stride_1d", "stride_2d") if n in types})
     types = {n: t for n, t in types.items() if n not in constants}
-    ragged = ("dim", "stride_1n", "stride_2n") if dim % 16 else ()
+    ragged = ("dim", "stride_n", "stride_1n", "stride_2n") if dim % 16 else ()
     multiples = [n for n, t in types.items() if t != "fp32" and n not in ragged]
     compiled = compile_kernel(function, types, constants, arch, multiples, num_warps=4)
     return inspect(compiled, arch)

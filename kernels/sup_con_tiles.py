@@ -123,7 +123,7 @@ def class_weights_kernel(
     inverse = tl.load(inverse_count_ptr + r, mask=inside, other=0.0)
     grad = tl.load(grad_ptr + r * grad_stride, mask=inside, other=0.0)
     scale = tl.load(scale_ptr)
-    w = tl.where((scale == 0.0) | (inverse == 0.0), 0.0, grad / scale)
+    w = tl.where(inverse == 0.0, 0.0, tl.where(scale == 0.0, 0.0, grad / scale))
     y = tl.load(lse_ptr + r, mask=inside, other=0.0) * LOG2_E - WEIGHT_SHIFT
     factor = tl.where(w == 0.0, 0.0, w * tl.exp2(-y))
     factor = tl.where(needs_maximum(temperature_ptr), y, factor)

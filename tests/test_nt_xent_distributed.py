@@ -6,7 +6,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from simclr_fast import NTXentLoss, nt_xent_loss, reference
+from simclr_fast import (
+    NTXentLoss,
+    multi_view_nt_xent_loss,
+    nt_xent_loss,
+    reference,
+    sup_con_loss,
+)
 from simclr_fast.distributed import all_gather_rows
 
 D, TAU = 12, 0.2
@@ -89,11 +95,35 @@ def check_no_communication_in_backward(group, rank, pairs):
         loss.backward()
 
 
+def check_sup_con(group, rank, pairs):
+    z1, z2 = whole_batch(pairs, torch.float64)
+    z = torch.cat((z1, z2))
+    rows = [p + rank_number % 2 for rank_number, p in enumerate(pairs)]  # odd and even numbers
+    z, labels = z[: sum(rows)], torch.arange(sum(rows)) % 3
+    labels[-1] = 9  # alone in its class
+    own = slice(sum(rows[:rank]), sum(rows[: rank + 1]))
+    leaves = z[own].clone().requires_grad_(), torch.tensor(TAU, dtype=z.dtype, requires_grad=True)
+    loss = sup_con_loss(leaves[0], labels[own], leaves[1], group=group)
+    grads = torch.autograd.grad(loss * 3, leaves)
+    whole = z.clone().requires_grad_(), torch.tensor(TAU, dtype=z.dtype, requires_grad=True)
+    wanted = reference.sup_con(whole[0], labels, whole[1]).mean()
+    exact = torch.autograd.grad(wanted * 3, whole)
+    dist.all_reduce(grads[1], group=group)
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(grads[0], exact[0][own] * len(pairs))
+    torch.testing.assert_close(grads[1] / len(pairs), exact[1])
+    own = slice(sum(pairs[:rank]), sum(pairs[: rank + 1]))
+    crops = [z1, z2, z1 + z2.cos()]
+    loss = multi_view_nt_xent_loss([crop[own] for crop in crops], group=group)
+    torch.testing.assert_close(loss, multi_view_nt_xent_loss(crops))
+
+
 def check(group, rank, pairs):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         check_loss(group, rank, pairs, dtype, "mean", two=True)
     check_loss(group, rank, pairs, torch.float64, "sum", two=False)
     check_loss(group, rank, pairs, torch.float32, "mean", two=False, decoupled=True)
+    check_sup_con(group, rank, pairs)
     check_ddp(group, rank, pairs)
     check_no_communication_in_backward(group, rank, pairs)
 

@@ -62,11 +62,15 @@ CORE = [
     *(Case("gradient", arch, HALF, 128, "ieee") for arch in (80, 86, 90, 100, 120)),
     Case("symmetric", 90, HALF, 128, "ieee"),
     Case("gradient", 90, SINGLE, 128, "tf32x3"),
+    *(Case(kernel, 80, HALF, 128, "ieee") for kernel in ("class_sums", "class_gradient")),
 ]
-ROW_KERNELS = ("normalize", "losses", "statistics", "weights", "finish_gradient")
+ROW_KERNELS = (
+    *("normalize", "losses", "statistics", "weights", "finish_gradient"),
+    *("class_losses", "class_weights", "finish_class_gradient"),
+)
 FULL = [
     Case(kernel, arch, dtype, padded, precision, aligned)
-    for kernel in ("forward", "symmetric", "gradient", "moments")
+    for kernel in ("forward", "symmetric", "gradient", "moments", "class_sums", "class_gradient")
     for arch in ARCHITECTURES
     for dtype, precision in ((HALF, "ieee"), (SINGLE, "tf32x3"), (SINGLE, "tf32"))
     for padded in (16, 64, 128, 192, 256, 512, 1024)
@@ -97,8 +101,8 @@ def check(case: Case, static):
         assert static.mma == {TENSOR_CORES[case.arch]}
     if case.padded >= 64:
         assert static.wide_copies > 0
-    if case.kernel != "gradient":
-        # The gradient also copies a vector of weights.
+    if case.kernel not in ("gradient", "class_sums", "class_gradient"):
+        # These also copy a vector of weights or ids.
         assert static.narrow_copies == 0
     if config.block_d >= case.padded >= 64 and case.kernel in ("forward", "gradient"):
         per_thread = config.block_m * config.block_n // (32 * config.warps)
@@ -137,7 +141,7 @@ def check_row_kernel(kernel, arch, dtype, dim):
     assert static.stack == 0
     assert static.local_accesses == 0
     assert static.resident >= 2
-    if dim % 16 == 0 and kernel not in ("weights", "statistics"):
+    if dim % 16 == 0 and kernel in ("normalize", "losses", "finish_gradient"):
         assert static.wide_loads > 0
 
 

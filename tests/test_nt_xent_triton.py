@@ -15,7 +15,7 @@ def test_kernels_in_the_interpreter():
     threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-         str(HERE / "interpreted_nt_xent.py"), str(HERE / "interpreted_memory.py")],
+         *(str(HERE / f"interpreted_{name}.py") for name in ("nt_xent", "sup_con", "memory"))],
         env={**os.environ, **threads, "TRITON_INTERPRET": "1"},
         cwd=HERE.parent,
         capture_output=True,

@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from simclr_fast import multi_view_nt_xent_loss, nt_xent_loss, ops, reference, sup_con_loss
 from simclr_fast import sup_con_plain as plain
@@ -221,39 +219,3 @@ Z, Y = torch.ones(6, 3), torch.arange(6)
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
-
-
-def check_ranks(rank, sizes, dtype):
-    z, labels = batch(sum(sizes), 8, 3, dtype)
-    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-    leaf = z[own].clone().requires_grad_()
-    tau = torch.tensor(0.2, dtype=dtype, requires_grad=True)
-    loss = sup_con_loss(leaf, labels[own], tau, group=dist.group.WORLD)
-    grad, grad_tau = torch.autograd.grad(3 * loss, (leaf, tau))
-    whole = z.double().requires_grad_()
-    exact_tau = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
-    wanted = reference.sup_con(whole, labels, exact_tau).mean()
-    exact, exact_grad_tau = torch.autograd.grad(3 * wanted, (whole, exact_tau))
-    dist.all_reduce(grad_tau)
-    rtol = 1e-11 if dtype == torch.float64 else 1e-5
-    close = {"rtol": rtol, "atol": rtol, "check_dtype": False}
-    torch.testing.assert_close(loss, wanted, **close)
-    torch.testing.assert_close(grad, exact[own] * len(sizes), **close)
-    torch.testing.assert_close(grad_tau / len(sizes), exact_grad_tau, **close)
-
-
-def worker(rank, store):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    for sizes in ((5, 5), (1, 8)):
-        for dtype in FLOATS:
-            check_ranks(rank, sizes, dtype)
-    views = torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    own = list(views[:, 2 * rank : 2 * rank + 2])
-    loss = multi_view_nt_xent_loss(own, temperature=0.3, group=dist.group.WORLD)
-    torch.testing.assert_close(loss, multi_view_nt_xent_loss(list(views), temperature=0.3))
-    dist.destroy_process_group()
-
-
-def test_ranks_equal_one_process(tmp_path):
-    mp.spawn(worker, (tmp_path / "store",), nprocs=2)
