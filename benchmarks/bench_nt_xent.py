@@ -1,42 +1,63 @@
 """NT-Xent against its peers, forward and forward+backward.
 
 python -m benchmarks.bench_nt_xent --n 256,1024 --threads 2     the side-by-side table
+python -m benchmarks.bench_nt_xent --goals --n 2048 --threads 2 bounds that the CPU kernels aim at
 pytest benchmarks/bench_nt_xent.py                              pytest-benchmark, N = 256
 
-Every loss takes its turn in each round of one process; the table has medians over the rounds.
+Every loss takes its turn in each round of one process; the tables have medians over the rounds.
 MALLOC_TOP_PAD_=4294967296 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 before the command makes
 malloc reuse memory, which spares the losses that build 2N × 2N matrices their page faults.
 """
 
-import argparse
 import ctypes
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 
 import pytest
 import torch
 
-from simclr_fast import nt_xent_loss, reference
+from simclr_fast import multi_view_nt_xent_loss, nt_xent_loss, reference, sup_con_loss
+from simclr_fast.benchmarks import harness
+from simclr_fast.benchmarks.fma_peak import fma_per_second
+from simclr_fast.benchmarks.harness import Options, Table
 from simclr_fast.benchmarks.peers import nt_xent_peers
 
 OURS, MATMUL = "simclr_fast", "torch.mm(Z, Z.T) alone"
 TEMPERATURE = 0.1
 # Beyond this the float64 reference's own matrices are too large.
 LARGEST_CHECKED = 1024
+CLASSES = 10
 
 
-def losses(n: int) -> dict:
+def losses(n: int) -> dict[str, Callable]:
     return {OURS: nt_xent_loss, **nt_xent_peers(n)}
 
 
-def views(n: int, d: int) -> list[torch.Tensor]:
+def relatives(n: int) -> dict[str, Callable]:
+    """Our other losses, for the same 2N rows."""
+    labels = torch.arange(2 * n) % CLASSES
+    return {
+        "simclr_fast, decoupled": lambda z1, z2, t: nt_xent_loss(z1, z2, t, decoupled=True),
+        f"simclr_fast, supervised, {CLASSES} classes": lambda z1, z2, t: sup_con_loss(
+            torch.cat((z1, z2)), labels, t
+        ),
+        "simclr_fast, 4 views": lambda z1, z2, t: multi_view_nt_xent_loss(
+            torch.cat((z1, z2)), 4, t
+        ),
+    }
+
+
+def views(n: int, d: int, device: torch.device | str = "cpu") -> list[torch.Tensor]:
     torch.manual_seed(0)
     z1 = torch.randn(n, d)
-    return [z.requires_grad_() for z in (z1, z1 + torch.randn(n, d))]
+    return [z.to(device).requires_grad_() for z in (z1, z1 + torch.randn(n, d))]
 
 
 def forward(loss, z1, z2) -> None:
@@ -46,19 +67,6 @@ def forward(loss, z1, z2) -> None:
 
 def forward_backward(loss, z1, z2) -> tuple[torch.Tensor, ...]:
     return torch.autograd.grad(loss(z1, z2, TEMPERATURE), (z1, z2))
-
-
-def interleaved(steps: dict, rounds: int, clock=time.perf_counter) -> dict[str, float]:
-    """Median milliseconds of each step, one call per round, after one call to warm up."""
-    times = {name: [] for name in steps}
-    for step in steps.values():
-        step()
-    for _ in range(rounds):
-        for name, step in steps.items():
-            start = clock()
-            step()
-            times[name].append(1e3 * (clock() - start))
-    return {name: median(values) for name, values in times.items()}
 
 
 def gradient_error(loss, z1, z2) -> float:
@@ -75,7 +83,7 @@ def _resident(key: str) -> float:
 
 def print_memory(name: str, n: int, d: int) -> None:
     """Peak MB of forward+backward beyond what was resident before; runs in its own process."""
-    loss, z = losses(n)[name], views(n, d)
+    loss, z = (losses(n) | relatives(n))[name], views(n, d)
     forward_backward(loss, *z)  # compiles, loads libraries
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -85,55 +93,119 @@ def print_memory(name: str, n: int, d: int) -> None:
 
 
 def peak_memory(name: str, n: int, d: int) -> float:
-    command = [sys.executable, "-m", "benchmarks.bench_nt_xent", "--memory", name]
+    command = [sys.executable, "-m", "simclr_fast.benchmarks.bench_nt_xent", "--memory", name]
     command += ["--n", str(n), "--d", str(d), "--threads", str(torch.get_num_threads())]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def table(n: int, d: int, rounds: int, memory: bool, clock=time.perf_counter) -> str:
-    z1, z2 = views(n, d)
+def tables(
+    options: Options,
+    sizes: tuple[int, ...] = (256, 1024),
+    dim: int = 128,
+    memory: bool = True,
+    others: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[Table]:
+    """A table per number of pairs. memory: on Linux; others: our other losses too."""
+    for n in sizes[:1] if options.quick else sizes:
+        z1, z2 = views(n, dim, options.device)
+        z = torch.cat((z1, z2)).detach()
+        contenders = losses(n) | (relatives(n) if others else {})
+        times = {}
+        for column, run in (("forward", forward), ("forward+backward", forward_backward)):
+            steps = {k: partial(run, f, z1, z2) for k, f in contenders.items()}
+            steps[MATMUL] = partial(torch.mm, z, z.T)
+            times[column] = harness.measure(steps, options.rounds, options.device, clock)
+        facts = {}
+        if memory and options.device.type == "cpu" and sys.platform == "linux":
+            facts["peak MB"] = {k: f"{peak_memory(k, n, dim):.0f}" for k in contenders}
+        if n <= LARGEST_CHECKED:
+            facts["gradient error"] = {
+                k: f"{gradient_error(f, z1, z2):.0e}" for k, f in losses(n).items()
+            }
+        title = (
+            f"NT-Xent, N = {n}, D = {dim}, float32, temperature {TEMPERATURE}, "
+            f"{options.device.type}, threads {options.threads}"
+        )
+        yield Table(title, OURS, times, facts, (MATMUL,))
+
+
+def goals(options: Options, n: int, dim: int = 128) -> str:
+    """What the CPU kernels aim at, N = 256 for small batches, else for large ones. Markdown."""
+    z1, z2 = views(n, dim)
     z = torch.cat((z1, z2)).detach()
-    matmul = {MATMUL: lambda: torch.mm(z, z.T)}
-    times = []
-    for run in (forward, forward_backward):
-        steps = {k: lambda f=f, run=run: run(f, z1, z2) for k, f in losses(n).items()}
-        times.append(interleaved(steps | matmul, rounds, clock))
-    time_of = "CPU time" if clock is time.thread_time else "wall time"
-    lines = [
-        f"N = {n}, D = {d}, float32, temperature {TEMPERATURE}, {torch.get_num_threads()} threads, "
-        f"{time_of}",
-        "| loss | forward ms | × ours | forward+backward ms | × ours | peak MB | gradient error |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name in times[0]:
-        cells = [f"{t[name]:.2f} | {t[name] / t[OURS]:.2f}" for t in times]
-        is_loss = name != MATMUL
-        peak = f"{peak_memory(name, n, d):.0f}" if memory and is_loss else "-"
-        checked = is_loss and n <= LARGEST_CHECKED
-        error = f"{gradient_error(losses(n)[name], z1, z2):.1e}" if checked else "-"
-        lines.append(f"| {name} | {' | '.join(cells)} | {peak} | {error} |")
+    lines = [f"N = {n}, D = {dim}, threads {options.threads}", "", "| | goal | measured |"]
+    lines += ["|---|---|---|"]
+
+    def add(what: str, goal: str, value: float, unit: str = "") -> None:
+        lines.append(f"| {what} | {goal}{unit} | {value:.2f}{unit} |")
+
+    if n <= 256:
+        peers = losses(n)
+        steps = {k: partial(forward_backward, peers[k], z1, z2) for k in (OURS, "textbook eager")}
+        times = {k: median(v) for k, v in harness.measure(steps, options.rounds).items()}
+        add("forward+backward, textbook eager / ours", "≥ 3", times["textbook eager"] / times[OURS])
+        return "\n".join(lines)
+
+    isa = import_module("simclr_fast._C").instruction_set()
+    steps = {
+        "forward": partial(forward, nt_xent_loss, z1, z2),
+        "both": partial(forward_backward, nt_xent_loss, z1, z2),
+        MATMUL: partial(torch.mm, z, z.T),
+        # The round's own peak; its value is the time of 1e9 multiply-adds.
+        "fma": lambda: peaks.append(fma_per_second(options.threads, isa)),
+    }
+    peaks: list[float] = []
+    t = {k: median(v) for k, v in harness.measure(steps, options.rounds).items()}
+    useful = 2 * (2 * n) ** 2 * dim  # multiply-adds: 1/2 forward, 3/2 backward
+    add("forward / one torch.mm(Z, Z.T)", "≤ 0.45", t["forward"] / t[MATMUL])
+    add("forward+backward / one torch.mm(Z, Z.T)", "≤ 1.75", t["both"] / t[MATMUL])
+    share = 1e3 * useful / t["both"] / median(peaks)
+    add("forward+backward, share of the multiply-add peak", "≥ 70", 100 * share, " %")
+
+    threads = {}
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        threads[count] = harness.measure({"both": steps["both"]}, options.rounds)["both"]
+    torch.set_num_threads(options.threads)
+    add("1 thread / 2 threads", "≥ 1.85", median(threads[1]) / median(threads[2]))
+
+    half = views(n // 2, dim)
+    steps = {"half": partial(forward_backward, nt_xent_loss, *half), "whole": steps["both"]}
+    t = {k: median(v) for k, v in harness.measure(steps, options.rounds).items()}
+    add("forward+backward, N / N/2", "≤ 4.2", t["whole"] / t["half"])
+    if sys.platform == "linux":
+        peak, half_peak = (peak_memory(OURS, k, dim) for k in (n, n // 2))
+        add("peak extra memory", "≤ 32" if n == 4096 else "", peak, " MB")
+        add("peak extra memory, N / N/2", "≤ 2.1", peak / half_peak)
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = harness.parser("bench loss", __doc__)
     parser.add_argument("--n", default="256,1024", help="pairs, separated by commas")
     parser.add_argument("--d", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
         "--cpu-time", action="store_true", help="one thread's CPU time: for a busy machine"
     )
     parser.add_argument("--no-memory", action="store_true", help="skip the subprocesses")
+    parser.add_argument("--others", action="store_true", help="decoupled, supervised, 4 views too")
+    parser.add_argument("--goals", action="store_true", help="what the CPU kernels aim at")
     parser.add_argument("--memory", metavar="LOSS", help="print one loss's peak memory and stop")
-    arguments = parser.parse_args()
-    clock = time.thread_time if arguments.cpu_time else time.perf_counter
-    torch.set_num_threads(1 if arguments.cpu_time else arguments.threads)
-    for n in map(int, arguments.n.split(",")):
-        if arguments.memory:
-            print_memory(arguments.memory, n, arguments.d)
-        else:
-            print(table(n, arguments.d, arguments.rounds, not arguments.no_memory, clock), "\n")
+    given = parser.parse_args()
+    if given.cpu_time:
+        given.threads = 1
+    options, sizes = harness.options(given), tuple(map(int, given.n.split(",")))
+    clock = time.thread_time if given.cpu_time else time.perf_counter
+    if given.memory:
+        print_memory(given.memory, sizes[0], given.d)
+        return
+    if given.goals:
+        for n in sizes:
+            print(goals(options, n, given.d), "\n", flush=True)
+        return
+    for table in tables(options, sizes, given.d, not given.no_memory, given.others, clock):
+        print(table.text(), "\n", flush=True)
 
 
 @pytest.mark.parametrize("run", [forward, forward_backward], ids=lambda run: run.__name__)

@@ -65,8 +65,9 @@ if EXTENSION_ERROR is None:
 
 # NT-Xent. Rows are interleaved: 2k and 2k+1 are the two views of pair k. R: rows of this rank,
 # M: rows of all ranks (R = M in one process), Dp: features, zero-padded on CUDA. The CPU kernels
-# are in csrc/nt_xent_cpu.cpp, the CUDA ones in kernels/, the meaning of each value there and in
-# nt_xent_plain.py, which serves every other device, and float64 on CUDA.
+# are in csrc/nt_xent_cpu.cpp and csrc/sup_con_cpu.cpp, the CUDA ones in kernels/, the meaning of
+# each value there and in nt_xent_plain.py and sup_con_plain.py, which serve every other device, and
+# float64 on CUDA.
 # loss: the rows' losses, view 1 first (reduction 0), their mean (1) or sum (2), as torch numbers
 # its own losses' reductions. grad: the upstream gradient of every row's loss, [M], or one for all,
 # []; mean divides it by M.
