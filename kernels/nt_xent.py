@@ -6,14 +6,16 @@ order, so results repeat bit for bit and the calls can be captured in a CUDA gra
 """
 
 import math
+from functools import partial
 
 import torch
 import triton
 from torch import Tensor
 
 from .normalize import normalize, padded_dim, row_blocks
+from .nt_xent_autotune import tuned
 from .nt_xent_backward import finish_gradient_kernel, gradient_kernel, weights_kernel
-from .nt_xent_configs import VALUE_BLOCK, dot_precision, plan_for
+from .nt_xent_configs import VALUE_BLOCK, Plan, dot_precision, plan_for
 from .nt_xent_forward import moments_kernel, negatives_kernel, symmetric_kernel
 from .nt_xent_losses import losses_kernel, statistics_kernel
 
@@ -59,41 +61,75 @@ def forward(
     if rows == 0:
         return loss, lse, stats
     block_r, block_d = row_blocks(padded)
-    precision = dot_precision(u_all.dtype)
     row_grid = (triton.cdiv(rows, block_r),)
     with torch.cuda.device_of(u_all):
         if statistics:
             config, splits, _ = plan_for("moments", u_all, rows)
-            partial = _floats(device, 6, splits, rows)
+            moments = _floats(device, 6, splits, rows)
             moments_kernel[(triton.cdiv(rows, config.block_m), splits)](
-                u_all, partial, row_offset, rows, total, padded,
-                config.block_m, config.block_n, **config.options(padded, precision),
+                u_all, moments, row_offset, rows, total, padded,
+                config.block_m, config.block_n,
+                **config.options(padded, dot_precision(u_all.dtype)),
             )  # fmt: skip
             statistics_kernel[row_grid](
-                u_all, partial, loss, lse, stats, row_offset, rows, padded, splits,
+                u_all, moments, loss, lse, stats, row_offset, rows, padded, splits,
                 DECOUPLED=decoupled, BLOCK_R=block_r, BLOCK_D=block_d,
             )  # fmt: skip
             return loss, lse, stats
 
-        config, splits, symmetric = plan_for("forward", u_all, rows)
-        tiles = triton.cdiv(rows, config.block_m)
-        slots = splits + tiles // 2 if symmetric else splits
-        sums, tops = _floats(device, slots, rows), _floats(device, splits, rows)
-        if symmetric:
-            symmetric_kernel[(tiles, splits)](
-                u_all, temperature, sums, tops, total, padded, config.block_m,
-                **config.options(padded, precision),
-            )  # fmt: skip
-        else:
-            negatives_kernel[(tiles, splits)](
-                u_all, temperature, sums, tops, row_offset, rows, total, padded,
-                config.block_m, config.block_n, **config.options(padded, precision),
-            )  # fmt: skip
+        tiles = partial(_negatives, u_all, temperature, row_offset, rows)
+        sums, tops = tiles(tuned("forward", plan_for("forward", u_all, rows), u_all, rows, tiles))
         losses_kernel[row_grid](
-            u_all, temperature, sums, tops, loss, lse, row_offset, rows, padded, slots, splits,
+            u_all, temperature, sums, tops, loss, lse, row_offset, rows, padded,
+            len(sums), len(tops),
             DECOUPLED=decoupled, BLOCK_R=block_r, BLOCK_D=block_d, BLOCK_S=SLOT_BLOCK,
         )  # fmt: skip
     return loss, lse, stats
+
+
+def _negatives(
+    u_all: Tensor, temperature: Tensor, row_offset: int, rows: int, plan: Plan
+) -> tuple[Tensor, Tensor]:
+    """Partial sums over each row's negatives, [slots, rows], and maxima, [splits, rows]."""
+    config, splits, symmetric = plan
+    (total, padded), device = u_all.shape, u_all.device
+    options = config.options(padded, dot_precision(u_all.dtype))
+    tiles = triton.cdiv(rows, config.block_m)
+    slots = splits + tiles // 2 if symmetric else splits
+    sums, tops = _floats(device, slots, rows), _floats(device, splits, rows)
+    if symmetric:
+        symmetric_kernel[(tiles, splits)](
+            u_all, temperature, sums, tops, total, padded, config.block_m, **options
+        )
+    else:
+        negatives_kernel[(tiles, splits)](
+            u_all, temperature, sums, tops, row_offset, rows, total, padded,
+            config.block_m, config.block_n, **options,
+        )  # fmt: skip
+    return sums, tops
+
+
+def _weighted_sums(
+    u_all: Tensor,
+    temperature: Tensor,
+    factor: Tensor,
+    weight: Tensor,
+    row_offset: int,
+    rows: int,
+    plan: Plan,
+) -> Tensor:
+    """Partial Σ_j W_ij û_j, [splits, rows, D_pad]."""
+    config, splits, _ = plan
+    total, padded = u_all.shape
+    block_v = config.block_d if config.block_d >= padded else VALUE_BLOCK
+    sums = _floats(u_all.device, splits, rows, padded)
+    grid = (triton.cdiv(rows, config.block_m), splits, triton.cdiv(padded, block_v))
+    gradient_kernel[grid](
+        u_all, temperature, factor, weight, sums, row_offset, rows, total, padded,
+        config.block_m, config.block_n, BLOCK_V=block_v,
+        **config.options(padded, dot_precision(u_all.dtype)),
+    )  # fmt: skip
+    return sums
 
 
 def backward(
@@ -130,13 +166,9 @@ def backward(
     grad_z = torch.empty((rows, dim), dtype=z1.dtype, device=device)
     if rows == 0:
         return grad_z, torch.zeros((), dtype=torch.float32, device=device)
-    config, splits, _ = plan_for("gradient", u_all, rows)
-    precision = dot_precision(u_all.dtype)
-    block_v = config.block_d if config.block_d >= padded else VALUE_BLOCK
     block_p, block_d = row_blocks(padded)
     programs = triton.cdiv(rows // 2, block_p)
     factor, weight = _floats(device, total), _floats(device, total)
-    partial = _floats(device, splits, rows, padded)
     grad_temperature = _floats(device, programs)
     with torch.cuda.device_of(u_all):
         stride = grad.stride(0) if grad.dim() else 0
@@ -145,14 +177,11 @@ def backward(
             grad, scale, lse_all, temperature, factor, weight, total, stride,
             BLOCK_R=WEIGHTS_BLOCK,
         )  # fmt: skip
-        grid = (triton.cdiv(rows, config.block_m), splits, triton.cdiv(padded, block_v))
-        gradient_kernel[grid](
-            u_all, temperature, factor, weight, partial, row_offset, rows, total, padded,
-            config.block_m, config.block_n, BLOCK_V=block_v, **config.options(padded, precision),
-        )  # fmt: skip
+        tiles = partial(_weighted_sums, u_all, temperature, factor, weight, row_offset, rows)
+        sums = tiles(tuned("gradient", plan_for("gradient", u_all, rows), u_all, rows, tiles))
         finish_gradient_kernel[(programs,)](
-            partial, grad, scale, loss, inv_norm, z1, z2, temperature, grad_z,
-            grad_temperature, 1 / total if mean else 1.0, row_offset, rows, dim, padded, splits,
+            sums, grad, scale, loss, inv_norm, z1, z2, temperature, grad_z,
+            grad_temperature, 1 / total if mean else 1.0, row_offset, rows, dim, padded, len(sums),
             stride, *z1.stride(), *z2.stride(),
             DECOUPLED=decoupled, BLOCK_P=block_p, BLOCK_D=block_d,
         )  # fmt: skip

@@ -18,6 +18,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
+from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
 from simclr_fast.benchmarks.gpu_static import (
@@ -27,7 +28,7 @@ from simclr_fast.benchmarks.gpu_static import (
     nt_xent_static,
     row_kernel_static,
 )
-from simclr_fast.kernels import nt_xent
+from simclr_fast.kernels import nt_xent, nt_xent_autotune
 from simclr_fast.kernels.nt_xent_configs import (
     SMALLEST,
     SYMMETRIC_SLOTS,
@@ -214,6 +215,28 @@ def test_an_unlisted_gpu_takes_the_smallest_configuration():
     assert made.config == SMALLEST
     assert not made.symmetric
     assert plan("gradient", (7, 5), 40, SINGLE, 16, 64, 64).config.block_d == 16
+
+
+def test_autotune_takes_the_fastest_that_runs(monkeypatch):
+    made = plan("forward", (9, 0), 132, HALF, 128, 8192, 8192)
+    plans = nt_xent_autotune.candidates("forward", made, HALF, 128, 8192, 8192, 132)
+    assert plans[0] == made
+    assert all(p.symmetric and 8192 % p.config.block_m == 0 for p in plans)
+    assert len(set(plans)) == len(plans) > 1
+
+    def milliseconds(step):
+        chosen = step()
+        if chosen == plans[0]:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return float(plans.index(chosen) != len(plans) - 1)
+
+    assert nt_xent_autotune.fastest(plans, lambda p: p, milliseconds) == plans[-1]
+    gradient = plan("gradient", (8, 0), 108, SINGLE, 64, 100, 100)
+    plans = nt_xent_autotune.candidates("gradient", gradient, SINGLE, 64, 100, 100, 108)
+    assert not any(p.symmetric for p in plans)
+    # Off by default, and never on the CPU.
+    monkeypatch.setenv("SIMCLR_FAST_AUTOTUNE", "1")
+    assert nt_xent_autotune.tuned("forward", made, torch.ones(4, 16), 4, None) == made
 
 
 @pytest.mark.parametrize(("unlisted", "listed"), [((10, 3), (10, 0)), ((8, 7), (8, 6))])

@@ -1,0 +1,83 @@
+"""SIMCLR_FAST_AUTOTUNE=1: launch configurations by timing every architecture's, once per shape.
+
+The choice lives as long as the process. Results stay deterministic within it, but another run may
+choose, and round, otherwise. The default is the table of nt_xent_configs.py.
+"""
+
+import os
+from collections.abc import Callable
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from .nt_xent_configs import (
+    GRADIENT_SPLITS,
+    LOSS_SPLITS,
+    TABLE,
+    Plan,
+    best_splits,
+    table_config,
+)
+
+_CHOICES: dict[tuple, Plan] = {}
+
+
+def tuned(
+    kernel: str, made: Plan, u_all: Tensor, rows: int, launch: Callable[[Plan], object]
+) -> Plan:
+    """The fastest plan for "forward" or "gradient"; `made` unless asked, and in graph capture."""
+    if os.environ.get("SIMCLR_FAST_AUTOTUNE") != "1" or not u_all.is_cuda:
+        return made
+    key = (kernel, made, u_all.device, u_all.dtype, *u_all.shape, rows)
+    if key not in _CHOICES:
+        if torch.cuda.is_current_stream_capturing():
+            return made
+        processors = torch.cuda.get_device_properties(u_all.device).multi_processor_count
+        plans = candidates(kernel, made, u_all.dtype, u_all.size(1), rows, len(u_all), processors)
+        _CHOICES[key] = fastest(plans, launch)
+    return _CHOICES[key]
+
+
+def candidates(
+    kernel: str,
+    made: Plan,
+    dtype: torch.dtype,
+    padded: int,
+    rows: int,
+    total: int,
+    processors: int,
+) -> list[Plan]:
+    """`made` first, then every architecture's configuration, with its splits."""
+    kind = "symmetric" if made.symmetric else kernel
+    plans = [made]
+    for capability in TABLE:
+        config = table_config(kind, capability, dtype, padded)
+        if config is None or (made.symmetric and total % config.block_m):
+            continue
+        tiles, keys = triton.cdiv(rows, config.block_m), triton.cdiv(total, config.block_n)
+        keys = tiles // 2 + 1 if made.symmetric else keys
+        limit = GRADIENT_SPLITS if kernel == "gradient" else LOSS_SPLITS
+        splits = best_splits(tiles, keys, processors * config.resident, limit)
+        plans.append(Plan(config, splits, made.symmetric))
+    return list(dict.fromkeys(plans))
+
+
+def _milliseconds(step: Callable[[], object]) -> float:
+    return triton.testing.do_bench(step, warmup=5, rep=20, return_mode="median")
+
+
+def fastest(
+    plans: list[Plan],
+    launch: Callable[[Plan], object],
+    milliseconds: Callable[[Callable[[], object]], float] = _milliseconds,
+) -> Plan:
+    """The plan of least time; plans that this GPU cannot run are left out, the first excepted."""
+    times: dict[Plan, float] = {}
+    for plan in plans:
+        try:
+            times[plan] = milliseconds(lambda plan=plan: launch(plan))
+        except (OutOfResources, PTXASError):
+            continue
+    return min(times, key=times.__getitem__, default=plans[0])
