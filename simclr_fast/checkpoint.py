@@ -20,7 +20,10 @@ _FOREIGN = re.compile(r"GLOBAL ([\w.]+)")
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Call write(temporary path), sync the file, and rename it to `path`: all or nothing."""
+    """Call write(temporary path), sync the file, and rename it to `path`: all or nothing.
+
+    Raises OSError with `path` when writing fails, as on a full disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     os.close(handle)
@@ -31,6 +34,9 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
+    # torch.save raises RuntimeError when it cannot write.
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"could not write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -117,7 +123,14 @@ def save_encoder(path: Path, encoder: nn.Module, about: dict[str, str]) -> None:
     """
     safetensors = need("safetensors.torch", "train")
     weights = {name: t.detach().cpu().contiguous() for name, t in encoder.state_dict().items()}
-    write_atomic(path, lambda temporary: safetensors.save_file(weights, temporary, about))
+
+    def write(temporary: Path) -> None:
+        try:
+            safetensors.save_file(weights, temporary, about)
+        except need("safetensors", "train").SafetensorError as error:
+            raise OSError(str(error)) from error
+
+    write_atomic(path, write)
 
 
 def load_encoder(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

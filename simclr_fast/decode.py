@@ -1,9 +1,9 @@
 """Encoded images → pixels, or whole views, through one DALI pipeline that reads ahead."""
 
-import io
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from simclr_fast.augment import Augmentation, ViewParams, pack_params
-from simclr_fast.image_check import checked_size
+from simclr_fast.image_check import checked_size, try_decoding
 from simclr_fast.sources import Source
 
 _READ_AHEAD = 2
@@ -55,6 +55,7 @@ class Decoder:
         self._requests: Iterator[Batch] = iter(())
         self._in_flight: deque[Batch] = deque()
         self._pipeline: Any = None
+        self._tried = np.zeros(len(source), dtype=bool)
         if self._needs_dali:
             import_dali()
 
@@ -111,6 +112,9 @@ class Decoder:
                 continue
             samples.append(sample)
             sizes.append(size)
+        if self.source.encoded:
+            whole = [i for i in ids.tolist() if i not in corrupt]
+            corrupt |= self._try(whole, samples)
         if corrupt:
             raise CorruptImageError(self.source, corrupt)
         return samples, np.array(sizes).reshape(-1, 2)
@@ -124,20 +128,32 @@ class Decoder:
         self._in_flight.append(batch)
         return feed
 
+    def _try(self, ids: list[int], samples: list[np.ndarray]) -> dict[int, str]:
+        """What is wrong with those samples that are met for the first time."""
+        new = [(i, sample) for i, sample in zip(ids, samples, strict=True) if not self._tried[i]]
+        if not new:
+            return {}
+
+        def cause(sample: np.ndarray) -> str | None:
+            try:
+                try_decoding(sample)
+            except ValueError as error:
+                return str(error)
+            return None
+
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            causes = list(pool.map(cause, [sample for _, sample in new]))
+        corrupt = {i: c for (i, _), c in zip(new, causes, strict=True) if c is not None}
+        self._tried[[i for i, _ in new if i not in corrupt]] = True
+        return corrupt
+
     def _find_corrupt(self) -> dict[int, str]:
-        """Which images of the batches under way fail to decode, by Pillow: DALI does not say."""
-        try:
-            from PIL import Image
-        except ImportError as error:
-            raise ImportError("naming a corrupt image needs Pillow: pip install pillow") from error
-        corrupt = {}
+        """Which images of the batches under way Pillow finds damaged now: DALI does not say."""
+        corrupt: dict[int, str] = {}
         for batch in self._in_flight:
-            for i in batch.ids.tolist():
-                try:
-                    with Image.open(io.BytesIO(self.source.read(i).tobytes())) as image:
-                        image.load()
-                except (OSError, SyntaxError, ValueError) as error:
-                    corrupt[i] = str(error)
+            ids = batch.ids.tolist()
+            self._tried[ids] = False
+            corrupt |= self._try(ids, [self.source.read(i) for i in ids])
         return corrupt
 
     def _build(self, batch_size: int) -> Any:
