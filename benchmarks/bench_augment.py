@@ -1,17 +1,19 @@
 """Two 224² views per 500×375 JPEG, and per 32×32 array, beside the peers; CPU milliseconds.
 
-    python benchmarks/bench_augment.py [--images 24] [--rounds 5] [--only fused,torchvision_pil]
+    python -m benchmarks.bench_augment [--images 24] [--rounds 9] [--only torchvision_pil]
 
-One thread each, in one process, interleaved; the figure is the median over rounds of CPU time per
-source image (process_time counts DALI's threads as well), with wall time beside it. The JPEGs are
+One thread each, in one process, interleaved; CPU time per source image (process_time counts
+DALI's threads as well), with wall time beside it. The JPEGs are
 cut from scikit-learn's two photographs. A peer that is not installed is left out, and said so.
+
+Denormal numbers are flushed to zero for all, in the peers' favour: the far corners of torchvision's
+23×23 blur kernel are denormal, and on Intel CPUs each product with one costs a hundred cycles or
+more. `--denormals` keeps them, as a user's process does unless it calls torch.set_flush_denormal.
 """
 
-import argparse
 import io
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -20,6 +22,8 @@ from sklearn.datasets import load_sample_image
 from torchvision.transforms import v2
 
 from simclr_fast.augment import Augmentation, SimCLRViews, apply_views, draw_params
+from simclr_fast.benchmarks import harness
+from simclr_fast.benchmarks.harness import Options, Table
 
 SIZE, HEIGHT, WIDTH, CIFAR = 224, 375, 500, 32
 
@@ -253,55 +257,59 @@ JPEG_CASES = (
 SMALL_CASES = (small_ours, small_torchvision)
 
 
-def measure(steps: dict[str, Callable], images: int, rounds: int) -> dict[str, tuple[float, float]]:
-    """Median CPU and wall milliseconds per source image, interleaved, after one warm-up each."""
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+def measure(steps: dict[str, Callable], images: int, rounds: int) -> dict[str, dict]:
+    """CPU and wall milliseconds per source image of each round, interleaved, after a warm-up."""
+    times: dict[str, dict] = {"CPU": {n: [] for n in steps}, "wall": {n: [] for n in steps}}
     for step in steps.values():
         step()
     for _ in range(rounds):
         for name, step in steps.items():
             cpu, wall = time.process_time(), time.perf_counter()
             step()
-            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-            samples[name].append((cpu / images * 1e3, wall / images * 1e3))
-    return {
-        name: (statistics.median(c for c, _ in s), statistics.median(w for _, w in s))
-        for name, s in samples.items()
-    }
+            times["CPU"][name].append((time.process_time() - cpu) / images * 1e3)
+            times["wall"][name].append((time.perf_counter() - wall) / images * 1e3)
+    return times
 
 
-def report(title: str, times: dict[str, tuple[float, float]], base: str) -> None:
-    print(title)
-    reference = times.get(base, (float("nan"),))[0]
-    for name, (cpu, wall) in times.items():
-        speed = reference / cpu
-        print(f"  {name:20} {cpu:9.4f} ms CPU {wall:9.4f} ms wall {speed:7.2f} x {base}")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="", help="comma-separated names of cases")
-    arguments = parser.parse_args()
-    wanted = set(arguments.only.split(",")) - {""}
+def tables(
+    options: Options,
+    images: int = 24,
+    only: frozenset[str] = frozenset(),
+    denormals: bool = False,
+) -> Iterator[Table]:
+    """Milliseconds per source image. only: cases beside ours; all by default. One thread each."""
+    # DALI's threads inherit the mode of the thread that starts them.
+    torch.set_flush_denormal(not denormals)
     torch.set_num_threads(1)
-    files = jpegs(arguments.images)
+    files = jpegs(8 if options.quick else images)
     batch = torch.randint(256, (256, 3, CIFAR, CIFAR), dtype=torch.uint8)
-    for title, cases, data, images, base in (
-        (f"two {SIZE}x{SIZE} views per JPEG", JPEG_CASES, files, len(files), "torchvision_pil"),
-        ("two 32x32 views per array", SMALL_CASES, batch, len(batch), "small_torchvision"),
+    kept = ", denormals kept" if denormals else ""
+    for title, cases, data, ours in (
+        (f"two {SIZE}² views per {WIDTH}×{HEIGHT} JPEG{kept}", JPEG_CASES, files, fused),
+        (f"two {CIFAR}² views per array{kept}", SMALL_CASES, batch, small_ours),
     ):
-        steps = {}
-        for case in cases:
-            if wanted and case.__name__ not in wanted:
-                continue
+        chosen = [c for c in cases if not only or c.__name__ in only]
+        if not chosen:
+            continue
+        steps, notes = {}, []
+        for case in dict.fromkeys([ours, *chosen]):
             try:
                 steps[case.__name__] = case(data)
             except ImportError as error:
-                print(f"{case.__name__} left out: {error}")
-        if steps:
-            report(title, measure(steps, images, arguments.rounds), base)
+                notes.append(f"{case.__name__} left out: {error}")
+        times = measure(steps, len(data), options.rounds)
+        yield Table(title, ours.__name__, times, {}, ("decode_only",), notes)
+
+
+def main() -> None:
+    parser = harness.parser("bench augment", __doc__)
+    parser.add_argument("--images", type=int, default=24)
+    parser.add_argument("--only", default="", help="comma-separated names of cases")
+    parser.add_argument("--denormals", action="store_true", help="do not flush them to zero")
+    given = parser.parse_args()
+    only = frozenset(given.only.split(",")) - {""}
+    for table in tables(harness.options(given), given.images, only, given.denormals):
+        print(table.text(), "\n", flush=True)
 
 
 if __name__ == "__main__":
