@@ -18,6 +18,9 @@ COMMANDS = {
                        what an encoder has learnt: tables, JSON and pictures""",
     "preview": """[--data ...] [--images 8] [--to preview.png] [options]
                        what the augmentation does to some of the images""",
+    "ablate": """[--operations crop colour gray blur flip] [--batch-sizes ...]
+                       [--temperatures ...] [--projectors ...] [--seeds ...] [options]
+                       a grid of pretrained and probed runs: one JSONL and a heat map""",
     "export": """--encoder FILE --to DIR --format torchvision|timm|safetensors|torch-export|onnx
                        an encoder (ours, torchvision's, timm's, lightly's, solo-learn's) for
                        other programs, written once its outputs there equal ours""",

@@ -59,6 +59,34 @@ def plot_layers(accuracies: dict[str, Accuracy], path: Path) -> None:
     _save(figure, path)
 
 
+def plot_heat_maps(
+    panels: dict[str, np.ndarray],
+    rows: tuple[str, list[str]],
+    columns: tuple[str, list[str]],
+    path: Path,
+) -> None:
+    """Tables [R, C] as coloured squares with their numbers; NaN is left white.
+
+    panels: by title. rows, columns: what they are, and the label of each.
+    """
+    wide, high = len(columns[1]), len(rows[1])
+    figure, axes = _figure(len(panels), ((0.9 * wide + 2) * len(panels), 0.75 * high + 1.6))
+    values = np.concatenate([table.ravel() for table in panels.values()])
+    low, top = np.nanmin(values), np.nanmax(values)
+    for axis, (title, table) in zip(axes, panels.items(), strict=True):
+        axis.imshow(table, vmin=low, vmax=top, cmap="viridis", aspect="auto")
+        axis.set(title=title, xlabel=columns[0], ylabel=rows[0])
+        axis.set_xticks(range(wide), columns[1])
+        axis.set_yticks(range(high), rows[1])
+        for (i, j), value in np.ndenumerate(table):
+            if not np.isnan(value):
+                dark = value < (low + top) / 2
+                axis.text(
+                    j, i, f"{value:.1f}", ha="center", va="center", color="w" if dark else "k"
+                )
+    _save(figure, path)
+
+
 def _figure(columns: int, size: tuple[float, float]):
     need("matplotlib", "train")
     # Figure without pyplot: no window system, no global state.
