@@ -20,7 +20,8 @@ from simclr_fast import checkpoint
 from simclr_fast.augment_params import Augmentation
 from simclr_fast.config import PretrainConfig, to_json
 from simclr_fast.datasets import named_source
-from simclr_fast.evaluate import features, linear_probe
+from simclr_fast.evaluation.features import features
+from simclr_fast.evaluation.linear import linear_probe
 from simclr_fast.extras import need
 from simclr_fast.plots import plot_heat_maps
 from simclr_fast.train import pretrain

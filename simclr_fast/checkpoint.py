@@ -76,6 +76,29 @@ def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dic
         raise ValueError(f"not a readable checkpoint: {path}: {cause}") from error
 
 
+def restore(path: Path, map_location: torch.device | str, **parts: Any) -> dict[str, Any]:
+    """Give each part (model, optimizer, …) its state in the checkpoint; returns the whole of it.
+
+    Raises:
+        ValueError: naming `path` and what is missing or does not fit; `model` is unchanged then.
+    """
+    state = load_checkpoint(path, map_location)
+    if missing := [name for name in (*parts, "step", "rng") if name not in state]:
+        raise ValueError(f"{path} is no checkpoint of this kind of run: missing {_some(missing)}")
+    if problems := misfits(parts["model"], state["model"]):
+        raise ValueError(f"{path} does not fit this model: {'; '.join(problems)}")
+    # The model last: it is the part that has nothing left to refuse.
+    for name in sorted(parts, key=lambda name: name == "model"):
+        # A scaler that is off has no state.
+        if not state[name]:
+            continue
+        try:
+            parts[name].load_state_dict(state[name])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path} does not fit this run: {name}: {error}") from error
+    return state
+
+
 def load_strictly(module: nn.Module, state: dict[str, Any], path: Path) -> None:
     """Load all of `state` into `module`, or raise and leave it as it was.
 

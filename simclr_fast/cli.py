@@ -21,6 +21,8 @@ COMMANDS = {
     "ablate": """[--operations crop colour gray blur flip] [--batch-sizes ...]
                        [--temperatures ...] [--projectors ...] [--seeds ...] [options]
                        a grid of pretrained and probed runs: one JSONL and a heat map""",
+    "supervised": """[--preset ...] [--data ...] [options of pretrain]
+                       the baseline with labels: same encoder, data, views and optimizer""",
     "export": """--encoder FILE --to DIR --format torchvision|timm|safetensors|torch-export|onnx
                        an encoder (ours, torchvision's, timm's, lightly's, solo-learn's) for
                        other programs, written once its outputs there equal ours""",

@@ -96,13 +96,8 @@ def _pretrain(config: PretrainConfig, world: World) -> Path:
     scaler = torch.amp.GradScaler(world.device.type, enabled=autocast is torch.float16)
     step = 0
     if config.resume and (saved := checkpoint.checkpoints(out / "checkpoints")):
-        state = checkpoint.load_checkpoint(saved[-1], world.device)
-        checkpoint.load_strictly(model, state["model"], saved[-1])
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        if state.get("scaler"):
-            scaler.load_state_dict(state["scaler"])
-        loader.load_state_dict(state["loader"])
+        parts = {"loader": loader, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+        state = checkpoint.restore(saved[-1], world.device, model=model, **parts)
         torch.set_rng_state(state["rng"].cpu())
         step = state["step"]
         if probe is not None:
@@ -151,7 +146,12 @@ def _pretrain(config: PretrainConfig, world: World) -> Path:
                 scaler.update()
                 scheduler.step()
                 step += 1
-                metrics.after_step(step, loss, statistics, lr)
+                seen = {
+                    "loss": loss,
+                    "contrastive_accuracy": statistics.contrastive_accuracy,
+                    "contrastive_entropy": statistics.contrastive_entropy,
+                }
+                metrics.after_step(step, seen, lr)
                 if probe is not None:
                     probe.after_step(step, index)
                 # Ranks agree on a stop when they meet anyway: not at the cost of a sync per step.
@@ -251,9 +251,15 @@ class Metrics:
     """The progress bar, and a line of metrics.jsonl every `log_every` steps. Rank 0 alone."""
 
     def __init__(
-        self, path: Path, config: PretrainConfig, world: World, step: int, total_steps: int
+        self,
+        path: Path,
+        config: PretrainConfig,
+        world: World,
+        step: int,
+        total_steps: int,
+        name: str = "pretrain",
     ) -> None:
-        self.path, self.config, self.world = path, config, world
+        self.name, self.path, self.config, self.world = name, path, config, world
         self.first, self.total = step, total_steps
         self.waited = 0.0
 
@@ -271,7 +277,7 @@ class Metrics:
                 initial=self.first * images,
                 unit="images",
                 unit_scale=True,
-                desc="pretrain",
+                desc=self.name,
                 smoothing=0.05,
                 # A log file wants a line now and then, not a screen that moves.
                 mininterval=0.5 if sys.stderr.isatty() else 20,
@@ -285,7 +291,8 @@ class Metrics:
             self.bar.close()
             self.file.close()
 
-    def after_step(self, step: int, loss: Tensor, statistics: Any, lr: float) -> None:
+    def after_step(self, step: int, seen: dict[str, Tensor], lr: float) -> None:
+        """seen: 0-dim tensors, the loss and an accuracy among them."""
         if self.bar is None:
             return
         self.bar.update(self.config.batch_size)
@@ -294,9 +301,7 @@ class Metrics:
         now = time.perf_counter()
         row = {
             "step": step,
-            "loss": loss.item(),
-            "contrastive_accuracy": statistics.contrastive_accuracy.item(),
-            "contrastive_entropy": statistics.contrastive_entropy.item(),
+            **{name: value.item() for name, value in seen.items()},
             "lr": float(lr),
             "images_per_second": (step - self.since) * self.config.batch_size / (now - self.start),
             "data_wait_percent": 100 * self.waited / (now - self.start),
@@ -305,7 +310,7 @@ class Metrics:
         self.file.flush()
         self.bar.set_postfix(
             loss=f"{row['loss']:.3f}",
-            acc=f"{row['contrastive_accuracy']:.0%}",
+            acc=f"{next(row[name] for name in row if name.endswith('accuracy')):.0%}",
             wait=f"{row['data_wait_percent']:.0f}%",
             refresh=False,
         )

@@ -14,7 +14,7 @@ ROOMS = [
     {"sup_con", "global_batch_norm", "decode", "data", "datasets", "preview", "compat"},
     {"large_batch"},
     {"evaluation", "plots", "train", "weights"},
-    {"ablate", "benchmarks", "export", "report", "selfcheck"},
+    {"ablate", "benchmarks", "export", "report", "selfcheck", "supervised"},
     {"commands"},
     {"cli"},
     {"__main__"},

@@ -24,7 +24,7 @@ def run(arguments: list[str]) -> int:
     if given.help:
         print(own.format_usage() + "Every other option is pretrain's, for all cells.")
         return 0
-    base = parse_pretrain(rest)
+    base = parse_pretrain(rest, "ablate")
     folder = base.out or Path("runs/ablation")
     base = replace(base, out=None)
     cells = grid(

@@ -28,7 +28,7 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def parse_pretrain(arguments: list[str]) -> PretrainConfig:
+def parse_pretrain(arguments: list[str], command: str = "pretrain") -> PretrainConfig:
     """Options over a preset: --preset's, else demo's for the demo data, else imagenet's."""
     tyro = need("tyro", "train")
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -41,8 +41,8 @@ def parse_pretrain(arguments: list[str]) -> PretrainConfig:
         PretrainConfig,
         args=rest,
         default=PRESETS[preset](),
-        prog="simclr-fast pretrain",
-        description=f"Pretrain an encoder. Values shown are those of --preset {preset}.",
+        prog=f"simclr-fast {command}",
+        description=f"Train an encoder. Values shown are those of --preset {preset}.",
     )
 
 
