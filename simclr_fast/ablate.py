@@ -43,7 +43,7 @@ class Cell:
     augmentation: str
     batch_size: int
     temperature: float
-    projector: str
+    projector: Any
     seed: int
 
     def __str__(self) -> str:
@@ -133,9 +133,13 @@ def ablate(
     results = folder / "results.jsonl"
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     finished = {row["cell"] for row in rows}
-    todo = [cell for cell in cells if str(cell) not in finished][:max_cells]
+    todo = [cell for cell in cells if str(cell) not in finished]
     bar = need("tqdm", "train").tqdm(
-        todo, desc="ablate", unit="cell", total=len(cells), initial=len(cells) - len(todo)
+        todo[:max_cells],
+        desc="ablate",
+        unit="cell",
+        total=len(cells),
+        initial=len(cells) - len(todo),
     )
     for cell in bar:
         out = folder / "cells" / str(cell)
@@ -164,8 +168,7 @@ def ablate(
             "seconds": round(seconds, 1),
         }
         rows.append(row)
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        checkpoint.write_atomic(results, lambda part, text=text: part.write_text(text))
+        _write(results, "".join(json.dumps(row) + "\n" for row in rows))
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
         bar.write(f"{cell!s:<48} {accuracy}")
     return rows
@@ -184,8 +187,12 @@ def _claim(folder: Path, base: PretrainConfig) -> None:
         return
     if folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty, and no ablation: choose another --out")
-    checkpoint.write_atomic(folder / "results.jsonl", lambda part: part.write_text(""))
-    checkpoint.write_atomic(about, lambda part: part.write_text(text))
+    _write(folder / "results.jsonl", "")
+    _write(about, text)
+
+
+def _write(path: Path, text: str) -> None:
+    checkpoint.write_atomic(path, lambda part: part.write_text(text))
 
 
 def mean_top1(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int, float, str], float]:
@@ -199,8 +206,8 @@ def mean_top1(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int, float, str
 
 def plot_ablation(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Heat maps of top-1 in percent: operations against operations, else the axes that vary."""
-    means = {key: 100 * value for key, value in mean_top1(rows).items()}
-    axes = [list(dict.fromkeys(key[i] for key in means)) for i in range(4)]
+    means: dict[Any, float] = {key: 100 * value for key, value in mean_top1(rows).items()}
+    axes: list[list[Any]] = [list(dict.fromkeys(key[i] for key in means)) for i in range(4)]
     names = ("augmentation", "batch size", "temperature", "projector")
     panels: dict[str, np.ndarray] = {}
     operations = [name for name in axes[0] if "+" not in name and name != RECIPE]
@@ -218,12 +225,14 @@ def plot_ablation(rows: Sequence[dict[str, Any]], path: Path) -> None:
         fixed = dict(zip(others, rest, strict=True))
         table = [
             [
-                means.get(tuple({**fixed, rows_axis: a, columns_axis: b}[i] for i in range(4)))
+                means.get(
+                    tuple({**fixed, rows_axis: a, columns_axis: b}[i] for i in range(4)), np.nan
+                )
                 for b in axes[columns_axis]
             ]
             for a in axes[rows_axis]
         ]
-        panels[", ".join(f"{names[i]} {fixed[i]}" for i in others)] = np.array(table, float)
+        panels[", ".join(f"{names[i]} {fixed[i]}" for i in others)] = np.array(table)
     plot_heat_maps(
         panels,
         (names[rows_axis], list(map(str, axes[rows_axis]))),

@@ -8,6 +8,7 @@ import logging
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -90,7 +91,7 @@ def _supervise(config: PretrainConfig, world: World) -> tuple[Path, Scores | Non
     warmup = min(round(config.warmup_epochs * len(loader)), total_steps - 1)
     scheduler = warmup_cosine(optimizer, warmup, total_steps)
     scaler = torch.amp.GradScaler(world.device.type, enabled=autocast is torch.float16)
-    parts = {
+    parts: dict[str, Any] = {
         "model": model,
         "loader": loader,
         "optimizer": optimizer,
