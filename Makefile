@@ -45,9 +45,7 @@ docs: install
 	$(RUN) -m mkdocs build --strict
 
 bench: install
-	$(RUN) -m benchmarks.bench_nt_xent
-	$(RUN) -m benchmarks.bench_lars
-	$(RUN) -m benchmarks.bench_augment
+	$(RUN) -m simclr_fast bench all $(ARGS)
 
 clean:
 	rm -rf .venv build dist site *.egg-info simclr_fast/*.so

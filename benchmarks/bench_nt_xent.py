@@ -20,7 +20,6 @@ from importlib import import_module
 from pathlib import Path
 from statistics import median
 
-import pytest
 import torch
 
 from simclr_fast import multi_view_nt_xent_loss, nt_xent_loss, reference, sup_con_loss
@@ -208,8 +207,11 @@ def main() -> None:
         print(table.text(), "\n", flush=True)
 
 
-@pytest.mark.parametrize("run", [forward, forward_backward], ids=lambda run: run.__name__)
-@pytest.mark.parametrize("name", losses(256))
+def pytest_generate_tests(metafunc) -> None:
+    metafunc.parametrize("run", [forward, forward_backward], ids=lambda run: run.__name__)
+    metafunc.parametrize("name", losses(256))
+
+
 def test_nt_xent(benchmark, name, run):
     z = views(256, 128)
     loss = losses(256)[name]

@@ -190,16 +190,6 @@ def write_images(folder: Path, size: int, n: int) -> Path:
     return folder
 
 
-def check(device: torch.device) -> None:
-    """Our step lowers our loss on the images that are timed."""
-    with tempfile.TemporaryDirectory() as folder:
-        files = write_images(Path(folder) / "32", 32, 64)
-        run = ours(files, 32, 32, 2, Options(device, torch.get_num_threads(), 1, True))
-        clock = Clock(device)
-        run(clock)
-        assert all(spent > 0 for spent in clock.spent.values()), clock.spent
-
-
 def tables(options: Options, sizes: tuple[int, ...] = (32, 64)) -> Iterator[Table]:
     batch, steps = (128, 3) if options.quick else (256, 4)
     for size in sizes:
@@ -288,7 +278,6 @@ def main() -> None:
     parser.add_argument("--sizes", default="32,64")
     given = parser.parse_args()
     options = harness.options(given)
-    check(options.device)
     for table in tables(options, tuple(map(int, given.sizes.split(",")))):
         print(table.text(), "\n")
 

@@ -6,6 +6,7 @@ choose, and round, otherwise. The default is the table of nt_xent_configs.py.
 
 import os
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import triton
@@ -77,7 +78,7 @@ def fastest(
     times: dict[Plan, float] = {}
     for plan in plans:
         try:
-            times[plan] = milliseconds(lambda plan=plan: launch(plan))
+            times[plan] = milliseconds(partial(launch, plan))
         except (OutOfResources, PTXASError):
             continue
     return min(times, key=times.__getitem__, default=plans[0])

@@ -26,6 +26,8 @@ COMMANDS = {
     "export": """--encoder FILE --to DIR --format torchvision|timm|safetensors|torch-export|onnx
                        an encoder (ours, torchvision's, timm's, lightly's, solo-learn's) for
                        other programs, written once its outputs there equal ours""",
+    "bench": """{loss,augment,lars,step,all} [--quick] [--device cuda] [--threads 2]
+                       ours beside the peers: tables, JSON, pictures""",
     "selfcheck": """[--device cuda]
                        every op on this machine against float64: a report to paste""",
 }
