@@ -68,6 +68,8 @@ class PretrainConfig:
     needs labels, which train only the probe."""
     checkpoint_every: int = 500
     """Steps between checkpoints; the newest two are kept."""
+    timeout: float = 600
+    """Seconds without progress after which a run of several ranks ends and names who stalled."""
     resume: bool = False
     """Go on from the newest checkpoint in `out`."""
     overwrite: bool = False
@@ -89,6 +91,8 @@ class PretrainConfig:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         if self.lr is not None and self.lr <= 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
+        if self.timeout <= 0:
+            raise ValueError(f"timeout must be positive, got {self.timeout}")
         if self.warmup_epochs < 0:
             raise ValueError(f"warmup_epochs must be at least 0, got {self.warmup_epochs}")
         if self.resume and self.overwrite:

@@ -4,10 +4,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from simclr_fast.rank_watch import RankFailure, RankWatch
 
 
 def gather_row_counts(rows: int, device: torch.device, group: dist.ProcessGroup) -> list[int]:
@@ -47,6 +51,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    watch: RankWatch | None = None
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on any rank."""
@@ -56,12 +61,27 @@ class World:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return bool(flags.item())
 
+    def mark(self, step: int, doing: str) -> None:
+        """Tell the other ranks where this one is: `doing` in `step`, counted from 1."""
+        if self.watch is not None:
+            self.watch.mark(step, doing)
+
+    def leave(self) -> None:
+        """Tell the other ranks that this one's end is meant."""
+        if self.watch is not None:
+            self.watch.leave()
+
 
 @contextmanager
-def join_world(device: str) -> Iterator[World]:
+def join_world(device: str, timeout: float = 600) -> Iterator[World]:
     """Join torchrun's process group (NCCL on GPUs, gloo on CPUs), and leave it at the end.
 
     device: "auto" (a GPU of one's own if torch sees any, else the CPU), "cpu" or "cuda".
+    timeout: seconds without progress, a collective included, that end the run.
+
+    Raises:
+        RankFailure: another rank died, stalled, raised an error or never joined; it is named. A
+            rank that hangs cannot raise: its process prints the same and ends with status 1.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,8 +93,32 @@ def join_world(device: str) -> Iterator[World]:
     if size == 1:
         yield World(0, 1, chosen)
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
-        yield World(rank, size, chosen)
+        store, *_ = next(rendezvous("env://", rank, size, timeout=timedelta(seconds=timeout)))
+    except dist.DistError as error:
+        raise RankFailure(f"not all {size} ranks joined within {timeout:g} s: {error}") from error
+    watch = RankWatch(store, rank, size, timeout)
+    lost = False
+    try:
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo",
+            store=dist.PrefixStore("default_pg", store),
+            rank=rank,
+            world_size=size,
+            # The watch is first to end the run, and says whose fault it was.
+            timeout=timedelta(seconds=timeout + 60),
+        )
+        assert dist.group.WORLD is not None
+        watch.watch(dist.group.WORLD)
+        yield World(rank, size, chosen, watch)
+    except Exception as error:
+        explained = watch.explain(error)
+        lost = explained is not error
+        if lost:
+            raise explained from error
+        raise
     finally:
-        dist.destroy_process_group()
+        watch.leave()
+        # NCCL would wait for the lost rank.
+        if dist.is_initialized() and not (lost and chosen.type == "cuda"):
+            dist.destroy_process_group()

@@ -50,8 +50,9 @@ def pretrain(config: PretrainConfig) -> Path:
     Raises:
         FileExistsError: the output folder is not empty, without resume or overwrite.
         Interrupted: SIGINT or SIGTERM, after the checkpoint is written.
+        RankFailure: another rank died or stalled; named, with its step.
     """
-    with join_world(config.device) as world:
+    with join_world(config.device, config.timeout) as world:
         return _pretrain(config, world)
 
 
@@ -114,6 +115,7 @@ def _pretrain(config: PretrainConfig, world: World) -> Path:
 
     def save() -> None:
         if world.rank == 0:
+            world.mark(step, "saving a checkpoint")
             state = {
                 "step": step,
                 "model": model.state_dict(),
@@ -135,7 +137,9 @@ def _pretrain(config: PretrainConfig, world: World) -> Path:
     with catch_signals() as caught, metrics:
         while step < total_steps:
             waiting = time.perf_counter()
+            world.mark(step + 1, "loading its batch")
             for view1, view2, index in loader:
+                world.mark(step + 1, "training")
                 metrics.waited += time.perf_counter() - waiting
                 views = torch.cat([view1, view2]).to(world.device)
                 optimizer.zero_grad(set_to_none=True)
@@ -158,12 +162,14 @@ def _pretrain(config: PretrainConfig, world: World) -> Path:
                 meet = world.size == 1 or step % config.log_every == 0
                 if meet and step < total_steps and world.any(bool(caught)):
                     save()
+                    world.leave()
                     raise Interrupted(caught[0] if caught else signal.SIGTERM, out)
                 if step % config.checkpoint_every == 0 or step == total_steps:
                     save()
                 if step == total_steps:
                     break
                 waiting = time.perf_counter()
+                world.mark(step + 1, "loading its batch")
     if loader.skipped:
         log.warning("%d corrupt images were replaced by others", len(loader.skipped))
     if world.rank == 0:

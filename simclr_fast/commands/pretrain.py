@@ -6,9 +6,12 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from simclr_fast.config import PRESETS, PretrainConfig
 from simclr_fast.extras import need
 from simclr_fast.plots import plot_loss
+from simclr_fast.rank_watch import RankFailure
 from simclr_fast.report import probe_report
 from simclr_fast.train import Interrupted, pretrain
 
@@ -22,6 +25,12 @@ def run(arguments: list[str]) -> int:
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signal_number
+    except RankFailure as failure:
+        print(f"simclr-fast pretrain: {failure}", file=sys.stderr, flush=True)
+        if torch.cuda.is_initialized():
+            # NCCL's threads may still wait for the lost rank.
+            os._exit(1)
+        return 1
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"trained in {time.perf_counter() - start:.0f} s")
         _report(config, out)

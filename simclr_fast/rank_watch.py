@@ -1,0 +1,201 @@
+"""Which rank failed, and in what step: one thread per rank that outlives a hung collective.
+
+Every rank writes a beat (count, step, what it does, collectives begun) to the process group's
+store once a second and whenever it turns to something else. When a rank dies, the others'
+collectives fail (gloo: at once) or hang (NCCL; under either if a rank stalls). The survivors then
+look for the rank whose beats stopped or, if all beat, the one that has begun the fewest
+collectives. The first verdict stands for all; every rank ends with it.
+"""
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+_BEAT = 1.0
+# Beats without which a rank counts as gone, once there is reason to look.
+_MISSED = 4
+# Seconds that the main thread has to end by itself after a verdict.
+_GRACE = 10.0
+_ADVICE = "; --resume goes on from the last checkpoint"
+
+
+class RankFailure(RuntimeError):
+    """Another rank died or stalled; the message names it and the step."""
+
+
+class RankWatch:
+    """Beats for this rank, looks at the others'.
+
+    store: the process group's, which every rank reaches. timeout: seconds without progress (a step,
+    a phase or a collective) after which the run ends.
+
+    Raises:
+        RankFailure: a rank did not join within `timeout`.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout: float) -> None:
+        self.rank, self.size, self.timeout = rank, size, timeout
+        # A client of one's own: the main thread may sit in a store operation.
+        self._store = dist.PrefixStore("rank_watch", store.clone())
+        self._beats = 0
+        self._mark = (0, "starting")
+        self._group: dist.ProcessGroup | None = None
+        self._stopped = threading.Event()
+        self._beat()
+        self._await_all()
+        self._wake, wakened = socket.socketpair()
+        self._wake.setblocking(False)
+        wakened.setblocking(False)
+        self._woken_before: int | None = None
+        # Python runs its own handlers in the main thread alone, which may be hung.
+        with suppress(ValueError):
+            self._woken_before = signal.set_wakeup_fd(wakened.fileno(), warn_on_full_buffer=False)
+        self._wakened = wakened
+        self._thread = threading.Thread(target=self._run, name="rank watch", daemon=True)
+        self._thread.start()
+
+    def watch(self, group: dist.ProcessGroup) -> None:
+        """Count this group's collectives as progress from now on."""
+        self._group = group
+
+    def mark(self, step: int, doing: str) -> None:
+        """This rank is in `step`, counted from 1, and does `doing`; the others can read it."""
+        self._mark = (step, doing)
+        if not self._stopped.is_set():
+            self._beat()
+
+    def leave(self) -> None:
+        """This rank is done: from now on neither is it missed nor does it look for others."""
+        if self._stopped.is_set():
+            return
+        self._stopped.set()
+        if self._woken_before is not None:
+            signal.set_wakeup_fd(self._woken_before)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        self._mark = (self._mark[0], "done")
+        # The store's host may have left before us.
+        with suppress(dist.DistError):
+            self._beat()
+        self._wake.close()
+        self._wakened.close()
+
+    def explain(self, error: Exception) -> Exception:
+        """What ended this rank: RankFailure if another's end caused `error`, else `error` itself.
+
+        The others are told either way.
+        """
+        step, doing = self._mark
+        own = f"rank {self.rank} ended in step {step} ({doing}): {type(error).__name__}: {error}"
+        try:
+            # The backends raise RuntimeError for a lost peer; anything else is this rank's own.
+            verdict = isinstance(error, RuntimeError) and (self._told() or self._missing())
+            if not verdict:
+                self._tell(own)
+                return error
+            verdict = self._tell(verdict)
+        except dist.DistError:
+            verdict = self._store_lost()
+        return error if verdict == own else RankFailure(verdict + _ADVICE)
+
+    def _beat(self) -> None:
+        self._beats += 1
+        state = [self._beats, *self._mark, self._collectives()]
+        self._store.set(str(self.rank), json.dumps(state))
+
+    def _collectives(self) -> int:
+        # No public counter exists; without one, a hung step is not traced to its rank.
+        count = getattr(self._group, "_get_sequence_number_for_group", None)
+        return count() if count else 0
+
+    def _read(self) -> list[list[Any]]:
+        return [json.loads(v) for v in self._store.multi_get([str(r) for r in range(self.size)])]
+
+    def _await_all(self) -> None:
+        try:
+            names = [str(rank) for rank in range(self.size)]
+            self._store.wait(names, timedelta(seconds=self.timeout))
+        except dist.DistError as error:
+            absent = [name for name in names if not self._store.check([name])]
+            raise RankFailure(
+                f"rank {', '.join(absent)} of {self.size} did not join within {self.timeout:g} s"
+            ) from error
+
+    def _told(self) -> str:
+        return self._store.get("verdict").decode() if self._store.check(["verdict"]) else ""
+
+    def _tell(self, verdict: str) -> str:
+        return self._store.compare_set("verdict", "", verdict).decode()
+
+    def _missing(self, seconds: float = _MISSED * _BEAT) -> str:
+        """Names the ranks that do not beat for `seconds`; or passes on what they say meanwhile."""
+        before, end = self._read(), time.monotonic() + seconds
+        while time.monotonic() < end:
+            time.sleep(_BEAT / 4)
+            self._beat()
+            if told := self._told():
+                return told
+            after = self._read()
+            silent = [r for r in range(self.size) if after[r][0] == before[r][0]]
+            silent = [r for r in silent if r != self.rank and after[r][2] != "done"]
+            if not silent:
+                return ""
+        return "; ".join(
+            f"rank {r} died or froze in step {after[r][1]} ({after[r][2]})" for r in silent
+        )
+
+    def _behind(self) -> str:
+        """Names the ranks that have begun the fewest collectives, all of them beating."""
+        states = {r: state for r, state in enumerate(self._read()) if state[2] != "done"}
+        fewest = min(state[3] for state in states.values())
+        late = {r: state for r, state in states.items() if state[3] == fewest}
+        return "; ".join(
+            f"rank {r} stalled in step {step} ({doing}) for {self.timeout:g} s"
+            for r, (_, step, doing, _) in late.items()
+        )
+
+    def _store_lost(self) -> str:
+        # torchrun's agent hosts the store of its ranks; without torchrun, rank 0 does.
+        host = (
+            "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+        )
+        step, doing = self._mark
+        return f"{host}, which hosts the store, died or left; here it was step {step} ({doing})"
+
+    def _run(self) -> None:
+        progress: Any = None
+        signalled = False
+        while not self._stopped.is_set():
+            try:
+                self._beat()
+                if verdict := self._told():
+                    self._end(verdict)
+                now = (self._mark, self._collectives())
+                if now != progress:
+                    progress, since = now, time.monotonic()
+                elif time.monotonic() - since > self.timeout:
+                    self._end(self._tell(self._missing() or self._behind()))
+                # A launcher that saw a rank die asks the others to go, then kills them.
+                if signalled and (verdict := self._missing()):
+                    self._end(self._tell(verdict))
+            except dist.DistError:
+                self._end(self._store_lost())
+            if select.select([self._wake], [], [], _BEAT)[0]:
+                signalled |= signal.SIGTERM in self._wake.recv(64)
+
+    def _end(self, verdict: str) -> None:
+        """End the process, unless its main thread does so itself."""
+        if self._stopped.wait(_GRACE):
+            return
+        print(f"simclr-fast: rank {self.rank}: {verdict}{_ADVICE}", file=sys.stderr, flush=True)
+        os._exit(1)
