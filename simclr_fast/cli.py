@@ -14,6 +14,9 @@ COMMANDS = {
     "pretrain": """[--preset demo|cifar10|imagenet100|imagenet] [--data ...] [options]
                        an encoder from images without labels; --help: all options, with
                        the preset's values""",
+    "plan": """[--model resnet50] [--width 1] [--batch-size 4096] [--gpus 1]
+                       [--gpu-memory 80GB] [--host-memory 128GB] [options]
+                       what a batch needs in each mode (predicted), and the flags to use""",
     "eval": """linear|knn|finetune|layers|embed --encoder FILE [--data ...] [options]
                        what an encoder has learnt: tables, JSON and pictures""",
     "preview": """[--data ...] [--images 8] [--to preview.png] [options]

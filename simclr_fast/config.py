@@ -49,8 +49,9 @@ class PretrainConfig:
     backend: Literal["fused", "dali"] | None = None
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: bfloat16 autocast on GPUs that have it, else float32. float16 scales the loss."""
-    memory: Literal["plain", "replay", "lockstep", "grad-cache"] = "plain"
-    """How the batch's gradient is made to fit; see simclr_fast.large_batch.LargeBatch."""
+    memory: Literal["auto", "plain", "replay", "lockstep", "grad-cache"] = "auto"
+    """How the batch's gradient is made to fit; see simclr_fast.large_batch.LargeBatch. auto: the
+    first that `simclr-fast plan` predicts to fit."""
     micro_batch: int | None = None
     """Views at a time in lockstep and grad-cache, per rank; by default 256."""
     offload_gb: float = 0

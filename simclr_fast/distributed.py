@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -61,6 +62,14 @@ class World:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return bool(flags.item())
 
+    def least(self, value: float) -> float:
+        """The smallest `value` of all ranks."""
+        if self.size == 1:
+            return value
+        values = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(values, op=dist.ReduceOp.MIN)
+        return values.item()
+
     def mark(self, step: int, doing: str) -> None:
         """Tell the other ranks where this one is: `doing` in `step`, counted from 1."""
         if self.watch is not None:
@@ -70,6 +79,19 @@ class World:
         """Tell the other ranks that this one's end is meant."""
         if self.watch is not None:
             self.watch.leave()
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that this process may still use: of the GPU, or its share of the host's memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    share = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        return kib * 1024 / share
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / share
 
 
 @contextmanager

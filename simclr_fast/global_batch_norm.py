@@ -29,11 +29,16 @@ class Statistics(NamedTuple):
     eps: float
 
 
+def on_cuda(x: Tensor) -> bool:
+    """Whether `x` goes through CUDA's own batch norm operations."""
+    return x.is_cuda
+
+
 def moments(x: Tensor, eps: float) -> Tensor:
     """(mean, M2, count) of x [N, C, ...] as float64 [2C + 1]; zeros for N = 0. One pass over x."""
     if not x.numel():
         return x.new_zeros(2 * x.size(1) + 1, dtype=torch.float64)
-    if x.is_cuda:
+    if on_cuda(x):
         return merge([_cuda_moments(part, eps) for part in _parts(x)])
     # With momentum 0 these stay zeros; their dtype is that of the result.
     unused = x.new_zeros(2, x.size(1), dtype=_wide(x))
@@ -76,7 +81,7 @@ def gradient_sums(dy: Tensor, x: Tensor, s: Statistics) -> Tensor:
     """Σdy and Σdy·x̂ over these rows: [2, C], β's and γ's gradients. One pass over dy and x."""
     if not x.numel():
         return s.mean.new_zeros(2, x.size(1))
-    if x.is_cuda:
+    if on_cuda(x):
         total = s.mean.new_zeros(2, x.size(1))
         for part, grad in zip(_parts(x), _parts(_laid_out_as(dy, x)), strict=True):
             sum_dy, sum_dy_xmu, _, _ = torch.batch_norm_backward_reduce(
@@ -96,7 +101,7 @@ def input_gradient(
 ) -> Tensor:
     """dx = γ·inverse (dy - Σdy / n - x̂·Σdy·x̂ / n), `sums` and n those of the whole batch."""
     weight = _as(weight, s)
-    if x.is_cuda and x.numel():
+    if on_cuda(x) and x.numel():
         count = s.n.to(torch.int32).view(1)
         sum_dy, sum_dy_xmu = sums[0], sums[1] / s.inverse
         parts = [

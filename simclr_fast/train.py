@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from simclr_fast import __version__, checkpoint
 from simclr_fast.config import PretrainConfig, to_json
 from simclr_fast.data import TwoViewLoader
 from simclr_fast.datasets import named_source
-from simclr_fast.distributed import World, join_world
+from simclr_fast.distributed import World, free_memory, join_world
 from simclr_fast.evaluation.online import OnlineProbe
 from simclr_fast.extras import need
-from simclr_fast.large_batch import LargeBatch
+from simclr_fast.large_batch import LargeBatch, Memory, planner
 from simclr_fast.losses import nt_xent_loss
 from simclr_fast.models import SimCLR, build_encoder, build_projector
 from simclr_fast.optim import LARS, lars_param_groups, scaled_lr, warmup_cosine
@@ -50,6 +51,7 @@ def pretrain(config: PretrainConfig) -> Path:
     Raises:
         FileExistsError: the output folder is not empty, without resume or overwrite.
         Interrupted: SIGINT or SIGTERM, after the checkpoint is written.
+        OutOfMemory: with the flags to try next.
         RankFailure: another rank died or stalled; named, with its step.
     """
     with join_world(config.device, config.timeout) as world:
@@ -77,10 +79,11 @@ def _pretrain(config: PretrainConfig, world: World) -> Path:
         model = model.to(memory_format=torch.channels_last)
     autocast = autocast_dtype(config, world.device)
     group = torch.distributed.group.WORLD if world.size > 1 else None
+    memory, micro_batch = choose_memory(config, world, autocast)
     large_batch = LargeBatch(
         model,
-        memory=config.memory,
-        micro_batch=config.micro_batch,
+        memory=memory,
+        micro_batch=micro_batch,
         group=group,
         autocast=autocast,
         offload_gb=config.offload_gb,
@@ -143,7 +146,11 @@ def _pretrain(config: PretrainConfig, world: World) -> Path:
                 metrics.waited += time.perf_counter() - waiting
                 views = torch.cat([view1, view2]).to(world.device)
                 optimizer.zero_grad(set_to_none=True)
-                _, loss, statistics = large_batch.backward(views, loss_fn)
+                try:
+                    _, loss, statistics = large_batch.backward(views, loss_fn)
+                except torch.OutOfMemoryError as error:
+                    work = workload(config, world, autocast)
+                    raise planner.out_of_memory(work, memory, micro_batch) from error
                 lr = optimizer.param_groups[0]["lr"]
                 # Averaged gradients are the same on all ranks, and so is an overflow in them.
                 scaler.step(optimizer)
@@ -175,6 +182,32 @@ def _pretrain(config: PretrainConfig, world: World) -> Path:
     if world.rank == 0:
         checkpoint.save_encoder(out / "encoder.safetensors", model.encoder, describe(config))
     return out
+
+
+def workload(config: PretrainConfig, world: World, dtype: torch.dtype | None) -> planner.Workload:
+    """The planner's view of a run."""
+    return planner.Workload(
+        partial(build_model, config),
+        config.augmentation.size,
+        config.batch_size,
+        world.size,
+        dtype,
+        2 if config.optimizer == "adam" else 1,
+        cuda=world.device.type == "cuda",
+    )
+
+
+def choose_memory(
+    config: PretrainConfig, world: World, dtype: torch.dtype | None
+) -> tuple[Memory, int | None]:
+    """The mode and micro-batch: config's or, for "auto", the planner's, alike on all ranks."""
+    if config.memory != "auto":
+        return config.memory, config.micro_batch
+    free = world.least(free_memory(world.device))
+    setting = planner.choose(workload(config, world, dtype), free)
+    if setting.memory != "plain":
+        log.info("%s: plain does not fit %.1f GB", setting.flags, free / 1e9)
+    return setting.memory, config.micro_batch or setting.micro_batch
 
 
 def build_model(config: PretrainConfig) -> SimCLR:

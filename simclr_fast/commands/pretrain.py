@@ -10,6 +10,7 @@ import torch
 
 from simclr_fast.config import PRESETS, PretrainConfig
 from simclr_fast.extras import need
+from simclr_fast.large_batch.planner import OutOfMemory
 from simclr_fast.plots import plot_loss
 from simclr_fast.rank_watch import RankFailure
 from simclr_fast.report import probe_report
@@ -25,6 +26,9 @@ def run(arguments: list[str]) -> int:
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signal_number
+    except OutOfMemory as error:
+        print(f"simclr-fast pretrain: {error}", file=sys.stderr)
+        return 1
     except RankFailure as failure:
         print(f"simclr-fast pretrain: {failure}", file=sys.stderr, flush=True)
         if torch.cuda.is_initialized():

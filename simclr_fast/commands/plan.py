@@ -1,0 +1,139 @@
+"""simclr-fast plan."""
+
+import argparse
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from simclr_fast.augment_params import Augmentation
+from simclr_fast.config import PretrainConfig
+from simclr_fast.large_batch import planner
+from simclr_fast.train import build_model
+
+_WIDTHS, _GPUS, _SIZES = (1, 2, 4), (1, 2, 4, 8), (24, 40, 80)
+
+
+def run(arguments: list[str]) -> int:
+    """Every way of computing the batch's gradient, what it needs, and the flags of the best."""
+    given = _parser().parse_args(arguments)
+    config = PretrainConfig(
+        model=given.model,
+        width=given.width,
+        stem=given.stem,
+        projector_dim=given.projector_dim,
+        projector_depth=given.projector_depth,
+        augmentation=Augmentation(size=given.image_size),
+        batch_size=given.batch_size,
+        precision=given.precision,
+        optimizer=given.optimizer,
+    )
+    host = planner.parse_size(given.host_memory) if given.host_memory else 0.0
+    if given.fits:
+        _print_fits(config, host)
+        return 0
+    limit = planner.parse_size(given.gpu_memory)
+    work = workload(config, given.gpus, limit)
+    print(
+        f"{config.model} ×{config.width:g}, {config.batch_size} images in two views of "
+        f"{given.image_size}², {config.precision}: {work.rows} views on each of {given.gpus} GPUs "
+        f"of {given.gpu_memory}"
+    )
+    print(f"predicted, not measured; step times for {work.gpu.name}\n")
+    print("mode       micro-batch  GPU GB host GB compute  step s")
+    found = []
+    for setting in planner.settings(work, limit, host / given.gpus):
+        found.append(setting)
+        print(_row(setting, planner.fits(setting, limit), given.gpus), flush=True)
+    ghost = has_batch_norm(config)
+    if ghost:
+        print("\ngrad-cache: each micro-batch its own batch statistics, another gradient")
+    best = planner.recommended(found, limit, ghost)
+    if best is None:
+        least = min(found[:-1], key=lambda s: s.device_bytes)
+        print(
+            f"\nnothing fits {given.gpu_memory}: the least is {least.device_bytes / 1e9:.1f} GB; "
+            "more GPUs, more --host-memory or a smaller batch would do"
+        )
+        return 1
+    print(f"\nsimclr-fast pretrain {best.flags}")
+    return 0
+
+
+def workload(config: PretrainConfig, ranks: int, limit: float) -> planner.Workload:
+    return planner.Workload(
+        partial(build_model, config),
+        config.augmentation.size,
+        config.batch_size,
+        ranks,
+        None if config.precision == "float32" else getattr(torch, config.precision),
+        2 if config.optimizer == "adam" else 1,
+        gpu=planner.gpu_of(limit),
+    )
+
+
+def has_batch_norm(config: PretrainConfig) -> bool:
+    with torch.device("meta"):
+        modules = build_model(config).modules()
+    return any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in modules)
+
+
+def _row(s: planner.Setting, fits: bool, gpus: int) -> str:
+    size = "" if s.micro_batch is None else str(s.micro_batch)
+    if s.refusal:
+        return f"{s.memory:<10} {size:>11} {s.refusal}"
+    return (
+        f"{s.memory:<10} {size:>11} {s.device_bytes / 1e9:7.1f} "
+        f"{s.offload_bytes * gpus / 1e9:7.1f} "
+        f"{s.compute:6.2f}× {s.seconds:7.2f}  {'fits' if fits else 'does not fit'}"
+    )
+
+
+def _print_fits(config: PretrainConfig, host: float) -> None:
+    """A Markdown table: the first setting that fits, by width, number and memory of GPUs."""
+    print("| width | GPUs | " + " | ".join(f"{size} GB" for size in _SIZES) + " |")
+    print("|---" * (2 + len(_SIZES)) + "|")
+    for width in _WIDTHS:
+        wide = replace(config, width=width)
+        for gpus in _GPUS:
+            cells = []
+            for size in _SIZES:
+                limit = size * 1e9
+                work = workload(wide, gpus, limit)
+                found = []
+                for setting in planner.settings(work, limit, host / gpus):
+                    found.append(setting)
+                    if setting.memory != "grad-cache" and planner.fits(setting, limit):
+                        break
+                best = planner.recommended(found, limit, True)
+                cells.append("–" if best is None else _cell(best, gpus))
+            print(f"| {width}× | {gpus} | " + " | ".join(cells) + " |", flush=True)
+
+
+def _cell(s: planner.Setting, gpus: int) -> str:
+    host = f" + {s.offload_bytes * gpus / 1e9:.0f} host" if s.offload_bytes else ""
+    return f"{s.memory} {s.device_bytes / 1e9:.0f}{host}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="simclr-fast plan", allow_abbrev=False, description=run.__doc__
+    )
+    parser.add_argument("--model", default="resnet50")
+    parser.add_argument("--width", type=float, default=1)
+    parser.add_argument("--stem", choices=("imagenet", "cifar", "cifar-stride2"))
+    parser.add_argument("--projector-dim", type=int, default=128)
+    parser.add_argument("--projector-depth", type=int, default=2)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--batch-size", type=int, default=4096, help="images over all GPUs")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--gpu-memory", default="80GB", help="of each: 80GB, 24GiB")
+    parser.add_argument("--host-memory", help="of the machine, for block inputs: 128GB")
+    parser.add_argument(
+        "--precision", choices=("bfloat16", "float16", "float32"), default="bfloat16"
+    )
+    parser.add_argument("--optimizer", choices=("lars", "adam"), default="lars")
+    parser.add_argument(
+        "--fits", action="store_true", help="a table over widths, numbers and memory of GPUs"
+    )
+    return parser

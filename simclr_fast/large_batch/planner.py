@@ -1,0 +1,307 @@
+"""Which way of computing the batch's gradient fits a memory, before anything is run.
+
+Each row of a plan is a simulated step (`simulate`) plus what lives beside it: the optimizer's
+state, the loader's batches, gradient buckets and the CUDA context. Times are roofline predictions:
+the sum over operations of max(FLOPs / peak, bytes / bandwidth, launch), over an efficiency that
+makes plain ResNet-50 on an A100-80GB the 2,470 images/s that NVIDIA publishes for it
+(DeepLearningExamples, ResNet-50 v1.5, mixed precision). No time here was measured on a GPU.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from simclr_fast.large_batch.engine import Memory
+from simclr_fast.large_batch.simulate import Phase, Phases, Step
+from simclr_fast.losses import nt_xent_loss
+
+log = logging.getLogger(__name__)
+
+MICRO_BATCHES = (256, 128, 64, 32)
+# CUDA's context and the libraries' workspaces; the share that the allocator's gaps leave usable.
+_CONTEXT = 1.0e9
+_USABLE = 0.95
+_LAUNCH = 4e-6
+# Of the roofline; see the module's docstring and tests/test_planner.py.
+_EFFICIENCY = 0.58
+# Pinned copies over PCIe 4.0 ×16, bytes per second each way (32 GB/s less protocol).
+_PCIE = 25e9
+# Micro-batches simulated; with more, each phase goes on as a straight line.
+_SIMULATED = (3, 4)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peak bfloat16 FLOP/s (dense) and memory bytes/s, from NVIDIA's data sheets."""
+
+    name: str
+    flops: float
+    bandwidth: float
+
+
+# By memory, GB: the GPU that the times are predicted for.
+_GPUS = (
+    (32, Gpu("RTX 4090", 165.2e12, 1.008e12)),
+    (60, Gpu("A100 40GB", 312e12, 1.555e12)),
+    (math.inf, Gpu("H100 80GB SXM", 989.4e12, 3.35e12)),
+)
+A100_80GB = Gpu("A100 80GB SXM", 312e12, 2.039e12)
+
+
+def gpu_of(memory: float) -> Gpu:
+    return next(gpu for limit, gpu in _GPUS if memory <= limit * 1e9)
+
+
+def parse_size(text: str) -> float:
+    """Bytes of "80GB" (10⁹), "24GiB" (2³⁰), "512MB", "1.5TB"; ValueError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B\s*", text)
+    if not match or float(match[1]) == 0:
+        raise ValueError(
+            f"a size must be a positive number with KB, MB, GB, TB, MiB or GiB, "
+            f"such as 80GB or 24GiB, got {text!r}"
+        )
+    return float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2]) + 1)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of a plan, for one rank.
+
+    compute: FLOPs beside plain's. seconds: of a step, predicted.
+    """
+
+    memory: Memory
+    micro_batch: int | None
+    device_bytes: float
+    compute: float = 1
+    seconds: float = 0
+    offload_bytes: float = 0
+    refusal: str = ""
+
+    @property
+    def flags(self) -> str:
+        """What to give to `simclr-fast pretrain`."""
+        parts = [f"--memory {self.memory}"]
+        if self.micro_batch is not None:
+            parts.append(f"--micro-batch {self.micro_batch}")
+        if self.offload_bytes:
+            parts.append(f"--offload-gb {math.ceil(self.offload_bytes / 1e8) / 10:g}")
+        return " ".join(parts)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is to be planned.
+
+    make: builds the model, encoder and projector. image_size: pixels. batch_size: images over all
+    `ranks`. dtype: of autocast. state: optimizer tensors per parameter. cuda: a GPU's operations
+    and overheads, else the CPU's.
+    """
+
+    make: Callable[[], nn.Module]
+    image_size: int
+    batch_size: int
+    ranks: int = 1
+    dtype: torch.dtype | None = None
+    state: int = 1
+    cuda: bool = True
+    gpu: Gpu = _GPUS[-1][1]
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1:
+            raise ValueError(f"gpus must be at least 1, got {self.ranks}")
+        if self.batch_size < self.ranks:
+            raise ValueError(
+                f"batch_size {self.batch_size} gives {self.ranks} ranks less than an image"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Views per rank and step."""
+        return 2 * -(-self.batch_size // self.ranks)
+
+    def setting(self, memory: Memory, micro_batch: int | None = None) -> Setting:
+        """Predict one way. Where it cannot run, `refusal` says why and the numbers are infinite."""
+        try:
+            phases = self._phases(memory, micro_batch)
+        except ValueError as error:
+            return Setting(memory, micro_batch, math.inf, math.inf, math.inf, refusal=str(error))
+        peak = max(p.peak for p in phases.values()) + self.beside(memory)
+        return Setting(
+            memory,
+            micro_batch,
+            peak,
+            sum(p.flops for p in phases.values()) / (self._per_view * self.rows),
+            sum(p.seconds for p in phases.values()) / _EFFICIENCY,
+        )
+
+    def offloaded(self, setting: Setting, limit: float) -> Setting:
+        """`setting` of lockstep with just enough block inputs in host memory to need ≤ limit."""
+        phases = self._phases("lockstep", setting.micro_batch)
+        depth = 1 + max(i for kind, i in phases if kind == "forward")
+        beside, moved = self.beside("lockstep"), 0.0
+        best = setting
+        for first in range(2, depth + 1):
+            moved = sum(phases["forward", i].stored for i in range(first))
+
+            def away(kind: str, i: int, first: int = first) -> float:
+                # The current block's input is in use; in the backward the one before is on its way.
+                last = min(first, i if kind == "forward" else i - 1)
+                return sum(phases["forward", j].stored for j in range(max(last, 0)))
+
+            peak = beside + max(p.peak - away(*key) for key, p in phases.items())
+            best = replace(
+                setting,
+                device_bytes=peak,
+                offload_bytes=moved,
+                seconds=max(setting.seconds, 2 * moved / _PCIE),
+            )
+            if peak <= limit:
+                break
+        return best
+
+    def beside(self, memory: Memory) -> float:
+        """Bytes outside of the simulated step."""
+        with torch.device("meta"):
+            parameters = sum(p.numel() * p.element_size() for p in self.make().parameters())
+        views = self.rows * 3 * self.image_size**2 * 4
+        buckets = self.ranks > 1 and memory != "lockstep"
+        # The batch at hand and the next, on CUDA in DALI's queue of two.
+        loader = views * (3 if self.cuda else 2)
+        return parameters * (self.state + buckets) + loader + (_CONTEXT if self.cuda else 0)
+
+    @property
+    def _step(self) -> Step:
+        shape = (3, self.image_size, self.image_size)
+        return Step(self.make, shape, _loss, self.dtype, self.cuda, self._clock)
+
+    def _clock(self, flops: float, moved: float) -> float:
+        return max(flops / self.gpu.flops, moved / self.gpu.bandwidth, _LAUNCH)
+
+    @property
+    def _per_view(self) -> float:
+        phases = _cached(self._step, "plain", 8, None)
+        return sum(p.flops for p in phases.values()) / 8
+
+    def _phases(self, memory: Memory, micro_batch: int | None) -> Phases:
+        if memory in ("plain", "replay") or micro_batch is None:
+            return _cached(self._step, memory, self.rows, None)
+        few, more = _SIMULATED
+        if self.rows <= more * micro_batch:
+            return _cached(self._step, memory, self.rows, micro_batch)
+        one = _cached(self._step, memory, few * micro_batch, micro_batch)
+        two = _cached(self._step, memory, more * micro_batch, micro_batch)
+        beyond = (self.rows / micro_batch - few) / (more - few)
+        return {key: _line(one[key], two[key], beyond) for key in one}
+
+
+_CACHE: dict[Any, Phases] = {}
+
+
+def _cached(step: Step, memory: Memory, rows: int, micro_batch: int | None) -> Phases:
+    key = (step.make, step.shape, step.dtype, step.cuda, step.clock, memory, rows, micro_batch)
+    if key not in _CACHE:
+        _CACHE[key] = step.run(memory, rows, micro_batch or rows)
+    return _CACHE[key]
+
+
+def _line(one: Phase, two: Phase, beyond: float) -> Phase:
+    return Phase(
+        *(a + (b - a) * beyond for a, b in zip(vars(one).values(), vars(two).values(), strict=True))
+    )
+
+
+def _loss(outputs: Any) -> Any:
+    return nt_xent_loss(outputs[1], return_stats=True)
+
+
+def settings(work: Workload, limit: float, host: float = 0) -> Iterator[Setting]:
+    """From the least compute to the least memory; offload within `host` bytes of this rank.
+
+    grad-cache comes last: with batch norms its gradient is another.
+    """
+    yield work.setting("plain")
+    yield work.setting("replay")
+    sizes = [m for m in MICRO_BATCHES if m < work.rows] or [work.rows]
+    for micro_batch in sizes:
+        setting = work.setting("lockstep", micro_batch)
+        yield setting
+        if setting.refusal:
+            break
+    if host and not setting.refusal and setting.device_bytes > _USABLE * limit:
+        for micro_batch in sizes:
+            moved = work.offloaded(work.setting("lockstep", micro_batch), _USABLE * limit)
+            if moved.offload_bytes <= host:
+                yield moved
+    yield work.setting("grad-cache", sizes[0])
+
+
+def fits(setting: Setting, limit: float) -> bool:
+    return setting.device_bytes <= _USABLE * limit
+
+
+def recommended(found: list[Setting], limit: float, ghost: bool) -> Setting | None:
+    """The first that fits; grad-cache only if the model has no batch norm (not `ghost`)."""
+    exact = (s for s in found if s.memory != "grad-cache" or not ghost)
+    return next((s for s in exact if fits(s, limit)), None)
+
+
+class OutOfMemory(RuntimeError):
+    """A step did not fit; the message holds the flags that the planner would try next."""
+
+
+def choose(work: Workload, limit: float) -> Setting:
+    """The first setting that is predicted to fit; plain, with a warning, if none can be predicted.
+
+    Raises:
+        ValueError: nothing fits. With offload, which is not chosen by itself, something may.
+    """
+    least = None
+    for setting in settings(work, limit):
+        if setting.memory == "grad-cache":
+            break
+        if fits(setting, limit):
+            return setting
+        if least is None or setting.device_bytes < least.device_bytes:
+            least = setting
+    assert least is not None
+    if math.isinf(least.device_bytes):
+        log.warning("memory='auto' takes plain: %s", least.refusal)
+        return Setting("plain", None, math.inf)
+    raise ValueError(
+        f"batch_size {work.batch_size} fits in no mode: {least.flags} would need "
+        f"{least.device_bytes / 1e9:.1f} GB of {limit / 1e9:.1f}; simclr-fast plan --host-memory "
+        "looks for an offload that does"
+    )
+
+
+def after(work: Workload, memory: Memory, micro_batch: int | None) -> Setting | None:
+    """What to try when (memory, micro_batch) did not fit: the next that needs a tenth less."""
+    now = work.setting(memory, micro_batch or (MICRO_BATCHES[0] if memory == "lockstep" else None))
+    for setting in settings(work, 0):
+        if setting.memory != "grad-cache" and setting.device_bytes < 0.9 * now.device_bytes:
+            return setting
+    # Smaller micro-batches save little: what is left is the block inputs, so offload half of them.
+    moved = work.offloaded(work.setting("lockstep", MICRO_BATCHES[0]), 0.6 * now.device_bytes)
+    return moved if moved.offload_bytes else None
+
+
+def out_of_memory(work: Workload, memory: Memory, micro_batch: int | None) -> OutOfMemory:
+    """The error that names the next setting."""
+    found = after(work, memory, micro_batch)
+    now = Setting(memory, micro_batch, 0).flags
+    if found is None:
+        return OutOfMemory(
+            f"out of memory with {now}, and no setting needs less: more GPUs or a "
+            "smaller batch would do"
+        )
+    return OutOfMemory(
+        f"out of memory with {now}; next: {found.flags} "
+        f"(predicted {found.device_bytes / 1e9:.1f} GB per rank)"
+    )

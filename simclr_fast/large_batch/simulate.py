@@ -1,0 +1,179 @@
+"""What a training step needs, found by running it on tensors without data.
+
+The step is `LargeBatch`'s own, under torch's FakeTensorMode: operations, shapes, dtypes and
+lifetimes are those of the real one, and nothing is computed. A dispatch mode sees every operation
+and adds up storages alive, FLOPs and bytes moved. On real tensors it measures a real step.
+"""
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from simclr_fast import global_batch_norm as gbn
+from simclr_fast.large_batch.engine import LargeBatch, Memory
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Phase:
+    """Part of a step: bytes alive at most, and what its operations do."""
+
+    peak: float = 0
+    flops: float = 0
+    seconds: float = 0
+    stored: float = 0
+    """Bytes of the block's input that lockstep keeps; in forward phases, but the first block's."""
+
+
+Phases = dict[tuple[str, int], Phase]
+
+
+class Meter(TorchDispatchMode):
+    """Counts within its context. clock(flops, bytes moved) → seconds of one operation."""
+
+    def __init__(self, clock: Callable[[float, float], float] = lambda flops, moved: 0.0) -> None:
+        super().__init__()
+        self.clock = clock
+        self.phase = ("step", 0)
+        self.phases: Phases = defaultdict(Phase)
+        self.alive = 0
+        self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+    def hold(self, *tensors: Tensor) -> None:
+        """Count tensors that were made before."""
+        for t in tensors:
+            storage = t.untyped_storage()
+            if storage not in self._known:
+                size = storage.nbytes()
+                self._known[storage] = size
+                self.alive += size
+                weakref.finalize(storage, self._freed, size)
+        at = self.phases[self.phase]
+        at.peak = max(at.peak, self.alive)
+
+    def _freed(self, size: int) -> None:
+        self.alive -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        known = _CUDA_NORMS.get(func)
+        out = func(*args, **kwargs) if known is None else known(*args, **kwargs)
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        self.hold(*made)
+        if not func.is_view and made:
+            at, read = self.phases[self.phase], tree_leaves((args, kwargs))
+            moved = sum(_bytes(t) for t in [*read, *made] if isinstance(t, Tensor))
+            count = flop_registry.get(func._overloadpacket)
+            flops = count(*args, **kwargs, out_val=out) if count else 0
+            at.flops += flops
+            at.seconds += self.clock(flops, moved)
+        return out
+
+
+def _bytes(t: Tensor) -> int:
+    return t.numel() * t.element_size()
+
+
+def _norm_stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.size(1), dtype=torch.float32), x.new_empty(x.size(1), dtype=torch.float32)
+
+
+def _norm_sums(dy, x, mean, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        mean.new_empty(mean.shape),
+        mean.new_empty(mean.shape),
+        mean.new_empty(0),
+        mean.new_empty(0),
+    )
+
+
+# torch has no shape functions for these operations, which exist on CUDA alone.
+_CUDA_NORMS: dict[Any, Callable] = {
+    aten.batch_norm_stats.default: _norm_stats,
+    aten.batch_norm_backward_reduce.default: _norm_sums,
+    aten.batch_norm_backward_elemt.default: lambda dy, x, *_: torch.empty_like(dy),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is simulated. make: builds the model. shape: of one view. dtype: of autocast.
+
+    cuda: with the batch norm operations that CUDA has of its own; the rest is alike.
+    """
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    loss: Callable[[Any], Any]
+    dtype: torch.dtype | None = None
+    cuda: bool = False
+    clock: Callable[[float, float], float] = field(default=lambda flops, moved: 0.0)
+
+    def run(self, memory: Memory, rows: int, micro_batch: int, *, fake: bool = True) -> Phases:
+        """One step of `rows` views: parameters, gradients, views and activations are counted."""
+        meter = Meter(self.clock)
+        with FakeTensorMode() if fake else nullcontext(), _norms_of_cuda(self.cuda):
+            model = self.make().train()
+            views = torch.empty(rows, *self.shape)
+            step = LargeBatch(
+                model,
+                memory=memory,
+                micro_batch=micro_batch,
+                autocast=self.dtype,
+                allow_ghost_bn=True,
+            )
+            if memory == "lockstep":
+                _mark_blocks(step.lockstep, meter)
+            with meter:
+                meter.hold(views, *model.parameters(), *model.buffers())
+
+                def loss(outputs: Any) -> Any:
+                    meter.phase = ("backward", len(meter.phases))
+                    return self.loss(outputs)
+
+                step.backward(views, loss)
+        return meter.phases
+
+
+@contextmanager
+def _norms_of_cuda(wanted: bool) -> Iterator[None]:
+    before = gbn.on_cuda
+    if wanted:
+        gbn.on_cuda = lambda x: True
+    try:
+        yield
+    finally:
+        gbn.on_cuda = before
+
+
+def _mark_blocks(lockstep: Any, meter: Meter) -> None:
+    blocks, forward, backward = (
+        lockstep.graph.blocks,
+        lockstep._forward_block,
+        lockstep._backward_block,
+    )
+
+    def marked_forward(block, values):
+        meter.phase = ("forward", blocks.index(block))
+        inputs = [v[block.input] for v in values]
+        if blocks.index(block):
+            meter.phases[meter.phase].stored = sum(_bytes(x) for x in inputs)
+        del inputs
+        return forward(block, values)
+
+    def marked_backward(block, *rest):
+        meter.phase = ("backward", blocks.index(block))
+        return backward(block, *rest)
+
+    lockstep._forward_block, lockstep._backward_block = marked_forward, marked_backward
