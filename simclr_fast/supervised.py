@@ -7,6 +7,7 @@ import json
 import logging
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from simclr_fast.train import (
     autocast_dtype,
     build_optimizer,
     catch_signals,
+    choose_memory,
     describe,
     prepare_output,
 )
@@ -77,10 +79,13 @@ def _supervise(config: PretrainConfig, world: World) -> tuple[Path, Scores | Non
         model = model.to(memory_format=torch.channels_last)
     autocast = autocast_dtype(config, world.device)
     group = dist.group.WORLD if world.size > 1 else None
+    # The planner counts two views per image, here there is one.
+    halved = replace(config, batch_size=max(world.size, -(-config.batch_size // 2)))
+    memory, micro_batch = choose_memory(halved, world, autocast)
     large_batch = LargeBatch(
         model,
-        memory=config.memory,
-        micro_batch=config.micro_batch,
+        memory=memory,
+        micro_batch=micro_batch,
         group=group,
         autocast=autocast,
         offload_gb=config.offload_gb,
