@@ -91,13 +91,13 @@ def nt_xent_loss(
     reduction: "mean" or "sum" over the 2N rows, or "none": [2N], view 1's rows first.
     decoupled: leave the positive out of the denominator (Yeh et al. 2022, "Decoupled Contrastive
         Learning", equation 5); needs at least two pairs.
-    group: ranks whose batches form one; each may bring a different N. Every rank returns the loss
-        of the whole batch, and gradients times the number of ranks, so that the averaging of
-        DistributedDataParallel gives the whole batch's gradient exactly. Without DDP, average the
-        gradients over ranks. The backward pass does not communicate.
+    group: ranks whose batches form one; each may bring a different N, also 0. Every rank returns
+        the loss of the whole batch, and gradients times the number of ranks, so that the averaging
+        of DistributedDataParallel gives the whole batch's gradient exactly. Without DDP, average
+        the gradients over ranks. The backward pass does not communicate.
     return_stats: also return `NTXentStats`, from the same pass.
     """
-    _check_embeddings(z1, z2)
+    _check_embeddings(z1, z2, group)
     code = _reduction_code(reduction, group)
     tau = _temperature_tensor(temperature, z1)
     if group is not None:
@@ -178,14 +178,22 @@ class _GroupNTXent(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z1, z2, temperature, group, reduction, decoupled, return_stats):
-        u, inv_norm = ops.nt_xent_normalize(z1, z2, temperature)
+        # A rank without rows still takes part in the gathers.
+        empty = not z1.size(0)
+        given = (z1.new_ones(2, z1.size(1)), None) if empty else (z1, z2)
+        u, inv_norm = ops.nt_xent_normalize(*given, temperature)
+        u, inv_norm = (u[:0], inv_norm[:0]) if empty else (u, inv_norm)
         counts = gather_row_counts(u.size(0), u.device, group)
         row_offset = sum(counts[: dist.get_rank(group)])
         if decoupled and sum(counts) == 2:
             raise ValueError(_NO_NEGATIVES)
         u_all = all_gather_rows(u, group, counts)
-        loss, lse, row_stats = ops.nt_xent_rows(
-            u_all, temperature, row_offset, u.size(0), decoupled, return_stats
+        row_offset, rows = (0, 2) if empty else (row_offset, u.size(0))
+        loss, lse, row_stats = (
+            column[: u.size(0)]
+            for column in ops.nt_xent_rows(
+                u_all, temperature, row_offset, rows, decoupled, return_stats
+            )
         )
         per_row = (
             torch.cat((torch.stack((loss, lse), 1), row_stats), 1)
@@ -206,6 +214,9 @@ class _GroupNTXent(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _):
         saved = ctx.saved_tensors
+        if not saved[4].size(0):
+            empty = tuple(None if z is None else torch.zeros_like(z) for z in saved[4:6])
+            return *empty, torch.zeros_like(saved[6]), None, None, None, None
         grad_z, grad_temperature = ops.nt_xent_backward(
             grad_loss * ctx.ranks, ctx.mean, *saved, ctx.row_offset, ctx.decoupled
         )
@@ -237,8 +248,9 @@ def _reduction_code(reduction: str, group: dist.ProcessGroup | None) -> int:
     return code
 
 
-def _check_embeddings(z1: Tensor, z2: Tensor | None) -> None:
-    _check_matrix("z1", z1)
+def _check_embeddings(z1: Tensor, z2: Tensor | None, group: dist.ProcessGroup | None) -> None:
+    least = 1 if group is None else 0
+    _check_matrix("z1", z1, least)
     if z2 is None:
         if z1.size(0) % 2:
             raise ValueError(
@@ -246,17 +258,17 @@ def _check_embeddings(z1: Tensor, z2: Tensor | None) -> None:
                 f"got {list(z1.shape)}"
             )
         return
-    _check_matrix("z2", z2)
+    _check_matrix("z2", z2, least)
     for what in ("shape", "dtype", "device"):
         first, second = getattr(z1, what), getattr(z2, what)
         if first != second:
             raise ValueError(f"z1 and z2 must have the same {what}, got {first} and {second}")
 
 
-def _check_matrix(name: str, z: Tensor) -> None:
+def _check_matrix(name: str, z: Tensor, least: int = 1) -> None:
     if not isinstance(z, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(z).__name__}")
-    if z.dim() != 2 or 0 in z.shape:
+    if z.dim() != 2 or z.size(0) < least or not z.size(1):
         raise ValueError(
             f"{name} must have shape [rows, features], both at least 1, got {list(z.shape)}"
         )

@@ -1,5 +1,6 @@
 """A step of contrastive training at a batch whose activations do not fit: `LargeBatch.backward`."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, get_args
@@ -79,10 +80,11 @@ class LargeBatch:
         if memory == "lockstep":
             self.lockstep = Lockstep(model, self.micro_batch, self.group, offload_gb)
         elif self.group is not None:
-            # Statistics are the same on all ranks already.
-            self.run = DistributedDataParallel(
-                model, process_group=self.group, broadcast_buffers=False
-            )
+            # Statistics are the same on all ranks already. torch 2.14 renames the option.
+            options = inspect.signature(DistributedDataParallel).parameters
+            new = "forward_sync_buffers" in options
+            quiet: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+            self.run = DistributedDataParallel(model, process_group=self.group, **quiet)
         if memory == "replay":
             recomputed_blocks(model)
         if memory == "grad-cache" and not allow_ghost_bn:

@@ -18,9 +18,9 @@ from torch.fx import Node
 
 from simclr_fast.large_batch.norms import after_norm, uses_batch_statistics
 
+_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
 _IN_PLACE: dict[Any, Callable[..., Any]] = {
-    getattr(operator, f"i{name}"): getattr(operator, name)
-    for name in ("add", "sub", "mul", "truediv", "pow", "matmul")
+    getattr(operator, f"i{name}"): getattr(operator, name) for name in _OPERATORS
 }
 _RANDOM = ("dropout", "bernoulli", "rand", "multinomial", "stochastic_depth", "normal_", "uniform_")
 
@@ -126,8 +126,10 @@ class Graph:
                     source, start, norms = nodes[cut - 1], cut, 0
                 norms += 1
             alive = {n for n in alive | {node} if last_use(n) > i}
-            # What a batch norm reads is kept anyway, and only while its block runs.
-            if norms and alive == {node} and not self.norms.intersection(node.users):
+            # What a batch norm reads is kept anyway, and only while its block runs; what it makes
+            # is derived from that.
+            beside_norm = node in self.norms or self.norms.intersection(node.users)
+            if norms and alive == {node} and not beside_norm:
                 cut = i + 1
         yield self._block(nodes[start:], source, self.outputs)
 
@@ -251,7 +253,22 @@ class _Call(nn.Module):
         return self.model(x)
 
 
+class _Proxy(fx.Proxy):
+    """fx alone would take y += x for y = y + x, and not see that y is overwritten."""
+
+
+def _recorded(function: Callable[..., Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    return lambda y, x: y.tracer.create_proxy("call_function", function, (y, x), {})
+
+
+for _name in _OPERATORS:
+    setattr(_Proxy, f"__i{_name}__", _recorded(getattr(operator, f"i{_name}")))
+
+
 class _Tracer(fx.Tracer):
+    def proxy(self, node: Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, nn.modules.batchnorm._BatchNorm) or super().is_leaf_module(
             m, module_qualified_name

@@ -1,0 +1,183 @@
+"""Every memory mode over 1, 2 and 4 gloo ranks, unequal and empty shares, against one process."""
+
+import multiprocessing
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+from large_batch_cases import (
+    MODES,
+    PAIRS,
+    assert_equal,
+    loss_fn,
+    mode_name,
+    plain_autograd,
+    simclr,
+    step,
+    views,
+)
+from torch import nn
+
+from simclr_fast.large_batch import LargeBatch
+
+# Pairs of views per rank.
+SHARES = {1: [PAIRS], 2: [4, 3], 4: [3, 0, 2, 2]}
+LOCKSTEP = {"memory": "lockstep", "micro_batch": 5}
+CASES = [
+    (1, "resnet18", LOCKSTEP),
+    *((ranks, "resnet18", mode) for ranks in (2, 4) for mode in [*MODES[:2], LOCKSTEP]),
+    (4, "resnet50", LOCKSTEP),
+    *((ranks, "mlp", {"memory": "grad-cache", "micro_batch": 3}) for ranks in (2, 4)),
+]
+
+
+def case_name(case):
+    return f"{case[1]}-{mode_name(case[2])}-{case[0]}"
+
+
+def build(name):
+    if name != "mlp":
+        return simclr(name)
+    torch.manual_seed(1)
+    layers = nn.Flatten(), nn.Linear(768, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 8)
+    return nn.Sequential(*layers).double()
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
+    groups = {ranks: dist.new_group(list(range(ranks))) for ranks in SHARES}
+    for case in CASES:
+        ranks, name, mode = case
+        if rank < ranks:
+            result = step(build(name), one_step(rank, ranks, groups[ranks], mode))
+            torch.save(result, f"{folder}/{case_name(case)}-{rank}.pt")
+    if rank < 2:
+        torch.save(count_collectives(rank, groups[2]), f"{folder}/collectives-{rank}.pt")
+        torch.save(overflow(rank, groups[2]), f"{folder}/overflow-{rank}.pt")
+        for mode in ({"memory": "plain"}, LOCKSTEP):
+            torch.save(
+                accumulate(rank, groups[2], mode), f"{folder}/sum-{mode['memory']}-{rank}.pt"
+            )
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def share(rank, ranks):
+    first = sum(SHARES[ranks][:rank])
+    return views(first, first + SHARES[ranks][rank])
+
+
+def one_step(rank, ranks, group, mode):
+    def backward(model):
+        engine = LargeBatch(model, group=group, **mode)
+        return engine.backward(share(rank, ranks), lambda o: loss_fn(o, group))
+
+    return backward
+
+
+def count_collectives(rank, group):
+    counts = Counter()
+    originals = {name: getattr(dist, name) for name in ("all_gather", "all_reduce", "broadcast")}
+
+    def counting(name):
+        def call(*args, **kwargs):
+            counts[name] += 1
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    model = simclr("resnet18")
+    engine = LargeBatch(model, group=group, **LOCKSTEP)
+    try:
+        for name in originals:
+            setattr(dist, name, counting(name))
+        # A loss that does not communicate.
+        engine.backward(share(rank, 2), lambda o: o[1].square().sum())
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+    return dict(counts), len(engine.lockstep.graph.blocks)
+
+
+def overflow(rank, group):
+    """One rank's loss overflows: (parameters moved, the new scale)."""
+    model = simclr("resnet18").float()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    engine = LargeBatch(model, group=group, autocast=torch.float16, **LOCKSTEP)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def loss(outputs):
+        # Through the last linear layer's weight alone, so that this rank's share overflows.
+        return scaler.scale(loss_fn(outputs, group)) * (float("inf") if rank == 1 else 1)
+
+    engine.backward(share(rank, 2).float(), loss)
+    scaler.step(optimizer)
+    scaler.update()
+    moved = any(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    return moved, scaler.get_scale()
+
+
+def accumulate(rank, group, mode):
+    """Two backwards, the first without averaging: twice the gradient of one."""
+    model = simclr("resnet18")
+    engine = LargeBatch(model, group=group, **mode)
+    x = share(rank, 2)
+    with engine.no_sync():
+        engine.backward(x, lambda o: loss_fn(o, group))
+    engine.backward(x, lambda o: loss_fn(o, group))
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    # One process imports torch; the ranks are its forks.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torchvision.models", "test_large_batch_ranks"])
+    processes = [context.Process(target=worker, args=(rank, str(folder))) for rank in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected():
+    names = {name for _, name, _ in CASES}
+    return {name: step(build(name), plain_autograd) for name in names}
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_equals_one_process(ranks, expected, case):
+    for rank in range(case[0]):
+        assert_equal(torch.load(ranks / f"{case_name(case)}-{rank}.pt"), expected[case[1]])
+
+
+def test_collectives(ranks):
+    """One per batch norm and direction, and one per block for the gradients."""
+    norms = sum(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) for m in simclr("resnet18").modules()
+    )
+    for rank in range(2):
+        counts, blocks = torch.load(ranks / f"collectives-{rank}.pt")
+        assert counts == {"all_gather": norms, "all_reduce": norms + blocks}
+
+
+def test_an_overflow_on_one_rank_skips_the_step_on_all(ranks):
+    for rank in range(2):
+        assert torch.load(ranks / f"overflow-{rank}.pt") == (False, 512.0)
+
+
+@pytest.mark.parametrize("memory", ["plain", "lockstep"])
+def test_no_sync_accumulates(ranks, expected, memory):
+    gradients = expected["resnet18"][1]
+    for rank in range(2):
+        found = torch.load(ranks / f"sum-{memory}-{rank}.pt")
+        assert found.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            assert (found[name] - 2 * gradient).norm() <= 1e-11 * max(1, gradient.norm()), name
