@@ -50,9 +50,16 @@ inline Doubles load(const double* x) {
 }
 
 inline Doubles load(const float* x) {
+  // Where gcc would convert in two halves and join them, at half the speed.
+#if defined(__AVX512F__)
+  return _mm512_cvtps_pd(_mm256_loadu_ps(x));
+#elif defined(__AVX__)
+  return _mm256_cvtps_pd(_mm_loadu_ps(x));
+#else
   HalfFloats v;
   __builtin_memcpy(&v, x, sizeof(v));
   return __builtin_convertvector(v, Doubles);
+#endif
 }
 
 template <typename T>
