@@ -1,6 +1,8 @@
 # make pretrain · make test: each works alone in a fresh clone.
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
+# Processes that run tests, one thread each.
+WORKERS ?= 2
 RUN := .venv/bin/python
 PIP := $(RUN) -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
@@ -22,7 +24,7 @@ pretrain: install
 test: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 # The remaining architectures and the large cases: minutes more.
 test-slow: install
@@ -30,7 +32,7 @@ test-slow: install
 
 # Every GPU kernel configuration for every architecture, and its machine code: tens of minutes.
 test-gpu-static: install
-	$(RUN) -m pytest -m gpu_static $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) -m gpu_static --timeout=1200 $(ARGS)
 
 # The CUDA kernels on the host under ASan, UBSan and TSan, with planted faults: minutes.
 test-sanitize: install
@@ -39,6 +41,7 @@ test-sanitize: install
 lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	.venv/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*.cu csrc/host_emulation/*.h
 	$(RUN) -m mypy
 
 docs: install

@@ -23,12 +23,12 @@ struct ColorStep {
 
 // What all views of a call share.
 struct AugmentSpec {
-  int64_t size;         // output height and width
-  bool antialias;       // the filter widens with the scale; otherwise always 4 (2) taps
-  bool bilinear;        // triangle filter; otherwise Keys' cubic with a = -0.5
-  bool clip_resized;    // clip right after the resize, as an 8-bit pipeline does
-  bool luma_contrast;   // contrast around the mean luma; otherwise each channel around its own mean
-  bool reflect;         // blur pads by reflection; otherwise with zeros
+  int64_t size;        // output height and width
+  bool antialias;      // the filter widens with the scale; otherwise always 4 (2) taps
+  bool bilinear;       // triangle filter; otherwise Keys' cubic with a = -0.5
+  bool clip_resized;   // clip right after the resize, as an 8-bit pipeline does
+  bool luma_contrast;  // contrast around the mean luma; otherwise each channel around its own mean
+  bool reflect;        // blur pads by reflection; otherwise with zeros
   bool channels_last;
   int32_t blur_radius;  // of the untruncated kernel
   Pixel pixel;
@@ -37,15 +37,15 @@ struct AugmentSpec {
 };
 
 struct AugmentView {
-  const void* pixels;   // [h, w, 3], the box's first pixel
-  int64_t row_stride;   // in elements
+  const void* pixels;     // [h, w, 3], the box's first pixel
+  int64_t row_stride;     // in elements
   int64_t height, width;  // of the box
   bool flip;
   int32_t steps;
-  int32_t contrast;     // index of the contrast step, or `steps`; its offset is filled in here
+  int32_t contrast;  // index of the contrast step, or `steps`; its offset is filled in here
   ColorStep step[5];
-  float sigma;          // 0: no blur
-  void* out;            // [3, size, size], or [size, size, 3] when channels_last
+  float sigma;  // 0: no blur
+  void* out;    // [3, size, size], or [size, size, 3] when channels_last
 };
 
 }  // namespace simclr

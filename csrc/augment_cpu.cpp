@@ -51,10 +51,14 @@ std::vector<Image> images_of(const std::vector<Tensor>& tensors, int64_t n) {
 
 simclr::Element element_of(const Tensor& out) {
   switch (out.scalar_type()) {
-    case ScalarType::Float: return simclr::Element::float32;
-    case ScalarType::Half: return simclr::Element::float16;
-    case ScalarType::BFloat16: return simclr::Element::bfloat16;
-    default: STD_TORCH_CHECK(false, "out must be float32, float16 or bfloat16");
+    case ScalarType::Float:
+      return simclr::Element::float32;
+    case ScalarType::Half:
+      return simclr::Element::float16;
+    case ScalarType::BFloat16:
+      return simclr::Element::bfloat16;
+    default:
+      STD_TORCH_CHECK(false, "out must be float32, float16 or bfloat16");
   }
 }
 

@@ -1,10 +1,11 @@
 // One view of one image in two passes over the pixels; L = floats per vector register.
 //
 // Pass A resizes L output rows at a time: vertically with lanes along the source row, an L×L
-// transpose in registers, horizontally with lanes along the L rows (so no gathers), the colour steps
-// before contrast while the pixel is still in registers, a transpose back. It sums what contrast
-// needs the mean of. Pass B runs contrast and what follows row by row, blurs, normalises, casts.
-// Memory traffic: the box once, the [3, S, S] float plane buffer (L2) once each way, the output.
+// transpose in registers, horizontally with lanes along the L rows (so no gathers), the colour
+// steps before contrast while the pixel is still in registers, a transpose back. It sums what
+// contrast needs the mean of. Pass B runs contrast and what follows row by row, blurs, normalises,
+// casts. Memory traffic: the box once, the [3, S, S] float plane buffer (L2) once each way, the
+// output.
 #include <math.h>
 #include <string.h>
 
@@ -96,22 +97,20 @@ void emit(const AugmentSpec& spec, const Row& row, void* out, int64_t y, float* 
     case Element::float32:
       return write_row(spec, row, static_cast<float*>(out), y, staging, store);
     case Element::float16:
-      return write_row(spec, row, static_cast<uint16_t*>(out), y, staging16,
-                       store_float16);
+      return write_row(spec, row, static_cast<uint16_t*>(out), y, staging16, store_float16);
     case Element::bfloat16:
-      return write_row(spec, row, static_cast<uint16_t*>(out), y, staging16,
-                       store_bfloat16);
+      return write_row(spec, row, static_cast<uint16_t*>(out), y, staging16, store_bfloat16);
   }
 }
 
 // ---- scratch memory, carved in this order
 struct Scratch {
-  float* planes;     // [3, S, round_up(S)]
-  float* transposed; // [3·width, L] one group of rows after the vertical pass
-  float* source;     // [rows of a group, L] source pixels of one column block as floats
-  float* line;       // [kMaxBlur + round_up(S) + kMaxBlur + L] one channel's row, padded
-  float* staging;    // [3, round_up(S)] output rows before interleaving
-  float* blurred;    // [3, round_up(S)]
+  float* planes;      // [3, S, round_up(S)]
+  float* transposed;  // [3·width, L] one group of rows after the vertical pass
+  float* source;      // [rows of a group, L] source pixels of one column block as floats
+  float* line;        // [kMaxBlur + round_up(S) + kMaxBlur + L] one channel's row, padded
+  float* staging;     // [3, round_up(S)] output rows before interleaving
+  float* blurred;     // [3, round_up(S)]
   Taps x, y;
   int64_t floats;
 };
@@ -288,7 +287,8 @@ void blur_row(const AugmentSpec& spec, const float* weight, int radius, float* c
   }
   for (int64_t x = 0; x < spec.size; x += L) {
     V sum = load(center + x) * weight[0];
-    for (int k = 1; k <= radius; ++k) sum += (load(center + x - k) + load(center + x + k)) * weight[k];
+    for (int k = 1; k <= radius; ++k)
+      sum += (load(center + x - k) + load(center + x + k)) * weight[k];
     store(channel + x, sum);
   }
 }

@@ -23,7 +23,11 @@ constexpr int L = 4;
 typedef float V __attribute__((vector_size(4 * L)));
 typedef int32_t I __attribute__((vector_size(4 * L)));
 
-inline V load(const float* p) { V v; memcpy(&v, p, sizeof v); return v; }
+inline V load(const float* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
 inline void store(float* p, V v) { memcpy(p, &v, sizeof v); }
 inline V load_pixels(const float* p) { return load(p); }
 inline V load_pixels(const uint8_t* p) {
@@ -104,7 +108,8 @@ inline void store_low16(uint16_t* p, I bits) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)bits));
 #elif defined(__AVX2__)
   const __m256i v = (__m256i)bits;
-  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  const __m128i packed =
+      _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
   _mm_storeu_si128((__m128i*)p, packed);
 #else
   for (int i = 0; i < L; ++i) p[i] = uint16_t(bits[i]);

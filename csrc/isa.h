@@ -24,15 +24,23 @@ const char* isa_name(Isa isa);
 
 #if defined(__x86_64__) || defined(_M_X64)
 #define SIMCLR_DECLARE_ISAS(ret, name, args) \
-  namespace simclr::base { ret name args; }  \
-  namespace simclr::avx2 { ret name args; }  \
-  namespace simclr::avx512 { ret name args; }
-#define SIMCLR_DISPATCH(name)                                              \
+  namespace simclr::base {                   \
+  ret name args;                             \
+  }                                          \
+  namespace simclr::avx2 {                   \
+  ret name args;                             \
+  }                                          \
+  namespace simclr::avx512 {                 \
+  ret name args;                             \
+  }
+#define SIMCLR_DISPATCH(name)                                                \
   (::simclr::current_isa() == ::simclr::Isa::avx512 ? ::simclr::avx512::name \
    : ::simclr::current_isa() == ::simclr::Isa::avx2 ? ::simclr::avx2::name   \
-                                                  : ::simclr::base::name)
+                                                    : ::simclr::base::name)
 #else
 #define SIMCLR_DECLARE_ISAS(ret, name, args) \
-  namespace simclr::base { ret name args; }
+  namespace simclr::base {                   \
+  ret name args;                             \
+  }
 #define SIMCLR_DISPATCH(name) (::simclr::base::name)
 #endif

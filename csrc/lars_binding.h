@@ -134,10 +134,10 @@ class LarsArguments {
     STD_TORCH_CHECK(ask(aoti_torch_get_layout, g) == strided,
                     "LARS needs strided gradients, got a sparse one");
     const int32_t dtype = ask(aoti_torch_get_dtype, p);
-    STD_TORCH_CHECK(ask(aoti_torch_get_dtype, g) == dtype &&
-                        (!v || ask(aoti_torch_get_dtype, *v) == dtype),
-                    "the fused LARS takes gradients and momentum buffers of their parameter's "
-                    "dtype; fused=False takes others");
+    STD_TORCH_CHECK(
+        ask(aoti_torch_get_dtype, g) == dtype && (!v || ask(aoti_torch_get_dtype, *v) == dtype),
+        "the fused LARS takes gradients and momentum buffers of their parameter's "
+        "dtype; fused=False takes others");
     const LarsType type = type_of(dtype);
     const int64_t n = p.numel();
     const bool contiguous = p.is_contiguous() && g.is_contiguous() && (!v || v->is_contiguous());

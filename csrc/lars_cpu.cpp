@@ -2,12 +2,12 @@
 //
 // Threads take items from one list in order. A tensor of at most kOwned elements is one item
 // (several tiny ones share it): its norms, then its update, while it is still in that core's cache.
-// A larger one has an item per piece of kPiece elements, which takes the piece's norms and puts it on
-// the thread's own stack; once all norms of a tensor are there, threads update the pieces of their
-// stacks, the newest, which is still in their cache, first. A thread that finds nothing left updates
-// pieces of others, so that hardly any ever waits and an interrupted thread holds up no one.
-// Sums are taken per piece and added in order: the result depends neither on the number of threads
-// nor on which of them did what.
+// A larger one has an item per piece of kPiece elements, which takes the piece's norms and puts it
+// on the thread's own stack; once all norms of a tensor are there, threads update the pieces of
+// their stacks, the newest, which is still in their cache, first. A thread that finds nothing left
+// updates pieces of others, so that hardly any ever waits and an interrupted thread holds up no
+// one. Sums are taken per piece and added in order: the result depends neither on the number of
+// threads nor on which of them did what.
 #include <atomic>
 #include <cmath>
 #include <memory>
@@ -33,7 +33,7 @@ struct Item {
 
 struct Split {
   int64_t pieces = 0;
-  std::unique_ptr<double[]> squares;          // [pieces, 2]
+  std::unique_ptr<double[]> squares;           // [pieces, 2]
   std::unique_ptr<std::atomic<bool>[]> taken;  // [pieces], for the update
   std::atomic<int64_t> left{0};
   std::atomic<bool> ready{false};
@@ -59,8 +59,8 @@ class Step {
     int64_t total = 0;
     for (const LarsTensor& t : tensors_) total += t.n;
     const int64_t useful = (total + kGrain - 1) / kGrain;
-    const int64_t threads = std::max<int64_t>(
-        1, std::min<int64_t>(torch::stable::get_num_threads(), useful));
+    const int64_t threads =
+        std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), useful));
     plan();
     torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { work(); });
   }
@@ -199,8 +199,9 @@ class Step {
 };
 
 double value_of(const Tensor& t) {
-  STD_TORCH_CHECK(t.is_cpu() && t.numel() == 1, "lars_: lr, grad_scale and found_inf must have one "
-                                                "element and be on the parameters' device");
+  STD_TORCH_CHECK(t.is_cpu() && t.numel() == 1,
+                  "lars_: lr, grad_scale and found_inf must have one "
+                  "element and be on the parameters' device");
   if (t.scalar_type() == torch::headeronly::ScalarType::Double)
     return *static_cast<const double*>(t.data_ptr());
   STD_TORCH_CHECK(t.scalar_type() == torch::headeronly::ScalarType::Float,

@@ -180,8 +180,7 @@ __device__ inline Squares<double> chunk_squares(const T* p, const T* g, int n, d
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    lars_norms(const __grid_constant__ List list) {
+__global__ void __launch_bounds__(kThreads) lars_norms(const __grid_constant__ List list) {
   SIMCLR_SHARED(double, shared, kWarps);
   if (skipped(list)) return;
   const int chunk = blockIdx.x;
@@ -194,10 +193,9 @@ __global__ void __launch_bounds__(kThreads)
   const T* p = static_cast<const T*>(list.p[t]) + begin;
   const T* g = static_cast<const T*>(list.g[t]) + begin;
   const double scale = (group.flags & lars_maximize) ? -inverse_scale(list) : inverse_scale(list);
-  const Squares<double> mine =
-      (group.flags & lars_joint_norm)
-          ? chunk_squares<true>(p, g, n, scale, group.weight_decay)
-          : chunk_squares<false>(p, g, n, scale, group.weight_decay);
+  const Squares<double> mine = (group.flags & lars_joint_norm)
+                                   ? chunk_squares<true>(p, g, n, scale, group.weight_decay)
+                                   : chunk_squares<false>(p, g, n, scale, group.weight_decay);
   const double p_sum = block_sum(mine.p, shared);
   const double g_sum = block_sum(mine.g, shared);
   if (threadIdx.x == 0) {
@@ -237,8 +235,7 @@ __device__ inline void update_chunk(T* p, const T* g, T* v, int n, const Factors
     Pack<T> c = a;
     if (kMomentum) c = reinterpret_cast<const Pack<T>*>(v)[i];
 #pragma unroll
-    for (int k = 0; k < kSize; ++k)
-      update_one<kMomentum, kNesterov>(&a.x[k], b.x[k], &c.x[k], f);
+    for (int k = 0; k < kSize; ++k) update_one<kMomentum, kNesterov>(&a.x[k], b.x[k], &c.x[k], f);
     reinterpret_cast<Pack<T>*>(p)[i] = a;
     if (kMomentum) reinterpret_cast<Pack<T>*>(v)[i] = c;
   }
@@ -247,8 +244,7 @@ __device__ inline void update_chunk(T* p, const T* g, T* v, int n, const Factors
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    lars_update(const __grid_constant__ List list) {
+__global__ void __launch_bounds__(kThreads) lars_update(const __grid_constant__ List list) {
   using A = typename Wide<T>::type;
   SIMCLR_SHARED(double, shared, kWarps);
   SIMCLR_SHARED(Factors<A>, factors, 1);
@@ -308,10 +304,14 @@ int launch(const List& list, void* stream) {
 int launch(LarsType type, const List& list, void* stream) {
   if (list.tensors == 0) return 0;
   switch (type) {
-    case LarsType::f32: return launch<float>(list, stream);
-    case LarsType::f64: return launch<double>(list, stream);
-    case LarsType::f16: return launch<__half>(list, stream);
-    case LarsType::bf16: return launch<__nv_bfloat16>(list, stream);
+    case LarsType::f32:
+      return launch<float>(list, stream);
+    case LarsType::f64:
+      return launch<double>(list, stream);
+    case LarsType::f16:
+      return launch<__half>(list, stream);
+    case LarsType::bf16:
+      return launch<__nv_bfloat16>(list, stream);
   }
   return 0;
 }

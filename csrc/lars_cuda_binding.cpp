@@ -9,10 +9,10 @@ namespace simclr {
 namespace {
 
 const void* device_value(const Tensor& t, int32_t device, torch::headeronly::ScalarType type) {
-  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == device && t.numel() == 1 &&
-                      t.scalar_type() == type,
-                  "lars_: lr (float64), grad_scale and found_inf (float32) must have one element "
-                  "and be on the parameters' device");
+  STD_TORCH_CHECK(
+      t.is_cuda() && t.get_device_index() == device && t.numel() == 1 && t.scalar_type() == type,
+      "lars_: lr (float64), grad_scale and found_inf (float32) must have one element "
+      "and be on the parameters' device");
   return t.data_ptr();
 }
 
@@ -44,10 +44,10 @@ void lars_cuda(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
   const Tensor workspace = torch::stable::new_empty(params[0], size, ScalarType::Double);
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  const int error = lars_cuda_step(
-      arguments.tensors.data(), count, arguments.groups.data(),
-      static_cast<int64_t>(arguments.groups.size()), rate_pointers.data(), flag(grad_scale),
-      flag(found_inf), static_cast<double*>(workspace.data_ptr()), stream);
+  const int error = lars_cuda_step(arguments.tensors.data(), count, arguments.groups.data(),
+                                   static_cast<int64_t>(arguments.groups.size()),
+                                   rate_pointers.data(), flag(grad_scale), flag(found_inf),
+                                   static_cast<double*>(workspace.data_ptr()), stream);
   STD_TORCH_CHECK(error == 0, "lars_: CUDA launch failed with cudaError ", error);
   arguments.finish();
 }

@@ -1,10 +1,10 @@
 // LARS on the CPU: sums of squares and the update of one piece of one tensor.
 //
 // Memory per element: the sums read p and g; the update reads p, g, v and writes p, v. One core
-// reads faster from several places at once, so a piece is walked as four quarters side by side, with
-// the lines of the next iterations prefetched. Half precision passes through float32 tiles in the
-// first-level cache. Every sum is a double one, in which the square of a float32 is exact, so the
-// sums do not depend on the instruction set.
+// reads faster from several places at once, so a piece is walked as four quarters side by side,
+// with the lines of the next iterations prefetched. Half precision passes through float32 tiles in
+// the first-level cache. Every sum is a double one, in which the square of a float32 is exact, so
+// the sums do not depend on the instruction set.
 #include "lars.h"
 
 #ifdef __F16C__
@@ -65,7 +65,8 @@ inline Doubles load(const float* x) {
 template <typename T>
 inline void prefetch(const T* x) {
   constexpr int64_t kAhead = 2048 / sizeof(T);
-  for (int64_t line = 0; line < kBlock; line += 64 / sizeof(T)) __builtin_prefetch(x + kAhead + line);
+  for (int64_t line = 0; line < kBlock; line += 64 / sizeof(T))
+    __builtin_prefetch(x + kAhead + line);
 }
 
 inline float from_bits(uint32_t bits) {
@@ -321,10 +322,18 @@ void lars_squares(LarsType type, const void* p, const void* g, int64_t n, bool j
 #define SIMCLR_SQUARES(function, T) \
   sums = function(static_cast<const T*>(p), static_cast<const T*>(g), n, how)
   switch (type) {
-    case LarsType::f32: SIMCLR_SQUARES(squares, float); break;
-    case LarsType::f64: SIMCLR_SQUARES(squares, double); break;
-    case LarsType::f16: SIMCLR_SQUARES(squares_of_halves, Half); break;
-    case LarsType::bf16: SIMCLR_SQUARES(squares_of_halves, Bfloat16); break;
+    case LarsType::f32:
+      SIMCLR_SQUARES(squares, float);
+      break;
+    case LarsType::f64:
+      SIMCLR_SQUARES(squares, double);
+      break;
+    case LarsType::f16:
+      SIMCLR_SQUARES(squares_of_halves, Half);
+      break;
+    case LarsType::bf16:
+      SIMCLR_SQUARES(squares_of_halves, Bfloat16);
+      break;
   }
 #undef SIMCLR_SQUARES
   out[0] = sums.p;
@@ -333,14 +342,21 @@ void lars_squares(LarsType type, const void* p, const void* g, int64_t n, bool j
 
 void lars_update(LarsType type, void* p, const void* g, void* v, int64_t n,
                  const LarsFactors& factors, bool nesterov) {
-#define SIMCLR_UPDATE(function, T)                                                      \
-  function(static_cast<T*>(p), static_cast<const T*>(g), static_cast<T*>(v), n, factors, \
-           nesterov)
+#define SIMCLR_UPDATE(function, T) \
+  function(static_cast<T*>(p), static_cast<const T*>(g), static_cast<T*>(v), n, factors, nesterov)
   switch (type) {
-    case LarsType::f32: SIMCLR_UPDATE(update, float); break;
-    case LarsType::f64: SIMCLR_UPDATE(update, double); break;
-    case LarsType::f16: SIMCLR_UPDATE(update_halves, Half); break;
-    case LarsType::bf16: SIMCLR_UPDATE(update_halves, Bfloat16); break;
+    case LarsType::f32:
+      SIMCLR_UPDATE(update, float);
+      break;
+    case LarsType::f64:
+      SIMCLR_UPDATE(update, double);
+      break;
+    case LarsType::f16:
+      SIMCLR_UPDATE(update_halves, Half);
+      break;
+    case LarsType::bf16:
+      SIMCLR_UPDATE(update_halves, Bfloat16);
+      break;
   }
 #undef SIMCLR_UPDATE
 }

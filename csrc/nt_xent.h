@@ -56,17 +56,17 @@ struct NtXentForward {
 
 template <class T>
 struct NtXentBackward {
-  const T* grad;        // [total], stride grad_stride (0: one value for all rows)
+  const T* grad;  // [total], stride grad_stride (0: one value for all rows)
   int64_t grad_stride;
-  double grad_scale;    // multiplies grad
-  const T* u;           // [total, dim]
+  double grad_scale;  // multiplies grad
+  const T* u;         // [total, dim]
   int64_t total, dim;
-  const double* lse;    // [total]
+  const double* lse;  // [total]
   int64_t row_offset, rows;
   bool decoupled;
-  const T* loss;        // [rows]
-  const T* z1;          // [rows / 2, dim], or [rows, dim] of classes
-  const T* z2;          // [rows / 2, dim]
+  const T* loss;  // [rows]
+  const T* z1;    // [rows / 2, dim], or [rows, dim] of classes
+  const T* z2;    // [rows / 2, dim]
   double temperature;
   T* grad_z;            // [2, rows / 2, dim], or [rows, dim] of classes
   T* grad_temperature;  // []
@@ -83,4 +83,3 @@ SIMCLR_DECLARE_ISAS(void, nt_xent_forward_f32, (const NtXentForward<float>& p))
 SIMCLR_DECLARE_ISAS(void, nt_xent_forward_f64, (const NtXentForward<double>& p))
 SIMCLR_DECLARE_ISAS(void, nt_xent_backward_f32, (const NtXentBackward<float>& p))
 SIMCLR_DECLARE_ISAS(void, nt_xent_backward_f64, (const NtXentBackward<double>& p))
-

@@ -1,7 +1,7 @@
 // NT-Xent's backward pass on the CPU, compiled once per instruction set.
 //
-// G_i = Σ_j W_ij u_j over the negatives j, W_ij = g_i e^(s_ij - lse_i) + g_j e^(s_ij - lse_j); then,
-// row by row in double precision, the positive's term and the Jacobian of the normalisation.
+// G_i = Σ_j W_ij u_j over the negatives j, W_ij = g_i e^(s_ij - lse_i) + g_j e^(s_ij - lse_j);
+// then, row by row in double precision, the positive's term and the Jacobian of the normalisation.
 #include "nt_xent_blocks.h"
 #include "nt_xent_classes.h"
 #include "nt_xent_tiles.h"
@@ -63,7 +63,8 @@ void weighted_sums(const NtXentBackward<T>& p, const Factors<T>& f, T* g, int64_
   const int64_t block = block_rows<T>(p.total);
   const int pair_bits = p.classes.ids ? 0 : 1;
   bool finite = true;
-  const Packed<T> columns = pack(p.u, 0, p.total, p.dim, block, pair_bits, p.workers, p.workspace, &finite);
+  const Packed<T> columns =
+      pack(p.u, 0, p.total, p.dim, block, pair_bits, p.workers, p.workspace, &finite);
   const bool symmetric = p.rows == p.total;
   const Packed<T> rows = symmetric ? columns
                                    : pack(p.u, p.row_offset, p.rows, p.dim, block, pair_bits,
@@ -98,10 +99,10 @@ void weighted_sums(const NtXentBackward<T>& p, const Factors<T>& f, T* g, int64_
 // Where the gradients of a pair's two views are formed.
 template <class T>
 struct Pair {
-  const T* z[2];        // [dim]
+  const T* z[2];          // [dim]
   const T* negatives[2];  // [dim], Σ_j W_ij u_j, times scale: dL/du but for the positive
   double scale;
-  double q;  // weight of the positive, over temperature
+  double q;    // weight of the positive, over temperature
   T* grad[2];  // [dim]
 };
 

@@ -37,9 +37,9 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   if (sizes.size() == 2) strides[0] = sizes.begin()[1];
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle tensor;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(sizes.size()), sizes.begin(), strides, code, aoti_torch_device_type_cpu(), 0,
-      &tensor));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(),
+                                                         strides, code,
+                                                         aoti_torch_device_type_cpu(), 0, &tensor));
   return Tensor(tensor);
 }
 

@@ -84,7 +84,8 @@ struct Packed {
   int64_t blocks() const { return (count + block - 1) / block; }
   Block<T> operator[](int64_t b) const {
     const int64_t rows = smaller(block, count - b * block);
-    return {panels + b * block * dim, first + b * block, rows, round_up(rows, kPanel<T>), pair_bits};
+    return {panels + b * block * dim, first + b * block, rows, round_up(rows, kPanel<T>),
+            pair_bits};
   }
 };
 

@@ -94,10 +94,10 @@ void finish_class_gradients(const NtXentBackward<T>& p, double scale, const T* g
     radial[row] = sum_lanes(along) * scale * inverse;
     const double projected = clamped ? 0 : radial[row] * inverse;
     for (int64_t k = 0; k < dim; k += kDoubles)
-      store_doubles(p.grad_z + row * dim + k, dim - k,
-                    (scale * load_doubles(grad + k, dim - k) -
-                     projected * load_doubles(z + k, dim - k)) *
-                        inverse);
+      store_doubles(
+          p.grad_z + row * dim + k, dim - k,
+          (scale * load_doubles(grad + k, dim - k) - projected * load_doubles(z + k, dim - k)) *
+              inverse);
   });
   double sum = 0;
   for (int64_t row = 0; row < p.rows; ++row) sum += radial[row];

@@ -111,8 +111,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, bool mean, const Tensor&
   const ScalarType dtype = u_all.scalar_type();
   STD_TORCH_CHECK(dtype == statistics_dtype(z1) && u_all.size(1) == z.dim && row_offset >= 0 &&
                       row_offset + rows <= total && (grad.dim() == 0 || grad.numel() == total) &&
-                      lse_all.numel() == total && loss.numel() == rows &&
-                      inv_norm.numel() == rows,
+                      lse_all.numel() == total && loss.numel() == rows && inv_norm.numel() == rows,
                   "the arguments of nt_xent_backward do not belong together");
   const Tensor u = dense(u_all, dtype), own = dense(loss, dtype);
   const Tensor lse = dense(lse_all, ScalarType::Double);

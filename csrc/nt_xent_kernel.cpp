@@ -68,8 +68,9 @@ void collect_blocks(const Packed<T>& rows, const Packed<T>& columns, const Sums&
       if constexpr (pass == Pass::reference)
         for (int64_t r = 0; r < 2 * kPanel<T>; ++r) {
           const int64_t at = r % kPanel<T>, index = column0 + j + at;
-          column_references[r] =
-              j + at < J.count && symmetric ? references[2 * index + ((r / kPanel<T> ^ at) & 1)] : 0;
+          column_references[r] = j + at < J.count && symmetric
+                                     ? references[2 * index + ((r / kPanel<T> ^ at) & 1)]
+                                     : 0;
         }
       const References<T> reference{references ? references + 2 * row0 : nullptr,
                                     column_references};
@@ -131,8 +132,7 @@ template <class T>
 void finish_row(const NtXentForward<T>& p, const Sums& sums, const T* references,
                 const ClassSums<T>* classes, int64_t row) {
   const T* u = p.u + (p.row_offset + row) * p.dim;
-  const double positive =
-      p.classes.ids ? 0 : dot(u, row % 2 ? u - p.dim : u + p.dim, p.dim);
+  const double positive = p.classes.ids ? 0 : dot(u, row % 2 ? u - p.dim : u + p.dim, p.dim);
   Negatives all{__builtin_log2(sums.sum[2 * row] + sums.sum[2 * row + 1]), 0, 0};
   if (references || p.stats) {
     Negatives negatives[2];

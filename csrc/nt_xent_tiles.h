@@ -34,8 +34,8 @@ SIMCLR_INLINE void similarities(const T* rows, const T* columns, int64_t dim, Ti
 template <class T>
 SIMCLR_INLINE bool needs_mask(const Block<T>& I, int64_t i, const Block<T>& J, int64_t j) {
   const int64_t row = I.first + i, column = J.first + j;
-  return (row < column + kPanel<T> && column < row + kTileRows<T>) ||
-         i + kTileRows<T> > I.count || j + kPanel<T> > J.count;
+  return (row < column + kPanel<T> && column < row + kTileRows<T>) || i + kTileRows<T> > I.count ||
+         j + kPanel<T> > J.count;
 }
 
 // All bits set for negatives, none for self, positive and filling.

@@ -30,9 +30,8 @@ void check_classes(const Tensor& ids, const Tensor& inverse_count, int64_t total
     STD_TORCH_CHECK(id[i] >= 0 && id[i] < total, "ids must be at least 0 and below the rows");
 }
 
-std::tuple<Tensor, Tensor> rows(const Tensor& u_all, const Tensor& ids,
-                                const Tensor& inverse_count, const Tensor& temperature,
-                                int64_t row_offset, int64_t count) {
+std::tuple<Tensor, Tensor> rows(const Tensor& u_all, const Tensor& ids, const Tensor& inverse_count,
+                                const Tensor& temperature, int64_t row_offset, int64_t count) {
   const int64_t total = u_all.size(0);
   const ScalarType dtype = u_all.scalar_type();
   STD_TORCH_CHECK(row_offset >= 0 && count > 0 && row_offset + count <= total,
@@ -43,9 +42,19 @@ std::tuple<Tensor, Tensor> rows(const Tensor& u_all, const Tensor& ids,
   Memory memory;
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    run(NtXentForward<T>{data<T>(u), total, u.size(1), row_offset, count, value(temperature), false,
-                         mutable_data<T>(loss), mutable_data<double>(lse), nullptr, workers(),
-                         memory.workspace(), {data<int32_t>(ids), data<T>(inverse_count)}});
+    run(NtXentForward<T>{data<T>(u),
+                         total,
+                         u.size(1),
+                         row_offset,
+                         count,
+                         value(temperature),
+                         false,
+                         mutable_data<T>(loss),
+                         mutable_data<double>(lse),
+                         nullptr,
+                         workers(),
+                         memory.workspace(),
+                         {data<int32_t>(ids), data<T>(inverse_count)}});
   });
   return {loss, lse};
 }
@@ -68,10 +77,24 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& u_all, con
   Memory memory;
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    run(NtXentBackward<T>{data<T>(g), g.stride(0), 1.0, data<T>(u), total, dim, data<double>(lse),
-                          row_offset, rows, false, nullptr, data<T>(own), nullptr,
-                          value(temperature), mutable_data<T>(grad_z),
-                          mutable_data<T>(grad_temperature), workers(), memory.workspace(),
+    run(NtXentBackward<T>{data<T>(g),
+                          g.stride(0),
+                          1.0,
+                          data<T>(u),
+                          total,
+                          dim,
+                          data<double>(lse),
+                          row_offset,
+                          rows,
+                          false,
+                          nullptr,
+                          data<T>(own),
+                          nullptr,
+                          value(temperature),
+                          mutable_data<T>(grad_z),
+                          mutable_data<T>(grad_temperature),
+                          workers(),
+                          memory.workspace(),
                           {data<int32_t>(ids), data<T>(inverse_count)}});
   });
   const ScalarType out = z.scalar_type();

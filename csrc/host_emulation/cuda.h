@@ -4,9 +4,9 @@
 // Every thread of a block is a fiber with a stack of its own; they run in random order from barrier
 // to barrier, blocks one after another. A barrier that some threads miss, threads at different
 // barriers, and a shuffle whose mask and participants differ end the program with a message. TSan
-// sees each fiber as a thread of its own, ordered by barriers and launches alone, so it reports races
-// within a block and between blocks though nothing runs at the same time. Shared memory starts as
-// NaN, with poisoned gaps under ASan. No PTX, no asynchronous copies, no timing.
+// sees each fiber as a thread of its own, ordered by barriers and launches alone, so it reports
+// races within a block and between blocks though nothing runs at the same time. Shared memory
+// starts as NaN, with poisoned gaps under ASan. No PTX, no asynchronous copies, no timing.
 #pragma once
 
 #include <sys/mman.h>
@@ -56,7 +56,7 @@ enum class State { running, at_block, at_warp, done };
 struct Fiber {
   ucontext_t context;
   State state = State::done;
-  int line = 0;           // of the barrier that it waits at
+  int line = 0;  // of the barrier that it waits at
   size_t shared_used = 0;
   void* tsan = nullptr;
 };
