@@ -190,7 +190,13 @@ sys.exit(run(sys.argv[2:]))
 
 
 def pretrain(out: Path, limit: int, *options: str) -> subprocess.CompletedProcess:
-    arguments = ["pretrain", "--data", "demo", "--out", str(out), "--batch-size", "16"]
+    images = out.parent / "images"
+    if not images.exists():
+        images.mkdir()
+        for i in range(64):
+            (images / f"{i}.{KINDS[i % 4].lower()}").write_bytes(encode(i))
+    arguments = ["pretrain", "--preset", "demo", "--data", str(images), "--out", str(out)]
+    arguments += ["--batch-size", "16"]
     arguments += ["--steps", "4", "--checkpoint-every", "2", *options]
     return subprocess.run(
         [sys.executable, "-c", LIMITED, str(limit), *arguments],
@@ -222,7 +228,7 @@ def test_a_full_disk_ends_the_run_with_its_cause_and_keeps_what_was_there(tmp_pa
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     pytest.importorskip("nvidia.dali", reason="decoding needs DALI (Linux)")
     (tmp_path / "file").write_text("")
-    done = pretrain(tmp_path / "file" / "run", 1 << 30)
+    done = pretrain(tmp_path / "run", 1 << 30, "--out", str(tmp_path / "file" / "run"))
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert str(tmp_path / "file") in done.stderr
