@@ -34,6 +34,7 @@ from simclr_fast.train import (
     catch_signals,
     choose_memory,
     describe,
+    loader_options,
     prepare_output,
 )
 
@@ -60,19 +61,7 @@ def _supervise(config: PretrainConfig, world: World) -> tuple[Path, Scores | Non
     if source.labels is None or source.labels.min() < 0:
         raise ValueError(f"data {config.data!r} have no labels: name a folder of class folders")
     labels = torch.from_numpy(source.labels).to(world.device)
-    loader = OneViewLoader(
-        source,
-        config.batch_size,
-        config.augmentation,
-        seed=config.seed,
-        rank=world.rank,
-        world_size=world.size,
-        device=world.device,
-        backend=config.backend,
-        channels_last=config.channels_last,
-        on_error=config.on_error,
-        num_threads=config.workers,
-    )
+    loader = OneViewLoader(source, config.batch_size, **loader_options(config, world))
     total_steps = config.steps or config.epochs * len(loader)
     model = build_classifier(config, int(labels.max()) + 1).to(world.device)
     if config.channels_last:

@@ -61,17 +61,7 @@ def pretrain(config: PretrainConfig) -> Path:
 def _pretrain(config: PretrainConfig, world: World) -> Path:
     torch.manual_seed(config.seed)
     loader = TwoViewLoader(
-        named_source(config.data),
-        config.batch_size,
-        augmentation=config.augmentation,
-        seed=config.seed,
-        rank=world.rank,
-        world_size=world.size,
-        device=world.device,
-        backend=config.backend,
-        channels_last=config.channels_last,
-        on_error=config.on_error,
-        num_threads=config.workers,
+        named_source(config.data), config.batch_size, **loader_options(config, world)
     )
     total_steps = config.steps or config.epochs * len(loader)
     model = build_model(config).to(world.device)
@@ -208,6 +198,21 @@ def choose_memory(
     if setting.memory != "plain":
         log.info("%s: plain does not fit %.1f GB", setting.flags, free / 1e9)
     return setting.memory, config.micro_batch or setting.micro_batch
+
+
+def loader_options(config: PretrainConfig, world: World) -> dict[str, Any]:
+    """What the loader of a run is given beside its source and batch size."""
+    return {
+        "augmentation": config.augmentation,
+        "seed": config.seed,
+        "rank": world.rank,
+        "world_size": world.size,
+        "device": world.device,
+        "backend": config.backend,
+        "channels_last": config.channels_last,
+        "on_error": config.on_error,
+        "num_threads": config.workers,
+    }
 
 
 def build_model(config: PretrainConfig) -> SimCLR:
