@@ -45,6 +45,7 @@ def make_config(out):
         log_every=1,
         checkpoint_every=2,
         device="cpu",
+        memory="plain",
         workers=1,
     )
 
