@@ -81,6 +81,12 @@ class World:
             self.watch.leave()
 
 
+def require_one_process() -> None:
+    """ValueError under a launcher that started several: each would do, and write, the same."""
+    if (size := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ValueError(f"this command is one process, and {size} were started: no torchrun here")
+
+
 def free_memory(device: torch.device) -> float:
     """Bytes that this process may still use: of the GPU, or its share of the host's memory."""
     if device.type == "cuda":

@@ -22,6 +22,7 @@ from simclr_fast.data import ImageLoader, OneViewLoader
 from simclr_fast.datasets import named_source
 from simclr_fast.distributed import World, join_world
 from simclr_fast.evaluation.accuracy import Scores, ranks, score
+from simclr_fast.interrupts import catch_signals
 from simclr_fast.large_batch import LargeBatch
 from simclr_fast.models import SimCLR, build_encoder
 from simclr_fast.optim import warmup_cosine
@@ -31,7 +32,6 @@ from simclr_fast.train import (
     Metrics,
     autocast_dtype,
     build_optimizer,
-    catch_signals,
     choose_memory,
     describe,
     loader_options,
@@ -51,7 +51,7 @@ def supervise(config: PretrainConfig) -> tuple[Path, Scores | None]:
     Raises:
         ValueError: the data have no labels. FileExistsError, Interrupted: as `pretrain`.
     """
-    with join_world(config.device) as world:
+    with join_world(config.device, config.timeout) as world:
         return _supervise(config, world)
 
 
@@ -101,6 +101,7 @@ def _supervise(config: PretrainConfig, world: World) -> tuple[Path, Scores | Non
 
     def save() -> None:
         if world.rank == 0:
+            world.mark(step, "saving a checkpoint")
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= {"step": step, "rng": torch.get_rng_state()}
             state |= {"version": __version__, "encoder": describe(config)}
@@ -111,7 +112,9 @@ def _supervise(config: PretrainConfig, world: World) -> tuple[Path, Scores | Non
     with catch_signals() as caught, metrics:
         while step < total_steps:
             waiting = time.perf_counter()
+            world.mark(step + 1, "loading its batch")
             for views, index in loader:
+                world.mark(step + 1, "training")
                 metrics.waited += time.perf_counter() - waiting
                 targets = labels[index.to(world.device)]
 
@@ -137,12 +140,14 @@ def _supervise(config: PretrainConfig, world: World) -> tuple[Path, Scores | Non
                 meet = world.size == 1 or step % config.log_every == 0
                 if meet and step < total_steps and world.any(bool(caught)):
                     save()
+                    world.leave()
                     raise Interrupted(caught[0] if caught else signal.SIGTERM, out)
                 if step % config.checkpoint_every == 0 or step == total_steps:
                     save()
                 if step == total_steps:
                     break
                 waiting = time.perf_counter()
+                world.mark(step + 1, "loading its batch")
     if world.rank != 0:
         return out, None
     checkpoint.save_encoder(out / "encoder.safetensors", model.encoder, describe(config))

@@ -7,7 +7,6 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from simclr_fast.datasets import named_source
 from simclr_fast.distributed import World, free_memory, join_world
 from simclr_fast.evaluation.online import OnlineProbe
 from simclr_fast.extras import need
+from simclr_fast.interrupts import catch_signals
 from simclr_fast.large_batch import LargeBatch, Memory, planner
 from simclr_fast.losses import nt_xent_loss
 from simclr_fast.models import SimCLR, build_encoder, build_projector
@@ -270,25 +270,6 @@ def autocast_dtype(config: PretrainConfig, device: torch.device) -> torch.dtype 
         on = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if on else None
     return None if config.precision == "float32" else getattr(torch, config.precision)
-
-
-@contextmanager
-def catch_signals():
-    """SIGINT and SIGTERM are noted in the list that this yields, instead of ending the process."""
-    caught: list[int] = []
-    try:
-        before = {
-            s: signal.signal(s, lambda number, _: caught.append(number))
-            for s in (signal.SIGINT, signal.SIGTERM)
-        }
-    except ValueError:
-        # Only the main thread may set handlers; elsewhere the caller keeps its own.
-        before = {}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Metrics:

@@ -1,6 +1,8 @@
 """The grid, its cells' runs, its results over interruptions, its picture."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -149,6 +151,39 @@ def test_other_axes_as_a_matrix(tmp_path, monkeypatch):
         ("batch size", ["8", "16"]),
     )
     assert np.allclose(table, [[9, 17], [13, 21], [18, 26]])
+
+
+def test_sigterm_ends_it_and_the_same_command_goes_on(base, tmp_path, capsys, monkeypatch):
+    """In the second step of the second cell, then in the features of that cell."""
+    out = tmp_path / "out"
+    options = ["--data", "noise", "--model", "resnet10", "--width", "0.125", "--device", "cpu"]
+    options += ["--augmentation.size", "16", "--batch-size", "8", "--warmup-epochs", "0"]
+    command = ["ablate", "--seeds", "0", "1", "--steps", "3", *options, "--out", str(out)]
+    results = out / "results.jsonl"
+    losses, loss = [], train.nt_xent_loss
+    real = module.features
+
+    def stopped_loss(*given, **options):
+        losses.append(1)
+        if len(losses) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(*given, **options)
+
+    def stopped_features(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*given)
+
+    monkeypatch.setattr(train, "nt_xent_loss", stopped_loss)
+    assert run(command) == 128 + signal.SIGTERM
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "features", stopped_features)
+        assert run(command) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.count(f"goes on in {out}") == 2
+    assert len(results.read_text().splitlines()) == 1
+    assert len(losses) == 6
+    assert run(command) == 0
+    assert len(results.read_text().splitlines()) == 2
+    assert len(losses) == 6
 
 
 def test_command(base, tmp_path, capsys):

@@ -1,6 +1,8 @@
 """simclr-fast eval on a part of the embedded data: tables, JSON, pictures, errors."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +14,7 @@ from simclr_fast.checkpoint import checkpoints
 from simclr_fast.cli import run
 from simclr_fast.config import demo
 from simclr_fast.demo import CLASSES, demo_images
+from simclr_fast.evaluation import features, linear
 from simclr_fast.evaluation.layers import Taps, load_run, projector_layers
 from simclr_fast.evaluation.subsets import labelled_pair
 from simclr_fast.models import SimCLR, build_encoder, build_projector
@@ -65,12 +68,12 @@ def test_linear(home, capsys):
         check_scores(found[name])
     assert len(found["logistic"]["validation"]) == 45
     assert found["logistic"]["converged"]
-    assert not (home / "run" / "eval" / "sweep.pt").exists()
+    assert not list((home / "run" / "eval").glob("*sweep*"))
     # Again: features and linear layer are read, the result is the same.
-    features = {path: path.stat().st_mtime_ns for path in (home / "cache").glob("*.npy")}
+    stamps = {path: path.stat().st_mtime_ns for path in (home / "cache").glob("*.npy")}
     assert evaluate(home, "linear", "--epochs", "2", "--batch-size", "60", "--no-logistic") == 0
     assert results(home, "linear")["sgd"] == found["sgd"]
-    assert {path: path.stat().st_mtime_ns for path in features} == features
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
 
 
 def test_knn(home, capsys):
@@ -138,13 +141,45 @@ def test_load_run(home, tmp_path):
         load_run(tmp_path)
 
 
-def test_interrupted(home, capsys, monkeypatch):
-    def stop(*_, **__):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_it_and_the_same_command_goes_on(home, tmp_path, capsys, monkeypatch, number):
+    """Once after the training images' features, once in the sweep, once in the third epoch."""
+    arguments = ("linear", "--epochs", "4", "--batch-size", "60", "--out", str(tmp_path / "out"))
+    assert evaluate(home, *arguments) == 0
+    whole = json.loads((tmp_path / "out" / "linear.json").read_text())["results"]
 
-    monkeypatch.setattr("simclr_fast.commands.eval.cached_features", stop)
-    assert evaluate(home, "knn") == 130
-    assert "goes on from here" in capsys.readouterr().err
+    def count(patch, target, name, stop_after=None):
+        calls, real = [], getattr(target, name)
+
+        def counted(*given, **options):
+            if len(calls) == stop_after:
+                os.kill(os.getpid(), number)
+            calls.append(given)
+            return real(*given, **options)
+
+        patch.setattr(target, name, counted)
+        return calls
+
+    arguments = (*arguments[:-1], str(tmp_path / "cut"), "--cache", str(tmp_path / "cache"))
+    watched = ((features, "ImageLoader"), (linear._Problem, "fit"), (torch.optim.SGD, "step"))
+    for (target, name), stop_after in zip(watched, (1, 7, 5), strict=True):
+        with monkeypatch.context() as patch:
+            count(patch, target, name, stop_after)
+            assert evaluate(home, *arguments) == 128 + number
+        assert "goes on from here" in capsys.readouterr().err
+        assert not (tmp_path / "cut" / "linear.json").exists()
+    calls = [count(monkeypatch, *each) for each in watched]
+    assert evaluate(home, *arguments) == 0
+    # Nothing is extracted, the chosen penalty is fitted once more, two of four epochs are left.
+    assert [len(made) for made in calls] == [0, 1, 4]
+    assert json.loads((tmp_path / "cut" / "linear.json").read_text())["results"] == whole
+
+
+def test_several_processes_are_refused(home, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for command in (["eval", "knn", "--encoder", str(home / "run")], ["ablate"]):
+        assert run(command) == 1
+        assert "one process, and 2 were started" in capsys.readouterr().err
 
 
 def test_errors_and_help(home, tmp_path, capsys):

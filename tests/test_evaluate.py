@@ -1,6 +1,8 @@
 """Accuracy, features and logistic regression: known answers."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from simclr_fast.evaluation.linear import (
     sweep_logistic,
 )
 from simclr_fast.evaluation.subsets import balanced_subset, listed_subset
+from simclr_fast.interrupts import raise_sigterm
 from simclr_fast.sources import ArraySource, FileSource, open_source, subset
 
 
@@ -129,12 +132,15 @@ def test_sweep_chooses_on_held_out_images_and_resumes(tmp_path, monkeypatch):
         patch.setattr(problem, interrupted)
         with pytest.raises(KeyboardInterrupt):
             sweep()
-    assert progress.exists()
     fitted = []
     monkeypatch.setattr(problem, lambda self, l2, *r: fitted.append(l2) or fit(self, l2, *r))
     assert sweep().validation == whole.validation
     assert fitted == [1.0, 1e-2, whole.fit.l2]
-    assert not progress.exists()
+    # What is finished is only fitted once more; of other arguments, nothing is taken over.
+    assert sweep().validation == whole.validation
+    assert fitted[3:] == [whole.fit.l2]
+    sweep_logistic(train, labels, n_classes=3, values=values, seed=1, progress=progress)
+    assert len(fitted) == 4 + 5
 
 
 def test_probe_separates_what_is_separable_and_no_more():
@@ -170,22 +176,23 @@ def test_features_and_pixels_are_in_order_and_undistorted():
 
 
 class Counting(torch.nn.Module):
-    def __init__(self, stop_after=None):
+    def __init__(self, stop_after=None, number=None):
         super().__init__()
         self.scale = torch.nn.Parameter(torch.ones(()))
-        self.seen, self.stop_after = 0, stop_after
+        self.seen, self.stop_after, self.number = 0, stop_after, number
 
     def forward(self, images):
         if self.stop_after is not None and self.seen >= self.stop_after:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), self.number)
         self.seen += len(images)
         return images.flatten(1) * self.scale
 
 
-def test_features_are_extracted_once_and_resumed(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_features_are_extracted_once_and_resumed(tmp_path, number):
     source, augmentation = ArraySource(small_images(11)), Augmentation(size=8)
-    stopped = Counting(stop_after=6)
-    with pytest.raises(KeyboardInterrupt):
+    stopped = Counting(6, number)
+    with raise_sigterm(), pytest.raises(KeyboardInterrupt):
         cached_features(stopped, source, augmentation, folder=tmp_path, batch_size=3)
     encoder = Counting()
     found = cached_features(encoder, source, augmentation, folder=tmp_path, batch_size=3)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,8 +18,10 @@ from simclr_fast import supervised
 from simclr_fast.augment import Augmentation
 from simclr_fast.checkpoint import checkpoints, load_checkpoint
 from simclr_fast.cli import run
+from simclr_fast.commands import supervised as command
 from simclr_fast.config import PretrainConfig
 from simclr_fast.data import OneViewLoader
+from simclr_fast.models import SimCLR
 from simclr_fast.sources import ArraySource
 from simclr_fast.supervised import build_classifier, supervise
 from simclr_fast.train import build_model
@@ -147,6 +150,31 @@ def test_command(tmp_path, capsys):
     assert str(out / "encoder.safetensors") in capsys.readouterr().out
     assert run(["supervised", *files(tmp_path / "data"), "--out", str(out)]) == 1
     assert "not empty" in capsys.readouterr().err
+
+
+def test_sigterm_ends_it_and_resume_goes_on(config, tmp_path, capsys, monkeypatch):
+    """In step 4 of 8, then while the test images are scored."""
+    steps, forward = [], SimCLR.forward
+
+    def counted(self, images):
+        steps.append(self.training)
+        if len(steps) in (4, 9):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, images)
+
+    whole, _ = supervise(config)
+    cut = replace(config, out=tmp_path / "cut", resume=True, memory="plain")
+    monkeypatch.setattr(SimCLR, "forward", counted)
+    monkeypatch.setattr(command, "parse_pretrain", lambda *_: cut)
+    for says in ("holds a checkpoint: go on with --resume", "interrupted; --resume"):
+        assert run(["supervised"]) == 128 + signal.SIGTERM
+        assert says in capsys.readouterr().err
+    assert sum(steps) == 8
+    assert not (cut.out / "supervised.json").exists()
+    assert run(["supervised"]) == 0
+    assert sum(steps) == 8
+    scores = [(folder / "supervised.json").read_text() for folder in (whole, cut.out)]
+    assert scores[0] == scores[1]
 
 
 @pytest.mark.slow

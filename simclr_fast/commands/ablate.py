@@ -7,6 +7,8 @@ from pathlib import Path
 
 from simclr_fast.ablate import OPERATIONS, ablate, grid, mean_top1, plot_ablation
 from simclr_fast.commands.pretrain import parse_pretrain
+from simclr_fast.distributed import require_one_process
+from simclr_fast.interrupts import exit_status, raise_sigterm
 from simclr_fast.train import Interrupted
 
 
@@ -35,11 +37,13 @@ def run(arguments: list[str]) -> int:
         given.projectors,
         given.seeds,
     )
+    require_one_process()
     try:
-        rows = ablate(base, cells, folder, given.max_cells)
-    except Interrupted as stop:
+        with raise_sigterm():
+            rows = ablate(base, cells, folder, given.max_cells)
+    except (Interrupted, KeyboardInterrupt) as stop:
         print(f"interrupted; the same command goes on in {folder}", file=sys.stderr)
-        return 128 + stop.signal_number
+        return 128 + stop.signal_number if isinstance(stop, Interrupted) else exit_status(stop)
     if rows:
         for key, top1 in sorted(mean_top1(rows).items(), key=lambda item: -item[1]):
             print(f"{top1:6.1%}  {' '.join(map(str, key))}")

@@ -1,7 +1,6 @@
 """simclr-fast eval linear | knn | finetune | layers | embed."""
 
 import copy
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -11,19 +10,18 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
-from simclr_fast.checkpoint import write_atomic
+from simclr_fast.commands.protocol import Options
+from simclr_fast.distributed import require_one_process
 from simclr_fast.evaluation import embed, knn, layers, linear, subsets
 from simclr_fast.evaluation.accuracy import Scores, score
-from simclr_fast.evaluation.classifier import Recipe, classify, train_classifier
+from simclr_fast.evaluation.classifier import Recipe
 from simclr_fast.evaluation.features import cached_features
 from simclr_fast.evaluation.subsets import LabelledPair
 from simclr_fast.extras import need
-from simclr_fast.models import Stem
+from simclr_fast.interrupts import exit_status, raise_sigterm
 from simclr_fast.plots import plot_embedding, plot_layers
-from simclr_fast.sources import Source, subset
-from simclr_fast.weights import Weights, load_weights
+from simclr_fast.sources import subset
 
 USAGE = """simclr-fast eval PROTOCOL --encoder FILE [--data ...] [--test ...]
   linear    logistic regression on frozen features, and a linear layer trained with random crops
@@ -48,103 +46,15 @@ def run(arguments: list[str]) -> int:
         prog=f"simclr-fast eval {name}",
         description=PROTOCOLS[name].__doc__,
     )
+    require_one_process()
     try:
-        for line in options.lines():
-            print(line, flush=True)
-    except KeyboardInterrupt:
+        with raise_sigterm():
+            for line in options.lines():
+                print(line, flush=True)
+    except KeyboardInterrupt as stop:
         print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        return exit_status(stop)
     return 0
-
-
-@dataclass(frozen=True)
-class Options:
-    encoder: Path
-    """A file of weights of any library (.safetensors, .pth, .pt, .ckpt), or a run's folder."""
-    data: str = "demo"
-    """Training images with labels: a folder, shards, "demo", "cifar10:ROOT" or "stl10:ROOT"."""
-    test: str | None = None
-    """Test images with labels; demo, cifar10 and stl10 have their own."""
-    out: Path | None = None
-    """Output folder; by default "eval" beside the encoder."""
-    cache: Path | None = None
-    """Folder of extracted features."""
-    model: str | None = None
-    """A torchvision or timm model, where the file does not say."""
-    width: float | None = None
-    stem: Stem | None = None
-    device: str = "auto"
-    workers: int | None = None
-    """Threads that decode."""
-    seed: int = 0
-
-    protocol: ClassVar[str]
-
-    def lines(self) -> Iterator[str]:
-        """What to print, as it becomes known."""
-        raise NotImplementedError
-
-    @property
-    def torch_device(self) -> torch.device:
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
-
-    @property
-    def folder(self) -> Path:
-        beside = self.encoder if self.encoder.is_dir() else self.encoder.parent
-        return self.out or beside / "eval"
-
-    def load(self) -> Weights:
-        weights = load_weights(self.encoder, model=self.model, width=self.width, stem=self.stem)
-        weights.encoder.to(self.torch_device)
-        return weights
-
-    def features(self, weights: Weights, source: Source, name: str) -> Tensor:
-        return cached_features(
-            weights.encoder,
-            source,
-            weights.augmentation,
-            folder=self.cache,
-            device=self.torch_device,
-            workers=self.workers,
-            name=f"features of the {name} images",
-        )
-
-    def trained(
-        self,
-        weights: Weights,
-        encoder: nn.Module,
-        part: Source,
-        pair: LabelledPair,
-        recipe: Recipe,
-        name: str,
-    ) -> Scores:
-        """Test scores of a classifier trained on `part`; its checkpoints are in folder/name."""
-        model = train_classifier(
-            encoder,
-            weights.feature_dim,
-            part,
-            len(pair.classes),
-            recipe,
-            weights.augmentation,
-            self.folder / name,
-            seed=self.seed,
-            device=self.torch_device,
-            workers=self.workers,
-            name=name,
-        )
-        rank = classify(
-            model, pair.test, weights.augmentation, device=self.torch_device, workers=self.workers
-        )
-        return score(rank, pair.test_labels, pair.classes, self.seed)
-
-    def write(self, results: dict[str, Any]) -> str:
-        """Write PROTOCOL.json; the line that says so."""
-        path = self.folder / f"{self.protocol}.json"
-        text = json.dumps({"options": asdict(self), "results": results}, indent=2, default=str)
-        write_atomic(path, lambda temporary: temporary.write_text(text + "\n"))
-        return f"{'results':<28} {path}"
 
 
 @dataclass(frozen=True)
@@ -173,14 +83,7 @@ class Linear(Options):
                 self.features(weights, pair.train, "training"),
                 self.features(weights, pair.test, "test"),
             )
-            sweep = linear.sweep_logistic(
-                x,
-                pair.train_labels,
-                n_classes=len(pair.classes),
-                seed=self.seed,
-                device=self.torch_device,
-                progress=self.folder / "sweep.pt",
-            )
+            sweep = self.sweep("h", x, pair)
             fit = sweep.fit
             scores = score(
                 fit.ranks(y, pair.test_labels), pair.test_labels, pair.classes, self.seed
@@ -305,14 +208,7 @@ class Layers(Options):
             parts.append(both.split(taps.widths(both.shape[1]), dim=1))
         results, found = {}, {}
         for name, x, y in zip(taps.names, *parts, strict=True):
-            sweep = linear.sweep_logistic(
-                x,
-                pair.train_labels,
-                n_classes=len(pair.classes),
-                values=linear.SWEEP[::4],
-                seed=self.seed,
-                device=self.torch_device,
-            )
+            sweep = self.sweep(name, x, pair, linear.SWEEP[::4])
             scores = score(
                 sweep.fit.ranks(y, pair.test_labels), pair.test_labels, pair.classes, self.seed
             )

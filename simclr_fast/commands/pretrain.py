@@ -30,15 +30,20 @@ def run(arguments: list[str]) -> int:
         print(f"simclr-fast pretrain: {error}", file=sys.stderr)
         return 1
     except RankFailure as failure:
-        print(f"simclr-fast pretrain: {failure}", file=sys.stderr, flush=True)
-        if torch.cuda.is_initialized():
-            # NCCL's threads may still wait for the lost rank.
-            os._exit(1)
-        return 1
+        return rank_failed("pretrain", failure)
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"trained in {time.perf_counter() - start:.0f} s")
         _report(config, out)
     return 0
+
+
+def rank_failed(command: str, failure: RankFailure) -> int:
+    """Say so; the process's exit status."""
+    print(f"simclr-fast {command}: {failure}", file=sys.stderr, flush=True)
+    if torch.cuda.is_initialized():
+        # NCCL's threads may still wait for the lost rank.
+        os._exit(1)
+    return 1
 
 
 def parse_pretrain(arguments: list[str], command: str = "pretrain") -> PretrainConfig:

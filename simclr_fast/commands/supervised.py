@@ -1,20 +1,31 @@
 """simclr-fast supervised."""
 
+import os
 import sys
 
-from simclr_fast.commands.pretrain import parse_pretrain
+from simclr_fast.commands.pretrain import parse_pretrain, rank_failed
+from simclr_fast.interrupts import exit_status, raise_sigterm
+from simclr_fast.rank_watch import RankFailure
 from simclr_fast.supervised import supervise
 from simclr_fast.train import Interrupted
 
 
 def run(arguments: list[str]) -> int:
     """Train the supervised baseline, and print its accuracy on the test images."""
+    config = parse_pretrain(arguments, "supervised")
     try:
-        out, scores = supervise(parse_pretrain(arguments, "supervised"))
+        with raise_sigterm():
+            out, scores = supervise(config)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signal_number
-    if scores:
-        print(scores.row("supervised"))
-    print(f"encoder        {out / 'encoder.safetensors'}")
+    except KeyboardInterrupt as stop:
+        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        return exit_status(stop)
+    except RankFailure as failure:
+        return rank_failed("supervised", failure)
+    if int(os.environ.get("RANK", 0)) == 0:
+        if scores:
+            print(scores.row("supervised"))
+        print(f"encoder        {out / 'encoder.safetensors'}")
     return 0

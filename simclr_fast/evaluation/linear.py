@@ -202,8 +202,8 @@ def sweep_logistic(
 
     values: from the strongest to the weakest; each fit starts from the one before. Of values that
         do equally well the strongest is taken.
-    progress: a file that holds what is done; an interrupted sweep of the same features, labels and
-        arguments goes on from it.
+    progress: a file that holds what is done; a sweep of the same features, labels and arguments
+        goes on from it. The caller deletes it.
     """
     targets = _integers(labels)
     held = np.zeros(len(x), bool)
@@ -226,10 +226,7 @@ def sweep_logistic(
         if progress is not None:
             write_atomic(progress, partial(torch.save, {"key": key, "done": done, "start": start}))
     best = max(done, key=lambda l2: (done[l2], l2))
-    fit = fit_logistic(x, targets, best, n_classes=n_classes, device=device)
-    if progress is not None:
-        progress.unlink(missing_ok=True)
-    return Sweep(fit, done)
+    return Sweep(fit_logistic(x, targets, best, n_classes=n_classes, device=device), done)
 
 
 def linear_probe(train: Tensor, train_labels, test: Tensor, test_labels, seed: int = 0) -> Accuracy:

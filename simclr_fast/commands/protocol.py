@@ -1,0 +1,126 @@
+"""What every protocol of simclr-fast eval has: options, features, a trained classifier, JSON."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from simclr_fast.checkpoint import write_atomic
+from simclr_fast.evaluation import linear
+from simclr_fast.evaluation.accuracy import Scores, score
+from simclr_fast.evaluation.classifier import Recipe, classify, train_classifier
+from simclr_fast.evaluation.features import cached_features
+from simclr_fast.evaluation.subsets import LabelledPair
+from simclr_fast.models import Stem
+from simclr_fast.sources import Source
+from simclr_fast.weights import Weights, load_weights
+
+
+@dataclass(frozen=True)
+class Options:
+    encoder: Path
+    """A file of weights of any library (.safetensors, .pth, .pt, .ckpt), or a run's folder."""
+    data: str = "demo"
+    """Training images with labels: a folder, shards, "demo", "cifar10:ROOT" or "stl10:ROOT"."""
+    test: str | None = None
+    """Test images with labels; demo, cifar10 and stl10 have their own."""
+    out: Path | None = None
+    """Output folder; by default "eval" beside the encoder."""
+    cache: Path | None = None
+    """Folder of extracted features."""
+    model: str | None = None
+    """A torchvision or timm model, where the file does not say."""
+    width: float | None = None
+    stem: Stem | None = None
+    device: str = "auto"
+    workers: int | None = None
+    """Threads that decode."""
+    seed: int = 0
+
+    protocol: ClassVar[str]
+
+    def lines(self) -> Iterator[str]:
+        """What to print, as it becomes known."""
+        raise NotImplementedError
+
+    @property
+    def torch_device(self) -> torch.device:
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)
+
+    @property
+    def folder(self) -> Path:
+        beside = self.encoder if self.encoder.is_dir() else self.encoder.parent
+        return self.out or beside / "eval"
+
+    def load(self) -> Weights:
+        weights = load_weights(self.encoder, model=self.model, width=self.width, stem=self.stem)
+        weights.encoder.to(self.torch_device)
+        return weights
+
+    def features(self, weights: Weights, source: Source, name: str) -> Tensor:
+        return cached_features(
+            weights.encoder,
+            source,
+            weights.augmentation,
+            folder=self.cache,
+            device=self.torch_device,
+            workers=self.workers,
+            name=f"features of the {name} images",
+        )
+
+    def trained(
+        self,
+        weights: Weights,
+        encoder: nn.Module,
+        part: Source,
+        pair: LabelledPair,
+        recipe: Recipe,
+        name: str,
+    ) -> Scores:
+        """Test scores of a classifier trained on `part`; its checkpoints are in folder/name."""
+        model = train_classifier(
+            encoder,
+            weights.feature_dim,
+            part,
+            len(pair.classes),
+            recipe,
+            weights.augmentation,
+            self.folder / name,
+            seed=self.seed,
+            device=self.torch_device,
+            workers=self.workers,
+            name=name,
+        )
+        rank = classify(
+            model, pair.test, weights.augmentation, device=self.torch_device, workers=self.workers
+        )
+        return score(rank, pair.test_labels, pair.classes, self.seed)
+
+    def sweep(
+        self, name: str, x: Tensor, pair: LabelledPair, values: tuple[float, ...] = linear.SWEEP
+    ) -> linear.Sweep:
+        """Of the training images' features `x`; what is done is kept until `write`."""
+        return linear.sweep_logistic(
+            x,
+            pair.train_labels,
+            n_classes=len(pair.classes),
+            values=values,
+            seed=self.seed,
+            device=self.torch_device,
+            progress=self.folder / f"{self.protocol}-sweep-{name}.pt",
+        )
+
+    def write(self, results: dict[str, Any]) -> str:
+        """Write PROTOCOL.json, delete the protocol's sweeps; the line that says so."""
+        path = self.folder / f"{self.protocol}.json"
+        text = json.dumps({"options": asdict(self), "results": results}, indent=2, default=str)
+        write_atomic(path, lambda temporary: temporary.write_text(text + "\n"))
+        for done in self.folder.glob(f"{self.protocol}-sweep-*.pt"):
+            done.unlink()
+        return f"{'results':<28} {path}"
