@@ -180,7 +180,7 @@ def tables(
         facts = {
             "least ms": {name: f"{least[name]:.3g}" for name in times},
             "× ours, least": {name: f"{least[name] / least[OURS]:.2f}" for name in times},
-        }
+        } | harness.memory_column(steps, options.device)
         if options.device.type == "cpu" and elements > 1e6:
             notes.append(prediction(elements))
         yield Table(title, OURS, {"step": times}, facts, FLOORS, notes)

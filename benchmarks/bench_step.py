@@ -1,29 +1,31 @@
-"""Whole pretraining steps: load → augment → encoder → loss → backward → LARS, ours and two peers.
+"""Whole pretraining steps: load → augment → forward → loss → backward → LARS, ours and two peers.
 
     python -m benchmarks.bench_step [--sizes 32,64] [--threads 2] [--rounds 5]
 
 The encoder (a narrow ResNet) and projector, batch, images and number of threads are the same. The
 peers are loops as their users write them: lightly's transform in a DataLoader, loss and LARS; and
 solo-learn's DALI pipeline, loss formula and LARS formula. A round is an epoch of a few steps of
-each contender in turn, begun with empty queues. JPEG files cut from scikit-learn's photographs.
+each contender in turn: it begins with empty queues and ends with empty ones, so that nobody's
+prefetching runs in another's time. JPEG files cut from scikit-learn's photographs.
+
+The floors are the forward and backward of our encoder on a batch in memory, in our memory format
+(channels last) and in the peers' (contiguous, view by view): what any loop must spend.
 """
 
-import os
-import re
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from itertools import islice
+from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from simclr_fast import nt_xent_loss
 from simclr_fast.augment_params import Augmentation
-from simclr_fast.benchmarks import harness
+from simclr_fast.benchmarks import harness, machine
 from simclr_fast.benchmarks.bench_augment import jpegs, solo_learn_view
 from simclr_fast.benchmarks.bench_lars import SoloLearnFormula
 from simclr_fast.benchmarks.harness import Options, Table
@@ -33,10 +35,12 @@ from simclr_fast.models import SimCLR, build_encoder, build_projector
 from simclr_fast.optim import LARS, lars_param_groups
 
 OURS = "simclr_fast"
-PARTS = ("data wait", "encoder and projector", "loss", "optimizer")
+FLOOR, PEERS_FLOOR = "floor: the encoder alone", "floor: the encoder alone, as the peers call it"
+PARTS = ("data wait", "forward", "loss", "backward", "optimizer")
 TEMPERATURE, LR, DECAY = 0.5, 0.3, 1e-6
 # JPEG sides for each size of view: CIFAR's and STL-10's.
 _FILE_SIDE = {32: 32, 64: 96}
+_READ_AHEAD = 2
 
 
 def _p_blur(size: int) -> float:
@@ -51,46 +55,72 @@ def model() -> SimCLR:
 
 
 class Clock:
-    """Milliseconds per part of the steps since the last reset."""
+    """Milliseconds per part of each epoch. On a GPU of its own time line, without waiting for it:
+    a part lasts from the end of the one before to its own end."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.spent = device, dict.fromkeys(PARTS, 0.0)
+        self.device = device
+        self.epochs: list[dict[str, float]] = []
 
     def start(self) -> None:
-        self._synchronize()
-        self.since = time.perf_counter()
+        self.marks: list[tuple[str, float | torch.cuda.Event]] = [("", self._now())]
 
     def lap(self, part: str) -> None:
-        self._synchronize()
-        now = time.perf_counter()
-        self.spent[part] += 1e3 * (now - self.since)
-        self.since = now
+        self.marks.append((part, self._now()))
 
-    def _synchronize(self) -> None:
+    def stop(self) -> None:
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
+        spent = dict.fromkeys(PARTS, 0.0)
+        for (_, start), (part, end) in zip(self.marks, self.marks[1:], strict=False):
+            spent[part] += self._between(start, end)
+        self.epochs.append(spent)
+
+    def _now(self) -> float | torch.cuda.Event:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @staticmethod
+    def _between(start, end) -> float:
+        return 1e3 * (end - start) if isinstance(end, float) else start.elapsed_time(end)
 
 
-def epoch(
-    batches: Iterator,
-    run: Callable[..., Tensor],
-    optimizer: torch.optim.Optimizer,
-    clock: Clock,
-) -> None:
-    """`run(batch, clock)` returns the loss; everything else is the same for all contenders."""
-    clock.start()
-    for batch in batches:
+class Loop:
+    """A contender: `batches()` of an epoch, `forward(batch)` → z of both views, `criterion(z)`."""
+
+    def __init__(
+        self,
+        batches: Callable[[], Iterator],
+        forward: Callable[..., Tensor],
+        criterion: Callable[[Tensor], Tensor],
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        self.batches, self.forward = batches, forward
+        self.criterion, self.optimizer = criterion, optimizer
+
+    def epoch(self, clock: Clock) -> None:
+        """The loss's backward ends at z, so that the encoder's can be told from it."""
+        clock.start()
+        for batch in self.batches():
+            clock.lap("data wait")
+            z = self.forward(batch)
+            clock.lap("forward")
+            self.optimizer.zero_grad(set_to_none=True)
+            leaf = z.detach().requires_grad_()
+            self.criterion(leaf).backward()
+            clock.lap("loss")
+            z.backward(leaf.grad)
+            clock.lap("backward")
+            self.optimizer.step()
+            clock.lap("optimizer")
         clock.lap("data wait")
-        loss = run(batch, clock)
-        optimizer.zero_grad(set_to_none=True)
-        clock.lap("loss")
-        loss.backward()
-        clock.lap("encoder and projector")
-        optimizer.step()
-        clock.lap("optimizer")
+        clock.stop()
 
 
-def ours(folder: Path, size: int, batch: int, steps: int, options: Options) -> Callable:
+def ours(folder: Path, size: int, batch: int, steps: int, options: Options) -> Loop:
     loader = TwoViewLoader(
         str(folder),
         batch,
@@ -101,16 +131,15 @@ def ours(folder: Path, size: int, batch: int, steps: int, options: Options) -> C
     )
     net = model().to(options.device, memory_format=torch.channels_last)
     optimizer = LARS(lars_param_groups(net, DECAY), LR, momentum_order="tf", norm="joint", eps=0.0)
+    return Loop(
+        lambda: iter(loader),
+        lambda views: net(torch.cat(views[:2]))[1],
+        lambda z: nt_xent_loss(z, temperature=TEMPERATURE),
+        optimizer,
+    )
 
-    def run(views: tuple, clock: Clock) -> Tensor:
-        _, z = net(torch.cat(views[:2]))
-        clock.lap("encoder and projector")
-        return nt_xent_loss(z, temperature=TEMPERATURE)
 
-    return lambda clock: epoch(islice(iter(loader), steps), run, optimizer, clock)
-
-
-def lightly_style(folder: Path, size: int, batch: int, steps: int, options: Options) -> Callable:
+def lightly_style(folder: Path, size: int, batch: int, steps: int, options: Options) -> Loop:
     from lightly.loss import NTXentLoss
     from lightly.transforms import SimCLRTransform
     from lightly.utils.lars import LARS as LightlyLARS
@@ -127,19 +156,21 @@ def lightly_style(folder: Path, size: int, batch: int, steps: int, options: Opti
         pin_memory=options.device.type == "cuda",
     )
     net = model().to(options.device)
-    optimizer = LightlyLARS(lars_param_groups(net, DECAY), lr=LR, momentum=0.9)
     criterion = NTXentLoss(TEMPERATURE)
 
-    def run(views: list, clock: Clock) -> Tensor:
-        (view1, view2), _ = views
-        z1, z2 = (net(v.to(options.device, non_blocking=True))[1] for v in (view1, view2))
-        clock.lap("encoder and projector")
-        return criterion(z1, z2)
+    def forward(batch: list) -> Tensor:
+        views, _ = batch
+        return torch.cat([net(v.to(options.device, non_blocking=True))[1] for v in views])
 
-    return lambda clock: epoch(islice(iter(loader), steps), run, optimizer, clock)
+    return Loop(
+        lambda: iter(loader),
+        forward,
+        lambda z: criterion(*z.chunk(2)),
+        LightlyLARS(lars_param_groups(net, DECAY), lr=LR, momentum=0.9),
+    )
 
 
-def solo_learn_style(folder: Path, size: int, batch: int, steps: int, options: Options) -> Callable:
+def solo_learn_style(folder: Path, size: int, batch: int, steps: int, options: Options) -> Loop:
     from nvidia.dali import fn, pipeline_def
 
     gpu = options.device.type == "cuda"
@@ -149,6 +180,7 @@ def solo_learn_style(folder: Path, size: int, batch: int, steps: int, options: O
         num_threads=options.threads,
         device_id=options.device.index or 0 if gpu else None,
         seed=0,
+        prefetch_queue_depth=_READ_AHEAD,
     )
     def graph():
         raw, _ = fn.readers.file(file_root=str(folder), random_shuffle=True)
@@ -158,22 +190,27 @@ def solo_learn_style(folder: Path, size: int, batch: int, steps: int, options: O
     pipe = graph()
     pipe.build()
     net = model().to(options.device)
-    optimizer = SoloLearnFormula(lars_param_groups(net, DECAY))
     indexes = torch.arange(batch, device=options.device).repeat(2)
 
     def batches() -> Iterator[list[Tensor]]:
-        for _ in range(steps):
+        # What pipe.run() does, but for the reading ahead beyond the epoch's end.
+        for _ in range(min(_READ_AHEAD, steps)):
+            pipe.schedule_run()
+        for step in range(steps):
             yield [
                 torch.from_dlpack(out.as_tensor()).to(options.device, copy=True)
-                for out in pipe.run()
+                for out in pipe.share_outputs()
             ]
+            pipe.release_outputs()
+            if step + _READ_AHEAD < steps:
+                pipe.schedule_run()
 
-    def run(views: list[Tensor], clock: Clock) -> Tensor:
-        z = torch.cat([net(view)[1] for view in views])
-        clock.lap("encoder and projector")
-        return solo_learn(z, indexes, TEMPERATURE)
-
-    return lambda clock: epoch(batches(), run, optimizer, clock)
+    return Loop(
+        batches,
+        lambda views: torch.cat([net(view)[1] for view in views]),
+        lambda z: solo_learn(z, indexes, TEMPERATURE),
+        SoloLearnFormula(lars_param_groups(net, DECAY)),
+    )
 
 
 CONTENDERS = {
@@ -181,6 +218,22 @@ CONTENDERS = {
     "lightly-style loop": lightly_style,
     "solo-learn-style loop": solo_learn_style,
 }
+
+
+def encoder_alone(size: int, batch: int, options: Options, ours: bool) -> Callable[[], None]:
+    """Forward and backward of both views of a batch that is there."""
+    layout = torch.channels_last if ours else torch.contiguous_format
+    net = model().to(options.device, memory_format=layout)
+    views = torch.randn(2 * batch, 3, size, size, device=options.device)
+    views = views.contiguous(memory_format=layout)
+    upstream = torch.randn(2 * batch, 128, device=options.device)
+
+    def step() -> None:
+        net.zero_grad(set_to_none=True)
+        calls = [views] if ours else views.chunk(2)
+        torch.cat([net(v)[1] for v in calls]).backward(upstream)
+
+    return step
 
 
 def write_images(folder: Path, size: int, n: int) -> Path:
@@ -191,7 +244,7 @@ def write_images(folder: Path, size: int, n: int) -> Path:
 
 
 def tables(options: Options, sizes: tuple[int, ...] = (32, 64)) -> Iterator[Table]:
-    batch, steps = (128, 3) if options.quick else (256, 4)
+    batch, steps = (128, 3) if options.quick else (256, 6)
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
             files = write_images(Path(folder) / str(size), size, batch * steps)
@@ -199,78 +252,98 @@ def tables(options: Options, sizes: tuple[int, ...] = (32, 64)) -> Iterator[Tabl
 
 
 def _table(files: Path, size: int, batch: int, steps: int, options: Options) -> Table:
-    clocks: dict[str, Clock] = {}
-    runs, notes = {}, []
+    loops: dict[str, Loop] = {}
+    model_flops = 2 * batch * flops_per_view(size)
+    notes = [f"Model: {model_flops / 1e9:.4g} GFLOP a step, multiply-adds counted twice."]
     for name, build in CONTENDERS.items():
         try:
-            run = build(files, size, batch, steps, options)
+            loops[name] = build(files, size, batch, steps, options)
         except ImportError as error:
             notes.append(f"{name} left out: {error}")
-            continue
-        clock = clocks[name] = Clock(options.device)
-        runs[name] = lambda run=run, clock=clock: run(clock)
-    times = harness.measure(runs, options.rounds, options.device)
-    flops = model_flops(size)
-    facts: dict[str, dict[str, str]] = {"images/s": {}, "model GFLOP/s": {}}
-    facts |= {part: {} for part in PARTS}
-    facts["peak MB"] = {}
-    per_step = {name: [t / steps for t in values] for name, values in times.items()}
-    table = Table(
-        f"pretraining step, batch {batch}, {size}×{size}, {options.threads} threads",
-        OURS,
-        {"step": per_step},
-        facts,
-        notes=notes,
+    clocks = {name: Clock(options.device) for name in loops}
+    epochs: dict[str, Callable[[], object]] = {
+        name: partial(loop.epoch, clocks[name]) for name, loop in loops.items()
+    }
+    floors = {
+        FLOOR: partial(repeat, encoder_alone(size, batch, options, True), steps),
+        PEERS_FLOOR: partial(repeat, encoder_alone(size, batch, options, False), steps),
+    }
+    times = harness.measure(epochs | floors, options.rounds, options.device)
+    shares = {name: parts(clocks[name].epochs[-options.rounds :]) for name in loops}
+    loading = harness.measure(
+        {name: partial(exhaust, loop) for name, loop in loops.items()},
+        options.rounds,
+        options.device,
     )
-    for name, clock in clocks.items():
+    per_step = {name: [t / steps for t in values] for name, values in times.items()}
+    facts: dict[str, dict[str, str]] = {
+        name: {} for name in ("images/s", "views/s", "model GFLOP/s", "hardware GFLOP/s", *PARTS)
+    }
+    facts["loading alone ms"] = {n: f"{median(v) / steps:.3g}" for n, v in loading.items()}
+    facts |= harness.memory_column(epochs, options.device)
+    title = f"pretraining step, batch {batch}, {size}×{size}, {options.device.type}, threads"
+    table = Table(
+        f"{title} {options.threads}", OURS, {"step": per_step}, facts, (FLOOR, PEERS_FLOOR), notes
+    )
+    for name, loop in loops.items():
         seconds = table.median("step", name) / 1e3
         facts["images/s"][name] = f"{batch / seconds:.0f}"
-        facts["model GFLOP/s"][name] = f"{2 * batch * flops / seconds / 1e9:.0f}"
-        whole = sum(clock.spent.values())
+        facts["views/s"][name] = f"{2 * batch / seconds:.0f}"
+        facts["model GFLOP/s"][name] = f"{model_flops / seconds / 1e9:.0f}"
+        facts["hardware GFLOP/s"][name] = f"{hardware_flops(loop) / seconds / 1e9:.0f}"
         for part in PARTS:
-            facts[part][name] = f"{clock.spent[part] / whole:.1%}"
-        facts["peak MB"][name] = f"{peak_memory(name, files, size, batch, steps, options):.0f}"
+            facts[part][name] = f"{shares[name][part]:.1%}"
+    other = 1 - table.ratio("step", FLOOR)
+    notes.append(f"Share of our step beyond the encoder alone: {other:.1%}.")
     return table
 
 
-def model_flops(size: int) -> int:
-    """Multiply-adds count twice; forward and backward of one view, nothing recomputed."""
-    from torch.utils.flop_counter import FlopCounterMode
+def repeat(step: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        step()
 
+
+def exhaust(loop: Loop) -> None:
+    for _ in loop.batches():
+        pass
+
+
+def parts(epochs: list[dict[str, float]]) -> dict[str, float]:
+    """Shares of the time of all the epochs."""
+    whole = sum(sum(epoch.values()) for epoch in epochs)
+    return {part: sum(epoch[part] for epoch in epochs) / whole for part in PARTS}
+
+
+def flops_per_view(size: int) -> int:
+    """What the model's forward and backward of one view need: nothing recomputed, no loss."""
     net: nn.Module = model()
     with FlopCounterMode(display=False) as counter:
         net(torch.randn(2, 3, size, size))[1].sum().backward()
     return counter.get_total_flops() // 2
 
 
-def peak_memory(
-    name: str, files: Path, size: int, batch: int, steps: int, options: Options
-) -> float:
-    """MB: peak resident set of a process that runs one epoch; on a GPU, its peak allocation.
+def hardware_flops(loop: Loop) -> int:
+    """What a step of this loop computes: with all that is computed again, and the loss's products.
 
-    The workers of a DataLoader are processes of their own and are not counted.
+    Convolutions and matrix products; our loss's kernels by the products that they form: half of
+    the 2N × 2N logits in the forward, one and a half times all of them in the backward.
     """
-    arguments = [name, str(files), str(size), str(batch), str(steps), str(options.device)]
-    program = f"from simclr_fast.benchmarks.bench_step import print_peak; print_peak(*{arguments})"
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(options.threads)},
-    )
-    return float(done.stdout.split()[-1])
 
+    def square(z_shape, *_, out_shape=None, **__) -> int:
+        rows, dim = z_shape
+        return rows * rows * dim
 
-def print_peak(name: str, files: str, size: str, batch: str, steps: str, device: str) -> None:
-    options = Options(torch.device(device), torch.get_num_threads(), 1, False)
-    run = CONTENDERS[name](Path(files), int(size), int(batch), int(steps), options)
-    run(Clock(options.device))
-    if options.device.type == "cuda":
-        print(torch.cuda.max_memory_allocated() / 1e6)
-        return
-    status = Path("/proc/self/status").read_text()
-    print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1e3)
+    def backward(grad, mean, u_all, *_, out_shape=None, **__) -> int:
+        return 3 * square(u_all)
+
+    ours = {torch.ops.simclr_fast.nt_xent: square, torch.ops.simclr_fast.nt_xent_backward: backward}
+    total = 0
+    for batch in loop.batches():
+        if not total:
+            with FlopCounterMode(display=False, custom_mapping=ours) as counter:
+                loop.criterion(loop.forward(batch)).backward()
+            total = counter.get_total_flops()
+    return total
 
 
 def main() -> None:
@@ -278,8 +351,9 @@ def main() -> None:
     parser.add_argument("--sizes", default="32,64")
     given = parser.parse_args()
     options = harness.options(given)
+    print(machine.text(machine.floors(options)), "\n")
     for table in tables(options, tuple(map(int, given.sizes.split(",")))):
-        print(table.text(), "\n")
+        print(table.text(), "\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """What every benchmark shares: interleaved timing, tables, the machine they were taken on."""
 
 import argparse
+import contextlib
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -131,6 +134,45 @@ def _cuda_milliseconds(step: Callable[[], object], _: Callable[[], float]) -> fl
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
+
+
+def peak_memory(step: Callable[[], object], device: torch.device) -> float | None:
+    """MB that `step` needs beyond what was there before: resident, on a GPU torch's allocations.
+
+    Call the step once before. None where the operating system cannot say.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    if sys.platform != "linux":
+        return None
+    gc.collect()
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    # Sets the peak back to what is resident now.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS")
+    step()
+    return _resident("VmHWM") - before
+
+
+def _resident(key: str) -> float:
+    status = Path("/proc/self/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith(key + ":"))
+    return int(line.split()[1]) / 1e3
+
+
+def memory_column(
+    steps: Mapping[str, Callable[[], object]], device: torch.device
+) -> dict[str, dict[str, str]]:
+    """The table's column of `peak_memory`, empty where it is not known."""
+    found = {name: peak_memory(step, device) for name, step in steps.items()}
+    shown = {name: f"{mb:.3g}" for name, mb in found.items() if mb is not None}
+    return {"peak MB": shown} if shown else {}
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -32,6 +32,45 @@ def chunked(z1: Tensor, z2: Tensor, temperature: float, rows: int = 512) -> Tens
     return total / len(z)
 
 
+class _Tiles(torch.autograd.Function):
+    """Forward keeps a row's log-sum-exp alone; backward computes every tile of logits again."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor, temperature: float, side: int) -> Tensor:
+        lse = z.new_full((len(z),), -math.inf)
+        for i, _, logits in _logit_tiles(z, temperature, side):
+            lse[i] = torch.logaddexp(lse[i], logits.logsumexp(1))
+        ctx.save_for_backward(z, lse)
+        ctx.temperature, ctx.side = temperature, side
+        positive = (z * z.roll(len(z) // 2, 0)).sum(1) / temperature
+        return (lse - positive).mean()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
+        z, lse = ctx.saved_tensors
+        gradient = -2 * z.roll(len(z) // 2, 0)
+        for i, j, logits in _logit_tiles(z, ctx.temperature, ctx.side):
+            probability = logits.sub_(lse[i, None]).exp_()
+            gradient[i] += probability @ z[j]
+            gradient[j] += probability.T @ z[i]
+        return gradient * (upstream / (len(z) * ctx.temperature)), None, None
+
+
+def _logit_tiles(z: Tensor, temperature: float, side: int):
+    slices = [slice(k, min(k + side, len(z))) for k in range(0, len(z), side)]
+    for i in slices:
+        for j in slices:
+            logits = z[i] @ z[j].T / temperature
+            if i == j:
+                logits.fill_diagonal_(-math.inf)
+            yield i, j, logits
+
+
+def tiles(z1: Tensor, z2: Tensor, temperature: float, side: int = 1024) -> Tensor:
+    """Square tiles, recomputed in the backward: the method of Inf-CL (arXiv:2410.17243)."""
+    return _Tiles.apply(F.normalize(torch.cat((z1, z2)), dim=1), temperature, side)
+
+
 def solo_learn(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Tensor:
     """simclr_loss_func of vturrisi/solo-learn: exponentials without a maximum."""
     z = F.normalize(z, dim=-1)
@@ -63,6 +102,7 @@ def nt_xent_peers(n: int) -> dict:
         "textbook eager": textbook,
         "textbook torch.compile": torch.compile(textbook),
         "chunked, checkpoint": chunked,
+        "tiles, recomputed (Inf-CL)": tiles,
         "solo-learn formula": lambda z1, z2, t: solo_learn(
             torch.cat((z1, z2)), torch.arange(len(z1), device=z1.device).repeat(2), t
         ),

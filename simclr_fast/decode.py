@@ -4,7 +4,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from simclr_fast.image_check import checked_size, try_decoding
 from simclr_fast.sources import Source
 
 _READ_AHEAD = 2
+# Data sets whose decoded images take less than this together stay in memory, decoded once.
+_KEPT_BYTES = 1 << 30
 
 
 class CorruptImageError(ValueError):
@@ -48,13 +50,20 @@ def import_dali() -> Any:
 
 
 class Decoder:
-    """Decodes batches on the CPU: `run` gives (batch, [uint8 [H, W, 3], …])."""
+    """Decodes batches on the CPU: `run` gives (batch, [uint8 [H, W, 3], …]).
+
+    Images of small data sets are kept, and only the others of a batch go through DALI again.
+    """
+
+    _keeps = True
 
     def __init__(self, source: Source, batch_size: int, num_threads: int) -> None:
         self.source, self.batch_size, self.num_threads = source, batch_size, num_threads
         self._requests: Iterator[Batch] = iter(())
-        self._in_flight: deque[Batch] = deque()
+        self._in_flight: deque[tuple[Batch, np.ndarray]] = deque()
         self._pipeline: Any = None
+        self._kept: dict[int, np.ndarray] = {}
+        self._kept_bytes = 0
         self._tried = np.zeros(len(source), dtype=bool)
         if self._needs_dali:
             import_dali()
@@ -73,24 +82,50 @@ class Decoder:
                 yield batch, self._read(batch.ids)[0]
             return
         self._requests, self._in_flight = requests, deque()
+        if not self._keeps:
+            self._kept = {}
         pipeline, self._pipeline = self._pipeline or self._build(self.batch_size), None
         while True:
             try:
                 outputs = self._run_once(pipeline)
             except StopIteration:
-                break
+                outputs = None
             except RuntimeError as error:
                 if corrupt := self._find_corrupt():
                     raise CorruptImageError(self.source, corrupt) from error
                 raise
-            unpacked = self._unpack(outputs)
-            yield self._in_flight.popleft(), unpacked
+            # Batches without a new image did not go through the pipeline.
+            while self._in_flight and not len(self._in_flight[0][1]):
+                batch, _ = self._in_flight.popleft()
+                yield batch, self._with_kept(batch.ids, {})
+            if outputs is None:
+                break
+            batch, new = self._in_flight.popleft()
+            unpacked = self._complete(batch, new, self._unpack(outputs))
+            yield batch, unpacked
             # DALI's memory must not be referred to when a failing pipeline is taken down.
             unpacked.clear()
             del outputs
         pipeline.reset()
         # Kept only when a whole epoch went through: a half-read pipeline holds stale batches.
         self._pipeline = pipeline
+
+    def _complete(self, batch: Batch, new: np.ndarray, decoded: list[Any]) -> list[Any]:
+        """What `run` gives of a batch of whose images only `new` were decoded now."""
+        if not self._keeps and len(new) == len(batch.ids):
+            return decoded
+        fresh = dict(zip(new.tolist(), decoded, strict=True))
+        images = self._with_kept(batch.ids, fresh)
+        if self._keeps:
+            added = {i: image.copy() for i, image in fresh.items() if i not in self._kept}
+            self._kept |= added
+            self._kept_bytes += sum(image.nbytes for image in added.values())
+            # By the mean of those seen; batches on their way may still need them in this run.
+            self._keeps = self._kept_bytes * len(self.source) <= _KEPT_BYTES * len(self._kept)
+        return images
+
+    def _with_kept(self, ids: np.ndarray, fresh: dict[int, np.ndarray]) -> list[Any]:
+        return [fresh[i] if i in fresh else self._kept[i] for i in ids.tolist()]
 
     def _read(self, ids: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
         """The samples' bytes or pixels, and their sizes [n, 2]."""
@@ -123,10 +158,13 @@ class Decoder:
         return [self._read(batch.ids)[0]]
 
     def _next_feed(self) -> list:
-        batch = next(self._requests)
-        feed = self._feed(batch)
-        self._in_flight.append(batch)
-        return feed
+        while True:
+            batch = next(self._requests)
+            new = np.array([i for i in batch.ids.tolist() if i not in self._kept], np.int64)
+            feed = self._feed(replace(batch, ids=new)) if len(new) else []
+            self._in_flight.append((batch, new))
+            if feed:
+                return feed
 
     def _try(self, ids: list[int], samples: list[np.ndarray]) -> dict[int, str]:
         """What is wrong with those samples that are met for the first time."""
@@ -150,8 +188,8 @@ class Decoder:
     def _find_corrupt(self) -> dict[int, str]:
         """Which images of the batches under way Pillow finds damaged now: DALI does not say."""
         corrupt: dict[int, str] = {}
-        for batch in self._in_flight:
-            ids = batch.ids.tolist()
+        for _, new in self._in_flight:
+            ids = new.tolist()
             self._tried[ids] = False
             corrupt |= self._try(ids, [self.source.read(i) for i in ids])
         return corrupt
@@ -188,6 +226,7 @@ class DaliViews(Decoder):
     """Decodes and augments inside DALI: `run` gives (batch, [view [n, 3, size, size], …])."""
 
     _needs_dali = True
+    _keeps = False
 
     def __init__(
         self,

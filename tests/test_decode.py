@@ -1,6 +1,7 @@
 """What DALI's decoder makes of unusual files, beside Pillow, on a photograph."""
 
 import io
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
+from simclr_fast import decode
 from simclr_fast.augment import Augmentation, SimCLRViews
 from simclr_fast.data import TwoViewLoader, decode_some
 from simclr_fast.sources import open_source
@@ -65,3 +67,31 @@ def test_sizes_from_8_to_4000(backend, tmp_path):
     for view, exact in zip((view1, view2), expected, strict=True):
         assert torch.isfinite(view).all()
         assert ((view - exact).abs() * 255).max() < (1 if backend == "dali" else 1e-3)
+
+
+@pytest.mark.parametrize("kept", [0, 23 * 9 * 300 * 3 - 1, 1 << 30])
+def test_small_sets_are_decoded_once(tmp_path, monkeypatch, kept):
+    """Batches that mix kept and new images, epochs broken off, and files that are gone by then."""
+
+    def batches(loader, stop=None):
+        return [(a.clone(), b.clone(), i) for a, b, i in islice(loader, stop)]
+
+    for i in range(23):
+        CHINA.resize((9 + i, 300 - i)).save(tmp_path / f"{i}.jpg")
+    options = {"augmentation": Augmentation(16), "batch_size": 6, "num_threads": 1}
+    monkeypatch.setattr(decode, "_KEPT_BYTES", 0)
+    plain = TwoViewLoader(tmp_path, **options)
+    expected = [batches(plain) for _ in range(6)]
+    monkeypatch.setattr(decode, "_KEPT_BYTES", kept)
+    loader = TwoViewLoader(tmp_path, **options)
+    loader.set_epoch(0)
+    batches(loader, 1)
+    loader.set_epoch(0)
+    for epoch, wanted in enumerate(expected):
+        if epoch == 5 and kept == 1 << 30:
+            for file in tmp_path.iterdir():
+                file.unlink()
+        found = batches(loader)
+        assert len(found) == 3
+        for batch, other in zip(found, wanted, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(batch, other, strict=True)), epoch

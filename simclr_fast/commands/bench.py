@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from simclr_fast.benchmarks import harness
+from simclr_fast.benchmarks import harness, machine
 from simclr_fast.selfcheck import selfcheck
 
 # What is measured → its module, and the self-checks that must pass before it is timed.
@@ -24,6 +24,8 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of JSON and PNG")
     given = parser.parse_args(arguments)
     options = harness.options(given)
+    limits = machine.floors(options)
+    print(f"{machine.text(limits)}\n", flush=True)
     for name in SUBJECTS if given.what == "all" else [given.what]:
         module, checks = SUBJECTS[name]
         _refuse_wrong_results(name, checks, options.device)
@@ -33,7 +35,7 @@ def run(arguments: list[str]) -> int:
         for table in _tables(module, options):
             print(table.text(), "\n", flush=True)
             tables.append(table)
-        where = harness.environment(options.device)
+        where = harness.environment(options.device) | {"floor": limits}
         harness.save(tables, where, given.out / f"{name}.json")
         harness.draw(tables, given.out / f"{name}.png")
         print(f"written        {given.out / name}.json, {given.out / name}.png\n", flush=True)
