@@ -29,7 +29,7 @@ from simclr_fast.sources import Source, open_source
 __all__ = ["CorruptImageError", "ImageLoader", "OneViewLoader", "TwoViewLoader"]
 
 log = logging.getLogger(__name__)
-# The share of each side that evaluation keeps of larger images (224 of 256, arXiv:2002.05709, B.7).
+# The share of each side that evaluation keeps of larger images (224 of 256, arXiv:2002.05709, B.5).
 _CENTER = 224 / 256
 _SMALL = 64
 # DALI has no bfloat16.
