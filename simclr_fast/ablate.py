@@ -29,7 +29,14 @@ from simclr_fast.weights import load_weights
 
 # An operation's probability where the recipe leaves it out: the paper's.
 _PAPER = {"p_jitter": 0.8, "p_gray": 0.2, "p_blur": 0.5, "p_flip": 0.5}
-_FIELDS = {"colour": "p_jitter", "gray": "p_gray", "blur": "p_blur", "flip": "p_flip"}
+# Colour distortion is jitter and gray (arXiv:2002.05709, appendix A).
+_FIELDS = {
+    "colour": ("p_jitter", "p_gray"),
+    "jitter": ("p_jitter",),
+    "gray": ("p_gray",),
+    "blur": ("p_blur",),
+    "flip": ("p_flip",),
+}
 OPERATIONS = ("crop", *_FIELDS)
 RECIPE = "recipe"
 # Where a run is and what it prints and keeps: no part of what is compared.
@@ -104,12 +111,13 @@ def cell_config(base: PretrainConfig, cell: Cell, out: Path) -> PretrainConfig:
 def only(augmentation: Augmentation, operations: Sequence[str]) -> Augmentation:
     """`augmentation` with these operations alone, on both views.
 
-    The paper's figure 5 distorts one of two views, beside a random crop of both; here every
-    operation, the crop too, is on both views or absent.
+    The paper's figure 5 crops every image at random, then distorts one of its two views; here
+    every operation, the crop too, is on both views or absent.
     """
+    wanted = {field for name in operations for field in _FIELDS.get(name, ())}
     chances: dict[str, Any] = {
-        field: (getattr(augmentation, field) or _PAPER[field]) if name in operations else 0.0
-        for name, field in _FIELDS.items()
+        field: (getattr(augmentation, field) or chance) if field in wanted else 0.0
+        for field, chance in _PAPER.items()
     }
     return replace(augmentation, crop="crop" in operations, **chances)
 

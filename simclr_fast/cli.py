@@ -21,7 +21,7 @@ COMMANDS = {
                        what an encoder has learnt: tables, JSON and pictures""",
     "preview": """[--data ...] [--images 8] [--to preview.png] [options]
                        what the augmentation does to some of the images""",
-    "ablate": """[--operations crop colour gray blur flip] [--batch-sizes ...]
+    "ablate": """[--operations crop colour blur flip] [--batch-sizes ...]
                        [--temperatures ...] [--projectors ...] [--seeds ...] [options]
                        a grid of pretrained and probed runs: one JSONL and a heat map""",
     "supervised": """[--preset ...] [--data ...] [options of pretrain]

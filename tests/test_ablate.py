@@ -44,7 +44,7 @@ def test_grid():
     base = demo()
     assert grid(base) == [Cell("recipe", 256, 0.5, "nonlinear", 0)]
     names = [cell.augmentation for cell in grid(base, module.OPERATIONS)]
-    assert len(names) == len(set(names)) == 5 + 10
+    assert len(names) == len(set(names)) == 6 + 15
     assert {"crop", "flip", "crop+colour", "blur+flip"} < set(names)
     cells = grid(base, (), [128, 256], [0.1, 0.5, 1], ["linear", "none"], [0, 1])
     assert len(set(map(str, cells))) == 2 * 3 * 2 * 2
@@ -60,8 +60,9 @@ def test_operations_alone_keep_the_recipes_chances():
     assert (some.crop, some.p_flip, some.p_jitter, some.p_gray, some.p_blur) == (
         (False, 0.3, 0, 0, 0.5)
     )
-    some = only(recipe, ["crop", "colour"])
-    assert (some.crop, some.p_flip, some.p_jitter, some.p_gray) == (True, 0, 0.8, 0)
+    for colour, chances in (("colour", (0.8, 0.2)), ("jitter", (0.8, 0)), ("gray", (0, 0.2))):
+        some = only(recipe, ["crop", colour])
+        assert (some.crop, some.p_flip, some.p_jitter, some.p_gray) == (True, 0, *chances)
 
 
 def test_another_batch_size_sees_as_many_images(tmp_path):
