@@ -8,7 +8,7 @@ number of ranks and threads, and a loader restored from its state goes on bit fo
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +24,7 @@ from simclr_fast.augment import (
 )
 from simclr_fast.augment_params import philox
 from simclr_fast.decode import Batch, CorruptImageError, DaliCrops, DaliViews, Decoder
+from simclr_fast.prefetch import Made, ahead
 from simclr_fast.sources import Source, open_source
 
 __all__ = ["CorruptImageError", "ImageLoader", "OneViewLoader", "TwoViewLoader"]
@@ -32,11 +33,10 @@ log = logging.getLogger(__name__)
 # The share of each side that evaluation keeps of larger images (224 of 256, arXiv:2002.05709, B.5).
 _CENTER = 224 / 256
 _SMALL = 64
-# DALI has no bfloat16.
-_DTYPES = {
-    "fused": (torch.float32, torch.float16, torch.bfloat16),
-    "dali": (torch.float32, torch.float16),
-}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Images that go through DALI together: its memory grows with them, and a batch of thousands is made
+# of several such parts.
+_PART = 128
 _ORDER_STREAM = 0x6F726465
 
 
@@ -63,6 +63,7 @@ class _Loader:
         channels_last: bool = False,
         on_error: Literal["raise", "skip"] = "raise",
         num_threads: int | None = None,
+        prefetch: bool | None = None,
     ) -> None:
         self.source: Source = open_source(source, labels)
         self.device = torch.device(device)
@@ -81,21 +82,21 @@ class _Loader:
             raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
         if self.backend not in ("fused", "dali"):
             raise ValueError(f"backend must be 'fused' or 'dali', got {backend!r}")
-        if dtype not in _DTYPES[self.backend]:
-            allowed = ", ".join(map(str, _DTYPES[self.backend]))
-            raise TypeError(f"dtype must be {allowed} with backend {self.backend!r}, got {dtype}")
+        if dtype not in _DTYPES:
+            raise TypeError(f"dtype must be {', '.join(map(str, _DTYPES))}, got {dtype}")
         self.batch_size, self.augmentation = batch_size, augmentation
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
         self.rank, self.world_size = rank, world_size
         self.dtype, self.channels_last = dtype, channels_last
         self.on_error = on_error
+        self.prefetch = self.device.type == "cuda" if prefetch is None else prefetch
         self.epoch = 0
         self.skipped: set[int] = set()
         self._position = 0
         self._resumed = False
         self._buffers: list[list[Tensor]] = []
         threads = num_threads or min(8, os.cpu_count() or 1)
-        where = (self.source, self.rows, threads)
+        where = (self.source, min(self.rows, _PART), threads)
         self._decoder: Decoder
         if self.backend == "dali":
             self._decoder = DaliViews(
@@ -184,8 +185,22 @@ class _Loader:
         for step in range(start, len(self)):
             ids = self._batch_ids(order, step)
             # A rank has no share of a last batch that is smaller than the number of ranks.
-            if len(ids):
-                yield Batch(step, ids, self._draw)
+            for first in range(0, len(ids), _PART):
+                part = ids[first : first + _PART]
+                yield Batch(step, part, self._draw, first, first + _PART >= len(ids))
+
+    def _batches(self, order: np.ndarray, start: int) -> Generator[Made]:
+        """(step, views, ids) from step `start` on; the views are of two sets of tensors in turn."""
+        views: list[Tensor] = []
+        ids: list[np.ndarray] = []
+        for part, images in self._decoder.run(self._requests(order, start)):
+            if part.first == 0:
+                views, ids = self._next_buffer(), []
+            rows = part.first + len(part.ids)
+            self._fill(part, images, [view[part.first : rows] for view in views])
+            ids.append(part.ids)
+            if part.last:
+                yield part.step, [view[:rows] for view in views], np.concatenate(ids)
 
     def __iter__(self) -> Iterator[tuple]:
         start = self._position if self._resumed else 0
@@ -193,11 +208,11 @@ class _Loader:
         order = self._order()
         self._position = start
         while True:
+            batches = self._batches(order, self._position)
             try:
-                for batch, images in self._decoder.run(self._requests(order, self._position)):
-                    self._position = batch.step + 1
-                    views = images if self.backend == "dali" else self._augment(batch, images)
-                    yield *views, torch.from_numpy(batch.ids)
+                for step, views, ids in ahead(batches, self.device) if self.prefetch else batches:
+                    self._position = step + 1
+                    yield *views, torch.from_numpy(ids)
                 break
             except CorruptImageError as error:
                 if self.on_error == "raise":
@@ -209,19 +224,20 @@ class _Loader:
                     raise ValueError("every image of the source is corrupt") from error
         self.epoch, self._position = self.epoch + 1, 0
 
-    def _augment(self, batch: Batch, images: list) -> list[Tensor]:
-        """What the fused backend's decoder gave → views, in a set of reused tensors."""
-        out = self._next_buffer(len(batch.ids))
+    def _fill(self, part: Batch, images: list, out: list[Tensor]) -> None:
+        """What the decoder gave for a part of a batch → its rows of the views."""
         if isinstance(self._decoder, DaliCrops):
             for (crops, ints, floats), view in zip(images, out, strict=True):
                 finish_crops(crops, ints, floats, self.augmentation, view)
-            return out
-        params = self._draw(batch.ids, np.array([i.shape[:2] for i in images]).reshape(-1, 2))
-        for one, view in zip(params, out, strict=True):
-            apply_views(images, one, self.augmentation, out=view)
-        return out
+        elif isinstance(self._decoder, DaliViews):
+            for made, view in zip(images, out, strict=True):
+                view.copy_(made)
+        else:
+            sizes = np.array([i.shape[:2] for i in images]).reshape(-1, 2)
+            for one, view in zip(self._draw(part.ids, sizes), out, strict=True):
+                apply_views(images, one, self.augmentation, out=view)
 
-    def _next_buffer(self, rows: int) -> list[Tensor]:
+    def _next_buffer(self) -> list[Tensor]:
         """Two sets of output tensors in turn: filling fresh memory costs more than the work."""
         if len(self._buffers) < 2:
             shape = (self.rows, 3, self.augmentation.size, self.augmentation.size)
@@ -234,15 +250,14 @@ class _Loader:
             )
         else:
             self._buffers.reverse()
-        return [view[:rows] for view in self._buffers[-1]]
+        return self._buffers[-1]
 
 
 class TwoViewLoader(_Loader):
     """Iterates (view1, view2, index): two random views of each image, and the images' numbers.
 
     view1, view2: [N, 3, size, size] on `device`; index: int64 [N] on the CPU, into the source.
-    With backend "fused" a batch is overwritten when the batch after the next is made: clone it to
-    keep it.
+    A batch is overwritten once the next is asked for: clone it to keep it.
 
     source: anything that `open_source` takes: a folder, files, shards, an array, a data set.
     batch_size: images per step over all ranks; rank r of W gets its share of each batch.
@@ -254,9 +269,10 @@ class TwoViewLoader(_Loader):
         keeps it until the first clip. That moves a view's values by .1/255 on average, and one in
         two thousand by more than 2/255. Default: fused on the CPU; on the GPU dali, until somebody
         measures otherwise.
-    channels_last: memory format of the views. dtype: float32, float16 or (fused) bfloat16.
+    channels_last: memory format of the views. dtype: float32, float16 or bfloat16.
     on_error: a corrupt image raises `CorruptImageError`, which names it, or is logged, counted in
         `skipped` and replaced by another ("skip").
+    prefetch: a thread makes the next batch while this one is in use. Default: on a GPU.
     Each iteration is one epoch; the next has another order and other views. `set_epoch` chooses.
 
     Raises:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from simclr_fast.augment import Augmentation, ViewParams, pack_params
 from simclr_fast.image_check import checked_size, try_decoding
@@ -31,11 +30,16 @@ class CorruptImageError(ValueError):
 
 @dataclass
 class Batch:
-    """One step's request: sample ids int64 [n], and how to draw their views' parameters."""
+    """A part of one step's request: sample ids int64 [n], and how to draw their parameters.
+
+    first: its first row in the step's batch. last: whether it is the step's last part.
+    """
 
     step: int
     ids: np.ndarray
     draw: Callable[[np.ndarray, np.ndarray], list[ViewParams]]
+    first: int = 0
+    last: bool = True
 
 
 def import_dali() -> Any:
@@ -223,7 +227,11 @@ class Decoder:
 
 
 class DaliViews(Decoder):
-    """Decodes and augments inside DALI: `run` gives (batch, [view [n, 3, size, size], …])."""
+    """Decodes and augments inside DALI: `run` gives (batch, [view [n, 3, size, size], …]).
+
+    The views are DALI's memory: on the device, valid until the next batch is asked for, and ordered
+    after the current stream's work by then.
+    """
 
     _needs_dali = True
     _keeps = False
@@ -320,26 +328,14 @@ class DaliViews(Decoder):
         return pipeline.run(torch.cuda.current_stream(self.device))
 
     def _unpack(self, outputs: Any) -> list:
-        return [self._to_torch(view) for view in outputs]
-
-    def _to_torch(self, view: Any) -> Tensor:
-        dense = view.as_tensor()
-        made = torch.empty(dense.shape(), dtype=self.dtype, device=self.device)
-        if self.device.type == "cpu":
-            made.copy_(torch.from_numpy(np.asarray(dense)))
-        else:
-            from nvidia.dali.plugin.pytorch import feed_ndarray
-
-            # On the stream that the outputs were ordered to: no wait on the host.
-            feed_ndarray(dense, made, cuda_stream=torch.cuda.current_stream(self.device))
-        return made.permute(0, 3, 1, 2) if self.channels_last else made
+        views = [torch.from_dlpack(view.as_tensor()) for view in outputs]
+        return [v.permute(0, 3, 1, 2) if self.channels_last else v for v in views]
 
 
 class DaliCrops(DaliViews):
     """Decodes, cuts and resizes inside DALI: `run` gives (batch, [(crops, ints, floats), …]).
 
-    One triple per view, on the device, as `finish_crops` takes them. They are DALI's memory: valid
-    until the next batch is asked for, and ordered after the current stream's work by then.
+    One triple per view, as `finish_crops` takes them; for how long, see `DaliViews`.
     """
 
     def _view_feeds(self, params: ViewParams) -> list[np.ndarray]:

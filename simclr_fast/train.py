@@ -134,10 +134,9 @@ def _pretrain(config: PretrainConfig, world: World) -> Path:
             for view1, view2, index in loader:
                 world.mark(step + 1, "training")
                 metrics.waited += time.perf_counter() - waiting
-                views = torch.cat([view1, view2]).to(world.device)
                 optimizer.zero_grad(set_to_none=True)
                 try:
-                    _, loss, statistics = large_batch.backward(views, loss_fn)
+                    _, loss, statistics = large_batch.backward((view1, view2), loss_fn)
                 except torch.OutOfMemoryError as error:
                     work = workload(config, world, autocast)
                     raise planner.out_of_memory(work, memory, micro_batch) from error
@@ -210,6 +209,8 @@ def loader_options(config: PretrainConfig, world: World) -> dict[str, Any]:
         "device": world.device,
         "backend": config.backend,
         "channels_last": config.channels_last,
+        # What autocast would round them to.
+        "dtype": autocast_dtype(config, world.device) or torch.float32,
         "on_error": config.on_error,
         "num_threads": config.workers,
     }

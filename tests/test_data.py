@@ -2,6 +2,8 @@
 
 import io
 import logging
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -221,12 +223,60 @@ def test_bad_arguments_are_named(folder, options, says):
         TwoViewLoader(folder, **{"batch_size": 4, "augmentation": AUG, **options})
 
 
-def test_the_dtype_is_one_that_the_backend_has(folder):
-    view, _, _ = next(iter(TwoViewLoader(folder, 4, 16, dtype=torch.bfloat16)))
-    assert view.dtype == torch.bfloat16
-    for backend, dtype in (("dali", torch.bfloat16), ("fused", torch.float64)):
-        with pytest.raises(TypeError, match=f"backend '{backend}', got {dtype}"):
-            TwoViewLoader(folder, 4, 16, backend=backend, dtype=dtype)
+@pytest.mark.parametrize("backend", ["fused", "dali"])
+def test_every_dtype(folder, backend):
+    def view(dtype):
+        loader = TwoViewLoader(folder, 4, augmentation=QUICK, backend=backend, dtype=dtype)
+        return next(iter(loader))[0].clone()
+
+    exact = view(torch.float32)
+    for dtype in (torch.float16, torch.bfloat16):
+        rounded = view(dtype)
+        assert rounded.dtype == dtype
+        assert torch.equal(rounded, exact.to(dtype))
+    with pytest.raises(TypeError, match=r"dtype must be .*got torch\.float64"):
+        TwoViewLoader(folder, 4, 16, backend=backend, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("backend", ["fused", "dali"])
+def test_parts_and_threads_change_nothing(folder, backend, monkeypatch):
+    def epochs(**options):
+        loader = TwoViewLoader(
+            folder, 7, augmentation=QUICK, backend=backend, drop_last=False, **options
+        )
+        return run(loader) + run(loader)
+
+    plain = epochs(prefetch=False)
+    assert equal(epochs(prefetch=True), plain)
+    monkeypatch.setattr("simclr_fast.data._PART", 3)
+    assert equal(epochs(prefetch=False), plain)
+    assert equal(epochs(prefetch=True), plain)
+
+
+def test_a_batch_in_use_is_not_overwritten_by_the_thread(folder):
+    """And its state counts only what was handed out."""
+    loader = TwoViewLoader(folder, 5, augmentation=QUICK, prefetch=True)
+    for step, (view1, _, _) in enumerate(loader):
+        before = view1.clone()
+        time.sleep(0.05)
+        assert torch.equal(view1, before)
+        assert loader.state_dict()["position"] == step + 1
+        if step == 2:
+            break
+    assert not [t for t in threading.enumerate() if t.name == "next-batch"]
+
+
+def test_prefetch_skips_corrupt_images_alike(folder, tmp_path):
+    write_images(tmp_path)
+    (tmp_path / "0" / "00.jpeg").write_bytes(b"no image")
+
+    def epochs(prefetch):
+        loader = TwoViewLoader(tmp_path, 5, augmentation=QUICK, on_error="skip", prefetch=prefetch)
+        return run(loader) + run(loader)
+
+    assert equal(epochs(True), epochs(False))
+    with pytest.raises(CorruptImageError, match=r"00\.jpeg"):
+        run(TwoViewLoader(tmp_path, 5, augmentation=QUICK, prefetch=True))
 
 
 def test_state_of_another_loader_is_refused(folder):

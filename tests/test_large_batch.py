@@ -47,6 +47,16 @@ def test_equals_plain_autograd(model, mode):
     assert_equal(found, reference(model))
 
 
+@pytest.mark.parametrize("memory", ["plain", "replay", "lockstep"])
+def test_views_may_come_in_parts(memory):
+    mode = {"memory": memory, "micro_batch": 5}
+    x = views()
+    parts = (x[:7], x[7:7], x[7:])
+    assert_equal(step(simclr("resnet18"), lambda m: run(m, parts, **mode)), reference("resnet18"))
+    with pytest.raises(ValueError, match="views must hold"):
+        run(simclr("resnet18"), (), **mode)
+
+
 def timm_resnet():
     """Deep stem, pooled shortcut, squeeze-and-excitation."""
     resnet = pytest.importorskip("timm").models.resnet

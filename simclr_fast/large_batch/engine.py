@@ -1,7 +1,7 @@
 """A step of contrastive training at a batch whose activations do not fit: `LargeBatch.backward`."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
@@ -78,7 +78,7 @@ class LargeBatch:
         self.run = model
         self._sync = True
         if memory == "lockstep":
-            self.lockstep = Lockstep(model, self.micro_batch, self.group, offload_gb)
+            self.lockstep = Lockstep(model, self.group, offload_gb)
         elif self.group is not None:
             # Statistics are the same on all ranks already. torch 2.14 renames the option.
             options = inspect.signature(DistributedDataParallel).parameters
@@ -99,14 +99,18 @@ class LargeBatch:
         finally:
             self._sync = before
 
-    def backward(self, views: Tensor, loss_fn: Callable[[Any], Any]) -> Any:
+    def backward(self, views: Tensor | Sequence[Tensor], loss_fn: Callable[[Any], Any]) -> Any:
         """Add the gradients of loss_fn(model(views)) to .grad, and return what loss_fn returned.
 
-        views: [N, ...], this rank's rows, N ≥ 0.
+        views: [N, ...], this rank's rows, N ≥ 0; or parts of it in order, such as (view1, view2):
+            with micro-batches they need not be joined, which would take their memory once more.
         loss_fn: takes what model(views) returns, for all N rows; returns a scalar loss, or a tuple
             that begins with it. It is called once; what it returns comes back detached.
         """
-        device = views.device.type
+        parts = (views,) if isinstance(views, Tensor) else tuple(views)
+        if not parts:
+            raise ValueError("views must hold a tensor at least")
+        device = parts[0].device.type
         ambient = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         dtype = self.autocast or ambient
 
@@ -127,18 +131,24 @@ class LargeBatch:
 
         with torch.autocast(device, enabled=False):
             if self.memory == "lockstep":
-                return self.lockstep.backward(views, loss_of, autocast, self._sync)
+                return self.lockstep.backward(self._split(parts), loss_of, autocast, self._sync)
             if self.memory == "grad-cache":
                 if not self.allow_ghost_bn:
                     grad_cache.refuse_ghost_batch_norm(self.model)
                 return grad_cache.backward(
-                    self.model, self.run, views, loss_of, self.micro_batch, autocast, self._sync
+                    self.model, self.run, self._split(parts), loss_of, autocast, self._sync
                 )
             replay = self.memory == "replay"
             with self._unsynced(), self._norms(replay):
+                joined = parts[0] if len(parts) == 1 else torch.cat(parts)
                 with autocast(True):
-                    outputs = self.run(views)
+                    outputs = self.run(joined)
                 return loss_of(outputs)
+
+    def _split(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Micro-batches, one at least; only without rows is one empty."""
+        split = [p for part in parts for p in part.split(self.micro_batch) if len(p)]
+        return split or [parts[0][:0]]
 
     def _norms(self, replay: bool) -> AbstractContextManager:
         if not replay and (self.group is None or not batch_norms(self.model)):

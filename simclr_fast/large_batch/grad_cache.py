@@ -5,7 +5,7 @@ Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limi
 respect to them, then each micro-batch forward again and backward with its share.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -30,18 +30,18 @@ def refuse_ghost_batch_norm(model: nn.Module) -> None:
 def backward(
     model: nn.Module,
     run: nn.Module,
-    views: Tensor,
+    parts: Sequence[Tensor],
     loss_of: Callable[[Any], Any],
-    micro_batch: int,
     autocast: Callable[[], AbstractContextManager],
     sync: bool,
 ) -> Any:
-    """See `LargeBatch.backward`. run: `model`, or DistributedDataParallel around it."""
-    parts = views.split(micro_batch)
+    """See `LargeBatch.backward`. run: `model`, or DistributedDataParallel around it. parts: the
+    micro-batches."""
+    device = parts[0].device
     states, outputs = [], []
     with torch.no_grad(), _untracked(model):
         for part in parts:
-            states.append(_random_state(views.device))
+            states.append(_random_state(device))
             with autocast():
                 outputs.append(model(part))
     columns = list(zip(*(tensors(o) for o in outputs), strict=True))
@@ -50,10 +50,10 @@ def backward(
     sizes = [len(part) for part in parts]
     del outputs, columns
     shares = [None if leaf.grad is None else leaf.grad.split(sizes) for leaf in leaves]
-    devices = [views.device] if views.is_cuda else []
+    devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         for i, part in enumerate(parts):
-            _set_random_state(states[i], views.device)
+            _set_random_state(states[i], device)
             # Ranks meet once, in the backward of their last micro-batch.
             waits = isinstance(run, DistributedDataParallel) and not (sync and i == len(parts) - 1)
             with run.no_sync() if waits else nullcontext():  # type: ignore[operator]

@@ -18,7 +18,7 @@ micro-batch's g passes its segment alone, and the gradients of parameters add up
 Cost: every convolution forward twice and backward once, 4/3 of the plain work.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -44,11 +44,10 @@ class Lockstep:
     def __init__(
         self,
         model: nn.Module,
-        micro_batch: int,
         group: dist.ProcessGroup | None = None,
         offload_gb: float = 0,
     ) -> None:
-        self.model, self.micro_batch, self.group = model, micro_batch, group
+        self.model, self.group = model, group
         self.offload_gb = offload_gb
         self.arena: Arena | None = None
         self.graph = Graph(model)
@@ -57,21 +56,22 @@ class Lockstep:
 
     def backward(
         self,
-        views: Tensor,
+        parts: Sequence[Tensor],
         loss_of: Callable[[Any], Any],
         autocast: Callable[[], AbstractContextManager],
         sync: bool = True,
     ) -> Any:
-        """See `LargeBatch.backward`. autocast: makes the context of the model's operations."""
+        """See `LargeBatch.backward`. parts: the micro-batches. autocast: makes the context of the
+        model's operations."""
         if self.flags != flags(self.model):
             self.graph, self.flags = Graph(self.model), flags(self.model)
         self.autocast = autocast
         self.statistics = {}
         blocks = self.graph.blocks
-        values, saved = self._forward(views)
+        values, saved = self._forward(parts)
         leaves = {n: torch.cat([v[n] for v in values]).requires_grad_() for n in self.graph.outputs}
         result = loss_of(self.graph.rebuild(leaves))
-        sizes = [len(part) for part in views.split(self.micro_batch)]
+        sizes = [len(part) for part in parts]
         gradients: list[Values] = [{} for _ in sizes]
         for node, leaf in leaves.items():
             if leaf.grad is not None:
@@ -89,13 +89,13 @@ class Lockstep:
         return result
 
     @torch.no_grad()
-    def _forward(self, views: Tensor) -> tuple[list[Values], list[Stored]]:
+    def _forward(self, parts: Sequence[Tensor]) -> tuple[list[Values], list[Stored]]:
         """The outputs of every micro-batch, and the blocks' inputs."""
         if self.offload_gb and self.arena is None:
-            self.arena = Arena(self.offload_gb, views.device)
+            self.arena = Arena(self.offload_gb, parts[0].device)
         if self.arena is not None:
             self.arena.clear()
-        values: list[Values] = [{self.graph.input: p} for p in views.split(self.micro_batch)]
+        values: list[Values] = [{self.graph.input: p} for p in parts]
         saved = []
         for block in self.graph.blocks:
             inputs = [v[block.input] for v in values]

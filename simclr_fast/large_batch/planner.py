@@ -28,7 +28,10 @@ MICRO_BATCHES = (256, 128, 64, 32)
 _CONTEXT = 1.0e9
 _USABLE = 0.95
 _LAUNCH = 4e-6
-# Of the roofline; see the module's docstring and tests/test_planner.py.
+# DALI's memory for one part of a batch: its pipeline of both views, run on the CPU, holds 13 MB per
+# image of 500×375 at 224², and a part is 128 images.
+_DALI = 128 * 16e6
+# Of the roofline; see the module's docstring.
 _EFFICIENCY = 0.58
 # Pinned copies over PCIe 4.0 ×16, bytes per second each way (32 GB/s less protocol).
 _PCIE = 25e9
@@ -43,6 +46,10 @@ class Gpu:
     name: str
     flops: float
     bandwidth: float
+
+    def seconds(self, flops: float, moved: float) -> float:
+        """Of one operation, at peak."""
+        return max(flops / self.flops, moved / self.bandwidth, _LAUNCH)
 
 
 # By memory, GB: the GPU that the times are predicted for.
@@ -170,19 +177,16 @@ class Workload:
         """Bytes outside of the simulated step."""
         with torch.device("meta"):
             parameters = sum(p.numel() * p.element_size() for p in self.make().parameters())
-        views = self.rows * 3 * self.image_size**2 * 4
+        # The next batch's views; the step counts those of this one.
+        views = self.rows * 3 * self.image_size**2 * (2 if self.dtype else 4)
         buckets = self.ranks > 1 and memory != "lockstep"
-        # The batch at hand and the next, on CUDA in DALI's queue of two.
-        loader = views * (3 if self.cuda else 2)
-        return parameters * (self.state + buckets) + loader + (_CONTEXT if self.cuda else 0)
+        found = parameters * (self.state + buckets) + views
+        return found + _CONTEXT + _DALI * (self.image_size / 224) ** 2 if self.cuda else found
 
     @property
     def _step(self) -> Step:
         shape = (3, self.image_size, self.image_size)
-        return Step(self.make, shape, _loss, self.dtype, self.cuda, self._clock)
-
-    def _clock(self, flops: float, moved: float) -> float:
-        return max(flops / self.gpu.flops, moved / self.gpu.bandwidth, _LAUNCH)
+        return Step(self.make, shape, _loss, self.dtype, self.cuda, self.gpu.seconds)
 
     @property
     def _per_view(self) -> float:

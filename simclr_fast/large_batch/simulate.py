@@ -125,7 +125,7 @@ class Step:
         meter = Meter(self.clock)
         with FakeTensorMode() if fake else nullcontext(), _norms_of_cuda(self.cuda):
             model = self.make().train()
-            views = torch.empty(rows, *self.shape)
+            views = torch.empty(rows, *self.shape, dtype=self.dtype)
             step = LargeBatch(
                 model,
                 memory=memory,
@@ -142,7 +142,10 @@ class Step:
                     meter.phase = ("backward", len(meter.phases))
                     return self.loss(outputs)
 
-                step.backward(views, loss)
+                # Two views, as the loader gives them; micro-batches of a whole number each, so that
+                # steps of different `rows` lie on one line.
+                whole = memory in ("lockstep", "grad-cache")
+                step.backward(views if whole else views.chunk(2), loss)
         return meter.phases
 
 
