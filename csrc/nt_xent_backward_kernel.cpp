@@ -9,14 +9,12 @@
 namespace simclr::SIMCLR_ISA {
 namespace {
 
-// A block of u in slices of kProductVecs vectors of features: [slice][block][features].
+// A row of u in slices of kProductVecs vectors of features, `stride` apart.
 template <class T>
-void slice(const T* u, int64_t count, int64_t dim, int64_t padded_dim, int64_t block, T* out) {
+void slice_row(const T* u, int64_t dim, int64_t padded_dim, int64_t stride, T* out) {
   constexpr int64_t width = kProductVecs * kLanes<T>;
-  for (int64_t d = 0; d < padded_dim; d += width, out += block * width)
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t k = 0; k < width; ++k)
-        out[r * width + k] = d + k < dim ? u[r * dim + d + k] : T(0);
+  for (int64_t d = 0; d < padded_dim; d += width, out += stride)
+    for (int64_t k = 0; k < width; ++k) out[k] = d + k < dim ? u[d + k] : T(0);
 }
 
 // What multiplies the exponentials: see Weights in nt_xent_tiles.h.
@@ -58,24 +56,32 @@ Factors<T> make_factors(const NtXentBackward<T>& p) {
   return f;
 }
 
+// g [rows, padded_dim] = Σ_j W_ij u_j.
 template <class T>
 void weighted_sums(const NtXentBackward<T>& p, const Factors<T>& f, T* g, int64_t padded_dim) {
   const int64_t block = block_rows<T>(p.total);
   const int pair_bits = p.classes.ids ? 0 : 1;
-  bool finite = true;
-  const Packed<T> columns =
-      pack(p.u, 0, p.total, p.dim, block, pair_bits, p.workers, p.workspace, &finite);
   const bool symmetric = p.rows == p.total;
+  const int64_t padded_rows = round_up(p.rows, kPanel<T>);
+  // What the products read: [block][slice][row][features].
+  constexpr int64_t width = kProductVecs * kLanes<T>;
+  const int64_t sliced_dim = round_up(padded_dim, width);
+  T* sliced = allocate<T>(p.workspace, round_up(p.total, block) * sliced_dim);
+  bool finite = true;
+  const Packed<T> columns = pack(
+      p.u, 0, p.total, p.dim, block, pair_bits, p.workers, p.workspace, &finite, [&](int64_t row) {
+        if (row < padded_rows) __builtin_memset(g + row * padded_dim, 0, padded_dim * sizeof(T));
+        if (row < p.total)
+          slice_row(p.u + row * p.dim, p.dim, padded_dim, block * width,
+                    sliced + row / block * block * sliced_dim + row % block * width);
+      });
   const Packed<T> rows = symmetric ? columns
                                    : pack(p.u, p.row_offset, p.rows, p.dim, block, pair_bits,
-                                          p.workers, p.workspace, &finite);
-  const int64_t sliced = block * round_up(padded_dim, kProductVecs * kLanes<T>);
-  const int64_t each = block * block + 2 * sliced;
-  T* scratch = allocate<T>(p.workspace, p.workers.count * each);
+                                          p.workers, p.workspace, &finite, [](int64_t) {});
+  T* scratch = allocate<T>(p.workspace, p.workers.count * block * block);
   for_block_pairs(rows, columns, p.workers, p.workspace, [&](int64_t b, int64_t c, int64_t worker) {
     const Block<T> I = rows[b], J = columns[c];
-    T* w = scratch + worker * each;
-    T *u_rows = w + block * block, *u_columns = u_rows + sliced;
+    T* w = scratch + worker * block * block;
     const Weights<T> weights{f.factor + I.first,
                              f.factor + J.first,
                              f.lse ? f.lse + I.first : nullptr,
@@ -86,13 +92,11 @@ void weighted_sums(const NtXentBackward<T>& p, const Factors<T>& f, T* g, int64_
       weigh_panel(I, J, j, p.dim, weights);
       if (f.share) subtract_shares(I, J, j, p.classes.ids, f.share, w, block);
     }
-    slice(p.u + J.first * p.dim, J.count, p.dim, padded_dim, block, u_columns);
-    add_product(w, block, int64_t(1), I.padded, J.count, u_columns, block,
-                g + (I.first - rows.first) * padded_dim, padded_dim);
-    if (!symmetric || b == c) return;
-    slice(p.u + I.first * p.dim, I.count, p.dim, padded_dim, block, u_rows);
-    add_product(w, int64_t(1), block, J.padded, I.count, u_rows, block,
-                g + (J.first - rows.first) * padded_dim, padded_dim);
+    add_product(w, block, int64_t(1), I.padded, J.count, sliced + c * block * sliced_dim, block,
+                g + b * block * padded_dim, padded_dim);
+    if (symmetric && b != c)
+      add_product(w, int64_t(1), block, J.padded, I.count, sliced + b * block * sliced_dim, block,
+                  g + c * block * padded_dim, padded_dim);
   });
 }
 
@@ -169,12 +173,8 @@ void finish(const NtXentBackward<T>& p, const Factors<T>& f, const T* g, int64_t
 template <class T>
 void backward(const NtXentBackward<T>& p) {
   const int64_t padded_dim = round_up(p.dim, kLanes<T>);
-  const int64_t padded_rows = round_up(p.rows, kPanel<T>);
   const Factors<T> factors = make_factors(p);
-  T* g = allocate<T>(p.workspace, padded_rows * padded_dim);
-  parallel_rows(p.workers, padded_rows, [&](int64_t row) {
-    __builtin_memset(g + row * padded_dim, 0, padded_dim * sizeof(T));
-  });
+  T* g = allocate<T>(p.workspace, round_up(p.rows, kPanel<T>) * padded_dim);
   weighted_sums(p, factors, g, padded_dim);
   if (p.classes.ids)
     finish_class_gradients(p, factors.scale / __builtin_sqrt(p.temperature * kLog2E), g,

@@ -89,34 +89,48 @@ struct Packed {
   }
 };
 
+template <class T>
+struct Four {
+  typedef T Type __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T))));
+};
+
+// Four rows of u's features 0..3 to four features of panel's rows 0..3.
+template <class T>
+SIMCLR_INLINE void transpose(const T* u, int64_t dim, T* panel, typename Four<T>::Type& poison) {
+  using V = typename Four<T>::Type;
+  V r[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[i] = *reinterpret_cast<const V*>(u + i * dim);
+    poison += r[i] * 0;
+  }
+#pragma GCC unroll 4
+  for (int f = 0; f < 4; ++f)
+    *reinterpret_cast<V*>(panel + f * kPanel<T>) = V{r[0][f], r[1][f], r[2][f], r[3][f]};
+}
+
 // Returns whether every value is a number.
 template <class T>
 bool pack_panel(const T* u, int64_t rows, int64_t dim, T* panel) {
-  constexpr int64_t tile = 16;
-  T poison[tile] = {};
-  for (int64_t k = 0; k < dim; k += tile)
-    for (int64_t r = 0; r < kPanel<T>; ++r) {
-      T* out = panel + k * kPanel<T> + r;
-      const int64_t features = smaller(tile, dim - k);
-      if (r < rows && features == tile) {
-        for (int64_t f = 0; f < tile; ++f) poison[f] += u[r * dim + k + f] * 0;
-        for (int64_t f = 0; f < tile; ++f) out[f * kPanel<T>] = u[r * dim + k + f];
-      } else {
-        for (int64_t f = 0; f < features; ++f) {
-          const T value = r < rows ? u[r * dim + k + f] : T(0);
-          poison[f] += value * 0;
-          out[f * kPanel<T>] = value;
-        }
-      }
+  typename Four<T>::Type poison{};
+  const int64_t whole_rows = rows / 4 * 4, whole_dim = dim / 4 * 4;
+  for (int64_t r = 0; r < whole_rows; r += 4)
+    for (int64_t k = 0; k < whole_dim; k += 4)
+      transpose(u + r * dim + k, dim, panel + k * kPanel<T> + r, poison);
+  for (int64_t r = 0; r < kPanel<T>; ++r)
+    for (int64_t k = r < whole_rows ? whole_dim : 0; k < dim; ++k) {
+      const T value = r < rows ? u[r * dim + k] : T(0);
+      poison[0] += value * 0;
+      panel[k * kPanel<T> + r] = value;
     }
-  T sum = 0;
-  for (int64_t f = 0; f < tile; ++f) sum += poison[f];
-  return sum == 0;
+  return poison[0] + poison[1] + poison[2] + poison[3] == 0;
 }
 
-template <class T>
+// each_row(row) runs for every row of a panel, those that fill it up too, on the panel's thread.
+template <class T, class F>
 Packed<T> pack(const T* u, int64_t first, int64_t count, int64_t dim, int64_t block, int pair_bits,
-               const Workers& workers, const Workspace& workspace, bool* finite) {
+               const Workers& workers, const Workspace& workspace, bool* finite,
+               const F& each_row) {
   const int64_t panels = round_up(count, kPanel<T>) / kPanel<T>;
   T* packed = allocate<T>(workspace, panels * kPanel<T> * dim);
   parallel(workers, panels, [&](int64_t p, int64_t) {
@@ -124,6 +138,7 @@ Packed<T> pack(const T* u, int64_t first, int64_t count, int64_t dim, int64_t bl
     if (!pack_panel(u + (first + row) * dim, smaller(kPanel<T>, count - row), dim,
                     packed + row * dim))
       __atomic_store_n(finite, false, __ATOMIC_RELAXED);
+    for (int64_t r = row; r < row + kPanel<T>; ++r) each_row(r);
   });
   return {packed, first, count, dim, block, pair_bits};
 }

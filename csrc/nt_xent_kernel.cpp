@@ -130,9 +130,7 @@ double softplus_of_bits(double bits) {
 
 template <class T>
 void finish_row(const NtXentForward<T>& p, const Sums& sums, const T* references,
-                const ClassSums<T>* classes, int64_t row) {
-  const T* u = p.u + (p.row_offset + row) * p.dim;
-  const double positive = p.classes.ids ? 0 : dot(u, row % 2 ? u - p.dim : u + p.dim, p.dim);
+                const ClassSums<T>* classes, double positive, int64_t row) {
   Negatives all{__builtin_log2(sums.sum[2 * row] + sums.sum[2 * row + 1]), 0, 0};
   if (references || p.stats) {
     Negatives negatives[2];
@@ -167,12 +165,12 @@ void forward(const NtXentForward<T>& p) {
   const int64_t block = block_rows<T>(p.total);
   const int pair_bits = p.classes.ids ? 0 : 1;
   bool finite = true;
-  const Packed<T> columns =
-      pack(p.u, 0, p.total, p.dim, block, pair_bits, p.workers, p.workspace, &finite);
+  const Packed<T> columns = pack(p.u, 0, p.total, p.dim, block, pair_bits, p.workers, p.workspace,
+                                 &finite, [](int64_t) {});
   const bool symmetric = p.rows == p.total;
   const Packed<T> rows = symmetric ? columns
                                    : pack(p.u, p.row_offset, p.rows, p.dim, block, pair_bits,
-                                          p.workers, p.workspace, &finite);
+                                          p.workers, p.workspace, &finite, [](int64_t) {});
   if (!finite) {
     for (int64_t i = 0; i < p.rows; ++i) p.lse[i] = p.loss[i] = T(__builtin_nan(""));
     for (int64_t i = 0; p.stats && i < 4 * p.rows; ++i) p.stats[i] = T(__builtin_nan(""));
@@ -200,8 +198,12 @@ void forward(const NtXentForward<T>& p) {
   }
   ClassSums<T> classes{};
   if (p.classes.ids) classes = sum_classes(p);
-  parallel_rows(p.workers, p.rows,
-                [&](int64_t row) { finish_row(p, sums, references, &classes, row); });
+  parallel_rows(p.workers, (p.rows + 1) / 2, [&](int64_t pair) {
+    const T* u = p.u + (p.row_offset + 2 * pair) * p.dim;
+    const double positive = p.classes.ids ? 0 : dot(u, u + p.dim, p.dim);
+    for (int64_t row = 2 * pair; row < smaller(2 * pair + 2, p.rows); ++row)
+      finish_row(p, sums, references, &classes, positive, row);
+  });
 }
 
 }  // namespace

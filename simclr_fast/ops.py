@@ -234,9 +234,13 @@ class _NTXent(torch.autograd.Function):
         if ctx.reduction == NONE:
             grad = grad.unflatten(0, (2, -1)).T.flatten()
         saved = ctx.saved_tensors
-        grad_z, grad_temperature = nt_xent_backward(
-            grad, ctx.reduction == MEAN, *saved, 0, ctx.decoupled
-        )
+        arguments = grad, ctx.reduction == MEAN, *saved, 0, ctx.decoupled
+        if torch.is_grad_enabled():
+            # create_graph: through what refuses a double backward.
+            grad_z, grad_temperature = nt_xent_backward(*arguments)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                grad_z, grad_temperature = nt_xent_backward(*arguments)
         grads = (grad_z, None) if saved[5] is None else grad_z.chunk(2)
         return *grads, grad_temperature, None, None, None
 
