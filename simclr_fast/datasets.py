@@ -1,10 +1,10 @@
-"""Data by name: "demo", "cifar10:ROOT", "stl10:ROOT", or a path."""
+"""Data by name: "demo", "demo-scattered", "cifar10:ROOT", "stl10:ROOT", or a path."""
 
 from typing import Literal, overload
 
-from simclr_fast.demo import demo_folder
+from simclr_fast.demo import CLASSES, demo_folder, scattered_images
 from simclr_fast.extras import need
-from simclr_fast.sources import DatasetSource, Source, open_source
+from simclr_fast.sources import ArraySource, DatasetSource, Source, open_source
 
 
 @overload
@@ -19,6 +19,10 @@ def named_source(data: str, split: Literal["train", "test"] = "train") -> Source
     """
     if data == "demo":
         return open_source(demo_folder(split))
+    if data == "demo-scattered":
+        source = ArraySource(*scattered_images(split))
+        source.classes = CLASSES
+        return source
     name, _, root = data.partition(":")
     if name in ("cifar10", "stl10") and root:
         datasets = need("torchvision", "train").datasets

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from simclr_fast.extras import need
+
 CLASSES = (
     "t-shirt",
     "trouser",
@@ -60,9 +62,31 @@ def demo_images(split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     gray = np.zeros((len(garments), SIZE, SIZE, 1))
     margin = (SIZE - _SIDE) // 2
     gray[:, margin:-margin, margin:-margin, 0] = garments / 255.0
-    tint, background = _colour_pairs(rng, len(garments))
+    return _coloured(gray, rng), labels
+
+
+def scattered_images(split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """As `demo_images`, but each garment has a random side of 14 to 28 pixels and a random place.
+
+    Where the embedded images are all framed alike, these vary as photographs do.
+    """
+    image = need("PIL.Image", "train")
+    garments, labels = demo_garments(split)
+    rng = np.random.Generator(np.random.Philox(key=[seed, len(garments)]))
+    gray = np.zeros((len(garments), SIZE, SIZE, 1))
+    for canvas, garment in zip(gray, garments, strict=True):
+        side = rng.integers(_SIDE // 2, _SIDE + 1)
+        y, x = rng.integers(0, SIZE - side + 1, 2)
+        small = image.fromarray(garment).resize((side, side), image.Resampling.BOX)
+        canvas[y : y + side, x : x + side, 0] = np.asarray(small) / 255.0
+    return _coloured(gray, rng), labels
+
+
+def _coloured(gray: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """gray: [n, H, W, 1] in [0, 1], 0 the background → uint8 [n, H, W, 3]."""
+    tint, background = _colour_pairs(rng, len(gray))
     colour = gray * tint[:, None, None] + (1 - gray) * background[:, None, None]
-    return np.round(colour * 255).astype(np.uint8), labels
+    return np.round(colour * 255).astype(np.uint8)
 
 
 def _colour_pairs(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from simclr_fast import demo
+from simclr_fast.datasets import named_source
 
 
 def test_balanced_and_compact():
@@ -47,6 +48,21 @@ def test_written_once_as_jpeg_files(tmp_path, monkeypatch):
     assert demo.demo_folder("test") == folder
     assert paths[0].stat().st_mtime_ns == before
     assert [p.name for p in folder.parent.iterdir()] == ["test"]
+
+
+def test_scattered_garments_differ_in_place_and_size():
+    images, labels = demo.scattered_images("test")
+    assert np.array_equal(images, demo.scattered_images("test")[0])
+    assert np.array_equal(labels, demo.demo_images("test")[1])
+    # A garment's larger extent is about the side of its frame.
+    corner = images[:, :1, :1].astype(int)
+    other = np.abs(images.astype(int) - corner).max(3) > 40
+    spans = np.array([np.ptp(np.argwhere(o), axis=0).max() + 1 for o in other if o.any()])
+    assert spans.max() <= 32
+    assert 12 <= np.percentile(spans, 10) <= 17
+    assert 24 <= np.percentile(spans, 90) <= 28
+    source = named_source("demo-scattered", "test")
+    assert (len(source), source.classes) == (1000, demo.CLASSES)
 
 
 def test_unknown_split():
