@@ -26,7 +26,7 @@ from simclr_fast import multi_view_nt_xent_loss, nt_xent_loss, reference, sup_co
 from simclr_fast.benchmarks import harness
 from simclr_fast.benchmarks.fma_peak import fma_per_second
 from simclr_fast.benchmarks.harness import Options, Table
-from simclr_fast.benchmarks.peers import nt_xent_peers
+from simclr_fast.benchmarks.peers import nt_xent_peers, textbook_decoupled, textbook_sup_con
 
 OURS, MATMUL = "simclr_fast", "torch.mm(Z, Z.T) alone"
 TEMPERATURE = 0.1
@@ -40,16 +40,18 @@ def losses(n: int) -> dict[str, Callable]:
 
 
 def relatives(n: int) -> dict[str, Callable]:
-    """Our other losses, for the same 2N rows."""
-    labels = torch.arange(2 * n) % CLASSES
+    """Our other losses and their textbook formulas, for the same 2N rows."""
+    labels, images = torch.arange(2 * n) % CLASSES, torch.arange(n // 2).repeat(4)
+    by_class = f"supervised, {CLASSES} classes"
     return {
         "simclr_fast, decoupled": lambda z1, z2, t: nt_xent_loss(z1, z2, t, decoupled=True),
-        f"simclr_fast, supervised, {CLASSES} classes": lambda z1, z2, t: sup_con_loss(
-            torch.cat((z1, z2)), labels, t
-        ),
+        "textbook, decoupled": textbook_decoupled,
+        f"simclr_fast, {by_class}": lambda z1, z2, t: sup_con_loss(torch.cat((z1, z2)), labels, t),
+        f"textbook, {by_class}": lambda z1, z2, t: textbook_sup_con(torch.cat((z1, z2)), labels, t),
         "simclr_fast, 4 views": lambda z1, z2, t: multi_view_nt_xent_loss(
             torch.cat((z1, z2)), 4, t
         ),
+        "textbook, 4 views": lambda z1, z2, t: textbook_sup_con(torch.cat((z1, z2)), images, t),
     }
 
 
@@ -105,11 +107,11 @@ def tables(
     others: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Table]:
-    """A table per number of pairs. memory: on Linux; others: our other losses too."""
+    """A table per number of pairs. memory: on Linux; others: our other losses, by ours."""
     for n in sizes[:1] if options.quick else sizes:
         z1, z2 = views(n, dim, options.device)
         z = torch.cat((z1, z2)).detach()
-        contenders = losses(n) | (relatives(n) if others else {})
+        contenders = {OURS: nt_xent_loss, **relatives(n)} if others else losses(n)
         times = {}
         for column, run in (("forward", forward), ("forward+backward", forward_backward)):
             steps = {k: partial(run, f, z1, z2) for k, f in contenders.items()}
@@ -118,7 +120,7 @@ def tables(
         facts = {}
         if memory and options.device.type == "cpu" and sys.platform == "linux":
             facts["peak MB"] = {k: f"{peak_memory(k, n, dim):.0f}" for k in contenders}
-        if n <= LARGEST_CHECKED:
+        if n <= LARGEST_CHECKED and not others:
             facts["gradient error"] = {
                 k: f"{gradient_error(f, z1, z2):.0e}" for k, f in losses(n).items()
             }
@@ -188,7 +190,9 @@ def main() -> None:
         "--cpu-time", action="store_true", help="one thread's CPU time: for a busy machine"
     )
     parser.add_argument("--no-memory", action="store_true", help="skip the subprocesses")
-    parser.add_argument("--others", action="store_true", help="decoupled, supervised, 4 views too")
+    parser.add_argument(
+        "--others", action="store_true", help="decoupled, supervised, 4 views alone"
+    )
     parser.add_argument("--goals", action="store_true", help="what the CPU kernels aim at")
     parser.add_argument("--memory", metavar="LOSS", help="print one loss's peak memory and stop")
     given = parser.parse_args()

@@ -22,6 +22,8 @@ from simclr_fast.kernels.nt_xent_configs import VALUE_BLOCK, Plan, plan, table_c
 
 ROWS = (2048, 8192, 65536)
 DIMS = (64, 128, 256, 512)
+# The forward with statistics, and the two of the supervised loss.
+OTHERS = ("moments", "class_sums", "class_gradient")
 EXP2_PER_CYCLE = 16
 WARPS_PER_CYCLE = 4
 L2_BYTES_PER_CYCLE = 24
@@ -64,11 +66,13 @@ def predict(arch: int, kernel: str, static: Static, made: Plan, rows: int, dim: 
     block_n = config.block_m if kernel == "symmetric" else config.block_n
     whole = config.block_d >= padded
     features = config.block_d if whole else padded
-    tiles = triton.cdiv(rows, config.block_m)
-    keys = tiles // 2 + 1 if kernel == "symmetric" else triton.cdiv(rows, block_n)
+    # The moments' tiles are of one view's rows and one view's keys.
+    views = 2 if kernel == "moments" else 1
+    tiles = views**2 * triton.cdiv(rows // views, config.block_m)
+    keys = tiles // 2 + 1 if kernel == "symmetric" else triton.cdiv(rows // views, block_n)
     slices = 1
     flop = 2 * config.block_m * block_n * features
-    if kernel == "gradient":
+    if "gradient" in kernel:
         value_block = config.block_d if whole else VALUE_BLOCK
         slices = triton.cdiv(padded, value_block)
         flop += 2 * config.block_m * block_n * value_block
@@ -107,7 +111,7 @@ def row_seconds(arch: int, rows: int, dim: int, forward: Plan, gradient: Plan) -
 
 def _needed(arch: int, rows: tuple[int, ...], dims: tuple[int, ...]):
     for dim in dims:
-        for kernel in ("forward", "symmetric", "gradient"):
+        for kernel in ("forward", "symmetric", "gradient", *OTHERS):
             if table_config(kernel, divmod(arch, 10), torch.float16, padded_dim(dim)):
                 yield kernel, arch, torch.float16, padded_dim(dim), "ieee"
 
@@ -121,8 +125,9 @@ def table(archs: tuple[int, ...], rows: tuple[int, ...], dims: tuple[int, ...]) 
         "all: with the row-wise kernels and launches, overlapped.",
         "",
         "| GPU | 2N | D | forward | regs | shared KB | resident | instr./tile | o | s | limit "
-        "| backward o | s | limit | regs | floor fwd, both | all fwd | all both | all / floor |",
-        "|" + "---|" * 19,
+        "| backward o | s | limit | regs | floor fwd, both | all fwd | all both | all / floor "
+        "| forward with statistics o | s | classes: forward o | s | backward o | s |",
+        "|" + "---|" * 25,
     ]
     for arch in archs:
         for count in rows:
@@ -145,6 +150,9 @@ def _row(arch: int, rows: int, dim: int, statics: dict) -> str:
     around = row_seconds(arch, rows, dim, plans["forward"], plans["gradient"])
     both = forward.overlapped + backward.overlapped + sum(around)
     code = static(kind)
+    others = (
+        predict(arch, k, static(k), launch_plan(arch, k, rows, dim), rows, dim) for k in OTHERS
+    )
     cells = [
         gpu.name, rows, dim, "plain" if kind == "forward" else kind, code.registers,
         f"{code.shared / 1024:.0f}", code.resident, code.main_loop.outer_instructions,
@@ -152,6 +160,7 @@ def _row(arch: int, rows: int, dim: int, statics: dict) -> str:
         *(f"{1e6 * x:.1f}" for x in backward[:2]), backward.limit, static("gradient").registers,
         f"{1e6 * unit:.1f}, {5e6 * unit:.1f}", f"{1e6 * (forward.overlapped + around[0]):.1f}",
         f"{1e6 * both:.1f}", f"{both / (5 * unit):.2f}",
+        *(f"{1e6 * x:.1f}" for prediction in others for x in prediction[:2]),
     ]  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"
 

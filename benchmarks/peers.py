@@ -15,6 +15,26 @@ def textbook(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z1)))
 
 
+def textbook_decoupled(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """Decoupled contrastive loss (Yeh et al. 2022, equation 5), with the 2N × 2N matrix."""
+    z = F.normalize(torch.cat((z1, z2)), dim=1)
+    logits = z @ z.T / temperature
+    rows = torch.arange(len(z), device=z.device)
+    pair = rows.roll(len(z1))
+    positive = logits[rows, pair]
+    same = (rows == rows[:, None]) | (rows == pair[:, None])
+    return (logits.masked_fill(same, -math.inf).logsumexp(1) - positive).mean()
+
+
+def textbook_sup_con(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Supervised contrastive loss (Khosla et al. 2020, equation 2), with the matrix of all rows."""
+    z = F.normalize(z, dim=1)
+    logits = (z @ z.T / temperature).fill_diagonal_(-math.inf)
+    positives = (labels[:, None] == labels).fill_diagonal_(False)
+    log_p = logits.log_softmax(1).masked_fill(~positives, 0)
+    return -(log_p.sum(1) / positives.sum(1)).mean()
+
+
 def _rows(z: Tensor, start: int, end: int, temperature: float) -> Tensor:
     rows = torch.arange(start, end, device=z.device)
     logits = z[start:end] @ z.T / temperature

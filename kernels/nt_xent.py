@@ -66,8 +66,8 @@ def forward(
         if statistics:
             config, splits, _ = plan_for("moments", u_all, rows)
             moments = _floats(device, 6, splits, rows)
-            moments_kernel[(triton.cdiv(rows, config.block_m), splits)](
-                u_all, moments, row_offset, rows, total, padded,
+            moments_kernel[(triton.cdiv(rows // 2, config.block_m), splits, 4)](
+                u_all, temperature, moments, row_offset, rows, total, padded,
                 config.block_m, config.block_n,
                 **config.options(padded, dot_precision(u_all.dtype)),
             )  # fmt: skip

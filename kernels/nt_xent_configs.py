@@ -76,6 +76,20 @@ _HMMA: Configs = {
         Config(32, 32, 512, 8, 2),
         Config(64, 64, 64, 8, 2),
     ),
+    "sums": (
+        Config(128, 64, 64, 8, 3, 2),
+        Config(128, 64, 128, 8, 2),
+        Config(64, 64, 256, 8, 2),
+        Config(128, 64, 64, 8, 2),
+        Config(128, 64, 64, 8, 2),
+    ),
+    "class_gradient": (
+        Config(64, 64, 64, 8, 2, 2),
+        Config(64, 64, 128, 8, 2),
+        Config(64, 32, 256, 8, 2),
+        Config(32, 32, 512, 8, 2),
+        Config(64, 32, 64, 8, 2),
+    ),
     "float32 forward": (Config(64, 64, 32, 8, 2),) * 5,
     "float32 gradient": (Config(64, 32, 32, 8, 2),) * 5,
 }
@@ -99,6 +113,20 @@ _HOPPER: Configs = {
         Config(128, 128, 128, 8, 2),
         Config(128, 64, 256, 8, 2),
         Config(64, 16, 512, 8, 2),
+        Config(128, 64, 64, 8, 2),
+    ),
+    "sums": (
+        Config(128, 64, 64, 8, 3, 2),
+        Config(128, 64, 128, 8, 2, 2),
+        Config(128, 64, 256, 8, 2),
+        Config(128, 32, 512, 8, 2),
+        Config(128, 64, 64, 8, 3),
+    ),
+    "class_gradient": (
+        Config(128, 64, 64, 8, 2),
+        Config(128, 64, 128, 8, 2),
+        Config(64, 64, 256, 8, 2),
+        Config(128, 64, 64, 8, 2),
         Config(128, 64, 64, 8, 2),
     ),
     "float32 forward": (Config(64, 64, 64, 4, 2, 2), *(Config(128, 64, 32, 8, 3),) * 4),
@@ -126,6 +154,20 @@ _BLACKWELL: Configs = {
         Config(64, 32, 512, 8, 2),
         Config(128, 64, 64, 8, 2),
     ),
+    "sums": (
+        Config(128, 64, 64, 8, 3),
+        Config(128, 64, 128, 8, 2),
+        Config(128, 64, 256, 8, 2),
+        Config(128, 32, 512, 8, 2),
+        Config(128, 64, 64, 8, 3),
+    ),
+    "class_gradient": (
+        Config(128, 64, 64, 8, 2),
+        Config(128, 64, 128, 8, 2),
+        Config(128, 64, 256, 8, 2),
+        Config(64, 32, 512, 8, 2),
+        Config(64, 64, 64, 8, 2),
+    ),
     "float32 forward": (Config(64, 64, 32, 8, 2, 2),) * 5,
     "float32 gradient": (Config(64, 32, 32, 8, 2, 2),) * 5,
 }
@@ -137,10 +179,8 @@ TABLE = {
     (10, 0): _BLACKWELL,
     (12, 0): _HMMA,
 }
-# Asked for rarely: one for all GPUs.
-MOMENTS = Config(64, 32, 64, 4, 2, 3)
-MOMENTS_FLOAT32 = Config(64, 32, 32, 8, 2)
-CLASS_GRADIENT = Config(64, 32, 64, 8, 2, 2)
+# Of the statistics and the classes, asked for rarely: one for all GPUs.
+SUMS_FLOAT32 = Config(64, 32, 32, 8, 2)
 # For a GPU that the table does not list.
 SMALLEST = Config(32, 32, 32, 4, 2)
 
@@ -158,11 +198,11 @@ def table_config(
     family = [key for key in TABLE if key[0] == capability[0] and key <= capability]
     if not family:
         return None if kernel == "symmetric" else _fit(SMALLEST, padded)
-    if kernel in ("moments", "class_sums", "class_gradient"):
-        if dtype == torch.float32:
-            return _fit(MOMENTS_FLOAT32, padded)
-        return _fit(CLASS_GRADIENT if kernel == "class_gradient" else MOMENTS, padded)
+    if kernel in ("moments", "class_sums"):
+        kernel = "sums"
     if dtype == torch.float32:
+        if kernel in ("sums", "class_gradient"):
+            return _fit(SUMS_FLOAT32, padded)
         kernel = f"float32 {kernel}"
     configs = TABLE[max(family)].get(kernel, (None,) * 5)
     config = configs[sum(padded > limit for limit in LIMITS)]
@@ -219,9 +259,11 @@ def plan(
                 return Plan(config, splits, symmetric=True)
     config = table_config(kernel, capability, dtype, padded)
     assert config is not None
+    # The moments' tiles are of one view's rows and one view's keys.
+    views = 2 if kernel == "moments" else 1
     splits = best_splits(
-        triton.cdiv(rows, config.block_m),
-        triton.cdiv(total, config.block_n),
+        views**2 * triton.cdiv(rows // views, config.block_m),
+        triton.cdiv(total // views, config.block_n),
         processors * config.resident,
         GRADIENT_SPLITS if "gradient" in kernel else LOSS_SPLITS,
     )

@@ -4,8 +4,10 @@ import triton
 import triton.language as tl
 
 from .nt_xent_tiles import (
+    EXPONENT_LIMIT,
     LOWEST,
     is_negative,
+    is_other,
     masked_key,
     needs_maximum,
     plain_key,
@@ -154,65 +156,88 @@ def symmetric_kernel(
 
 
 @triton.jit
-def _online_moments(p, d, chosen, shift, total, moment):
-    """Σ exp2(d) and Σ d exp2(d), d = x - maximum, after the maximum rose by -shift."""
-    scale = tl.exp2(shift)
-    moment = scale * (moment + shift * total) + tl.sum(tl.where(chosen, p * d, 0.0), axis=1)
-    return scale * total + tl.sum(tl.where(chosen, p, 0.0), axis=1), moment
+def _moments(x, top, total, moment):
+    """Running maximum of x, Σ exp2(x) and Σ x exp2(x)."""
+    p = tl.exp2(x)
+    top = tl.maximum(top, tl.max(x, axis=1))
+    return top, total + tl.sum(p, axis=1), moment + tl.sum(p * x, axis=1)
 
 
 @triton.jit
 def moments_kernel(
     u_ptr,  # [M, D_pad], float16 or float32
+    temperature_ptr,  # [], float32
     partial_ptr,  # [2, 3, SPLITS, R], float32: other view, own view; maxima, sums, moments
     row_offset, rows, total, padded,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     WHOLE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: BM rows against one split of the M keys; what the losses and statistics need.
+    """One program: BM rows of one view against one split of one view's M / 2 keys.
 
-    Over the negatives of the other view and of the row's own: the maximum of x, Σ exp2(x - max)
-    and Σ (x - max) exp2(x - max). Traffic as negatives_kernel, with six floats per row.
+    Over the negatives: the maximum of x, Σ exp2(x - max) and Σ (x - max) exp2(x - max). A tile of
+    one view's rows and one view's keys needs no mask of views. Reads the row tile once and
+    M / 2 / SPLITS rows of û from L2, writes three floats per row.
     """
     split = tl.program_id(1)
     splits = tl.num_programs(1)
+    view = tl.program_id(2) // 2
+    own = tl.program_id(2) % 2
+    key_view = view ^ (1 - own)
     first = tl.program_id(0) * BLOCK_M
-    row = row_offset + first
-    row_end = tl.minimum(row + BLOCK_M, row_offset + rows)
-    tiles = tl.cdiv(total, BLOCK_N)
-    q = query_tile(u_ptr, row, row_end, padded, BLOCK_M, BLOCK_D, WHOLE, EVEN)
+    pair = row_offset // 2 + first
+    pair_end = tl.minimum(pair + BLOCK_M, (row_offset + rows) // 2)
+    pairs = total // 2
+    begin, end, plain, lo, hi = share(pair, pair_end, pairs, split, splits, BLOCK_N)
+    row = 2 * pair + view
+    row_end = 2 * pair_end
+    q = query_tile(u_ptr, row, row_end, padded, BLOCK_M, BLOCK_D, WHOLE, EVEN, 2)
+
+    top = tl.full([BLOCK_M], LOWEST, tl.float32)
+    sums = tl.zeros([BLOCK_M], tl.float32)
+    moment = tl.zeros([BLOCK_M], tl.float32)
+    if needs_maximum(temperature_ptr):
+        for t in range(begin, end):
+            key = tl.where(
+                t < plain, plain_key(t, lo, hi, BLOCK_N),
+                masked_key(t, plain, lo, hi, pairs, BLOCK_N),
+            )  # fmt: skip
+            x, _ = scores(
+                u_ptr, q, row, row_end, 2 * key + key_view, total, padded, BLOCK_M, BLOCK_N,
+                BLOCK_D, WHOLE, EVEN, True, PRECISION, 2,
+            )  # fmt: skip
+            negative = is_other(pair, key, pairs, BLOCK_M, BLOCK_N)
+            new_top = tl.maximum(top, tl.max(tl.where(negative, x, LOWEST), axis=1))
+            x = tl.where(negative, x - new_top[:, None], LOWEST)
+            p = tl.exp2(x)
+            scale = tl.exp2(top - new_top)
+            moment = scale * (moment + (top - new_top) * sums) + tl.sum(p * x, axis=1)
+            sums = scale * sums + tl.sum(p, axis=1)
+            top = new_top
+    else:
+        for t in range(begin, tl.minimum(end, plain)):
+            key = plain_key(t, lo, hi, BLOCK_N)
+            x, _ = scores(
+                u_ptr, q, row, row_end, 2 * key + key_view, total, padded, BLOCK_M, BLOCK_N,
+                BLOCK_D, WHOLE, EVEN, False, PRECISION, 2,
+            )  # fmt: skip
+            top, sums, moment = _moments(x, top, sums, moment)
+        for t in range(tl.maximum(begin, plain), end):
+            key = masked_key(t, plain, lo, hi, pairs, BLOCK_N)
+            x, _ = scores(
+                u_ptr, q, row, row_end, 2 * key + key_view, total, padded, BLOCK_M, BLOCK_N,
+                BLOCK_D, WHOLE, EVEN, True, PRECISION, 2,
+            )  # fmt: skip
+            x = tl.where(is_other(pair, key, pairs, BLOCK_M, BLOCK_N), x, LOWEST)
+            top, sums, moment = _moments(x, top, sums, moment)
+        # Without any negative the maximum is LOWEST, and both sums are 0.
+        scale = tl.exp2(-tl.maximum(top, -EXPONENT_LIMIT - 1.0))
+        moment = scale * (moment - tl.where(sums > 0.0, top, 0.0) * sums)
+        sums *= scale
 
     r = first + tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
-    top_o = tl.full([BLOCK_M], LOWEST, tl.float32)
-    top_s = tl.full([BLOCK_M], LOWEST, tl.float32)
-    sum_o = tl.zeros([BLOCK_M], tl.float32)
-    sum_s = tl.zeros([BLOCK_M], tl.float32)
-    moment_o = tl.zeros([BLOCK_M], tl.float32)
-    moment_s = tl.zeros([BLOCK_M], tl.float32)
-    for t in range(tiles * split // splits, tiles * (split + 1) // splits):
-        key = t * BLOCK_N
-        x, _ = scores(
-            u_ptr, q, row, row_end, key, total, padded, BLOCK_M, BLOCK_N, BLOCK_D,
-            WHOLE, EVEN, True, PRECISION,
-        )  # fmt: skip
-        negative = is_negative(row, key, total, BLOCK_M, BLOCK_N)
-        other = (((row_offset + r)[:, None] ^ (key + n)[None, :]) & 1) == 1
-        new_o = tl.maximum(top_o, tl.max(tl.where(negative & other, x, float("-inf")), axis=1))
-        new_s = tl.maximum(top_s, tl.max(tl.where(negative & ~other, x, float("-inf")), axis=1))
-        d = tl.where(negative, x - tl.where(other, new_o[:, None], new_s[:, None]), 0.0)
-        p = tl.where(negative, tl.exp2(d), 0.0)
-        sum_o, moment_o = _online_moments(p, d, other, top_o - new_o, sum_o, moment_o)
-        sum_s, moment_s = _online_moments(p, d, ~other, top_s - new_s, sum_s, moment_s)
-        top_o = new_o
-        top_s = new_s
-
+    inside = 2 * r < rows
     plane = splits.to(tl.int64) * rows
-    out = partial_ptr + split.to(tl.int64) * rows + r
-    inside = r < rows
-    tl.store(out, top_o, mask=inside)
-    tl.store(out + plane, sum_o, mask=inside)
-    tl.store(out + 2 * plane, moment_o, mask=inside)
-    tl.store(out + 3 * plane, top_s, mask=inside)
-    tl.store(out + 4 * plane, sum_s, mask=inside)
-    tl.store(out + 5 * plane, moment_s, mask=inside)
+    out = partial_ptr + 3 * own * plane + split.to(tl.int64) * rows + 2 * r + view
+    tl.store(out, top, mask=inside)
+    tl.store(out + plane, sums, mask=inside)
+    tl.store(out + 2 * plane, moment, mask=inside)

@@ -24,9 +24,10 @@ def needs_maximum(temperature_ptr):
 def load_rows(
     u_ptr, first, end, column, padded,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr,
+    STEP: tl.constexpr = 1,
 ):  # fmt: skip
-    """û[first : first + ROWS, column : column + COLUMNS], zero outside."""
-    r = tl.arange(0, ROWS)
+    """ROWS rows of û from `first` in steps of STEP, features from `column`, zero outside."""
+    r = STEP * tl.arange(0, ROWS)
     d = column + tl.arange(0, COLUMNS)
     pointers = u_ptr + tl.cast(first, tl.int64) * padded + r[:, None] * padded + d[None, :]
     if MASK_ROWS and MASK_COLUMNS:
@@ -44,10 +45,11 @@ def load_rows(
 def query_tile(
     u_ptr, row, row_end, padded,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr,
+    STEP: tl.constexpr = 1,
 ):  # fmt: skip
     """The rows of û that a program keeps, when one block holds all features."""
     if WHOLE:
-        return load_rows(u_ptr, row, row_end, 0, padded, BLOCK_M, BLOCK_D, True, not EVEN)
+        return load_rows(u_ptr, row, row_end, 0, padded, BLOCK_M, BLOCK_D, True, not EVEN, STEP)
     else:
         return row
 
@@ -57,16 +59,19 @@ def scores(
     u_ptr, queries, row, row_end, key, key_end, padded,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     WHOLE: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    STEP: tl.constexpr = 1,
 ):  # fmt: skip
     """x of the tile at (row, key), [BM, BN], and the rows of û it loaded, [BN, BD] if WHOLE."""
     if WHOLE:
-        keys = load_rows(u_ptr, key, key_end, 0, padded, BLOCK_N, BLOCK_D, MASKED, not EVEN)
+        keys = load_rows(u_ptr, key, key_end, 0, padded, BLOCK_N, BLOCK_D, MASKED, not EVEN, STEP)
         return tl.dot(queries, tl.trans(keys), input_precision=PRECISION), keys
     else:
         x = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for column in range(0, padded, BLOCK_D):
-            a = load_rows(u_ptr, row, row_end, column, padded, BLOCK_M, BLOCK_D, True, False)
-            b = load_rows(u_ptr, key, key_end, column, padded, BLOCK_N, BLOCK_D, MASKED, False)
+            a = load_rows(u_ptr, row, row_end, column, padded, BLOCK_M, BLOCK_D, True, False, STEP)
+            b = load_rows(
+                u_ptr, key, key_end, column, padded, BLOCK_N, BLOCK_D, MASKED, False, STEP
+            )
             x = tl.dot(a, tl.trans(b), x, input_precision=PRECISION)
         return x, key
 
@@ -77,6 +82,14 @@ def is_negative(row, key, key_end, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr)
     i = row + tl.arange(0, BLOCK_M)
     j = key + tl.arange(0, BLOCK_N)
     return ((i >> 1)[:, None] != (j >> 1)[None, :]) & (j < key_end)[None, :]
+
+
+@triton.jit
+def is_other(row, key, key_end, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Whether two rows differ, and lie inside the matrix, [BM, BN]."""
+    i = row + tl.arange(0, BLOCK_M)
+    j = key + tl.arange(0, BLOCK_N)
+    return (i[:, None] != j[None, :]) & (j < key_end)[None, :]
 
 
 @triton.jit

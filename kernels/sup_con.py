@@ -44,8 +44,8 @@ def forward(
     loss, lse = _floats(u_all.device, rows), _floats(u_all.device, rows)
     with torch.cuda.device_of(u_all):
         class_sums_kernel[(triton.cdiv(rows, config.block_m), splits)](
-            u_all, ids, partial, row_offset, rows, total, padded, config.block_m, config.block_n,
-            **config.options(padded, dot_precision(u_all.dtype)),
+            u_all, temperature, ids, partial, row_offset, rows, total, padded,
+            config.block_m, config.block_n, **config.options(padded, dot_precision(u_all.dtype)),
         )  # fmt: skip
         class_losses_kernel[(triton.cdiv(rows, WEIGHTS_BLOCK),)](
             partial, inverse_count, loss, lse, row_offset, rows, splits, BLOCK_R=WEIGHTS_BLOCK

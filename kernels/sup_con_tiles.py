@@ -10,73 +10,100 @@ import triton.language as tl
 from .nt_xent_backward import WEIGHT_SHIFT, _add_weighted
 from .nt_xent_forward import _online
 from .nt_xent_losses import LN_2
-from .nt_xent_tiles import LOG2_E, LOWEST, needs_maximum, query_tile, scores
+from .nt_xent_tiles import (
+    LOG2_E,
+    LOWEST,
+    is_other,
+    masked_key,
+    needs_maximum,
+    plain_key,
+    query_tile,
+    scores,
+    share,
+)
 
 
 @triton.jit
-def _keys(total, split, splits, BLOCK_N: tl.constexpr):
-    """This split's first and last tile of keys."""
-    tiles = tl.cdiv(total, BLOCK_N).to(tl.int64)
-    return (tiles * split // splits).to(tl.int32), (tiles * (split + 1) // splits).to(tl.int32)
-
-
-@triton.jit
-def _is_other(row, key, key_end, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Whether a pair of rows is not one row, and inside the matrix, [BM, BN]."""
-    i = row + tl.arange(0, BLOCK_M)
-    j = key + tl.arange(0, BLOCK_N)
-    return (i[:, None] != j[None, :]) & (j < key_end)[None, :]
+def _positives(x, own, ids):
+    """Σ x over the keys of the row's class, [BM]."""
+    return tl.sum(tl.where(own[:, None] == ids[None, :], x, 0.0), axis=1)
 
 
 @triton.jit
 def class_sums_kernel(
     u_ptr,  # [M, D_pad], float16 or float32
+    temperature_ptr,  # [], float32
     ids_ptr,  # [M], int32
-    partial_ptr,  # [3, SPLITS, R], float32: maxima, sums, positives
+    partial_ptr,  # [3, SPLITS, R], float32: references, sums, positives
     row_offset, rows, total, padded,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     WHOLE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BM rows against one split of the M keys.
 
-    The maximum of x_ij over j ≠ i, Σ exp2(x - maximum) and Σ x over the positives.
-    Reads the row tile once and M / SPLITS rows of û from L2, writes three floats per row.
+    Over j ≠ i: Σ exp2(x_ij - reference), with reference 0 or, for low temperatures, the maximum,
+    and Σ x over the positives. Traffic as negatives_kernel, with three floats per row.
     """
     split = tl.program_id(1)
     splits = tl.num_programs(1)
     first = tl.program_id(0) * BLOCK_M
     row = row_offset + first
     row_end = tl.minimum(row + BLOCK_M, row_offset + rows)
-    begin, end = _keys(total, split, splits, BLOCK_N)
+    begin, end, plain, lo, hi = share(row, row_end, total, split, splits, BLOCK_N)
     q = query_tile(u_ptr, row, row_end, padded, BLOCK_M, BLOCK_D, WHOLE, EVEN)
 
     r = first + tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
+    out = partial_ptr + split.to(tl.int64) * rows + r
     own = tl.load(ids_ptr + row_offset + r, mask=r < rows, other=-1)
-    top = tl.full([BLOCK_M], LOWEST, tl.float32)
     sums = tl.zeros([BLOCK_M], tl.float32)
     positive = tl.zeros([BLOCK_M], tl.float32)
-    for t in range(begin, end):
-        key = t * BLOCK_N
-        ids = tl.load(ids_ptr + key + n, mask=key + n < total, other=-2)
-        x, _ = scores(
-            u_ptr, q, row, row_end, key, total, padded, BLOCK_M, BLOCK_N, BLOCK_D,
-            WHOLE, EVEN, True, PRECISION,
-        )  # fmt: skip
-        other = _is_other(row, key, total, BLOCK_M, BLOCK_N)
-        positive += tl.sum(tl.where(other & (own[:, None] == ids[None, :]), x, 0.0), axis=1)
-        top, sums = _online(x, other, top, sums)
+    if needs_maximum(temperature_ptr):
+        top = tl.full([BLOCK_M], LOWEST, tl.float32)
+        for t in range(begin, end):
+            key = tl.where(
+                t < plain, plain_key(t, lo, hi, BLOCK_N),
+                masked_key(t, plain, lo, hi, total, BLOCK_N),
+            )  # fmt: skip
+            ids = tl.load(ids_ptr + key + n, mask=key + n < total, other=-2)
+            x, _ = scores(
+                u_ptr, q, row, row_end, key, total, padded, BLOCK_M, BLOCK_N, BLOCK_D,
+                WHOLE, EVEN, True, PRECISION,
+            )  # fmt: skip
+            other = is_other(row, key, total, BLOCK_M, BLOCK_N)
+            positive += _positives(tl.where(other, x, 0.0), own, ids)
+            top, sums = _online(x, other, top, sums)
+        tl.store(out, top, mask=r < rows)
+    else:
+        for t in range(begin, tl.minimum(end, plain)):
+            key = plain_key(t, lo, hi, BLOCK_N)
+            ids = tl.load(ids_ptr + key + n)
+            x, _ = scores(
+                u_ptr, q, row, row_end, key, total, padded, BLOCK_M, BLOCK_N, BLOCK_D,
+                WHOLE, EVEN, False, PRECISION,
+            )  # fmt: skip
+            positive += _positives(x, own, ids)
+            sums += tl.sum(tl.exp2(x), axis=1)
+        for t in range(tl.maximum(begin, plain), end):
+            key = masked_key(t, plain, lo, hi, total, BLOCK_N)
+            ids = tl.load(ids_ptr + key + n, mask=key + n < total, other=-2)
+            x, _ = scores(
+                u_ptr, q, row, row_end, key, total, padded, BLOCK_M, BLOCK_N, BLOCK_D,
+                WHOLE, EVEN, True, PRECISION,
+            )  # fmt: skip
+            other = is_other(row, key, total, BLOCK_M, BLOCK_N)
+            positive += _positives(tl.where(other, x, 0.0), own, ids)
+            sums += tl.sum(tl.where(other, tl.exp2(x), 0.0), axis=1)
+        tl.store(out, tl.zeros([BLOCK_M], tl.float32), mask=r < rows)
 
     plane = splits.to(tl.int64) * rows
-    out = partial_ptr + split.to(tl.int64) * rows + r
-    tl.store(out, top, mask=r < rows)
     tl.store(out + plane, sums, mask=r < rows)
     tl.store(out + 2 * plane, positive, mask=r < rows)
 
 
 @triton.jit
 def class_losses_kernel(
-    partial_ptr,  # [3, SPLITS, R], float32
+    partial_ptr,  # [3, SPLITS, R], float32, from class_sums_kernel
     inverse_count_ptr,  # [M], float32
     loss_ptr,  # [R], float32
     lse_ptr,  # [R], float32, natural
@@ -133,6 +160,13 @@ def class_weights_kernel(
 
 
 @triton.jit
+def _less_shares(w, own, ids, share_i, share_j):
+    """w, less what the two rows owe each other where they are positives, [BM, BN]."""
+    positive = own[:, None] == ids[None, :]
+    return w - tl.where(positive, share_i[:, None] + share_j[None, :], 0.0)
+
+
+@triton.jit
 def class_gradient_kernel(
     u_ptr,  # [M, D_pad], float16 or float32
     temperature_ptr,  # [], float32
@@ -155,7 +189,7 @@ def class_gradient_kernel(
     first = tl.program_id(0) * BLOCK_M
     row = row_offset + first
     row_end = tl.minimum(row + BLOCK_M, row_offset + rows)
-    begin, end = _keys(total, split, splits, BLOCK_N)
+    begin, end, plain, lo, hi = share(row, row_end, total, split, splits, BLOCK_N)
     q = query_tile(u_ptr, row, row_end, padded, BLOCK_M, BLOCK_D, WHOLE, EVEN)
 
     r = first + tl.arange(0, BLOCK_M)
@@ -164,31 +198,63 @@ def class_gradient_kernel(
     i = row_offset + r
     own = tl.load(ids_ptr + i, mask=r < rows, other=-1)
     f_i = tl.load(factor_ptr + i, mask=r < rows, other=0.0)
-    w_i = tl.load(weight_ptr + i, mask=r < rows, other=0.0)
     share_i = tl.load(share_ptr + i, mask=r < rows, other=0.0)
-    low = needs_maximum(temperature_ptr)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    for t in range(begin, end):
-        key = t * BLOCK_N
-        j = key + n
-        ids = tl.load(ids_ptr + j, mask=j < total, other=-2)
-        f_j = tl.load(factor_ptr + j, mask=j < total, other=0.0)
-        share_j = tl.load(share_ptr + j, mask=j < total, other=0.0)
-        x, keys = scores(
-            u_ptr, q, row, row_end, key, total, padded, BLOCK_M, BLOCK_N, BLOCK_D,
-            WHOLE, EVEN, True, PRECISION,
-        )  # fmt: skip
-        if low:
+    if needs_maximum(temperature_ptr):
+        w_i = tl.load(weight_ptr + i, mask=r < rows, other=0.0)
+        for t in range(begin, end):
+            key = tl.where(
+                t < plain, plain_key(t, lo, hi, BLOCK_N),
+                masked_key(t, plain, lo, hi, total, BLOCK_N),
+            )  # fmt: skip
+            j = key + n
+            ids = tl.load(ids_ptr + j, mask=j < total, other=-2)
+            f_j = tl.load(factor_ptr + j, mask=j < total, other=0.0)
             w_j = tl.load(weight_ptr + j, mask=j < total, other=0.0)
+            share_j = tl.load(share_ptr + j, mask=j < total, other=0.0)
+            x, keys = scores(
+                u_ptr, q, row, row_end, key, total, padded, BLOCK_M, BLOCK_N, BLOCK_D,
+                WHOLE, EVEN, True, PRECISION,
+            )  # fmt: skip
             w = w_i[:, None] * tl.exp2(x - f_i[:, None]) + w_j[None, :] * tl.exp2(x - f_j[None, :])
-        else:
+            w = _less_shares(w, own, ids, share_i, share_j)
+            w = tl.where(is_other(row, key, total, BLOCK_M, BLOCK_N), w, 0.0)
+            acc = _add_weighted(
+                acc, w, u_ptr, keys, key, total, v, padded, BLOCK_N, BLOCK_V,
+                WHOLE, True, PRECISION,
+            )  # fmt: skip
+    else:
+        for t in range(begin, tl.minimum(end, plain)):
+            key = plain_key(t, lo, hi, BLOCK_N)
+            ids = tl.load(ids_ptr + key + n)
+            f_j = tl.load(factor_ptr + key + n)
+            share_j = tl.load(share_ptr + key + n)
+            x, keys = scores(
+                u_ptr, q, row, row_end, key, total, padded, BLOCK_M, BLOCK_N, BLOCK_D,
+                WHOLE, EVEN, False, PRECISION,
+            )  # fmt: skip
             w = tl.exp2(x) * (f_i[:, None] + f_j[None, :])
-        positive = own[:, None] == ids[None, :]
-        w -= tl.where(positive, share_i[:, None] + share_j[None, :], 0.0)
-        w = tl.where(_is_other(row, key, total, BLOCK_M, BLOCK_N), w, 0.0)
-        acc = _add_weighted(
-            acc, w, u_ptr, keys, key, total, v, padded, BLOCK_N, BLOCK_V, WHOLE, True, PRECISION
-        )
+            w = _less_shares(w, own, ids, share_i, share_j)
+            acc = _add_weighted(
+                acc, w, u_ptr, keys, key, total, v, padded, BLOCK_N, BLOCK_V,
+                WHOLE, False, PRECISION,
+            )  # fmt: skip
+        for t in range(tl.maximum(begin, plain), end):
+            key = masked_key(t, plain, lo, hi, total, BLOCK_N)
+            j = key + n
+            ids = tl.load(ids_ptr + j, mask=j < total, other=-2)
+            f_j = tl.load(factor_ptr + j, mask=j < total, other=0.0)
+            share_j = tl.load(share_ptr + j, mask=j < total, other=0.0)
+            x, keys = scores(
+                u_ptr, q, row, row_end, key, total, padded, BLOCK_M, BLOCK_N, BLOCK_D,
+                WHOLE, EVEN, True, PRECISION,
+            )  # fmt: skip
+            w = _less_shares(tl.exp2(x) * (f_i[:, None] + f_j[None, :]), own, ids, share_i, share_j)
+            w = tl.where(is_other(row, key, total, BLOCK_M, BLOCK_N), w, 0.0)
+            acc = _add_weighted(
+                acc, w, u_ptr, keys, key, total, v, padded, BLOCK_N, BLOCK_V,
+                WHOLE, True, PRECISION,
+            )  # fmt: skip
 
     d = v + tl.arange(0, BLOCK_V)
     out = gradient_ptr + (split.to(tl.int64) * rows + r)[:, None] * padded + d[None, :]

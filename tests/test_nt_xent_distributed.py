@@ -95,6 +95,15 @@ def check_no_communication_in_backward(group, rank, pairs):
         loss.backward()
 
 
+def check_double_backward_is_refused(group, rank, pairs):
+    z1, z2 = (z[: pairs[rank]].clone().requires_grad_() for z in whole_batch(pairs, torch.float64))
+    labels = torch.arange(pairs[rank])
+    for loss in (nt_xent_loss(z1, z2, group=group), sup_con_loss(z1, labels, group=group)):
+        (grad,) = torch.autograd.grad(loss, z1, create_graph=True)
+        with pytest.raises(NotImplementedError, match="no double backward"):
+            grad.sum().backward()
+
+
 def check_sup_con(group, rank, pairs):
     z1, z2 = whole_batch(pairs, torch.float64)
     z = torch.cat((z1, z2))
@@ -126,6 +135,7 @@ def check(group, rank, pairs):
     check_sup_con(group, rank, pairs)
     check_ddp(group, rank, pairs)
     check_no_communication_in_backward(group, rank, pairs)
+    check_double_backward_is_refused(group, rank, pairs)
 
 
 def worker(rank, store):

@@ -63,7 +63,10 @@ CORE = [
     *(Case("gradient", arch, HALF, 128, "ieee") for arch in (80, 86, 90, 100, 120)),
     Case("symmetric", 90, HALF, 128, "ieee"),
     Case("gradient", 90, SINGLE, 128, "tf32x3"),
-    *(Case(kernel, 80, HALF, 128, "ieee") for kernel in ("class_sums", "class_gradient")),
+    *(
+        Case(kernel, 90, HALF, 128, "ieee")
+        for kernel in ("moments", "class_sums", "class_gradient")
+    ),
 ]
 ROW_KERNELS = (
     *("normalize", "losses", "statistics", "weights", "finish_gradient"),
