@@ -1,8 +1,8 @@
 """Whole pretraining steps: load → augment → forward → loss → backward → LARS, ours and two peers.
 
-    python -m benchmarks.bench_step [--sizes 32,64] [--threads 2] [--rounds 5]
+    python -m benchmarks.bench_step [--sizes 32,64] [--model resnet10] [--batch 256] [--threads 2]
 
-The encoder (a narrow ResNet) and projector, batch, images and number of threads are the same. The
+The encoder (a narrow ResNet), projector, batch, images and number of threads are the same. The
 peers are loops as their users write them: lightly's transform in a DataLoader, loss and LARS; and
 solo-learn's DALI pipeline, loss formula and LARS formula. A round is an epoch of a few steps of
 each contender in turn: it begins with empty queues and ends with empty ones, so that nobody's
@@ -15,6 +15,7 @@ The floors are the forward and backward of our encoder on a batch in memory, in 
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -48,10 +49,22 @@ def _p_blur(size: int) -> float:
     return 0.5 if size > 32 else 0.0
 
 
-def model() -> SimCLR:
+def model(name: str) -> SimCLR:
+    """With a fourth of the channels and the demo's stem; resnet10 is the demo's encoder."""
     torch.manual_seed(0)
-    encoder, dim = build_encoder("resnet18", width=0.25, image_size=32, stem="cifar-stride2")
+    encoder, dim = build_encoder(name, width=0.25, image_size=32, stem="cifar-stride2")
     return SimCLR(encoder, build_projector("nonlinear", dim, 128))
+
+
+@dataclass(frozen=True)
+class Case:
+    """folder: JPEG files; size: of the views; batch: images a step; steps: in an epoch."""
+
+    folder: Path
+    size: int
+    batch: int
+    steps: int
+    model: str
 
 
 class Clock:
@@ -120,16 +133,16 @@ class Loop:
         clock.stop()
 
 
-def ours(folder: Path, size: int, batch: int, steps: int, options: Options) -> Loop:
+def ours(case: Case, options: Options) -> Loop:
     loader = TwoViewLoader(
-        str(folder),
-        batch,
-        augmentation=Augmentation(size, p_blur=_p_blur(size)),
+        str(case.folder),
+        case.batch,
+        augmentation=Augmentation(case.size, p_blur=_p_blur(case.size)),
         device=options.device,
         channels_last=True,
         num_threads=options.threads,
     )
-    net = model().to(options.device, memory_format=torch.channels_last)
+    net = model(case.model).to(options.device, memory_format=torch.channels_last)
     optimizer = LARS(lars_param_groups(net, DECAY), LR, momentum_order="tf", norm="joint", eps=0.0)
     return Loop(
         lambda: iter(loader),
@@ -139,23 +152,23 @@ def ours(folder: Path, size: int, batch: int, steps: int, options: Options) -> L
     )
 
 
-def lightly_style(folder: Path, size: int, batch: int, steps: int, options: Options) -> Loop:
+def lightly_style(case: Case, options: Options) -> Loop:
     from lightly.loss import NTXentLoss
     from lightly.transforms import SimCLRTransform
     from lightly.utils.lars import LARS as LightlyLARS
     from torchvision.datasets import ImageFolder
 
-    transform = SimCLRTransform(input_size=size, gaussian_blur=_p_blur(size))
+    transform = SimCLRTransform(input_size=case.size, gaussian_blur=_p_blur(case.size))
     loader = torch.utils.data.DataLoader(
-        ImageFolder(folder, transform),
-        batch,
+        ImageFolder(case.folder, transform),
+        case.batch,
         shuffle=True,
         drop_last=True,
         num_workers=options.threads,
         persistent_workers=True,
         pin_memory=options.device.type == "cuda",
     )
-    net = model().to(options.device)
+    net = model(case.model).to(options.device)
     criterion = NTXentLoss(TEMPERATURE)
 
     def forward(batch: list) -> Tensor:
@@ -170,39 +183,41 @@ def lightly_style(folder: Path, size: int, batch: int, steps: int, options: Opti
     )
 
 
-def solo_learn_style(folder: Path, size: int, batch: int, steps: int, options: Options) -> Loop:
+def solo_learn_style(case: Case, options: Options) -> Loop:
     from nvidia.dali import fn, pipeline_def
 
     gpu = options.device.type == "cuda"
 
     @pipeline_def(
-        batch_size=batch,
+        batch_size=case.batch,
         num_threads=options.threads,
         device_id=options.device.index or 0 if gpu else None,
         seed=0,
         prefetch_queue_depth=_READ_AHEAD,
     )
     def graph():
-        raw, _ = fn.readers.file(file_root=str(folder), random_shuffle=True)
+        raw, _ = fn.readers.file(file_root=str(case.folder), random_shuffle=True)
         images = fn.decoders.image(raw, device="mixed" if gpu else "cpu")
-        return tuple(solo_learn_view(images, size, blur=_p_blur(size) > 0) for _ in range(2))
+        return tuple(
+            solo_learn_view(images, case.size, blur=_p_blur(case.size) > 0) for _ in range(2)
+        )
 
     pipe = graph()
     pipe.build()
-    net = model().to(options.device)
-    indexes = torch.arange(batch, device=options.device).repeat(2)
+    net = model(case.model).to(options.device)
+    indexes = torch.arange(case.batch, device=options.device).repeat(2)
 
     def batches() -> Iterator[list[Tensor]]:
         # What pipe.run() does, but for the reading ahead beyond the epoch's end.
-        for _ in range(min(_READ_AHEAD, steps)):
+        for _ in range(min(_READ_AHEAD, case.steps)):
             pipe.schedule_run()
-        for step in range(steps):
+        for step in range(case.steps):
             yield [
                 torch.from_dlpack(out.as_tensor()).to(options.device, copy=True)
                 for out in pipe.share_outputs()
             ]
             pipe.release_outputs()
-            if step + _READ_AHEAD < steps:
+            if step + _READ_AHEAD < case.steps:
                 pipe.schedule_run()
 
     return Loop(
@@ -220,13 +235,13 @@ CONTENDERS = {
 }
 
 
-def encoder_alone(size: int, batch: int, options: Options, ours: bool) -> Callable[[], None]:
+def encoder_alone(case: Case, options: Options, ours: bool) -> Callable[[], None]:
     """Forward and backward of both views of a batch that is there."""
     layout = torch.channels_last if ours else torch.contiguous_format
-    net = model().to(options.device, memory_format=layout)
-    views = torch.randn(2 * batch, 3, size, size, device=options.device)
+    net = model(case.model).to(options.device, memory_format=layout)
+    views = torch.randn(2 * case.batch, 3, case.size, case.size, device=options.device)
     views = views.contiguous(memory_format=layout)
-    upstream = torch.randn(2 * batch, 128, device=options.device)
+    upstream = torch.randn(2 * case.batch, 128, device=options.device)
 
     def step() -> None:
         net.zero_grad(set_to_none=True)
@@ -243,21 +258,28 @@ def write_images(folder: Path, size: int, n: int) -> Path:
     return folder
 
 
-def tables(options: Options, sizes: tuple[int, ...] = (32, 64)) -> Iterator[Table]:
-    batch, steps = (128, 3) if options.quick else (256, 6)
+def tables(
+    options: Options,
+    sizes: tuple[int, ...] = (32, 64),
+    batch: int = 256,
+    name: str = "resnet10",
+) -> Iterator[Table]:
+    """A table per size of view; `batch` images a step, a quarter of them when quick."""
+    batch, steps = (max(batch // 4, 1), 3) if options.quick else (batch, 4)
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
             files = write_images(Path(folder) / str(size), size, batch * steps)
-            yield _table(files, size, batch, steps, options)
+            yield _table(Case(files, size, batch, steps, name), options)
 
 
-def _table(files: Path, size: int, batch: int, steps: int, options: Options) -> Table:
+def _table(case: Case, options: Options) -> Table:
+    steps, batch = case.steps, case.batch
     loops: dict[str, Loop] = {}
-    model_flops = 2 * batch * flops_per_view(size)
+    model_flops = 2 * batch * flops_per_view(case)
     notes = [f"Model: {model_flops / 1e9:.4g} GFLOP a step, multiply-adds counted twice."]
     for name, build in CONTENDERS.items():
         try:
-            loops[name] = build(files, size, batch, steps, options)
+            loops[name] = build(case, options)
         except ImportError as error:
             notes.append(f"{name} left out: {error}")
     clocks = {name: Clock(options.device) for name in loops}
@@ -265,8 +287,8 @@ def _table(files: Path, size: int, batch: int, steps: int, options: Options) -> 
         name: partial(loop.epoch, clocks[name]) for name, loop in loops.items()
     }
     floors = {
-        FLOOR: partial(repeat, encoder_alone(size, batch, options, True), steps),
-        PEERS_FLOOR: partial(repeat, encoder_alone(size, batch, options, False), steps),
+        FLOOR: partial(repeat, encoder_alone(case, options, True), steps),
+        PEERS_FLOOR: partial(repeat, encoder_alone(case, options, False), steps),
     }
     times = harness.measure(epochs | floors, options.rounds, options.device)
     shares = {name: parts(clocks[name].epochs[-options.rounds :]) for name in loops}
@@ -281,7 +303,10 @@ def _table(files: Path, size: int, batch: int, steps: int, options: Options) -> 
     }
     facts["loading alone ms"] = {n: f"{median(v) / steps:.3g}" for n, v in loading.items()}
     facts |= harness.memory_column(epochs, options.device)
-    title = f"pretraining step, batch {batch}, {size}×{size}, {options.device.type}, threads"
+    title = (
+        f"pretraining step, {case.model}, width 1/4, batch {batch}, {case.size}×{case.size}, "
+        f"{options.device.type}, threads"
+    )
     table = Table(
         f"{title} {options.threads}", OURS, {"step": per_step}, facts, (FLOOR, PEERS_FLOOR), notes
     )
@@ -314,11 +339,11 @@ def parts(epochs: list[dict[str, float]]) -> dict[str, float]:
     return {part: sum(epoch[part] for epoch in epochs) / whole for part in PARTS}
 
 
-def flops_per_view(size: int) -> int:
+def flops_per_view(case: Case) -> int:
     """What the model's forward and backward of one view need: nothing recomputed, no loss."""
-    net: nn.Module = model()
+    net: nn.Module = model(case.model)
     with FlopCounterMode(display=False) as counter:
-        net(torch.randn(2, 3, size, size))[1].sum().backward()
+        net(torch.randn(2, 3, case.size, case.size))[1].sum().backward()
     return counter.get_total_flops() // 2
 
 
@@ -349,10 +374,12 @@ def hardware_flops(loop: Loop) -> int:
 def main() -> None:
     parser = harness.parser("bench step", __doc__)
     parser.add_argument("--sizes", default="32,64")
+    parser.add_argument("--batch", type=int, default=256, help="images a step")
+    parser.add_argument("--model", default="resnet10", help="resnet10, resnet18, ...")
     given = parser.parse_args()
     options = harness.options(given)
     print(machine.text(machine.floors(options)), "\n")
-    for table in tables(options, tuple(map(int, given.sizes.split(",")))):
+    for table in tables(options, tuple(map(int, given.sizes.split(","))), given.batch, given.model):
         print(table.text(), "\n", flush=True)
 
 

@@ -266,12 +266,14 @@ def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     own.add_argument("--quick", action="store_true", help="smaller cases: at most two minutes")
     own.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     own.add_argument("--threads", type=int, default=torch.get_num_threads())
-    own.add_argument("--rounds", type=int, default=9)
+    own.add_argument("--rounds", type=int, help="of turns: 9, or 3 when quick")
     return own
 
 
 def options(given: argparse.Namespace) -> Options:
     """Checked options; sets torch's number of threads."""
+    if given.rounds is None:
+        given.rounds = 3 if given.quick else 9
     for name in ("threads", "rounds"):
         if getattr(given, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(given, name)}")
