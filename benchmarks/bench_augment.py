@@ -6,6 +6,8 @@ One thread each, in one process, interleaved; CPU time per source image (process
 DALI's threads as well), with wall time beside it. The JPEGs are
 cut from scikit-learn's two photographs. A peer that is not installed is left out, and said so.
 
+With --device cuda: epochs of files, the peers' and ours on the GPU (`augment_epochs.py`).
+
 Denormal numbers are flushed to zero for all, in the peers' favour: the far corners of torchvision's
 23×23 blur kernel are denormal, and on Intel CPUs each product with one costs a hundred cycles or
 more. `--denormals` keeps them, as a user's process does unless it calls torch.set_flush_denormal.
@@ -215,16 +217,20 @@ def lightly(files: list[bytes]) -> Callable:
     return step
 
 
-def kornia(files: list[bytes]) -> Callable:
+def kornia_views() -> torch.nn.Module:
     import kornia.augmentation as K
 
-    views = torch.nn.Sequential(
+    return torch.nn.Sequential(
         K.RandomResizedCrop((SIZE, SIZE), scale=(0.08, 1.0), resample="bicubic"),
         K.RandomHorizontalFlip(),
         K.ColorJitter(0.8, 0.8, 0.8, 0.2, p=0.8),
         K.RandomGrayscale(p=0.2),
         K.RandomGaussianBlur((23, 23), (0.1, 2.0), p=0.5),
     )
+
+
+def kornia(files: list[bytes]) -> Callable:
+    views = kornia_views()
 
     def step() -> None:
         images = [np.array(Image.open(io.BytesIO(f)).convert("RGB")) for f in files]
@@ -278,6 +284,11 @@ def tables(
     denormals: bool = False,
 ) -> Iterator[Table]:
     """Milliseconds per source image. only: cases beside ours; all by default. One thread each."""
+    if options.device.type == "cuda":
+        from simclr_fast.benchmarks import augment_epochs
+
+        yield from augment_epochs.tables(options)
+        return
     # DALI's threads inherit the mode of the thread that starts them.
     torch.set_flush_denormal(not denormals)
     torch.set_num_threads(1)
@@ -298,7 +309,8 @@ def tables(
             except ImportError as error:
                 notes.append(f"{case.__name__} left out: {error}")
         times = measure(steps, len(data), options.rounds)
-        yield Table(title, ours.__name__, times, {}, ("decode_only",), notes)
+        memory = harness.memory_column(steps, options.device)
+        yield Table(title, ours.__name__, times, memory, ("decode_only",), notes)
 
 
 def main() -> None:

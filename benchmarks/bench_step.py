@@ -27,7 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from simclr_fast import nt_xent_loss
 from simclr_fast.augment_params import Augmentation
 from simclr_fast.benchmarks import harness, machine
-from simclr_fast.benchmarks.bench_augment import jpegs, solo_learn_view
+from simclr_fast.benchmarks.augment_epochs import exhaust, solo_learn_epoch
+from simclr_fast.benchmarks.bench_augment import jpegs
 from simclr_fast.benchmarks.bench_lars import SoloLearnFormula
 from simclr_fast.benchmarks.harness import Options, Table
 from simclr_fast.benchmarks.peers import solo_learn
@@ -41,7 +42,6 @@ PARTS = ("data wait", "forward", "loss", "backward", "optimizer")
 TEMPERATURE, LR, DECAY = 0.5, 0.3, 1e-6
 # JPEG sides for each size of view: CIFAR's and STL-10's.
 _FILE_SIDE = {32: 32, 64: 96}
-_READ_AHEAD = 2
 
 
 def _p_blur(size: int) -> float:
@@ -184,42 +184,11 @@ def lightly_style(case: Case, options: Options) -> Loop:
 
 
 def solo_learn_style(case: Case, options: Options) -> Loop:
-    from nvidia.dali import fn, pipeline_def
-
-    gpu = options.device.type == "cuda"
-
-    @pipeline_def(
-        batch_size=case.batch,
-        num_threads=options.threads,
-        device_id=options.device.index or 0 if gpu else None,
-        seed=0,
-        prefetch_queue_depth=_READ_AHEAD,
-    )
-    def graph():
-        raw, _ = fn.readers.file(file_root=str(case.folder), random_shuffle=True)
-        images = fn.decoders.image(raw, device="mixed" if gpu else "cpu")
-        return tuple(
-            solo_learn_view(images, case.size, blur=_p_blur(case.size) > 0) for _ in range(2)
-        )
-
-    pipe = graph()
-    pipe.build()
     net = model(case.model).to(options.device)
     indexes = torch.arange(case.batch, device=options.device).repeat(2)
-
-    def batches() -> Iterator[list[Tensor]]:
-        # What pipe.run() does, but for the reading ahead beyond the epoch's end.
-        for _ in range(min(_READ_AHEAD, case.steps)):
-            pipe.schedule_run()
-        for step in range(case.steps):
-            yield [
-                torch.from_dlpack(out.as_tensor()).to(options.device, copy=True)
-                for out in pipe.share_outputs()
-            ]
-            pipe.release_outputs()
-            if step + _READ_AHEAD < case.steps:
-                pipe.schedule_run()
-
+    batches = solo_learn_epoch(
+        case.folder, case.size, case.batch, case.steps, _p_blur(case.size) > 0, options
+    )
     return Loop(
         batches,
         lambda views: torch.cat([net(view)[1] for view in views]),
@@ -293,7 +262,7 @@ def _table(case: Case, options: Options) -> Table:
     times = harness.measure(epochs | floors, options.rounds, options.device)
     shares = {name: parts(clocks[name].epochs[-options.rounds :]) for name in loops}
     loading = harness.measure(
-        {name: partial(exhaust, loop) for name, loop in loops.items()},
+        {name: partial(exhaust, loop.batches) for name, loop in loops.items()},
         options.rounds,
         options.device,
     )
@@ -326,11 +295,6 @@ def _table(case: Case, options: Options) -> Table:
 def repeat(step: Callable[[], object], times: int) -> None:
     for _ in range(times):
         step()
-
-
-def exhaust(loop: Loop) -> None:
-    for _ in loop.batches():
-        pass
 
 
 def parts(epochs: list[dict[str, float]]) -> dict[str, float]:

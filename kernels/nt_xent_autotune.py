@@ -22,7 +22,7 @@ from .nt_xent_configs import (
     table_config,
 )
 
-_CHOICES: dict[tuple, Plan] = {}
+_CHOICES: dict[tuple[object, ...], Plan] = {}
 
 
 def tuned(

@@ -249,7 +249,7 @@ def plot_ablation(rows: Sequence[dict[str, Any]], path: Path) -> None:
     )
 
 
-def _pair(means: dict[Any, float], a: str, b: str, rest: tuple) -> float:
+def _pair(means: dict[Any, float], a: str, b: str, rest: tuple[Any, ...]) -> float:
     """Of two operations in either order, or of one alone; NaN if that is not run yet."""
     names = [a] if a == b else [f"{a}+{b}", f"{b}+{a}"]
     return next((means[k] for name in names if (k := (name, *rest)) in means), np.nan)

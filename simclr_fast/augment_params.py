@@ -4,6 +4,7 @@ A view's parameters are a function of (seed, epoch, sample id, view) and the ima
 batch size, order, threads, workers, ranks, backend and a resume change nothing.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from itertools import permutations
 from typing import Literal
@@ -216,7 +217,12 @@ def _whole(sizes: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros_like(sizes), sizes], axis=1).astype(np.int32)
 
 
-def _draw_boxes(aug: Augmentation, uniform, ids: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def _draw_boxes(
+    aug: Augmentation,
+    uniform: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    ids: np.ndarray,
+    sizes: np.ndarray,
+) -> np.ndarray:
     """The first attempt of each sample that its spec accepts, else the spec's fallback."""
     simclr = aug.spec == "simclr"
     attempts = _SIMCLR_ATTEMPTS if simclr else _TORCHVISION_ATTEMPTS

@@ -202,7 +202,7 @@ class _Loader:
             if part.last:
                 yield part.step, [view[:rows] for view in views], np.concatenate(ids)
 
-    def __iter__(self) -> Iterator[tuple]:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         start = self._position if self._resumed else 0
         self._resumed = False
         order = self._order()
@@ -224,7 +224,7 @@ class _Loader:
                     raise ValueError("every image of the source is corrupt") from error
         self.epoch, self._position = self.epoch + 1, 0
 
-    def _fill(self, part: Batch, images: list, out: list[Tensor]) -> None:
+    def _fill(self, part: Batch, images: list[Any], out: list[Tensor]) -> None:
         """What the decoder gave for a part of a batch → its rows of the views."""
         if isinstance(self._decoder, DaliCrops):
             for (crops, ints, floats), view in zip(images, out, strict=True):

@@ -76,7 +76,7 @@ class Decoder:
     def _needs_dali(self) -> bool:
         return self.source.encoded
 
-    def run(self, requests: Iterator[Batch]) -> Iterator[tuple[Batch, list]]:
+    def run(self, requests: Iterator[Batch]) -> Iterator[tuple[Batch, list[Any]]]:
         """The outputs of one batch stay valid until the next is asked for.
 
         Raises CorruptImageError before a batch with such an image; a new `run` may follow.
@@ -158,10 +158,10 @@ class Decoder:
             raise CorruptImageError(self.source, corrupt)
         return samples, np.array(sizes).reshape(-1, 2)
 
-    def _feed(self, batch: Batch) -> list:
+    def _feed(self, batch: Batch) -> list[Any]:
         return [self._read(batch.ids)[0]]
 
-    def _next_feed(self) -> list:
+    def _next_feed(self) -> list[Any]:
         while True:
             batch = next(self._requests)
             new = np.array([i for i in batch.ids.tolist() if i not in self._kept], np.int64)
@@ -221,7 +221,7 @@ class Decoder:
     def _run_once(self, pipeline: Any) -> Any:
         return pipeline.run()
 
-    def _unpack(self, outputs: Any) -> list:
+    def _unpack(self, outputs: Any) -> list[Any]:
         (images,) = outputs
         return [np.asarray(images.at(i)) for i in range(len(images))]
 
@@ -252,7 +252,7 @@ class DaliViews(Decoder):
         self.augmentation, self.device, self.n_views = augmentation, device, n_views
         self.dtype, self.channels_last = dtype, channels_last
 
-    def _feed(self, batch: Batch) -> list:
+    def _feed(self, batch: Batch) -> list[Any]:
         samples, sizes = self._read(batch.ids)
         return [samples, *(a for p in batch.draw(batch.ids, sizes) for a in self._view_feeds(p))]
 
@@ -327,7 +327,7 @@ class DaliViews(Decoder):
             return pipeline.run()
         return pipeline.run(torch.cuda.current_stream(self.device))
 
-    def _unpack(self, outputs: Any) -> list:
+    def _unpack(self, outputs: Any) -> list[Any]:
         views = [torch.from_dlpack(view.as_tensor()) for view in outputs]
         return [v.permute(0, 3, 1, 2) if self.channels_last else v for v in views]
 
@@ -361,6 +361,6 @@ class DaliCrops(DaliViews):
             outputs += [crops, ints, floats]
         return [node.gpu() for node in outputs] if device == "gpu" else outputs
 
-    def _unpack(self, outputs: Any) -> list:
+    def _unpack(self, outputs: Any) -> list[Any]:
         tensors = [torch.from_dlpack(output.as_tensor()) for output in outputs]
         return [tuple(tensors[i : i + 3]) for i in range(0, len(tensors), 3)]

@@ -1,7 +1,7 @@
 """Ranks: joining them, and gathers that allow each a different number of rows."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +24,7 @@ def gather_row_counts(rows: int, device: torch.device, group: dist.ProcessGroup)
 
 
 def all_gather_rows(
-    rows: Tensor, group: dist.ProcessGroup, counts: list[int] | None = None
+    rows: Tensor, group: dist.ProcessGroup, counts: Sequence[int] | None = None
 ) -> Tensor:
     """Concatenate `rows` [n_r, ...] of every rank r along dim 0, in rank order; no gradient.
 

@@ -2,7 +2,7 @@
 
 import math
 from functools import lru_cache
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
@@ -177,7 +177,16 @@ class _GroupNTXent(torch.autograd.Function):
     """The loss of every rank's rows together: two gathers forward, none backward."""
 
     @staticmethod
-    def forward(ctx, z1, z2, temperature, group, reduction, decoupled, return_stats):
+    def forward(
+        ctx: Any,
+        z1: Tensor,
+        z2: Tensor | None,
+        temperature: Tensor,
+        group: dist.ProcessGroup,
+        reduction: int,
+        decoupled: bool,
+        return_stats: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         # A rank without rows still takes part in the gathers.
         empty = not z1.size(0)
         given = (z1.new_ones(2, z1.size(1)), None) if empty else (z1, z2)
@@ -212,7 +221,7 @@ class _GroupNTXent(torch.autograd.Function):
         return total.to(loss.dtype), stats
 
     @staticmethod
-    def backward(ctx, grad_loss, _):
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         if not saved[4].size(0):
             empty = tuple(None if z is None else torch.zeros_like(z) for z in saved[4:6])

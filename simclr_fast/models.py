@@ -1,5 +1,6 @@
 """Encoders and projection heads: images → h, what evaluation uses → z, what the loss sees."""
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -168,7 +169,9 @@ class SimCLR(nn.Module):
 
 
 @torch.no_grad()
-def encode(encoder: nn.Module, batches, device: torch.device) -> Tensor:
+def encode(
+    encoder: nn.Module, batches: Iterable[tuple[Tensor, ...]], device: torch.device
+) -> Tensor:
     """Features [n, feature_dim], float32 on the CPU, of an iterable of (images, index)."""
     encoder.eval()
     return torch.cat([encoder(images.to(device)).float().cpu() for images, _ in batches])

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -87,7 +88,7 @@ def plot_heat_maps(
     _save(figure, path)
 
 
-def _figure(columns: int, size: tuple[float, float]):
+def _figure(columns: int, size: tuple[float, float]) -> Any:
     need("matplotlib", "train")
     # Figure without pyplot: no window system, no global state.
     from matplotlib.figure import Figure
@@ -96,5 +97,5 @@ def _figure(columns: int, size: tuple[float, float]):
     return figure, np.atleast_1d(figure.subplots(1, columns))
 
 
-def _save(figure, path: Path) -> None:
+def _save(figure: Any, path: Path) -> None:
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))

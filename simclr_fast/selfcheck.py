@@ -153,7 +153,7 @@ def _views_of_pairs(dtype: torch.dtype) -> Tensor:
     return torch.cat((z1, z2)).to(dtype)
 
 
-def _loss_and_gradient(loss: Callable, z: Tensor) -> tuple[Tensor, Tensor]:
+def _loss_and_gradient(loss: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
     z = z.detach().requires_grad_()
     value = loss(z)
     # An upstream gradient other than one.

@@ -1,6 +1,7 @@
 """Contrastive losses with several positives per row: by class, and by more than two views."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -112,7 +113,16 @@ class _SupCon(torch.autograd.Function):
     """With a group: gathers of embeddings and of lse forward, none backward."""
 
     @staticmethod
-    def forward(ctx, z, temperature, ids, inverse_count, reduction, group, counts):
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        temperature: Tensor,
+        ids: Tensor,
+        inverse_count: Tensor,
+        reduction: int,
+        group: dist.ProcessGroup | None,
+        counts: tuple[int, ...],
+    ) -> Tensor:
         u, inv_norm = ops.sup_con_normalize(z, temperature)
         offset = 0 if group is None else sum(counts[: dist.get_rank(group)])
         u_all = u if group is None else all_gather_rows(u, group, counts)
@@ -127,7 +137,7 @@ class _SupCon(torch.autograd.Function):
         return rows.mean() if ctx.mean else rows.sum()
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         total = saved[0].size(0)
         grad = grad * (ctx.ranks / total if ctx.mean else ctx.ranks)

@@ -118,7 +118,9 @@ def _supervise(config: PretrainConfig, world: World) -> tuple[Path, Scores | Non
                 metrics.waited += time.perf_counter() - waiting
                 targets = labels[index.to(world.device)]
 
-                def loss_fn(outputs: tuple[Tensor, Tensor], targets: Tensor = targets):
+                def loss_fn(
+                    outputs: tuple[Tensor, Tensor], targets: Tensor = targets
+                ) -> tuple[Tensor, Tensor]:
                     logits = outputs[1].float()
                     total = F.cross_entropy(logits, targets, reduction="sum")
                     correct = (logits.detach().argmax(1) == targets).sum()

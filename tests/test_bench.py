@@ -4,9 +4,18 @@ import json
 import time
 
 import pytest
+import torch
 
 from simclr_fast import selfcheck
-from simclr_fast.benchmarks import bench_lars, harness
+from simclr_fast.benchmarks import (
+    augment_epochs,
+    bench_augment,
+    bench_lars,
+    bench_step,
+    harness,
+    machine,
+    peers,
+)
 from simclr_fast.cli import run
 
 
@@ -48,3 +57,53 @@ def test_what_is_wrong_is_not_timed(monkeypatch, capsys, tmp_path):
     assert run(["bench", "loss", "--device", "cpu", "--out", str(tmp_path)]) == 1
     assert "loss is not timed, as its result is wrong: FAIL NT-Xent" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_epochs_of_views_as_on_a_gpu(monkeypatch):
+    """The contenders of `bench augment --device cuda`, on the CPU."""
+    pytest.importorskip("nvidia.dali", reason="decoding needs DALI (Linux)")
+    monkeypatch.setattr(augment_epochs, "SIZE", 40)
+    monkeypatch.setattr(augment_epochs, "jpegs", lambda n: bench_augment.jpegs(n, 50, 40))
+    options = harness.Options(torch.device("cpu"), 1, 1, True)
+    (table,) = augment_epochs.tables(options, 8)
+    assert set(table.times["wall"]) >= {"simclr_fast, fused", "solo-learn's DALI pipeline"}
+    assert table.names()[-1] == augment_epochs.FLOOR
+
+
+def test_a_step_of_each_loop(monkeypatch):
+    """The encoder's share, each part's and every rate are there, and the parts are the whole."""
+    pytest.importorskip("nvidia.dali", reason="decoding needs DALI (Linux)")
+    pytest.importorskip("lightly")
+    options = harness.Options(torch.device("cpu"), 1, 1, True)
+    (table,) = bench_step.tables(options, (32,), 16)
+    assert set(table.times["step"]) == {*bench_step.CONTENDERS, *table.floors}
+    for name in bench_step.CONTENDERS:
+        shares = [float(table.facts[part][name].rstrip("%")) for part in bench_step.PARTS]
+        assert sum(shares) == pytest.approx(100, abs=0.5)
+        model, hardware = (float(table.facts[f"{k} GFLOP/s"][name]) for k in ("model", "hardware"))
+        assert hardware >= model > 0
+    assert "GFLOP a step" in table.notes[0]
+
+
+def test_memory_is_the_peak_beyond_what_was_there():
+    if harness.peak_memory(lambda: None, torch.device("cpu")) is None:
+        pytest.skip("the operating system does not say")
+    held = torch.ones(10_000_000)
+    mb = harness.peak_memory(lambda: (held + 1).sum(), torch.device("cpu"))
+    assert 38 < mb < 50
+
+
+def test_recomputed_tiles_are_the_textbook_loss():
+    z = torch.randn(2, 37, 20, dtype=torch.float64)
+    ours, plain = (
+        torch.autograd.functional.vjp(lambda a, b, f=f: f(a, b, 0.2), tuple(z), torch.tensor(1.7))
+        for f in (lambda *a: peers.tiles(*a, side=16), peers.textbook)
+    )
+    torch.testing.assert_close(ours, plain, check_dtype=False)
+
+
+def test_the_floor_of_this_machine():
+    found = machine.floors(harness.Options(torch.device("cpu"), 1, 1, True))
+    assert all(rate > 0 for rate in found.values())
+    assert {"copy, GB/s", "exp, 1e9/s"} <= set(found)
+    assert "copy, GB/s" in machine.text(found)

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,17 @@ def test_links_lead_somewhere():
         for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
             folder = page.resolve().parent if page.parent != ROOT / "docs" else ROOT / "docs"
             assert (folder / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_reference_names_what_exists():
+    """mkdocstrings leaves a member that does not exist out without a word."""
+    page = (ROOT / "docs" / "reference.md").read_text()
+    blocks = re.findall(r"::: ([\w.]+)\n(?:    .*\n)*?      members: \[(.*?)\]", page)
+    assert len(blocks) == page.count(":::")
+    for module, members in blocks:
+        found = import_module(module)
+        for name in members.split(", "):
+            assert getattr(found, name).__doc__, f"{module}.{name}"
 
 
 def test_the_site_builds_without_warnings(tmp_path):

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch import nn
 
 from simclr_fast import nt_xent_loss
 from simclr_fast.augment import SimCLRViews
+from simclr_fast.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from simclr_fast.optim import LARS
 
 ROOT = Path(__file__).parent.parent
@@ -232,3 +234,65 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert str(tmp_path / "file") in done.stderr
+
+
+# Root may write anywhere, but for this.
+WITHOUT_PRIVILEGES = """
+import ctypes, os
+def drop_privileges():
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    if os.geteuid() == 0 and ctypes.CDLL(None).capset(header, (ctypes.c_uint32 * 6)()):
+        raise OSError("capset")
+"""
+SAVE_INTO_READ_ONLY = """
+import sys, pathlib, torch
+from simclr_fast.checkpoint import save_checkpoint
+drop_privileges()
+try:
+    save_checkpoint(pathlib.Path(sys.argv[1]), 2, {"step": 2})
+except OSError as error:
+    print(error)
+"""
+SAVE_FOREVER = """
+import sys, pathlib, torch
+from simclr_fast.checkpoint import save_checkpoint
+for step in range(1, 10_000):
+    state = {"step": step, "model": {"w": torch.full((400_000,), float(step))}}
+    save_checkpoint(pathlib.Path(sys.argv[1]), step, state)
+    print(step, flush=True)
+"""
+
+
+def test_a_read_only_folder_is_named_and_keeps_its_checkpoint(tmp_path):
+    save_checkpoint(tmp_path, 1, {"step": 1})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    tmp_path.chmod(0o555)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", WITHOUT_PRIVILEGES + SAVE_INTO_READ_ONLY, str(tmp_path)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    finally:
+        tmp_path.chmod(0o755)
+    assert str(tmp_path) in done.stdout
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_kill_at_any_moment_loses_no_checkpoint(tmp_path):
+    """Killed 3 times while it does nothing but save; whatever it said was saved is there."""
+    for moment in range(3):
+        folder = tmp_path / str(moment)
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVE_FOREVER, str(folder)], cwd=ROOT, stdout=subprocess.PIPE
+        )
+        said = int(process.stdout.readline())
+        time.sleep(0.05 + 0.023 * moment)
+        process.kill()
+        said = max([said, *map(int, process.stdout.read().split())])
+        process.wait()
+        newest = load_checkpoint(checkpoints(folder)[-1])
+        assert newest["step"] >= said
+        assert (newest["model"]["w"] == newest["step"]).all()

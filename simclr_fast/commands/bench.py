@@ -1,5 +1,6 @@
 """simclr-fast bench: ours beside the peers, in one process and turn by turn."""
 
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def _refuse_wrong_results(name: str, checks: str, device: torch.device) -> None:
             raise ValueError(f"{name} is not timed, as its result is wrong: {outcome}")
 
 
-def _tables(module: str, options: harness.Options):
+def _tables(module: str, options: harness.Options) -> Iterator[harness.Table]:
     try:
         return import_module(f"simclr_fast.benchmarks.{module}").tables(options)
     except ImportError as error:

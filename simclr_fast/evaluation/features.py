@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -153,7 +154,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _bar(name: str, total: int, done: int):
+def _bar(name: str, total: int, done: int) -> Any:
     return need("tqdm", "train").tqdm(
         total=total, initial=done, unit="images", unit_scale=True, desc=name, leave=False
     )

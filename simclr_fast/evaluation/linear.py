@@ -11,6 +11,7 @@ is the same, since the penalty does not change under a rotation.
 """
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -229,7 +230,9 @@ def sweep_logistic(
     return Sweep(fit_logistic(x, targets, best, n_classes=n_classes, device=device), done)
 
 
-def linear_probe(train: Tensor, train_labels, test: Tensor, test_labels, seed: int = 0) -> Accuracy:
+def linear_probe(
+    train: Tensor, train_labels: Any, test: Tensor, test_labels: Any, seed: int = 0
+) -> Accuracy:
     """A quick look: scikit-learn's logistic regression at one l2, stopped when predictions settle.
 
     train: [n, D], test: [m, D]; labels: integers [n] and [m]. `sweep_logistic` is the protocol.
@@ -271,7 +274,7 @@ def _storage(x: Tensor) -> torch.dtype:
     return torch.float64 if x.numel() <= _BLOCK * 8 else torch.float32
 
 
-def _blocks(n: int, width: int):
+def _blocks(n: int, width: int) -> Iterator[slice]:
     step = max(_BLOCK // width, 1)
     return (slice(i, min(i + step, n)) for i in range(0, n, step))
 

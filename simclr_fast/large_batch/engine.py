@@ -114,7 +114,7 @@ class LargeBatch:
         ambient = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         dtype = self.autocast or ambient
 
-        def autocast(cache: bool = False) -> AbstractContextManager:
+        def autocast(cache: bool = False) -> AbstractContextManager[Any]:
             # Without the cache: a cast that was cached without a graph would lose the gradient.
             return torch.autocast(device, dtype, dtype is not None, cache)
 
@@ -150,12 +150,12 @@ class LargeBatch:
         split = [p for part in parts for p in part.split(self.micro_batch) if len(p)]
         return split or [parts[0][:0]]
 
-    def _norms(self, replay: bool) -> AbstractContextManager:
+    def _norms(self, replay: bool) -> AbstractContextManager[Any]:
         if not replay and (self.group is None or not batch_norms(self.model)):
             return nullcontext()
         return global_norms(self.model, self.group, replay)
 
-    def _unsynced(self) -> AbstractContextManager:
+    def _unsynced(self) -> AbstractContextManager[Any]:
         if self._sync or not isinstance(self.run, DistributedDataParallel):
             return nullcontext()
         return self.run.no_sync()

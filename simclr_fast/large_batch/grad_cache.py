@@ -32,7 +32,7 @@ def backward(
     run: nn.Module,
     parts: Sequence[Tensor],
     loss_of: Callable[[Any], Any],
-    autocast: Callable[[], AbstractContextManager],
+    autocast: Callable[[], AbstractContextManager[Any]],
     sync: bool,
 ) -> Any:
     """See `LargeBatch.backward`. run: `model`, or DistributedDataParallel around it. parts: the

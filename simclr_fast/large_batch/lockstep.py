@@ -58,7 +58,7 @@ class Lockstep:
         self,
         parts: Sequence[Tensor],
         loss_of: Callable[[Any], Any],
-        autocast: Callable[[], AbstractContextManager],
+        autocast: Callable[[], AbstractContextManager[Any]],
         sync: bool = True,
     ) -> Any:
         """See `LargeBatch.backward`. parts: the micro-batches. autocast: makes the context of the
