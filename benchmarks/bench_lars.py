@@ -5,12 +5,16 @@
 All run in one process, one step each in turn, on the same parameters and gradients. The floors are
 measured in the same turns: reading weights and gradients once, and the five arrays that any SGD
 with momentum must move. `overhead` is ResNet-50 with one element per tensor: what a call costs at
-all. --busy starts that many processes which compute beside it.
+all, in turns as above ("cold": the others have had the caches) and one's own steps after each other
+("warm"), with gradients that are new tensors each time, as a backward makes them. --busy starts
+that many processes which compute beside it.
 """
 
 import contextlib
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -107,6 +111,22 @@ class LarcStyle:
             group["weight_decay"] = decay
 
 
+def warm(steps: dict[str, Step], params: list[nn.Parameter], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of a step after steps of its own: of nine in a row, the median."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            row = []
+            for _ in range(9):
+                for p in params:
+                    p.grad = torch.full_like(p, 0.01)
+                start = time.perf_counter()
+                step()
+                row.append(1e3 * (time.perf_counter() - start))
+            times[name].append(statistics.median(row))
+    return times
+
+
 def contenders(params: list[nn.Parameter], compiled: bool, notes: list[str]) -> dict[str, Step]:
     kwargs = {"lr": LR, "momentum": MOMENTUM}
     steps: dict[str, Step] = {
@@ -168,22 +188,30 @@ def tables(
     for model in models[:1] if options.quick else models:
         shapes, notes = shapes_of(model), []
         elements = sum(torch.Size(shape).numel() for shape in shapes)
-        steps = contenders(parameters(shapes, options.device), compiled, notes)
-        steps |= floors(elements, options.device)
+        params = parameters(shapes, options.device)
+        steps, bounds = contenders(params, compiled, notes), {}
+        if model != "overhead":
+            bounds = floors(elements, options.device)
         with load(busy):
-            times = harness.measure(steps, options.rounds, options.device)
+            cold = harness.measure(steps | bounds, options.rounds, options.device)
+            times = {"step": cold}
+            if model == "overhead":
+                times = {"warm": warm(steps, params, options.rounds), "cold": cold}
         title = (
             f"LARS step, {model}: {len(shapes)} tensors, {elements / 1e6:.3g} M float32, "
             f"{options.device.type}, threads {options.threads}, busy processes {busy}"
         )
-        least = {name: min(values) for name, values in times.items()}
-        facts = {
-            "least ms": {name: f"{least[name]:.3g}" for name in times},
-            "× ours, least": {name: f"{least[name] / least[OURS]:.2f}" for name in times},
-        } | harness.memory_column(steps, options.device)
+        facts: dict[str, dict[str, str]] = {}
+        for column, values in times.items():
+            least = {name: min(values[name]) for name in values}
+            facts[f"{column}, least ms"] = {name: f"{least[name]:.3g}" for name in least}
+            facts[f"{column}, × ours, least"] = {
+                name: f"{least[name] / least[OURS]:.2f}" for name in least
+            }
+        facts |= harness.memory_column(steps, options.device)
         if options.device.type == "cpu" and elements > 1e6:
             notes.append(prediction(elements))
-        yield Table(title, OURS, {"step": times}, facts, FLOORS, notes)
+        yield Table(title, OURS, times, facts, tuple(bounds), notes)
 
 
 def prediction(elements: int) -> str:

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "isa.h"
+#include "lars_python.h"
 
 namespace {
 
@@ -19,6 +20,7 @@ PyObject* instruction_set(PyObject*, PyObject*) {
 
 PyMethodDef methods[] = {
     {"instruction_set", instruction_set, METH_NOARGS, "The set that the CPU kernels use."},
+    {"lars_gradients", lars_gradients, METH_VARARGS, "The gradients, if nothing else changed."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -10,6 +10,7 @@
 // threads nor on which of them did what.
 #include <atomic>
 #include <cmath>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -25,13 +26,16 @@ constexpr int64_t kOwned = 1 << 17;
 // Tiny tensors are put together up to this many elements; no thread is started for fewer.
 constexpr int64_t kGrain = 1 << 15;
 
-// `whole` tensors begin..end-1, or the piece number `piece` of tensor `begin`.
+// The tensors begin..end-1, or the piece number `piece` of the split tensor number `begin`.
 struct Item {
   int32_t begin, end;
-  int64_t piece;  // -1: whole
+  int64_t piece;  // -1: whole tensors
 };
 
 struct Split {
+  explicit Split(int32_t tensor) : tensor(tensor) {}
+
+  const int32_t tensor;
   int64_t pieces = 0;
   std::unique_ptr<double[]> squares;           // [pieces, 2]
   std::unique_ptr<std::atomic<bool>[]> taken;  // [pieces], for the update
@@ -40,9 +44,9 @@ struct Split {
   LarsFactors factors;
 };
 
-// The pieces of one tensor whose norms a thread took.
+// The pieces of one split tensor whose norms a thread took.
 struct Mine {
-  int32_t tensor;
+  int32_t split;
   std::vector<int64_t> pieces;
 };
 
@@ -52,8 +56,7 @@ class Step {
       : tensors_(arguments.tensors),
         groups_(arguments.groups),
         rates_(std::move(rates)),
-        inverse_scale_(inverse_scale),
-        splits_(new Split[arguments.tensors.size()]) {}
+        inverse_scale_(inverse_scale) {}
 
   void run() {
     int64_t total = 0;
@@ -70,7 +73,7 @@ class Step {
   const std::vector<LarsGroup>& groups_;
   const std::vector<double> rates_;
   const double inverse_scale_;
-  std::unique_ptr<Split[]> splits_;  // [tensors], used for those that are split
+  std::deque<Split> splits_;
   std::vector<Item> items_;
   std::atomic<int64_t> next_{0};
 
@@ -88,12 +91,13 @@ class Step {
         items_.push_back({first, i + 1, -1});
       } else {
         if (first < i) items_.push_back({first, i, -1});
-        Split& split = splits_[i];
+        Split& split = splits_.emplace_back(i);
+        const int32_t number = static_cast<int32_t>(splits_.size()) - 1;
         split.pieces = pieces(n);
         split.squares.reset(new double[2 * split.pieces]());
         split.taken.reset(new std::atomic<bool>[split.pieces]());
         split.left.store(split.pieces, std::memory_order_relaxed);
-        for (int64_t k = 0; k < split.pieces; ++k) items_.push_back({i, i + 1, k});
+        for (int64_t k = 0; k < split.pieces; ++k) items_.push_back({number, number + 1, k});
       }
       first = i + 1;
       tiny = 0;
@@ -113,24 +117,23 @@ class Step {
         for (int32_t t = item.begin; t < item.end; ++t) whole(tensors_[t]);
         continue;
       }
-      norms(item.begin, item.piece);
-      if (stack.empty() || stack.back().tensor != item.begin) stack.push_back({item.begin, {}});
+      norms(splits_[item.begin], item.piece);
+      if (stack.empty() || stack.back().split != item.begin) stack.push_back({item.begin, {}});
       stack.back().pieces.push_back(item.piece);
     }
-    for (size_t t = tensors_.size(); t-- > 0;) {
-      const Split& split = splits_[t];
-      if (split.pieces == 0) continue;
-      while (!split.ready.load(std::memory_order_acquire)) std::this_thread::yield();
-      for (int64_t k = split.pieces; k-- > 0;) update_piece(static_cast<int32_t>(t), k);
+    for (auto split = splits_.rbegin(); split != splits_.rend(); ++split) {
+      while (!split->ready.load(std::memory_order_acquire)) std::this_thread::yield();
+      for (int64_t k = split->pieces; k-- > 0;) update_piece(*split, k);
     }
   }
 
   // Updates one piece of the newest tensor on the stack whose trust ratio is known.
   bool update_newest(std::vector<Mine>& stack) {
     for (size_t s = stack.size(); s-- > 0;) {
-      if (!splits_[stack[s].tensor].ready.load(std::memory_order_acquire)) continue;
       Mine& mine = stack[s];
-      update_piece(mine.tensor, mine.pieces.back());
+      Split& split = splits_[mine.split];
+      if (!split.ready.load(std::memory_order_acquire)) continue;
+      update_piece(split, mine.pieces.back());
       mine.pieces.pop_back();
       if (mine.pieces.empty()) stack.erase(stack.begin() + static_cast<std::ptrdiff_t>(s));
       return true;
@@ -138,9 +141,8 @@ class Step {
     return false;
   }
 
-  void norms(int32_t tensor, int64_t piece) {
-    const LarsTensor& t = tensors_[tensor];
-    Split& split = splits_[tensor];
+  void norms(Split& split, int64_t piece) {
+    const LarsTensor& t = tensors_[split.tensor];
     if (groups_[t.group].flags & lars_adapt) squares(t, piece, &split.squares[2 * piece]);
     if (split.left.fetch_sub(1, std::memory_order_acq_rel) == 1) {
       split.factors = factors(t, split.squares.get());
@@ -148,10 +150,9 @@ class Step {
     }
   }
 
-  void update_piece(int32_t tensor, int64_t piece) {
-    Split& split = splits_[tensor];
+  void update_piece(Split& split, int64_t piece) {
     if (split.taken[piece].exchange(true, std::memory_order_relaxed)) return;
-    const LarsTensor& t = tensors_[tensor];
+    const LarsTensor& t = tensors_[split.tensor];
     const int64_t begin = piece * kPiece;
     update(t, begin, std::min(kPiece, t.n - begin), split.factors);
   }

@@ -1,9 +1,7 @@
 """LARS by the native kernels: the arguments of the op, and what is kept between steps."""
 
 import weakref
-from collections.abc import Callable, Collection
-from itertools import repeat
-from operator import attrgetter, is_, is_not
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +15,6 @@ from ._lars_foreach import Batch
 # A group and whether its tensors are set apart → their weight decay, and whether they are adapted.
 Rule = Callable[[dict[str, Any], bool], tuple[float, bool]]
 
-_grad = attrgetter("grad")
 _FLAGS = (
     ("nesterov", True, ops.LARS_NESTEROV),
     ("maximize", True, ops.LARS_MAXIMIZE),
@@ -107,15 +104,22 @@ class Held:
     """
 
     def __init__(self, optimizer: Optimizer, batches: list[Batch]):
-        self._groups = list(optimizer.param_groups)
-        self._all = _params(optimizer)
-        self._keys, self._states = list(optimizer.state), list(optimizer.state.values())
-        self._buffers = [state.get("momentum_buffer") for state in self._states]
+        all_params = [p for group in optimizer.param_groups for p in group["params"]]
+        states = list(optimizer.state.values())
         self._batches = [batch._replace(grads=[]) for batch in batches]
         self._params = [p for batch in batches for p in batch.params]
         self._device = self._params[0].device
         updated = set(map(id, self._params))
-        self._others = [p for p in self._all if id(p) not in updated]
+        # In the order that csrc/lars_python.h names.
+        self._lists = (
+            list(optimizer.param_groups),
+            all_params,
+            list(optimizer.state),
+            states,
+            [state.get("momentum_buffer") for state in states],
+            self._params,
+            [p for p in all_params if id(p) not in updated],
+        )
         number = ops.lars_hold(self._params, [v for batch in batches for v in batch.buffers])
         self._number = number
         weakref.finalize(self, ops.lars_release, number).atexit = False
@@ -135,17 +139,9 @@ class Held:
         self, optimizer: Optimizer, rule: Rule, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> bool:
         """False, having changed nothing, if the optimizer's tensors are no longer these."""
-        if not (
-            _same(self._groups, optimizer.param_groups)
-            and _same(self._all, _params(optimizer))
-            and _same(self._keys, optimizer.state)
-            and _same(self._states, optimizer.state.values())
-            and all(map(is_, self._buffers, map(dict.get, self._states, repeat("momentum_buffer"))))
-            and all(p.grad is None for p in self._others)
-        ):
-            return False
-        grads: list[Any] = list(map(_grad, self._params))
-        if not all(map(is_not, grads, repeat(None))):
+        with torch._C.DisableTorchFunctionSubclass():
+            grads = ops.lars_gradients(optimizer.param_groups, optimizer.state, *self._lists)
+        if grads is None:
             return False
         batches = []
         for batch in self._batches:
@@ -161,11 +157,3 @@ class Held:
             return False
         torch.autograd.graph.increment_version(self._params)
         return True
-
-
-def _params(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _same(a: list[Any], b: Collection[Any]) -> bool:
-    return len(a) == len(b) and all(map(is_, a, b))

@@ -12,8 +12,9 @@ from torch import Tensor
 from simclr_fast import nt_xent_plain, sup_con_plain
 
 EXTENSION_ERROR: ImportError | None = None
+_EXTENSION: Any = None
 try:
-    import_module("simclr_fast._C")
+    _EXTENSION = import_module("simclr_fast._C")
 except ImportError as error:
     EXTENSION_ERROR = error
 
@@ -331,6 +332,11 @@ def lars_(
 def lars_hold(params: list[Tensor], momentum_buffers: list[Tensor]) -> int:
     """Keeps both lists in the extension, for ``lars_held_``, until ``lars_release``."""
     return torch.ops.simclr_fast.lars_hold.default(params, momentum_buffers)
+
+
+def lars_gradients(*arguments: Any) -> list[Tensor] | None:
+    """The gradients of held parameters, None if anything else changed: csrc/lars_python.h."""
+    return _EXTENSION.lars_gradients(*arguments)
 
 
 def lars_release(held: int) -> None:
