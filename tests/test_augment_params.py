@@ -1,5 +1,6 @@
 """Parameters: keyed by (seed, epoch, id, view) alone, and distributed as the named spec says."""
 
+import json
 import math
 import random
 import time
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from tf_crops import WHERE, quantities
 from torchvision.transforms import RandomResizedCrop
 
 from simclr_fast.augment_params import Augmentation, draw_params, philox
@@ -15,6 +17,7 @@ from simclr_fast.augment_params import Augmentation, draw_params, philox
 N = 20_000
 SIZES = np.tile([[375, 500]], (N, 1))
 P_MIN = 1e-4
+TENSORFLOW = json.loads(WHERE.read_text())
 
 
 def same(a, b):
@@ -158,6 +161,20 @@ def test_crops_follow_the_spec(spec, shape):
         lambda b: b[:, 0] / np.maximum(shape[0] - b[:, 2], 1),
     ):
         assert ks(measure(box), measure(expected)) > P_MIN
+
+
+@pytest.mark.parametrize(
+    "case", TENSORFLOW["cases"], ids=lambda case: "x".join(map(str, case["size"]))
+)
+def test_crops_are_as_tensorflow_draws_them(case):
+    """Kolmogorov-Smirnov at the thresholds of tests/tf_crops.py, for P_MIN."""
+    sizes = np.tile([case["size"]], (N, 1))
+    boxes = draw_params(Augmentation(spec="simclr"), 7, 0, np.arange(N), 0, sizes).box
+    least = math.sqrt(-math.log(P_MIN / 2) / 2 * (1 / N + 1 / TENSORFLOW["draws"]))
+    for name, values in quantities(boxes).items():
+        theirs = case["shares"][name]
+        ours = [np.mean(values <= t) for t in theirs["at"]]
+        assert np.abs(np.array(ours) - theirs["share"]).max() < least, name
 
 
 @pytest.mark.parametrize("spec", ["simclr", "torchvision"])
