@@ -185,14 +185,10 @@ def _make_view(
     def local(name: str) -> Any:
         return p[name].gpu() if device == "gpu" else p[name]
 
-    margins = {"axis_names": "HW", "out_of_bounds_policy": "pad", "fill_values": 0}
     x, gain = _crop(images, p, aug, device)
-    # One plane per channel: DALI's arithmetic is slow where it broadcasts or reduces over channels.
-    gain = gain * (1 / 255)
-    r, g, b = (
-        fn.squeeze(fn.coord_transform(x, M=row) * gain, axis_names="C")
-        for row in ([1, 0, 0], [0, 1, 0], [0, 0, 1])
-    )
+    # One plane per channel: DALI's arithmetic is slow where it reduces over channels.
+    planes = fn.transpose(x * (gain * (1 / 255)), perm=[2, 0, 1], transpose_layout=False)
+    r, g, b = (fn.reshape(planes[channel], layout="HW") for channel in range(3))
     # Otherwise the first step to come sees the bicubic overshoot.
     clipped = aug.spec == "torchvision"
     if clipped:
@@ -213,17 +209,27 @@ def _make_view(
     pad = aug.blur_radius if aug.spec == "simclr" else 0
     if aug.p_blur > 0 and aug.blur_radius > 0:  # noqa: SIM102
         if p["blur"]:
-            if pad > 0:
-                x = fn.slice(x, start=[-pad] * 2, shape=[aug.size + 2 * pad] * 2, **margins)
+            x = fn.crop_mirror_normalize(
+                x,
+                crop=[aug.size + 2 * pad] * 2,
+                out_of_bounds_policy="pad",
+                dtype=types.FLOAT,
+                output_layout="HWC",
+            )
+            # On three planes it takes a third longer.
             x = fn.gaussian_blur(x, sigma=p["sigma"], window_size=p["window"])
-            if pad > 0:
-                x = fn.slice(x, start=[pad] * 2, shape=[aug.size] * 2, axis_names="HW")
+            x = fn.crop_mirror_normalize(
+                x, crop=[aug.size] * 2, dtype=types.FLOAT, output_layout="CHW"
+            )
+    dtype = types.FLOAT if dtype is None else dtype
+    if aug.mean is None and dtype == types.FLOAT and not channels_last:
+        return x
     mean, std = aug.mean or (0.0,) * 3, aug.std or (1.0,) * 3
     return fn.crop_mirror_normalize(
         x,
         mean=list(mean),
         std=list(std),
-        dtype=types.FLOAT if dtype is None else dtype,
+        dtype=dtype,
         output_layout="HWC" if channels_last else "CHW",
     )
 
@@ -256,10 +262,14 @@ def _crop(images: Any, p: dict[str, Any], aug: Augmentation, device: str) -> tup
     return x, row_gain * column_gain
 
 
+def _at_most_one(x: Any) -> Any:
+    return _dali("math").min(x, 1.0)
+
+
 def _clip(x: Any) -> Any:
     math = _dali("math")
     # math.clamp is three times as slow.
-    return math.max(math.min(x, 1.0), 0.0)
+    return math.max(_at_most_one(x), 0.0)
 
 
 def _luma(r: Any, g: Any, b: Any) -> Any:
@@ -275,10 +285,12 @@ def _jitter_step(
     """
     if step == 0:
         f = local("brightness")
+        # Factors are at least 0.
+        below = _at_most_one if clipped else _clip
         if aug.brightness == "additive":
             r, g, b = _clip(r + f), _clip(g + f), _clip(b + f)
         else:
-            r, g, b = _clip(r * f), _clip(g * f), _clip(b * f)
+            r, g, b = (below(x * f) for x in (r, g, b))
     elif step == 1:
         r, g, b = _contrast(r, g, b, local("contrast"), aug)
     elif step == 2:

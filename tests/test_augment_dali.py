@@ -175,7 +175,7 @@ def test_the_gpu_graph_satisfies_the_operator_schemas(kind, spec, source):
     computing = {name for name, device in seen if device == "gpu"}
     expected = {"Slice", "Resize"}
     if kind is decode.DaliViews:
-        expected |= {"GaussianBlur", "CoordTransform", "CropMirrorNormalize"}
+        expected |= {"GaussianBlur", "Transpose", "CropMirrorNormalize"}
     assert expected <= computing
     assert (("Image", "mixed") in seen) == source.encoded
     assert all(node.device == "gpu" for node in pipe._graph_outputs)

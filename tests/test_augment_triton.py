@@ -21,22 +21,27 @@ photograph = torch.from_numpy(load_sample_image("china.jpg").copy())
 shapes = [(60, 80), (17, 33), (40, 41), (9, 100)]
 corners = [(10, 20), (100, 50), (200, 300), (50, 400)]
 images = [photograph[y:y + h, x:x + w] for (h, w), (y, x) in zip(shapes, corners)]
-worst = 0.0
 planar, last = torch.contiguous_format, torch.channels_last
-for size, spec, floating, layout, options in (
-    (37, "simclr", False, planar, {}),
-    (40, "torchvision", True, last, {}),
-    (33, "simclr", True, planar, {"brightness": "additive", "interpolation": "bilinear"}),
-    (40, "torchvision", False, last, {"mean": (0.4,) * 3, "std": (0.3,) * 3}),
+f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
+
+def close(out, exact):
+    # .1/255, and a last place of the outputs' dtype: the interpreter cuts bfloat16 off.
+    error = (out.float() - exact).abs()
+    return (error <= 0.1 / 255 + torch.finfo(out.dtype).eps * exact.abs()).all().item()
+
+for size, spec, floating, layout, dtype, options in (
+    (37, "simclr", False, planar, f32, {}),
+    (40, "torchvision", True, last, f16, {}),
+    (33, "simclr", True, planar, bf16, {"brightness": "additive", "interpolation": "bilinear"}),
+    (40, "torchvision", False, last, f32, {"mean": (0.4,) * 3, "std": (0.3,) * 3}),
 ):
     aug = Augmentation(size, spec, p_blur=0.75, **options)
     given = [(i.float() / 255).contiguous() if floating else i for i in images]
     p = draw_params(aug, size, 0, np.arange(4), 0, np.array(shapes))
-    out = torch.full((4, 3, size, size), float("nan")).contiguous(memory_format=layout)
+    out = torch.full((4, 3, size, size), float("nan"), dtype=dtype)
+    out = out.contiguous(memory_format=layout)
     _apply_triton(given, p, aug, out)
-    error = (out - apply_views(given, p, aug)).abs().max().item() * 255
-    assert error < 0.1, (size, spec, options, error)
-    worst = max(worst, error)
+    assert close(out, apply_views(given, p, aug)), (size, spec, dtype, options)
     crops = torch.stack([photograph[y : y + size, x : x + size] for y, x in corners])
     p.box = np.tile(np.array([0, 0, size, size], np.int32), (4, 1))
     given = [torch.from_numpy(array) for array in pack_params(p)]
@@ -46,10 +51,7 @@ for size, spec, floating, layout, options in (
     with checked_memory() as launches:
         kernels.augment_crops(crops, *given, normalize, *steps, out)
     assert launches == ["mean_kernel", "color_kernel", "blur_kernel", "blur_kernel"]
-    error = (out - apply_views(crops, p, aug)).abs().max().item() * 255
-    assert error < 0.1, ("crops", size, spec, options, error)
-    worst = max(worst, error)
-print("worst", worst)
+    assert close(out, apply_views(crops, p, aug)), ("crops", size, spec, dtype, options)
 """
 
 
@@ -60,8 +62,7 @@ def run(program, **environment):
         [sys.executable, "-c", program], capture_output=True, text=True, env=environment
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
 
 
 def test_interpreted_kernels_match_the_native_ones():
-    assert run(INTERPRETED, TRITON_INTERPRET="1").startswith("worst")
+    run(INTERPRETED, TRITON_INTERPRET="1")

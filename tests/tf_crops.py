@@ -54,7 +54,7 @@ def main() -> None:
             shares[name] = {"at": at.tolist(), "share": share}
         cases.append({"size": size, "shares": shares})
     content = {"tensorflow": tf.__version__, "draws": DRAWS, "cases": cases}
-    WHERE.write_text(json.dumps(content, indent=1) + "\n")
+    WHERE.write_text(json.dumps(content) + "\n")
 
 
 if __name__ == "__main__":
