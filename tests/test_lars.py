@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lars_cases import DTYPES, each_path, gradients, parameters, run
 from torch import nn
 
@@ -61,6 +63,39 @@ def test_twenty_steps_equal_reference(path, semantics, dtype):
         buffer = optimizer.state[p]["momentum_buffer"]
         assert buffer.dtype == dtype
         torch.testing.assert_close(buffer.double(), v, **tolerance(dtype))
+
+
+@each_path
+@settings(max_examples=25, deadline=None)
+@given(
+    semantics=st.sampled_from(reference.LARS_SEMANTICS),
+    shapes=st.lists(st.lists(st.integers(0, 9), max_size=4).map(tuple), min_size=1, max_size=4),
+    zero=st.sampled_from(["nothing", "weights", "gradients"]),
+    momentum=st.sampled_from([0.0, 0.5, 0.9]),
+    weight_decay=st.sampled_from([0.0, 1e-6, 0.1]),
+    trust_coefficient=st.sampled_from([1e-3, 0.02, 1.0]),
+    lr=st.sampled_from([0.0, 1e-3, 0.5, 4.8]),
+)
+def test_any_shapes_and_hyperparameters_equal_reference(path, semantics, shapes, zero, **hyper):
+    arguments = ARGUMENTS[semantics] | hyper
+    params = parameters(shapes, torch.float64)
+    if zero == "weights":
+        params[0].data.zero_()
+
+    def grads(params, t):
+        return [g * (zero != "gradients") for g in gradients(params, t)]
+
+    keys = {"momentum_order", "norm", "when_zero"}
+    reference_hyper = {k: v for k, v in arguments.items() if k not in keys}
+    state = [(p.detach().clone(), None) for p in params]
+    for t in range(3):
+        state = [
+            reference.lars_step(p, g, v, semantics, **reference_hyper)
+            for (p, v), g in zip(state, grads(params, t), strict=True)
+        ]
+    run(params, LARS(params, **arguments, **path), 3, grads)
+    for p, (expected, _) in zip(params, state, strict=True):
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-12)
 
 
 @each_path
