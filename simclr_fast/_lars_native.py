@@ -139,8 +139,7 @@ class Held:
         self, optimizer: Optimizer, rule: Rule, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> bool:
         """False, having changed nothing, if the optimizer's tensors are no longer these."""
-        with torch._C.DisableTorchFunctionSubclass():
-            grads = ops.lars_gradients(optimizer.param_groups, optimizer.state, *self._lists)
+        grads = ops.lars_gradients(optimizer.param_groups, optimizer.state, *self._lists)
         if grads is None:
             return False
         batches = []
