@@ -48,14 +48,17 @@ def test_there_are_examples():
     assert sum("README" in param.id for param in EXAMPLES) >= 3
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
+
+
+@pytest.mark.parametrize("page", [*PAGES, WORKFLOW], ids=lambda page: page.stem)
 def test_commands_exist(page):
     for command in re.findall(r"simclr-fast ([a-z]+)", page.read_text()):
         assert command in COMMANDS, f"{page.name}: simclr-fast {command}"
     for module in re.findall(r"python -m (benchmarks\.\w+)", page.read_text()):
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), f"{page.name}: {module}"
     targets = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"make ([a-z-]+)`", page.read_text()):
+    for target in re.findall(r"(?:run: |`)make ([a-z-]+)", page.read_text()):
         assert f"\n{target}:" in targets, f"{page.name}: make {target}"
 
 
