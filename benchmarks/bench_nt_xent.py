@@ -118,7 +118,10 @@ def tables(
             steps[MATMUL] = partial(torch.mm, z, z.T)
             times[column] = harness.measure(steps, options.rounds, options.device, clock)
         facts = {}
-        if memory and options.device.type == "cpu" and sys.platform == "linux":
+        if memory and (options.quick or options.device.type == "cuda"):
+            calls = {k: partial(forward_backward, f, z1, z2) for k, f in contenders.items()}
+            facts = harness.memory_column(calls, options.device)
+        elif memory and sys.platform == "linux":
             facts["peak MB"] = {k: f"{peak_memory(k, n, dim):.0f}" for k in contenders}
         if n <= LARGEST_CHECKED and not others:
             facts["gradient error"] = {
