@@ -1,77 +1,133 @@
-"""The full global batch on the CPU: 8192 views of 32², each mode in a process of its own.
+"""The full global batch on CPU ranks: 8192 views of 32², each mode in processes of its own.
 
-    python -m benchmarks.bench_large_batch [--batch-size 4096] [--micro-batch 256] [--steps 2]
+    python -m benchmarks.bench_large_batch [--batch-size 4096] [--ranks 2] [--micro-batch 256]
 
-A small ResNet (resnet10, stem with stride 2), the same weights and views in every mode. Printed:
-peak resident memory of the process above what it held before the first step, seconds of the last
-step, both also as ratios to plain's, and the loss of each step. grad-cache has micro-batches' own
-batch statistics, so its loss is another.
+A small ResNet (stem with stride 2) and the same weights and views in every mode. Printed: the
+largest peak of a rank's resident memory above what it held before the first step, the median
+seconds of a step after the first, both also as ratios to plain's, and the loss of each step.
+lockstep/2 keeps every second block's input. grad-cache has micro-batches' own batch statistics, so
+its loss is another.
 """
 
 import argparse
 import json
-import resource
+import os
+import socket
+import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import distributed as dist
 
+from simclr_fast.distributed import join_world
 from simclr_fast.large_batch import LargeBatch
 from simclr_fast.losses import nt_xent_loss
 from simclr_fast.models import SimCLR, build_encoder, build_projector
 from simclr_fast.optim import LARS, lars_param_groups
 
-MODES = ("plain", "replay", "lockstep", "grad-cache")
+MODES: dict[str, dict[str, Any]] = {
+    "plain": {"memory": "plain"},
+    "replay": {"memory": "replay"},
+    "lockstep": {"memory": "lockstep"},
+    "lockstep/2": {"memory": "lockstep", "keep_every": 2},
+    "grad-cache": {"memory": "grad-cache", "allow_ghost_bn": True},
+}
 
 
-def one(memory: str, given: argparse.Namespace) -> dict:
-    """Run `steps` steps in this process."""
-    torch.manual_seed(0)
-    encoder, dim = build_encoder("resnet10", width=given.width, image_size=32, stem="cifar-stride2")
-    model = SimCLR(encoder, build_projector("nonlinear", dim)).train()
-    model = model.to(memory_format=torch.channels_last)
-    optimizer = LARS(lars_param_groups(model, 1e-6), lr=0.1)
-    step = LargeBatch(model, memory=memory, micro_batch=given.micro_batch, allow_ghost_bn=True)
-    images = torch.randn(given.batch_size, 3, 32, 32)
-    views = torch.cat([images + 0.3 * torch.randn_like(images) for _ in range(2)])
-    views = views.contiguous(memory_format=torch.channels_last)
-    del images
-    before = _peak()
-    losses = []
-    for _ in range(given.steps):
-        began = time.perf_counter()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(step.backward(views, lambda o: nt_xent_loss(o[1], temperature=0.5)).item())
-        optimizer.step()
-        seconds = time.perf_counter() - began
-    return {"losses": losses, "gb": (_peak() - before) / 1e9, "seconds": seconds}
+def one(mode: str, given: argparse.Namespace) -> dict:
+    """Run `steps` steps in this process, one rank."""
+    with join_world("cpu") as world:
+        torch.manual_seed(0)
+        encoder, dim = build_encoder(
+            given.model, width=given.width, image_size=32, stem="cifar-stride2"
+        )
+        model = SimCLR(encoder, build_projector("nonlinear", dim)).train()
+        model = model.to(memory_format=torch.channels_last)
+        optimizer = LARS(lars_param_groups(model, 1e-6), lr=0.1)
+        group = dist.group.WORLD if world.size > 1 else None
+        step = LargeBatch(model, micro_batch=given.micro_batch, group=group, **MODES[mode])
+        images = torch.randn(given.batch_size, 3, 32, 32)[world.rank :: world.size]
+        views = [
+            (images + 0.3 * torch.randn_like(images)).contiguous(memory_format=torch.channels_last)
+            for _ in range(2)
+        ]
+        del images
+        before = resident()
+        _reset_peak()
+        losses, seconds = [], []
+        for _ in range(given.steps):
+            began = time.perf_counter()
+            optimizer.zero_grad(set_to_none=True)
+            loss = step.backward(views, lambda o: nt_xent_loss(o[1], temperature=0.5, group=group))
+            optimizer.step()
+            losses.append(loss.item())
+            seconds.append(time.perf_counter() - began)
+        return {
+            "losses": losses,
+            "gb": (resident("VmHWM") - before) / 1e9,
+            "seconds": statistics.median(seconds[1:] or seconds),
+        }
 
 
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident(field: str = "VmRSS") -> int:
+    """Bytes of this process in memory now, or (VmHWM) at most since the last reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+
+def _reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def measure(mode: str, given: argparse.Namespace) -> dict:
+    """`one` in `ranks` processes: the largest memory and time, and the ranks' common losses."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "benchmarks.bench_large_batch", "--mode", mode, *sys.argv[1:]]
+    threads = max(1, torch.get_num_threads() // given.ranks)
+    runs = []
+    for rank in range(given.ranks):
+        place = {"RANK": rank, "WORLD_SIZE": given.ranks, "LOCAL_WORLD_SIZE": given.ranks}
+        place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": threads}
+        environment = os.environ | {key: str(value) for key, value in place.items()}
+        runs.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    found = []
+    for process in runs:
+        printed, _ = process.communicate()
+        if process.returncode:
+            raise SystemExit(f"{mode} failed with status {process.returncode}")
+        found.append(json.loads(printed))
+    largest = {key: max(row[key] for row in found) for key in ("gb", "seconds")}
+    return largest | {"losses": found[0]["losses"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch-size", type=int, default=4096)
+    parser.add_argument("--batch-size", type=int, default=4096, help="images over all ranks")
+    parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--micro-batch", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--width", type=float, default=1)
-    parser.add_argument("--mode", choices=MODES, help="this mode in this process: prints JSON")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--model", default="resnet34")
+    parser.add_argument("--width", type=float, default=0.25)
+    parser.add_argument("--mode", choices=MODES, help="one rank of this mode: prints JSON")
     given = parser.parse_args()
     if given.mode:
         print(json.dumps(one(given.mode, given)))
         return
     print(
-        f"{2 * given.batch_size} views, micro-batch {given.micro_batch}, {torch.get_num_threads()} "
-        f"threads, torch {torch.__version__}\n"
+        f"{given.model} ×{given.width:g}: {2 * given.batch_size} views on {given.ranks} ranks, "
+        f"micro-batch {given.micro_batch}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}\n"
     )
     print(f"{'mode':<12} {'peak GB':>8} {'of plain':>8} {'s/step':>8} {'of plain':>8}  losses")
     plain = None
     for mode in MODES:
-        run = [sys.executable, "-m", "benchmarks.bench_large_batch", "--mode", mode, *sys.argv[1:]]
-        found = json.loads(subprocess.run(run, check=True, capture_output=True).stdout)
+        found = measure(mode, given)
         plain = plain or found
         print(
             f"{mode:<12} {found['gb']:8.2f} {found['gb'] / plain['gb']:8.2f} "

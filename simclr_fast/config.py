@@ -57,6 +57,8 @@ class PretrainConfig:
     """Views at a time in lockstep and grad-cache, per rank; by default 256."""
     offload_gb: float = 0
     """Host memory per rank for lockstep's block inputs, GB."""
+    keep_every: int = 1
+    """Lockstep keeps the input of every so many-th block."""
     allow_ghost_bn: bool = False
     """Let grad-cache run with batch norms, whose statistics are then a micro-batch's own."""
     channels_last: bool = True
@@ -87,6 +89,8 @@ class PretrainConfig:
             raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}")
         if self.offload_gb < 0:
             raise ValueError(f"offload_gb must be at least 0, got {self.offload_gb}")
+        if self.keep_every < 1:
+            raise ValueError(f"keep_every must be at least 1, got {self.keep_every}")
         if self.probe_every is not None and self.probe_every < 1:
             raise ValueError(f"probe_every must be at least 1, got {self.probe_every}")
         if self.temperature <= 0:

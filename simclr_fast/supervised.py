@@ -70,16 +70,8 @@ def _supervise(config: PretrainConfig, world: World) -> tuple[Path, Scores | Non
     group = dist.group.WORLD if world.size > 1 else None
     # The planner counts two views per image, here there is one.
     halved = replace(config, batch_size=max(world.size, -(-config.batch_size // 2)))
-    memory, micro_batch = choose_memory(halved, world, autocast)
-    large_batch = LargeBatch(
-        model,
-        memory=memory,
-        micro_batch=micro_batch,
-        group=group,
-        autocast=autocast,
-        offload_gb=config.offload_gb,
-        allow_ghost_bn=config.allow_ghost_bn,
-    )
+    chosen = choose_memory(halved, world, autocast)
+    large_batch = LargeBatch(model, group=group, autocast=autocast, **chosen)
     out = prepare_output(config, world)
     optimizer = build_optimizer(model, config)
     warmup = min(round(config.warmup_epochs * len(loader)), total_steps - 1)

@@ -23,7 +23,7 @@ from simclr_fast.distributed import World, free_memory, join_world
 from simclr_fast.evaluation.online import OnlineProbe
 from simclr_fast.extras import need
 from simclr_fast.interrupts import catch_signals
-from simclr_fast.large_batch import LargeBatch, Memory, planner
+from simclr_fast.large_batch import LargeBatch, planner
 from simclr_fast.losses import nt_xent_loss
 from simclr_fast.models import SimCLR, build_encoder, build_projector
 from simclr_fast.optim import LARS, lars_param_groups, scaled_lr, warmup_cosine
@@ -69,16 +69,8 @@ def _pretrain(config: PretrainConfig, world: World) -> Path:
         model = model.to(memory_format=torch.channels_last)
     autocast = autocast_dtype(config, world.device)
     group = torch.distributed.group.WORLD if world.size > 1 else None
-    memory, micro_batch = choose_memory(config, world, autocast)
-    large_batch = LargeBatch(
-        model,
-        memory=memory,
-        micro_batch=micro_batch,
-        group=group,
-        autocast=autocast,
-        offload_gb=config.offload_gb,
-        allow_ghost_bn=config.allow_ghost_bn,
-    )
+    chosen = choose_memory(config, world, autocast)
+    large_batch = LargeBatch(model, group=group, autocast=autocast, **chosen)
     probe = None
     if config.probe_every and world.rank == 0:
         probe = OnlineProbe(loader.source.labels, config.probe_every, world.device)
@@ -139,7 +131,9 @@ def _pretrain(config: PretrainConfig, world: World) -> Path:
                     _, loss, statistics = large_batch.backward((view1, view2), loss_fn)
                 except torch.OutOfMemoryError as error:
                     work = workload(config, world, autocast)
-                    raise planner.out_of_memory(work, memory, micro_batch) from error
+                    raise planner.out_of_memory(
+                        work, chosen["memory"], chosen["micro_batch"], chosen["keep_every"]
+                    ) from error
                 lr = optimizer.param_groups[0]["lr"]
                 # Averaged gradients are the same on all ranks, and so is an overflow in them.
                 scaler.step(optimizer)
@@ -188,15 +182,26 @@ def workload(config: PretrainConfig, world: World, dtype: torch.dtype | None) ->
 
 def choose_memory(
     config: PretrainConfig, world: World, dtype: torch.dtype | None
-) -> tuple[Memory, int | None]:
-    """The mode and micro-batch: config's or, for "auto", the planner's, alike on all ranks."""
+) -> dict[str, Any]:
+    """`LargeBatch`'s options: config's or, for "auto", the planner's, alike on all ranks."""
+    chosen = {
+        "memory": config.memory,
+        "micro_batch": config.micro_batch,
+        "keep_every": config.keep_every,
+        "offload_gb": config.offload_gb,
+        "allow_ghost_bn": config.allow_ghost_bn,
+    }
     if config.memory != "auto":
-        return config.memory, config.micro_batch
+        return chosen
     free = world.least(free_memory(world.device))
     setting = planner.choose(workload(config, world, dtype), free)
     if setting.memory != "plain":
         log.info("%s: plain does not fit %.1f GB", setting.flags, free / 1e9)
-    return setting.memory, config.micro_batch or setting.micro_batch
+    return chosen | {
+        "memory": setting.memory,
+        "micro_batch": config.micro_batch or setting.micro_batch,
+        "keep_every": setting.keep_every,
+    }
 
 
 def loader_options(config: PretrainConfig, world: World) -> dict[str, Any]:

@@ -14,6 +14,8 @@ MODES = [
     {"memory": "lockstep", "micro_batch": 7},
     {"memory": "lockstep", "micro_batch": 5},
     {"memory": "lockstep", "micro_batch": 4, "offload_gb": 1e-4},
+    {"memory": "lockstep", "micro_batch": 5, "keep_every": 2},
+    {"memory": "lockstep", "micro_batch": 7, "keep_every": 3, "offload_gb": 1e-4},
 ]
 
 

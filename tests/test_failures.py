@@ -17,6 +17,7 @@ from simclr_fast import train
 from simclr_fast.augment import Augmentation
 from simclr_fast.checkpoint import checkpoints, load_checkpoint
 from simclr_fast.config import PretrainConfig
+from simclr_fast.distributed import World
 
 pytest.importorskip("torchvision")
 STEPS = 6
@@ -119,6 +120,21 @@ def die_in_checkpoint(rank):
     torch.save = patched
 
 
+def all_die_in_checkpoint(rank):
+    """And the others as they begin their next step, while rank 0 writes."""
+    if rank == 0:
+        die_in_checkpoint(rank)
+        return
+    mark = World.mark
+
+    def patched(world, step, doing):
+        if step == 5:
+            die()
+        mark(world, step, doing)
+
+    World.mark = patched
+
+
 def in_float64(rank):
     torch.set_default_dtype(torch.float64)
     loader = train.TwoViewLoader
@@ -181,10 +197,16 @@ def uninterrupted(folder):
     return finished(config.out)
 
 
-@pytest.mark.parametrize("plan", [InStep(4, die), die_in_checkpoint], ids=["step", "checkpoint"])
+@pytest.mark.parametrize(
+    "plan",
+    [InStep(4, die), die_in_checkpoint, all_die_in_checkpoint],
+    ids=["step", "checkpoint", "all_in_checkpoint"],
+)
 def test_resume_after_kill_is_bit_for_bit(config, begin, uninterrupted, plan):
     killed = begin(config, 2, plan).wait()
     assert killed[0] == -signal.SIGKILL
+    if plan is not die_in_checkpoint:
+        assert killed[1] == -signal.SIGKILL
     (left,) = checkpoints(config.out / "checkpoints")
     assert load_checkpoint(left)["step"] == 2
     assert begin(replace(config, resume=True), 2).wait() == [0, 0]

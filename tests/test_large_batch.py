@@ -297,6 +297,8 @@ def test_lockstep_refuses_what_it_would_change(model, says):
         {"micro_batch": 0},
         {"offload_gb": -1},
         {"memory": "plain", "offload_gb": 1},
+        {"keep_every": 0},
+        {"memory": "replay", "keep_every": 2},
     ],
 )
 def test_bad_arguments(arguments):
@@ -309,7 +311,7 @@ def test_a_loss_must_be_a_number():
         run(simclr("resnet10"), loss=lambda outputs: outputs[1], **LOCKSTEP)
 
 
-@pytest.mark.parametrize("field", ["micro_batch", "offload_gb"])
+@pytest.mark.parametrize("field", ["micro_batch", "offload_gb", "keep_every"])
 def test_bad_configuration(field):
     with pytest.raises(ValueError, match=field):
         PretrainConfig(**{field: -1})

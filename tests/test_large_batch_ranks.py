@@ -27,7 +27,8 @@ LOCKSTEP = {"memory": "lockstep", "micro_batch": 5}
 CASES = [
     (1, "resnet18", LOCKSTEP),
     *((ranks, "resnet18", mode) for ranks in (2, 4) for mode in [*MODES[:2], LOCKSTEP]),
-    (4, "resnet50", LOCKSTEP),
+    *((ranks, "resnet50", LOCKSTEP | {"keep_every": 2}) for ranks in (2, 4)),
+    (4, "resnet50", {"memory": "replay"}),
     *((ranks, "mlp", {"memory": "grad-cache", "micro_batch": 3}) for ranks in (2, 4)),
 ]
 

@@ -105,6 +105,10 @@ def test_settings_need_less_and_compute_more():
     assert plain.compute == pytest.approx(1, rel=0.01)
     assert 1.25 < replay.compute < 1.4
     assert 1.25 < lockstep.compute < 1.4
+    sparse = work().setting("lockstep", 8, 2)
+    assert sparse.device_bytes < lockstep.device_bytes
+    assert 1.4 < sparse.compute < 1.55
+    assert sparse.flags == "--memory lockstep --micro-batch 8 --keep-every 2"
     # What lies beside a step: momentum, and the next batch's views.
     momentum = sum(p.nbytes for p in make().parameters())
     assert work().beside("plain") == momentum + ROWS * 3 * SIZE**2 * 4

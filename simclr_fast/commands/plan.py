@@ -40,7 +40,7 @@ def run(arguments: list[str]) -> int:
         f"of {given.gpu_memory}"
     )
     print(f"predicted, not measured; step times for {work.gpu.name}\n")
-    print("mode       micro-batch  GPU GB host GB compute  step s")
+    print("mode         micro-batch  GPU GB host GB compute  step s")
     found = []
     for setting in planner.settings(work, limit, host / given.gpus):
         found.append(setting)
@@ -80,10 +80,11 @@ def has_batch_norm(config: PretrainConfig) -> bool:
 
 def _row(s: planner.Setting, fits: bool, gpus: int) -> str:
     size = "" if s.micro_batch is None else str(s.micro_batch)
+    name = _name(s)
     if s.refusal:
-        return f"{s.memory:<10} {size:>11} {s.refusal}"
+        return f"{name:<12} {size:>11} {s.refusal}"
     return (
-        f"{s.memory:<10} {size:>11} {s.device_bytes / 1e9:7.1f} "
+        f"{name:<12} {size:>11} {s.device_bytes / 1e9:7.1f} "
         f"{s.offload_bytes * gpus / 1e9:7.1f} "
         f"{s.compute:6.2f}× {s.seconds:7.2f}  {'fits' if fits else 'does not fit'}"
     )
@@ -110,9 +111,13 @@ def _print_fits(config: PretrainConfig, host: float) -> None:
             print(f"| {width}× | {gpus} | " + " | ".join(cells) + " |", flush=True)
 
 
+def _name(s: planner.Setting) -> str:
+    return s.memory if s.keep_every == 1 else f"{s.memory}/{s.keep_every}"
+
+
 def _cell(s: planner.Setting, gpus: int) -> str:
     host = f" + {s.offload_bytes * gpus / 1e9:.0f} host" if s.offload_bytes else ""
-    return f"{s.memory} {s.device_bytes / 1e9:.0f}{host}"
+    return f"{_name(s)} {s.device_bytes / 1e9:.0f}{host}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -48,6 +48,8 @@ class LargeBatch:
         Parameters of the loss itself are not averaged.
     autocast: dtype of torch.autocast around the model; the loss runs outside.
     offload_gb: lockstep keeps up to that many GB (10⁹ bytes) of block inputs in host memory.
+    keep_every: lockstep keeps the input of every so many-th block and makes the others again in the
+        backward: 2 halves what is kept, and convolutions cost 3/2 of plain's instead of 4/3.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class LargeBatch:
         group: dist.ProcessGroup | None = None,
         autocast: torch.dtype | None = None,
         offload_gb: float = 0,
+        keep_every: int = 1,
         allow_ghost_bn: bool = False,
     ) -> None:
         if memory not in get_args(Memory):
@@ -69,6 +72,10 @@ class LargeBatch:
             raise ValueError(f"offload_gb must be at least 0, got {offload_gb}")
         if offload_gb and memory != "lockstep":
             raise ValueError(f"offload_gb is for memory='lockstep', got {memory!r}")
+        if keep_every < 1:
+            raise ValueError(f"keep_every must be at least 1, got {keep_every}")
+        if keep_every > 1 and memory != "lockstep":
+            raise ValueError(f"keep_every is for memory='lockstep', got {memory!r}")
         if isinstance(model, DistributedDataParallel):
             raise ValueError("model must be bare: LargeBatch averages gradients over group itself")
         self.model, self.memory, self.autocast = model, memory, autocast
@@ -78,7 +85,7 @@ class LargeBatch:
         self.run = model
         self._sync = True
         if memory == "lockstep":
-            self.lockstep = Lockstep(model, self.group, offload_gb)
+            self.lockstep = Lockstep(model, self.group, offload_gb, keep_every)
         elif self.group is not None:
             # Statistics are the same on all ranks already. torch 2.14 renames the option.
             options = inspect.signature(DistributedDataParallel).parameters

@@ -15,7 +15,9 @@ and ∂μ/∂x_i = 1 / n,
 Both sums run over the whole batch: one pass over the micro-batches and one all-reduce. Then each
 micro-batch's g passes its segment alone, and the gradients of parameters add up.
 
-Cost: every convolution forward twice and backward once, 4/3 of the plain work.
+Cost: every convolution forward twice and backward once, 4/3 of the plain work. With only every
+k-th block's input kept, the blocks between are run forward once more, micro-batch by micro-batch,
+when the backward comes to them: (4 + (k - 1) / k) / 3.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,6 +41,7 @@ class Lockstep:
     """Runs one model; `backward` is a step's forward, loss and backward.
 
     group: ranks whose batches form one. offload_gb: host memory for the first blocks' inputs.
+    keep_every: of how many blocks one keeps its input.
     """
 
     def __init__(
@@ -46,9 +49,10 @@ class Lockstep:
         model: nn.Module,
         group: dist.ProcessGroup | None = None,
         offload_gb: float = 0,
+        keep_every: int = 1,
     ) -> None:
         self.model, self.group = model, group
-        self.offload_gb = offload_gb
+        self.offload_gb, self.keep_every = offload_gb, keep_every
         self.arena: Arena | None = None
         self.graph = Graph(model)
         self.flags = flags(model)
@@ -80,13 +84,40 @@ class Lockstep:
         del values, leaves
         buckets = Buckets([b.parameters for b in blocks], self.group if sync else None)
         for i in reversed(range(len(blocks))):
+            if not self.keeps(i):
+                self._make_again(saved, i)
             inputs = saved.pop().take()
-            if saved:
+            if saved and self.keeps(i - 1):
                 saved[-1].fetch()
             gradients = self._backward_block(blocks[i], inputs, gradients, buckets)
             buckets.reduce(i)
         buckets.finish()
         return result
+
+    def keeps(self, index: int) -> bool:
+        """Whether the input of block `index` is kept."""
+        return index % self.keep_every == 0
+
+    @torch.no_grad()
+    def _make_again(self, saved: list[Stored], index: int) -> None:
+        """Block `index`'s input, and those missing before it, from the last kept one."""
+        if saved[index].tensors:
+            return
+        first = index - index % self.keep_every
+        inputs = saved[first].take()
+        saved[first] = Stored(inputs)
+        made: list[list[Tensor]] = [[] for _ in range(first, index)]
+        for x in inputs:
+            for block, outputs in zip(self.graph.blocks[first:index], made, strict=True):
+                v: Values = {block.input: x}
+                for segment in block.segments:
+                    self._run(segment, v)
+                    for node in segment.last_use:
+                        v.pop(node, None)
+                (output,) = block.outputs
+                x = self._value(output, v)
+                outputs.append(x)
+        saved[first + 1 : index + 1] = map(Stored, made)
 
     @torch.no_grad()
     def _forward(self, parts: Sequence[Tensor]) -> tuple[list[Values], list[Stored]]:
@@ -97,10 +128,10 @@ class Lockstep:
             self.arena.clear()
         values: list[Values] = [{self.graph.input: p} for p in parts]
         saved = []
-        for block in self.graph.blocks:
-            inputs = [v[block.input] for v in values]
+        for i, block in enumerate(self.graph.blocks):
+            inputs = [v[block.input] for v in values] if self.keeps(i) else []
             # The caller holds the views anyway.
-            if self.arena is None or block.input is self.graph.input:
+            if self.arena is None or block.input is self.graph.input or not inputs:
                 saved.append(Stored(inputs))
             else:
                 saved.append(self.arena.store(inputs))

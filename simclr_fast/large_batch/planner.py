@@ -24,6 +24,8 @@ from simclr_fast.losses import nt_xent_loss
 log = logging.getLogger(__name__)
 
 MICRO_BATCHES = (256, 128, 64, 32)
+# More saves little: the blocks made again are alive together.
+_KEEP_EVERY = 2
 # CUDA's context and the libraries' workspaces; the share that the allocator's gaps leave usable.
 _CONTEXT = 1.0e9
 _USABLE = 0.95
@@ -89,6 +91,7 @@ class Setting:
     compute: float = 1
     seconds: float = 0
     offload_bytes: float = 0
+    keep_every: int = 1
     refusal: str = ""
 
     @property
@@ -99,6 +102,8 @@ class Setting:
             parts.append(f"--micro-batch {self.micro_batch}")
         if self.offload_bytes:
             parts.append(f"--offload-gb {math.ceil(self.offload_bytes / 1e8) / 10:g}")
+        if self.keep_every > 1:
+            parts.append(f"--keep-every {self.keep_every}")
         return " ".join(parts)
 
 
@@ -133,10 +138,12 @@ class Workload:
         """Views per rank and step."""
         return 2 * -(-self.batch_size // self.ranks)
 
-    def setting(self, memory: Memory, micro_batch: int | None = None) -> Setting:
+    def setting(
+        self, memory: Memory, micro_batch: int | None = None, keep_every: int = 1
+    ) -> Setting:
         """Predict one way. Where it cannot run, `refusal` says why and the numbers are infinite."""
         try:
-            phases = self._phases(memory, micro_batch)
+            phases = self._phases(memory, micro_batch, keep_every)
         except ValueError as error:
             return Setting(memory, micro_batch, math.inf, math.inf, math.inf, refusal=str(error))
         peak = max(p.peak for p in phases.values()) + self.beside(memory)
@@ -146,6 +153,7 @@ class Workload:
             peak,
             sum(p.flops for p in phases.values()) / (self._per_view * self.rows),
             sum(p.seconds for p in phases.values()) / _EFFICIENCY,
+            keep_every=keep_every,
         )
 
     def offloaded(self, setting: Setting, limit: float) -> Setting:
@@ -190,17 +198,18 @@ class Workload:
 
     @property
     def _per_view(self) -> float:
-        phases = _cached(self._step, "plain", 8, None)
+        phases = _cached(self._step, "plain", 8)
         return sum(p.flops for p in phases.values()) / 8
 
-    def _phases(self, memory: Memory, micro_batch: int | None) -> Phases:
+    def _phases(self, memory: Memory, micro_batch: int | None, keep_every: int = 1) -> Phases:
         if memory in ("plain", "replay") or micro_batch is None:
-            return _cached(self._step, memory, self.rows, None)
+            return _cached(self._step, memory, self.rows)
         few, more = _SIMULATED
+        how = (micro_batch, keep_every)
         if self.rows <= more * micro_batch:
-            return _cached(self._step, memory, self.rows, micro_batch)
-        one = _cached(self._step, memory, few * micro_batch, micro_batch)
-        two = _cached(self._step, memory, more * micro_batch, micro_batch)
+            return _cached(self._step, memory, self.rows, *how)
+        one = _cached(self._step, memory, few * micro_batch, *how)
+        two = _cached(self._step, memory, more * micro_batch, *how)
         beyond = (self.rows / micro_batch - few) / (more - few)
         return {key: _line(one[key], two[key], beyond) for key in one}
 
@@ -208,10 +217,13 @@ class Workload:
 _CACHE: dict[Any, Phases] = {}
 
 
-def _cached(step: Step, memory: Memory, rows: int, micro_batch: int | None) -> Phases:
-    key = (step.make, step.shape, step.dtype, step.cuda, step.clock, memory, rows, micro_batch)
+def _cached(
+    step: Step, memory: Memory, rows: int, micro_batch: int | None = None, keep_every: int = 1
+) -> Phases:
+    how = (memory, rows, micro_batch or rows, keep_every)
+    key = (step.make, step.shape, step.dtype, step.cuda, step.clock, how)
     if key not in _CACHE:
-        _CACHE[key] = step.run(memory, rows, micro_batch or rows)
+        _CACHE[key] = step.run(*how)
     return _CACHE[key]
 
 
@@ -243,6 +255,8 @@ def settings(work: Workload, limit: float, host: float = 0) -> Iterator[Setting]
             moved = work.offloaded(work.setting("lockstep", micro_batch), _USABLE * limit)
             if moved.offload_bytes <= host:
                 yield moved
+    if not setting.refusal:
+        yield from (work.setting("lockstep", m, _KEEP_EVERY) for m in sizes)
     yield work.setting("grad-cache", sizes[0])
 
 
@@ -285,9 +299,12 @@ def choose(work: Workload, limit: float) -> Setting:
     )
 
 
-def after(work: Workload, memory: Memory, micro_batch: int | None) -> Setting | None:
-    """What to try when (memory, micro_batch) did not fit: the next that needs a tenth less."""
-    now = work.setting(memory, micro_batch or (MICRO_BATCHES[0] if memory == "lockstep" else None))
+def after(
+    work: Workload, memory: Memory, micro_batch: int | None, keep_every: int = 1
+) -> Setting | None:
+    """What to try when a setting did not fit: the next that needs a tenth less."""
+    size = micro_batch or (MICRO_BATCHES[0] if memory == "lockstep" else None)
+    now = work.setting(memory, size, keep_every)
     for setting in settings(work, 0):
         if setting.memory != "grad-cache" and setting.device_bytes < 0.9 * now.device_bytes:
             return setting
@@ -296,10 +313,12 @@ def after(work: Workload, memory: Memory, micro_batch: int | None) -> Setting | 
     return moved if moved.offload_bytes else None
 
 
-def out_of_memory(work: Workload, memory: Memory, micro_batch: int | None) -> OutOfMemory:
+def out_of_memory(
+    work: Workload, memory: Memory, micro_batch: int | None, keep_every: int = 1
+) -> OutOfMemory:
     """The error that names the next setting."""
-    found = after(work, memory, micro_batch)
-    now = Setting(memory, micro_batch, 0).flags
+    found = after(work, memory, micro_batch, keep_every)
+    now = Setting(memory, micro_batch, 0, keep_every=keep_every).flags
     if found is None:
         return OutOfMemory(
             f"out of memory with {now}, and no setting needs less: more GPUs or a "

@@ -120,7 +120,15 @@ class Step:
     cuda: bool = False
     clock: Callable[[float, float], float] = field(default=lambda flops, moved: 0.0)
 
-    def run(self, memory: Memory, rows: int, micro_batch: int, *, fake: bool = True) -> Phases:
+    def run(
+        self,
+        memory: Memory,
+        rows: int,
+        micro_batch: int,
+        keep_every: int = 1,
+        *,
+        fake: bool = True,
+    ) -> Phases:
         """One step of `rows` views: parameters, gradients, views and activations are counted."""
         meter = Meter(self.clock)
         with FakeTensorMode() if fake else nullcontext(), _norms_of_cuda(self.cuda):
@@ -131,6 +139,7 @@ class Step:
                 memory=memory,
                 micro_batch=micro_batch,
                 autocast=self.dtype,
+                keep_every=keep_every,
                 allow_ghost_bn=True,
             )
             if memory == "lockstep":
@@ -170,7 +179,7 @@ def _mark_blocks(lockstep: Any, meter: Meter) -> None:
     def marked_forward(block, values):
         meter.phase = ("forward", blocks.index(block))
         inputs = [v[block.input] for v in values]
-        if blocks.index(block):
+        if blocks.index(block) and lockstep.keeps(blocks.index(block)):
             meter.phases[meter.phase].stored = sum(_bytes(x) for x in inputs)
         del inputs
         return forward(block, values)
