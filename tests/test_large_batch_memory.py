@@ -99,7 +99,7 @@ def test_block_inputs_are_what_is_kept():
     model, x = narrow(), batch(20)
     engine = LargeBatch(model, memory="lockstep", micro_batch=8)
     engine.lockstep.autocast = lambda: torch.autocast("cpu", enabled=False)
-    _, saved = engine.lockstep._forward(x)
+    _, saved = engine.lockstep._forward(x.split(8))
     kept = sum(t.nbytes for stored in saved for t in stored.tensors) - x.nbytes
     assert kept == block_inputs(model, x)
 
@@ -112,3 +112,5 @@ def test_peak_is_a_fraction_of_plain():
     inputs = block_inputs(narrow(), batch(rows))
     assert inputs < lockstep < 1.6 * inputs
     assert lockstep < 0.8 * replay < 0.8 * plain
+    sparse = peak(LiveBytes(), rows, memory="lockstep", micro_batch=4, keep_every=2)
+    assert sparse < 0.9 * lockstep

@@ -92,15 +92,17 @@ def _row(s: planner.Setting, fits: bool, gpus: int) -> str:
 
 def _print_fits(config: PretrainConfig, host: float) -> None:
     """A Markdown table: the first setting that fits, by width, number and memory of GPUs."""
-    print("| width | GPUs | " + " | ".join(f"{size} GB" for size in _SIZES) + " |")
-    print("|---" * (2 + len(_SIZES)) + "|")
+    sizes = " | ".join(f"{size} GB" for size in _SIZES)
+    print(f"| width | GPUs | plain needs | {sizes} |")
+    print("|---" * (3 + len(_SIZES)) + "|")
     for width in _WIDTHS:
         wide = replace(config, width=width)
         for gpus in _GPUS:
             cells = []
+            # No times are shown, so one GPU's do for all.
+            work = workload(wide, gpus, _SIZES[-1] * 1e9)
             for size in _SIZES:
                 limit = size * 1e9
-                work = workload(wide, gpus, limit)
                 found = []
                 for setting in planner.settings(work, limit, host / gpus):
                     found.append(setting)
@@ -108,7 +110,8 @@ def _print_fits(config: PretrainConfig, host: float) -> None:
                         break
                 best = planner.recommended(found, limit, True)
                 cells.append("–" if best is None else _cell(best, gpus))
-            print(f"| {width}× | {gpus} | " + " | ".join(cells) + " |", flush=True)
+            plain = f"{work.setting('plain').device_bytes / 1e9:.0f} GB"
+            print(f"| {width}× | {gpus} | {plain} | " + " | ".join(cells) + " |", flush=True)
 
 
 def _name(s: planner.Setting) -> str:
