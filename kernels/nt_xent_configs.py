@@ -77,14 +77,14 @@ _HMMA: Configs = {
         Config(64, 64, 64, 8, 2),
     ),
     "sums": (
-        Config(128, 64, 64, 8, 3, 2),
+        Config(64, 64, 64, 4, 3, 2),
         Config(128, 32, 128, 4, 2),
         Config(64, 64, 256, 8, 2),
         Config(128, 64, 64, 8, 2),
         Config(128, 64, 64, 8, 2),
     ),
     "class_gradient": (
-        Config(64, 64, 64, 8, 2, 2),
+        Config(64, 32, 64, 4, 2),
         Config(64, 64, 128, 8, 2),
         Config(64, 32, 256, 8, 2),
         Config(32, 32, 512, 8, 2),
