@@ -105,7 +105,9 @@ def check(case: Case, static):
         assert static.mma == {TENSOR_CORES[case.arch]}
     if case.padded >= 64:
         assert static.wide_copies > 0
-    if case.kernel not in ("gradient", "class_sums", "class_gradient"):
+    # 64 keys of 16 features are 8 bytes a thread.
+    tiny = case.kernel == "moments" and case.padded == 16
+    if not tiny and case.kernel not in ("gradient", "class_sums", "class_gradient"):
         # These also copy a vector of weights or ids.
         assert static.narrow_copies == 0
     if config.block_d >= case.padded >= 64 and case.kernel in ("forward", "gradient"):
