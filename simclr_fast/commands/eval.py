@@ -16,7 +16,6 @@ from simclr_fast.distributed import require_one_process
 from simclr_fast.evaluation import embed, knn, layers, linear, subsets
 from simclr_fast.evaluation.accuracy import Scores, score
 from simclr_fast.evaluation.classifier import Recipe
-from simclr_fast.evaluation.features import cached_features
 from simclr_fast.evaluation.subsets import LabelledPair
 from simclr_fast.extras import need
 from simclr_fast.interrupts import exit_status, raise_sigterm
@@ -80,8 +79,8 @@ class Linear(Options):
         results: dict[str, Any] = {}
         if self.logistic:
             x, y = (
-                self.features(weights, pair.train, "training"),
-                self.features(weights, pair.test, "test"),
+                self.features(weights.encoder, weights.augmentation, pair.train, "training"),
+                self.features(weights.encoder, weights.augmentation, pair.test, "test"),
             )
             sweep = self.sweep("h", x, pair)
             fit = sweep.fit
@@ -125,9 +124,9 @@ class Knn(Options):
         weights = self.load()
         yield f"{weights}\nk-NN, τ {self.tau}, {_measured(pair)}"
         found = knn.knn_ranks(
-            self.features(weights, pair.train, "training"),
+            self.features(weights.encoder, weights.augmentation, pair.train, "training"),
             pair.train_labels,
-            self.features(weights, pair.test, "test"),
+            self.features(weights.encoder, weights.augmentation, pair.test, "test"),
             pair.test_labels,
             len(pair.classes),
             ks=self.k,
@@ -196,15 +195,7 @@ class Layers(Options):
         yield f"{self.encoder}: logistic regression, {_measured(pair)}"
         parts = []
         for source, name in ((pair.train, "training"), (pair.test, "test")):
-            both = cached_features(
-                taps,
-                source,
-                config.augmentation,
-                folder=self.cache,
-                device=self.torch_device,
-                workers=self.workers,
-                name=f"features of the {name} images",
-            )
+            both = self.features(taps, config.augmentation, source, name)
             parts.append(both.split(taps.widths(both.shape[1]), dim=1))
         results, found = {}, {}
         for name, x, y in zip(taps.names, *parts, strict=True):
@@ -245,7 +236,7 @@ class Embed(Options):
         source = subset(source, ids)
         weights = self.load()
         yield str(weights)
-        features = self.features(weights, source, "shown")
+        features = self.features(weights.encoder, weights.augmentation, source, "shown")
         labels, classes = subsets.labels_or_none(source)
         methods: tuple[embed.Method, ...] = self.methods or ("pca", "tsne")
         if not self.methods and find_spec("umap"):

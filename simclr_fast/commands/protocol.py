@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from simclr_fast.augment_params import Augmentation
 from simclr_fast.checkpoint import write_atomic
 from simclr_fast.evaluation import linear
 from simclr_fast.evaluation.accuracy import Scores, score
@@ -63,11 +64,13 @@ class Options:
         weights.encoder.to(self.torch_device)
         return weights
 
-    def features(self, weights: Weights, source: Source, name: str) -> Tensor:
+    def features(
+        self, encoder: nn.Module, augmentation: Augmentation, source: Source, name: str
+    ) -> Tensor:
         return cached_features(
-            weights.encoder,
+            encoder,
             source,
-            weights.augmentation,
+            augmentation,
             folder=self.cache,
             device=self.torch_device,
             workers=self.workers,
