@@ -4,9 +4,7 @@ A spill, a lost tensor-core instruction or a narrow copy is invisible in the num
 several times the speed. The full table runs with `pytest -m gpu_static`.
 """
 
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
 import pytest
@@ -85,16 +83,6 @@ FULL = [
 ]
 
 
-@pytest.fixture(scope="module")
-def compiled(request):
-    """The selected cases' results, from two processes."""
-    here = (item for item in request.session.items if item.path == request.path)
-    params = (getattr(getattr(item, "callspec", None), "params", {}) for item in here)
-    cases = dict.fromkeys(p["case"] for p in params if "case" in p)
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        yield {case: pool.submit(nt_xent_static, *case) for case in cases}
-
-
 def check(case: Case, static):
     config = table_config(case.kernel, divmod(case.arch, 10), case.dtype, case.padded)
     assert static.stack == 0
@@ -118,14 +106,14 @@ def check(case: Case, static):
 
 
 @pytest.mark.parametrize("case", CORE, ids=str)
-def test_core_configurations(case, compiled):
-    check(case, compiled[case].result())
+def test_core_configurations(case):
+    check(case, nt_xent_static(*case))
 
 
 @pytest.mark.gpu_static
 @pytest.mark.parametrize("case", FULL, ids=str)
-def test_every_configuration(case, compiled):
-    check(case, compiled[case].result())
+def test_every_configuration(case):
+    check(case, nt_xent_static(*case))
 
 
 @pytest.mark.parametrize("kernel", ROW_KERNELS)
