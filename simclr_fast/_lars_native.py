@@ -27,7 +27,7 @@ _FLAGS = (
 
 def use_native(group: dict[str, Any], params: list[Tensor]) -> bool:
     """params: of one device. Sharded and other wrapped tensors take plain torch's operations."""
-    if not _wants_native(group):
+    if not wants_native(group):
         return False
     device = params[0].device.type
     wrapped = next((p for p in params if is_traceable_wrapper_subclass(p)), None)
@@ -41,7 +41,7 @@ def use_native(group: dict[str, Any], params: list[Tensor]) -> bool:
     return False
 
 
-def _wants_native(group: dict[str, Any]) -> bool:
+def wants_native(group: dict[str, Any]) -> bool:
     return group["fused"] is not False and group["foreach"] is None
 
 
@@ -145,7 +145,7 @@ class Held:
         batches = []
         for batch in self._batches:
             group = batch.group
-            if (group["momentum"] != 0) != bool(batch.buffers) or not _wants_native(group):
+            if (group["momentum"] != 0) != bool(batch.buffers) or not wants_native(group):
                 return False
             decay, adapt = rule(group, batch.apart)
             batches.append(

@@ -7,10 +7,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.optimizer import Optimizer
+from torch.optim.optimizer import (
+    Optimizer,
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)
 
+from . import ops
 from ._lars_foreach import Batch, foreach_step
-from ._lars_native import Held, native_step, use_native
+from ._lars_native import Held, native_step, use_native, wants_native
 
 _NORM_LAYERS = (
     nn.modules.batchnorm._NormBase,
@@ -149,19 +154,36 @@ class LARS(Optimizer):
             lr = torch.as_tensor(group["lr"], dtype=torch.float64, device=group["params"][0].device)
             group["lr"] = lr.clone()
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient; returns what ``closure`` returned."""
+        step = _hooked_step if _is_watched(self) else LARS._step
+        return step(self) if closure is None else step(self, closure)
+
+    # torch wraps the step of every optimizer without this mark, for hooks and profilers: a third of
+    # the time of a whole call here. So its wrapper is used only when one of them is there.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grad_scale = getattr(self, "grad_scale", None)
-        found_inf = getattr(self, "found_inf", None)
+        scale = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if torch.compiler.is_compiling() and ops.has_extension() and self._wants_native():
+            _untraced_update(self, *scale)
+        else:
+            self._update(*scale)
+        return loss
+
+    def _wants_native(self) -> bool:
+        return any(wants_native(group) for group in self.param_groups)
+
+    def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         compiling = torch.compiler.is_compiling()
-        if not compiling and self._held is not None:
+        if self._held is not None and not compiling:
             if self._held.step(self, self._rule, grad_scale, found_inf):
-                return loss
+                return
             self._held = None
         batches = self._batches(found_inf)
         native: dict[torch.device, list[Batch]] = {}
@@ -176,9 +198,8 @@ class LARS(Optimizer):
                 foreach_step(batch, grad_scale, found_inf)
         for device, on_device in native.items():
             native_step(device, on_device, grad_scale, found_inf)
-            if len(on_device) == len(batches) and not compiling and Held.can(batches):
+            if len(on_device) == len(batches) and Held.can(batches):
                 self._held = Held(self, batches)
-        return loss
 
     # What a subclass may treat apart within a group, and the rule of either part.
     def _apart(self, p: Tensor) -> bool:
@@ -225,6 +246,26 @@ class LARS(Optimizer):
         older = sorted(set(range(len(params))) - set(fresh))
         first = batch.select(fresh)._replace(dampening=0.0)
         return [first, batch.select(older)] if older else [first]
+
+
+_hooked_step = Optimizer.profile_hook_step(LARS._step)
+# The native part is one operator already; traced, the look at each tensor would become a guard.
+_untraced_update = torch.compiler.disable(LARS._update)
+
+
+def _is_watched(optimizer: LARS) -> bool:
+    """Whether hooks or a profiler wait for a step, and no subclass's own step has served them."""
+    if type(optimizer).step is not LARS.step:
+        return False
+    hooks = (
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+    )
+    if torch.compiler.is_compiling():
+        return bool(hooks)
+    return bool(hooks) or torch.autograd._profiler_enabled()
 
 
 def lars_param_groups(model: nn.Module, weight_decay: float = 1e-6) -> list[dict[str, Any]]:

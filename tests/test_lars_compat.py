@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import logging
 
 import pytest
 import torch
@@ -132,18 +133,25 @@ def test_solo_learn_equals_its_formula(clip, exclude):
         torch.testing.assert_close(p.detach().double(), expected, rtol=2e-6, atol=2e-6)
 
 
-def test_compiled_step_equals_the_eager_one():
-    a, b = parameters(), parameters()
-    first = LARS(groups(a), lr=2.0, weight_decay=1e-2, foreach=True)
-    second = LARS(groups(b), lr=2.0, weight_decay=1e-2)
-    compiled = torch.compile(second.step, backend="aot_eager")
+@pytest.mark.parametrize("foreach", [None, True], ids=["native", "foreach"])
+def test_a_compiled_training_step_is_quiet_and_equals_the_eager_one(foreach, recwarn, caplog):
+    results = []
+    for compiled in (False, True):
+        params = parameters()
+        optimizer = LARS(groups(params), lr=2.0, weight_decay=1e-2, foreach=foreach)
 
-    class Compiled:
-        def step(self):
-            compiled()
+        def train(params=params, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = sum((p - 1).square().sum() for p in params)
+            loss.backward()
+            optimizer.step()
+            return loss
 
-    train([(a, first), (b, Compiled())], 3)
-    torch.testing.assert_close(b, a, rtol=2e-6, atol=2e-6)
+        step = torch.compile(train, backend="aot_eager") if compiled else train
+        results.append(([step().item() for _ in range(4)], params))
+    torch.testing.assert_close(results[1], results[0], rtol=2e-6, atol=2e-6)
+    assert not [str(w.message) for w in recwarn if "Dynamo" in str(w.message)]
+    assert not [r.message for r in caplog.records if r.levelno >= logging.WARNING]
 
 
 def test_training_a_compiled_model():

@@ -7,6 +7,10 @@ import pytest
 import torch
 from lars_cases import each_path, gradients, parameters, run
 from torch import nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from simclr_fast.optim import LARS, lars_param_groups, scaled_lr, warmup_cosine
 
@@ -100,6 +104,38 @@ def test_closure_hooks_zero_grad_and_missing_gradients(path):
     assert p.grad is None
     optimizer.step()
     LARS([p], lr=0.1, **path).step()
+
+
+@pytest.mark.parametrize("own_step", [False, True])
+def test_whoever_watches_steps_sees_each_once(own_step):
+    class Own(LARS):
+        if own_step:
+
+            def step(self, closure=None):
+                return super().step(closure)
+
+    params, calls = parameters([(3, 4)]), []
+    optimizer = Own(params, lr=0.1)
+    handles = [
+        optimizer.register_step_pre_hook(lambda *_: calls.append("pre")),
+        optimizer.register_step_post_hook(lambda *_: calls.append("post")),
+        register_optimizer_step_pre_hook(lambda *_: calls.append("every pre")),
+        register_optimizer_step_post_hook(lambda *_: calls.append("every post")),
+    ]
+    for handle in handles:
+        run(params, optimizer, 1)
+        handle.remove()
+    run(params, optimizer, 1)
+    assert calls == [
+        *("every pre", "pre", "post", "every post"),
+        *("every pre", "post", "every post"),
+        *("every pre", "every post"),
+        "every post",
+    ]
+    with torch.profiler.profile() as profile:
+        run(params, optimizer, 1)
+    names = [event.name for event in profile.events()]
+    assert names.count("Optimizer.step#Own.step") == 1
 
 
 @each_path
