@@ -315,15 +315,17 @@ def hardware_flops(loop: Loop) -> int:
     """What a step of this loop computes: with all that is computed again, and the loss's products.
 
     Convolutions and matrix products; our loss's kernels by the products that they form: half of
-    the 2N × 2N logits in the forward, one and a half times all of them in the backward.
+    the 2N × 2N logits in the forward, one and a half times all of them in the backward, or once
+    where the forward kept the exponentials.
     """
 
     def square(z_shape, *_, out_shape=None, **__) -> int:
         rows, dim = z_shape
         return rows * rows * dim
 
-    def backward(grad, mean, u_all, *_, out_shape=None, **__) -> int:
-        return 3 * square(u_all)
+    def backward(grad, mean, u_all, *rest, out_shape=None, **__) -> int:
+        kept = rest[-1]
+        return (2 if kept and kept[0] else 3) * square(u_all)
 
     ours = {torch.ops.simclr_fast.nt_xent: square, torch.ops.simclr_fast.nt_xent_backward: backward}
     total = 0

@@ -68,36 +68,45 @@ void weighted_sums(const NtXentBackward<T>& p, const Factors<T>& f, T* g, int64_
   const int64_t sliced_dim = round_up(padded_dim, width);
   T* sliced = allocate<T>(p.workspace, round_up(p.total, block) * sliced_dim);
   bool finite = true;
-  const Packed<T> columns = pack(
-      p.u, 0, p.total, p.dim, block, pair_bits, p.workers, p.workspace, &finite, [&](int64_t row) {
-        if (row < padded_rows) __builtin_memset(g + row * padded_dim, 0, padded_dim * sizeof(T));
-        if (row < p.total)
-          slice_row(p.u + row * p.dim, p.dim, padded_dim, block * width,
-                    sliced + row / block * block * sliced_dim + row % block * width);
-      });
+  const auto prepare = [&](int64_t row) {
+    if (row < padded_rows) __builtin_memset(g + row * padded_dim, 0, padded_dim * sizeof(T));
+    if (row < p.total)
+      slice_row(p.u + row * p.dim, p.dim, padded_dim, block * width,
+                sliced + row / block * block * sliced_dim + row % block * width);
+  };
+  const T* kept = f.lse ? nullptr : p.kept;
+  Packed<T> columns{nullptr, 0, p.total, p.dim, block, pair_bits};
+  if (kept)
+    parallel_rows(p.workers, padded_rows, prepare);
+  else
+    columns =
+        pack(p.u, 0, p.total, p.dim, block, pair_bits, p.workers, p.workspace, &finite, prepare);
   const Packed<T> rows = symmetric ? columns
                                    : pack(p.u, p.row_offset, p.rows, p.dim, block, pair_bits,
                                           p.workers, p.workspace, &finite, [](int64_t) {});
   T* scratch = allocate<T>(p.workspace, p.workers.count * block * block);
-  for_block_pairs(rows, columns, p.workers, p.workspace, [&](int64_t b, int64_t c, int64_t worker) {
-    const Block<T> I = rows[b], J = columns[c];
-    T* w = scratch + worker * block * block;
-    const Weights<T> weights{f.factor + I.first,
-                             f.factor + J.first,
-                             f.lse ? f.lse + I.first : nullptr,
-                             f.lse ? f.lse + J.first : nullptr,
-                             w,
-                             block};
-    for (int64_t j = 0; j < J.padded; j += kPanel<T>) {
-      weigh_panel(I, J, j, p.dim, weights);
-      if (f.share) subtract_shares(I, J, j, p.classes.ids, f.share, w, block);
-    }
-    add_product(w, block, int64_t(1), I.padded, J.count, sliced + c * block * sliced_dim, block,
-                g + b * block * padded_dim, padded_dim);
-    if (symmetric && b != c)
-      add_product(w, int64_t(1), block, J.padded, I.count, sliced + b * block * sliced_dim, block,
-                  g + c * block * padded_dim, padded_dim);
-  });
+  for_block_pairs(
+      rows, columns, p.workers, p.workspace,
+      [&](int64_t b, int64_t c, int64_t worker, int64_t number) {
+        const Block<T> I = rows[b], J = columns[c];
+        T* w = scratch + worker * block * block;
+        const Weights<T> weights{f.factor + I.first,
+                                 f.factor + J.first,
+                                 f.lse ? f.lse + I.first : nullptr,
+                                 f.lse ? f.lse + J.first : nullptr,
+                                 w,
+                                 block};
+        if (kept) weigh_kept(I, J, kept + number * block * block, weights);
+        for (int64_t j = 0; !kept && j < J.padded; j += kPanel<T>) {
+          weigh_panel(I, J, j, p.dim, weights);
+          if (f.share) subtract_shares(I, J, j, p.classes.ids, f.share, w, block);
+        }
+        add_product(w, block, int64_t(1), I.padded, J.count, sliced + c * block * sliced_dim, block,
+                    g + b * block * padded_dim, padded_dim);
+        if (symmetric && b != c)
+          add_product(w, int64_t(1), block, J.padded, I.count, sliced + b * block * sliced_dim,
+                      block, g + c * block * padded_dim, padded_dim);
+      });
 }
 
 // Where the gradients of a pair's two views are formed.

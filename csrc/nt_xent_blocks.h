@@ -164,14 +164,15 @@ inline void wait_for(const int64_t* done, int64_t round) {
     if (spins > 1000) sched_yield();
 }
 
-// f(I, J, worker) for every pair of blocks I <= J, or, if rows and columns differ, for all of them.
+// f(I, J, worker, number of the pair) for every pair of blocks I <= J, or, if rows and columns
+// differ, for all of them.
 template <class T, class F>
 void for_block_pairs(const Packed<T>& rows, const Packed<T>& columns, const Workers& workers,
                      const Workspace& workspace, const F& f) {
   const int64_t blocks = rows.blocks();
   if (rows.panels != columns.panels) {
     parallel(workers, blocks, [&](int64_t I, int64_t worker) {
-      for (int64_t J = 0; J < columns.blocks(); ++J) f(I, J, worker);
+      for (int64_t J = 0; J < columns.blocks(); ++J) f(I, J, worker, I * columns.blocks() + J);
     });
     return;
   }
@@ -188,7 +189,7 @@ void for_block_pairs(const Packed<T>& rows, const Packed<T>& columns, const Work
       const int64_t I = order.row(t), J = order.column(t);
       wait_for(done + I, order.round);
       wait_for(done + J, order.round);
-      f(I, J, worker);
+      f(I, J, worker, t);
       __atomic_store_n(done + I, order.round + 1, __ATOMIC_RELEASE);
       __atomic_store_n(done + J, order.round + 1, __ATOMIC_RELEASE);
     }

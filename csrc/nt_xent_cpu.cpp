@@ -49,9 +49,10 @@ std::tuple<Tensor, Tensor> normalize(const Tensor& z1, std::optional<Tensor> z2,
   return normalize_views(make_views(z1, z2), statistics_dtype(z1), value(temperature));
 }
 
-std::tuple<Tensor, Tensor, Tensor> rows(const Tensor& u_all, const Tensor& temperature,
-                                        int64_t row_offset, int64_t rows, bool decoupled,
-                                        bool statistics) {
+// kept: [kept_size] or empty.
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& u_all, const Tensor& temperature,
+                                           int64_t row_offset, int64_t rows, bool decoupled,
+                                           bool statistics, Tensor kept) {
   const int64_t total = u_all.size(0);
   STD_TORCH_CHECK(row_offset >= 0 && row_offset % 2 == 0 && rows > 0 && rows % 2 == 0 &&
                       row_offset + rows <= total,
@@ -63,12 +64,29 @@ std::tuple<Tensor, Tensor, Tensor> rows(const Tensor& u_all, const Tensor& tempe
   Memory memory;
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    run(NtXentForward<T>{data<T>(u), total, u.size(1), row_offset, rows, value(temperature),
-                         decoupled, mutable_data<T>(loss), mutable_data<double>(lse),
-                         statistics ? mutable_data<T>(stats) : nullptr, workers(),
-                         memory.workspace()});
+    run(NtXentForward<T>{data<T>(u),
+                         total,
+                         u.size(1),
+                         row_offset,
+                         rows,
+                         value(temperature),
+                         decoupled,
+                         mutable_data<T>(loss),
+                         mutable_data<double>(lse),
+                         statistics ? mutable_data<T>(stats) : nullptr,
+                         workers(),
+                         memory.workspace(),
+                         {},
+                         kept.numel() ? mutable_data<T>(kept) : nullptr});
   });
   return {loss, lse, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor> rows(const Tensor& u_all, const Tensor& temperature,
+                                        int64_t row_offset, int64_t rows, bool decoupled,
+                                        bool statistics) {
+  return forward(u_all, temperature, row_offset, rows, decoupled, statistics,
+                 empty({0}, u_all.scalar_type()));
 }
 
 // Numbered as torch's own losses do.
@@ -91,21 +109,23 @@ Tensor reduce(const Tensor& loss, int64_t reduction) {
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> nt_xent(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> nt_xent(
     const Tensor& z1, std::optional<Tensor> z2, const Tensor& temperature, int64_t reduction,
-    bool decoupled, bool statistics) {
+    bool decoupled, bool statistics, bool keep) {
   auto [u, inv_norm] = normalize(z1, z2, temperature);
-  auto [loss, lse, stats] = rows(u, temperature, 0, u.size(0), decoupled, statistics);
+  Tensor kept = empty({keep ? kept_size(u.size(0), u.size(1)) : 0}, u.scalar_type());
+  auto [loss, lse, stats] = forward(u, temperature, 0, u.size(0), decoupled, statistics, kept);
   Tensor total;
   with_type(u.scalar_type(), [&](auto type) { total = reduce<decltype(type)>(loss, reduction); });
-  return {total, loss, lse, stats, u, inv_norm};
+  return {total, loss, lse, stats, u, inv_norm, kept};
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& grad, bool mean, const Tensor& u_all,
                                     const Tensor& lse_all, const Tensor& loss,
                                     const Tensor& inv_norm, const Tensor& z1,
                                     std::optional<Tensor> z2, const Tensor& temperature,
-                                    int64_t row_offset, bool decoupled) {
+                                    int64_t row_offset, bool decoupled,
+                                    std::optional<Tensor> kept) {
   const Views z = make_views(z1, z2);
   const int64_t rows = 2 * z.pairs, total = u_all.size(0);
   const ScalarType dtype = u_all.scalar_type();
@@ -113,6 +133,10 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, bool mean, const Tensor&
                       row_offset + rows <= total && (grad.dim() == 0 || grad.numel() == total) &&
                       lse_all.numel() == total && loss.numel() == rows && inv_norm.numel() == rows,
                   "the arguments of nt_xent_backward do not belong together");
+  const bool has_kept = kept && kept->numel();
+  STD_TORCH_CHECK(!has_kept || (rows == total && kept->scalar_type() == dtype &&
+                                kept->numel() == kept_size(total, z.dim)),
+                  "kept does not belong to these rows");
   const Tensor u = dense(u_all, dtype), own = dense(loss, dtype);
   const Tensor lse = dense(lse_all, ScalarType::Double);
   const Tensor g = grad.scalar_type() == dtype ? grad : torch::stable::to(grad, dtype);
@@ -120,11 +144,26 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, bool mean, const Tensor&
   Memory memory;
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    run(NtXentBackward<T>{data<T>(g), g.dim() ? g.stride(0) : 0, mean ? 1 / double(total) : 1.0,
-                          data<T>(u), total, z.dim, data<double>(lse), row_offset, rows, decoupled,
-                          data<T>(own), z.z1<T>(), z.z2<T>(), value(temperature),
-                          mutable_data<T>(grad_z), mutable_data<T>(grad_temperature), workers(),
-                          memory.workspace()});
+    run(NtXentBackward<T>{data<T>(g),
+                          g.dim() ? g.stride(0) : 0,
+                          mean ? 1 / double(total) : 1.0,
+                          data<T>(u),
+                          total,
+                          z.dim,
+                          data<double>(lse),
+                          row_offset,
+                          rows,
+                          decoupled,
+                          data<T>(own),
+                          z.z1<T>(),
+                          z.z2<T>(),
+                          value(temperature),
+                          mutable_data<T>(grad_z),
+                          mutable_data<T>(grad_temperature),
+                          workers(),
+                          memory.workspace(),
+                          {},
+                          has_kept ? data<T>(*kept) : nullptr});
   });
   const ScalarType out = z1.scalar_type();
   return {out == dtype ? grad_z : torch::stable::to(grad_z, out),

@@ -51,52 +51,57 @@ template <class T, Pass pass>
 void collect_blocks(const Packed<T>& rows, const Packed<T>& columns, const Sums& sums,
                     const T* references, Vec<T>* scratch, const NtXentForward<T>& p) {
   const bool symmetric = rows.panels == columns.panels;
-  for_block_pairs(rows, columns, p.workers, p.workspace, [&](int64_t b, int64_t c, int64_t worker) {
-    const Block<T> I = rows[b], J = columns[c];
-    Vec<T>* own = scratch + worker * 3 * rows.block;
-    RowPartials<T> partials{own, own + rows.block, own + 2 * rows.block};
-    set<T>(partials.sum, I.padded, 0);
-    set<T>(partials.weighted, I.padded, 0);
-    set<T>(partials.highest, I.padded, -1e30f);
-    const int64_t row0 = I.first - rows.first, column0 = J.first - columns.first;
-    for (int64_t j = 0; j < J.padded; j += kPanel<T>) {
-      ColumnPartials<T> column;
-      set<T>(column.sum[0], 2 * kTileVecs, 0);
-      set<T>(column.weighted[0], 2 * kTileVecs, 0);
-      set<T>(column.highest[0], 2 * kTileVecs, -1e30f);
-      T column_references[2 * kPanel<T>];
-      if constexpr (pass == Pass::reference)
-        for (int64_t r = 0; r < 2 * kPanel<T>; ++r) {
-          const int64_t at = r % kPanel<T>, index = column0 + j + at;
-          column_references[r] = j + at < J.count && symmetric
-                                     ? references[2 * index + ((r / kPanel<T> ^ at) & 1)]
-                                     : 0;
+  for_block_pairs(
+      rows, columns, p.workers, p.workspace,
+      [&](int64_t b, int64_t c, int64_t worker, int64_t number) {
+        const Block<T> I = rows[b], J = columns[c];
+        Vec<T>* own = scratch + worker * 3 * rows.block;
+        T* kept = has_sum(pass) && pass != Pass::reference && p.kept
+                      ? p.kept + number * rows.block * rows.block
+                      : nullptr;
+        RowPartials<T> partials{own, own + rows.block, own + 2 * rows.block, kept, rows.block};
+        set<T>(partials.sum, I.padded, 0);
+        set<T>(partials.weighted, I.padded, 0);
+        set<T>(partials.highest, I.padded, -1e30f);
+        const int64_t row0 = I.first - rows.first, column0 = J.first - columns.first;
+        for (int64_t j = 0; j < J.padded; j += kPanel<T>) {
+          ColumnPartials<T> column;
+          set<T>(column.sum[0], 2 * kTileVecs, 0);
+          set<T>(column.weighted[0], 2 * kTileVecs, 0);
+          set<T>(column.highest[0], 2 * kTileVecs, -1e30f);
+          T column_references[2 * kPanel<T>];
+          if constexpr (pass == Pass::reference)
+            for (int64_t r = 0; r < 2 * kPanel<T>; ++r) {
+              const int64_t at = r % kPanel<T>, index = column0 + j + at;
+              column_references[r] = j + at < J.count && symmetric
+                                         ? references[2 * index + ((r / kPanel<T> ^ at) & 1)]
+                                         : 0;
+            }
+          const References<T> reference{references ? references + 2 * row0 : nullptr,
+                                        column_references};
+          const bool diagonal = symmetric && b == c;
+          const int64_t mirrored = !symmetric ? 0 : diagonal ? j : I.padded;
+          const int64_t end = diagonal ? j + kPanel<T> : I.padded;
+          collect_panel<T, pass, true>(I, 0, mirrored, J, j, p.dim, partials, column, reference);
+          collect_panel<T, pass, false>(I, mirrored, end, J, j, p.dim, partials, column, reference);
+          if (!mirrored) continue;
+          for (int64_t lane = 0; lane < smaller(kPanel<T>, J.count - j); ++lane)
+            for (int view = 0; view < 2; ++view) {
+              const int64_t at = 2 * (column0 + j + lane) + ((view ^ lane) & 1);
+              const int64_t v = lane / kLanes<T>, l = lane % kLanes<T>;
+              if (has_sum(pass)) sums.sum[at] += double(column.sum[view][v][l]);
+              if (has_weighted(pass)) sums.weighted[at] += double(column.weighted[view][v][l]);
+              if (has_highest(pass)) raise(sums.highest[at], double(column.highest[view][v][l]));
+            }
         }
-      const References<T> reference{references ? references + 2 * row0 : nullptr,
-                                    column_references};
-      const bool diagonal = symmetric && b == c;
-      const int64_t mirrored = !symmetric ? 0 : diagonal ? j : I.padded;
-      const int64_t end = diagonal ? j + kPanel<T> : I.padded;
-      collect_panel<T, pass, true>(I, 0, mirrored, J, j, p.dim, partials, column, reference);
-      collect_panel<T, pass, false>(I, mirrored, end, J, j, p.dim, partials, column, reference);
-      if (!mirrored) continue;
-      for (int64_t lane = 0; lane < smaller(kPanel<T>, J.count - j); ++lane)
-        for (int view = 0; view < 2; ++view) {
-          const int64_t at = 2 * (column0 + j + lane) + ((view ^ lane) & 1);
-          const int64_t v = lane / kLanes<T>, l = lane % kLanes<T>;
-          if (has_sum(pass)) sums.sum[at] += double(column.sum[view][v][l]);
-          if (has_weighted(pass)) sums.weighted[at] += double(column.weighted[view][v][l]);
-          if (has_highest(pass)) raise(sums.highest[at], double(column.highest[view][v][l]));
-        }
-    }
-    for (int64_t i = 0; i < I.count; ++i)
-      for (int view = 0; view < 2; ++view) {
-        const int64_t at = 2 * (row0 + i) + ((view ^ i) & 1);
-        if (has_sum(pass)) sums.sum[at] += lane_sum<T>(partials.sum[i], view);
-        if (has_weighted(pass)) sums.weighted[at] += lane_sum<T>(partials.weighted[i], view);
-        if (has_highest(pass)) raise(sums.highest[at], lane_max<T>(partials.highest[i], view));
-      }
-  });
+        for (int64_t i = 0; i < I.count; ++i)
+          for (int view = 0; view < 2; ++view) {
+            const int64_t at = 2 * (row0 + i) + ((view ^ i) & 1);
+            if (has_sum(pass)) sums.sum[at] += lane_sum<T>(partials.sum[i], view);
+            if (has_weighted(pass)) sums.weighted[at] += lane_sum<T>(partials.weighted[i], view);
+            if (has_highest(pass)) raise(sums.highest[at], lane_max<T>(partials.highest[i], view));
+          }
+      });
 }
 
 // log2 Σ, mean of x under the softmax and maximum of x for one class of columns.

@@ -89,6 +89,8 @@ constexpr bool has_highest(Pass p) { return p == Pass::stats || p == Pass::highe
 template <class T>
 struct RowPartials {
   Vec<T>*sum, *weighted, *highest;  // [block rows]
+  T* kept;                          // [block rows, block rows] 2^x, or null
+  int64_t stride;
 };
 
 template <class T>
@@ -111,6 +113,7 @@ SIMCLR_INLINE Vec<T> alternate(T even, T odd) {
   return is_odd ? broadcast<T>(odd) : broadcast<T>(even);
 }
 
+// Leaves 2^(x - reference) in x.
 template <class T, Pass pass, bool mirror, bool masked>
 SIMCLR_INLINE void collect(Tile<T>& x, const Mask<T>& keep, int64_t i, RowPartials<T>& rows,
                            ColumnPartials<T>& columns, const References<T>& references) {
@@ -135,6 +138,7 @@ SIMCLR_INLINE void collect(Tile<T>& x, const Mask<T>& keep, int64_t i, RowPartia
         const bool relative = pass == Pass::reference;
         Vec<T> e = relative ? exp2_or_zero<T>(logit - reference) : exp2_in_range<T>(logit);
         if constexpr (masked) e = keep[r][v] ? e : Vec<T>{};
+        x[r][v] = e;
         sum += e;
         if constexpr (has_weighted(pass)) weighted += e * logit;
         if constexpr (mirror) {
@@ -171,6 +175,12 @@ void collect_panel(const Block<T>& I, int64_t begin, int64_t end, const Block<T>
     } else {
       collect<T, pass, mirror, false>(x, {}, i, rows, columns, references);
     }
+    if (!rows.kept) continue;
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows<T>; ++r)
+#pragma GCC unroll 3
+      for (int v = 0; v < kTileVecs; ++v)
+        store(rows.kept + (i + r) * rows.stride + j + v * kLanes<T>, x[r][v]);
   }
 }
 
@@ -229,6 +239,20 @@ void weigh_panel(const Block<T>& I, const Block<T>& J, int64_t j, int64_t dim,
       weigh<T, true>(x, keep, i, j, p);
     else
       weigh<T, false>(x, {}, i, j, p);
+  }
+}
+
+// As weigh_panel for all panels of J, from the 2^x that the forward pass kept. In a block's pair
+// with itself those are of the panels from a row's own on; the others mirror them.
+template <class T>
+void weigh_kept(const Block<T>& I, const Block<T>& J, const T* kept, const Weights<T>& p) {
+  const bool diagonal = I.first == J.first;
+  for (int64_t i = 0; i < I.padded; ++i) {
+    const int64_t begin = diagonal ? i / kPanel<T> * kPanel<T> : 0;
+    T* w = p.w + i * p.stride;
+    for (int64_t j = begin; j < J.padded; j += kLanes<T>)
+      store(w + j, load(kept + i * p.stride + j) * (p.row_factor[i] + load(p.column_factor + j)));
+    for (int64_t j = 0; j < begin; ++j) w[j] = p.w[j * p.stride + i];
   }
 }
 

@@ -105,7 +105,7 @@ def nt_xent_loss(
         return (loss, NTXentStats(*stats.unbind())) if return_stats else loss
     if decoupled and z1.size(0) == (2 if z2 is None else 1):
         raise ValueError(_NO_NEGATIVES)
-    loss, rows, lse, row_stats, u, _ = ops.nt_xent(z1, z2, tau, code, decoupled, return_stats)
+    loss, rows, lse, row_stats, u, *_ = ops.nt_xent(z1, z2, tau, code, decoupled, return_stats)
     if not return_stats:
         return loss
     return loss, NTXentStats(*_mean_stats(rows, lse, row_stats, u, tau.detach()).unbind())

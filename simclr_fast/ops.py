@@ -71,12 +71,13 @@ if EXTENSION_ERROR is None:
 # float64 on CUDA.
 # loss: the rows' losses, view 1 first (reduction 0), their mean (1) or sum (2), as torch numbers
 # its own losses' reductions. grad: the upstream gradient of every row's loss, [M], or one for all,
-# []; mean divides it by M.
+# []; mean divides it by M. kept: what the CPU's forward pass keeps for the backward pass of a small
+# batch, else empty.
 _LIBRARY = torch.library.Library("simclr_fast", "FRAGMENT")
 _LIBRARY.define(
     "nt_xent(Tensor z1, Tensor? z2, Tensor temperature, int reduction, bool decoupled,"
-    " bool statistics)"
-    " -> (Tensor loss, Tensor rows, Tensor lse, Tensor stats, Tensor u, Tensor inv_norm)"
+    " bool statistics, bool keep=False) -> (Tensor loss, Tensor rows, Tensor lse, Tensor stats,"
+    " Tensor u, Tensor inv_norm, Tensor kept)"
 )
 _LIBRARY.define(
     "nt_xent_normalize(Tensor z1, Tensor? z2, Tensor temperature) -> (Tensor u, Tensor inv_norm)"
@@ -88,7 +89,7 @@ _LIBRARY.define(
 _LIBRARY.define(
     "nt_xent_backward(Tensor grad, bool mean, Tensor u_all, Tensor lse_all, Tensor rows,"
     " Tensor inv_norm, Tensor z1, Tensor? z2, Tensor temperature, SymInt row_offset,"
-    " bool decoupled) -> (Tensor grad_z, Tensor grad_temperature)"
+    " bool decoupled, Tensor? kept=None) -> (Tensor grad_z, Tensor grad_temperature)"
 )
 NONE, MEAN, SUM = 0, 1, 2
 # The supervised contrastive loss: rows in any order and number, their classes by ids [M].
@@ -121,6 +122,7 @@ def _nt_xent(
     reduction: int,
     decoupled: bool,
     statistics: bool,
+    keep: bool = False,
 ) -> tuple[Tensor, ...]:
     u, inv_norm = _nt_xent_normalize(z1, z2, temperature)
     rows, lse, stats = _nt_xent_rows(u, temperature, 0, u.size(0), decoupled, statistics)
@@ -128,11 +130,12 @@ def _nt_xent(
         loss = rows.unflatten(0, (-1, 2)).T.flatten()
     else:
         loss = rows.mean() if reduction == MEAN else rows.sum()
-    return loss, rows, lse, stats, u, inv_norm
+    return loss, rows, lse, stats, u, inv_norm, inv_norm.new_empty(0)
 
 
 def _nt_xent_backward(grad: Tensor, mean: bool, u_all: Tensor, *args) -> tuple[Tensor, Tensor]:
-    return _nt_xent_implementation(u_all).backward(grad, mean, u_all, *args)
+    # Without kept, which is empty here.
+    return _nt_xent_implementation(u_all).backward(grad, mean, u_all, *args[:8])
 
 
 def _nt_xent_implementation(u: Tensor):
@@ -179,15 +182,36 @@ def _fake_nt_xent_rows(u_all, temperature, row_offset, count, decoupled, statist
     return rows, lse, u_all.new_empty(count if statistics else 0, 4, dtype=dtype)
 
 
-def _fake_nt_xent(z1, z2, temperature, reduction, decoupled, statistics):
+def _fake_nt_xent(z1, z2, temperature, reduction, decoupled, statistics, keep=False):
     u, inv_norm = _fake_nt_xent_normalize(z1, z2, temperature)
     rows, *rest = _fake_nt_xent_rows(u, temperature, 0, u.size(0), decoupled, statistics)
     loss = rows.new_empty(rows.shape if reduction == NONE else ())
-    return loss, rows, *rest, u, inv_norm
+    native = z1.device.type == "cpu" and EXTENSION_ERROR is None
+    kept = rows.new_empty(_kept_size(*u.shape) if keep and native else 0)
+    return loss, rows, *rest, u, inv_norm, kept
+
+
+def _kept_size(rows: int, dim: int) -> int:
+    """As in csrc/nt_xent.h."""
+    if rows > 4 * dim:
+        return 0
+    block = min(rows // 10 + 49, 192)
+    return (rows + block) * (rows + 2 * block) // 2
 
 
 def _fake_nt_xent_backward(
-    grad, mean, u_all, lse_all, rows, inv_norm, z1, z2, temperature, row_offset, decoupled
+    grad,
+    mean,
+    u_all,
+    lse_all,
+    rows,
+    inv_norm,
+    z1,
+    z2,
+    temperature,
+    row_offset,
+    decoupled,
+    kept=None,
 ):
     return z1.new_empty(inv_norm.size(0), z1.size(1)), torch.empty_like(temperature)
 
@@ -220,13 +244,15 @@ class _NTXent(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z1, z2, temperature, reduction, decoupled, statistics):
         with torch._C._AutoDispatchBelowAutograd():
-            out = nt_xent(z1, z2, temperature, reduction, decoupled, statistics)
-        _, rows, lse, stats, u, inv_norm = out
-        ctx.mark_non_differentiable(rows, lse, stats, u, inv_norm)
+            loss, rows, lse, stats, u, inv_norm, kept = nt_xent(
+                z1, z2, temperature, reduction, decoupled, statistics, True
+            )
+        others = rows, lse, stats, u, inv_norm, kept.new_empty(0)
+        ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(u, lse, rows, inv_norm, z1, z2, temperature)
+        ctx.save_for_backward(u, lse, rows, inv_norm, z1, z2, temperature, kept)
         ctx.reduction, ctx.decoupled = reduction, decoupled
-        return out
+        return loss, *others
 
     @staticmethod
     def backward(ctx, grad, *_):
@@ -234,8 +260,8 @@ class _NTXent(torch.autograd.Function):
             return (None,) * 6
         if ctx.reduction == NONE:
             grad = grad.unflatten(0, (2, -1)).T.flatten()
-        saved = ctx.saved_tensors
-        arguments = grad, ctx.reduction == MEAN, *saved, 0, ctx.decoupled
+        *saved, kept = ctx.saved_tensors
+        arguments = grad, ctx.reduction == MEAN, *saved, 0, ctx.decoupled, kept
         if torch.is_grad_enabled():
             # create_graph: through what refuses a double backward.
             grad_z, grad_temperature = nt_xent_backward(*arguments)
@@ -248,7 +274,7 @@ class _NTXent(torch.autograd.Function):
 
 def _nt_xent_autograd(z1, z2, temperature, *options):
     if torch.is_grad_enabled() and torch._C._any_requires_grad(z1, z2, temperature):
-        return _NTXent.apply(z1, z2, temperature, *options)
+        return _NTXent.apply(z1, z2, temperature, *options[:3])
     with torch._C._AutoDispatchBelowAutograd():
         return nt_xent(z1, z2, temperature, *options)
 

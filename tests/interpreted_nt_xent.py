@@ -332,8 +332,8 @@ def test_the_ops_call_the_kernels(joined, monkeypatch):
     tau, grad = torch.tensor(0.2), torch.rand(24, generator=torch.Generator().manual_seed(5))
     with checked_memory() as launches:
         outputs = ops._nt_xent(*views, tau, ops.NONE, False, True)
-        loss, rows, lse, stats, u, inv_norm = outputs
-        arguments = grad, False, u, lse, rows, inv_norm, *views, tau, 0, False
+        loss, rows, lse, stats, u, inv_norm, kept = outputs
+        arguments = grad, False, u, lse, rows, inv_norm, *views, tau, 0, False, kept
         results = ops._nt_xent_backward(*arguments)
     assert "gradient_kernel" in launches
     ref_loss, _, ref_stats, ref_grad, ref_tau = reference(z1, z2, 0.2, grad)

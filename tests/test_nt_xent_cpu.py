@@ -21,7 +21,7 @@ def error(a, b):
     return ((a.double() - b).norm() / b.norm()).item()
 
 torch.manual_seed(0)
-for n, d in ((3, 5), (70, 33), (260, 40)):
+for n, d in ((3, 5), (70, 33), (260, 40), (260, 150)):
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-13)):
         for tau in (0.1, 0.005):
             z = [torch.randn(n, d, dtype=dtype).requires_grad_() for _ in range(2)]
@@ -95,9 +95,10 @@ def test_memory_is_linear():
 @needs_extension
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("temperature", [0.1, 0.005])
-def test_same_bits_for_any_number_of_threads(dtype, temperature):
+@pytest.mark.parametrize("n", [70, 700])
+def test_same_bits_for_any_number_of_threads(dtype, temperature, n):
     torch.manual_seed(0)
-    z = [torch.randn(700, 40, dtype=dtype).requires_grad_() for _ in range(2)]
+    z = [torch.randn(n, 40, dtype=dtype).requires_grad_() for _ in range(2)]
     threads = torch.get_num_threads()
     results = []
     try:
@@ -145,6 +146,37 @@ def test_native_and_plain_ops_agree(dtype, temperature, offset, rows, total, dec
 
 
 @needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("temperature", [0.1, 0.005])
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize(("n", "d"), [(2, 3), (5, 7), (100, 50), (257, 129), (600, 301)])
+def test_a_small_batch_keeps_its_exponentials(n, d, decoupled, temperature, dtype):
+    torch.manual_seed(0)
+    z1, z2 = torch.randn(2, n, d, dtype=dtype)
+    tau, grad = torch.tensor(temperature, dtype=dtype), torch.rand(2 * n, dtype=dtype)
+    _, loss, lse, _, u, inv_norm, kept = ops.nt_xent(z1, z2, tau, ops.NONE, decoupled, False, True)
+    assert 0 < kept.numel() < 4 * u.numel() + 10_000
+    local = u, lse, loss, inv_norm, z1, z2, tau, 0, decoupled
+    expected = ops.nt_xent_backward(grad, False, *local)
+    actual = ops.nt_xent_backward(grad, False, *local, kept)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    if temperature == 0.1:
+        other, _ = ops.nt_xent_backward(grad, False, *local, 2 * kept)
+        assert not torch.equal(other, actual[0])
+
+
+@needs_extension
+def test_only_a_small_batch_that_needs_gradients_keeps():
+    small, large, tau = torch.randn(8, 4), torch.randn(9, 4), torch.tensor(0.1)
+    kept = [
+        ops.nt_xent(z, z, tau, ops.MEAN, False, False, keep)[-1].numel()
+        for z, keep in ((small, True), (small, False), (large, True))
+    ]
+    assert kept[0] > 0
+    assert kept[1:] == [0, 0]
+
+
+@needs_extension
 def test_ops_check_their_arguments():
     z, tau = torch.ones(4, 3), torch.tensor(0.5)
     u, inv_norm = ops.nt_xent_normalize(z, z, tau)
@@ -156,5 +188,8 @@ def test_ops_check_their_arguments():
         ops.nt_xent_backward(
             inv_norm, False, u, inv_norm, inv_norm[:4], inv_norm, z, z, tau, 0, False
         )
+    loss, lse = torch.ones(8), torch.ones(8, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="kept does not belong"):
+        ops.nt_xent_backward(loss, False, u, lse, loss, loss, z, z, tau, 0, False, torch.ones(5))
     with pytest.raises(RuntimeError, match="0-dim CPU tensor"):
         ops.nt_xent_rows(u, torch.ones(2), 0, 8, False, False)
