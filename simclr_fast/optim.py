@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,7 @@ _NORM_LAYERS = (
     nn.LayerNorm,
     nn.RMSNorm,
 )
+_NUMBERS = ("momentum", "dampening", "weight_decay", "trust_coefficient", "eps")
 
 
 class LARS(Optimizer):
@@ -77,7 +79,8 @@ class LARS(Optimizer):
     overflow flag to ``step``, which reads them on the device; gradients stay scaled.
 
     Raises:
-        ValueError: for a hyperparameter outside its range, with its name and value.
+        TypeError, ValueError: for a hyperparameter of another type or outside its range, with its
+            name and value.
     """
 
     _step_supports_amp_scaling = True
@@ -147,7 +150,7 @@ class LARS(Optimizer):
         try:
             _check_group(group)
             _check_params(group["params"])
-        except ValueError:
+        except (TypeError, ValueError):
             self.param_groups.pop()
             raise
         if group["capturable"] and group["params"]:
@@ -329,6 +332,12 @@ def scaled_lr(batch_size: int, rule: str = "linear") -> float:
 
 def _check_group(group: dict[str, Any]) -> None:
     lr = group["lr"]
+    for name in _NUMBERS if isinstance(lr, Tensor) else ("lr", *_NUMBERS):
+        if not isinstance(group[name], Real) or isinstance(group[name], bool):
+            raise TypeError(f"{name} must be a number, got {group[name]!r}")
+    for name in ("nesterov", "trust_clip", "adapt", "maximize", "capturable"):
+        if not isinstance(group[name], bool):
+            raise TypeError(f"{name} must be a bool, got {group[name]!r}")
     if isinstance(lr, Tensor):
         if lr.numel() != 1 or lr.is_complex():
             raise ValueError(f"lr must be a float or a one-element real tensor, got {lr}")
@@ -361,3 +370,8 @@ def _check_params(params: list[Tensor]) -> None:
             raise ValueError(f"LARS needs real floating-point parameters, got {p.dtype}")
         if p.layout is not torch.strided:
             raise ValueError(f"LARS needs strided parameters, got layout {p.layout}")
+        if any(size > 1 and step == 0 for size, step in zip(p.shape, p.stride(), strict=True)):
+            raise ValueError(
+                "LARS needs parameters whose elements have memory of their own, got an expanded one "
+                f"of shape {list(p.shape)}; .clone() it"
+            )

@@ -242,15 +242,19 @@ def test_schedule_of_the_paper_at_batch_4096():
         ({"norm": "l1"}, "norm must be one of"),
         ({"when_zero": "never"}, "when_zero must be one of"),
         ({"foreach": True, "fused": True}, "exclude each other"),
+        ({"lr": "0.1"}, "lr must be a number, got '0.1'"),
+        ({"momentum": None}, "momentum must be a number, got None"),
+        ({"eps": True}, "eps must be a number"),
+        ({"trust_clip": "no"}, "trust_clip must be a bool, got 'no'"),
     ],
     ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
 )
 def test_bad_arguments(kwargs, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((TypeError, ValueError), match=words):
         LARS(parameters([(2,)]), **({"lr": 0.1} | kwargs))
     if "foreach" not in kwargs:
         optimizer = LARS(parameters([(2,)]), lr=0.1)
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises((TypeError, ValueError), match=words):
             optimizer.add_param_group({"params": parameters([(2,)])} | kwargs)
         assert len(optimizer.param_groups) == 1
 
@@ -259,6 +263,8 @@ def test_bad_arguments(kwargs, words):
 def test_bad_tensors(path):
     with pytest.raises(ValueError, match="real floating-point parameters"):
         LARS([nn.Parameter(torch.zeros(2, dtype=torch.complex64))], lr=0.1, **path)
+    with pytest.raises(ValueError, match="memory of their own"):
+        LARS([nn.Parameter(torch.zeros(1, 3).expand(4, 3))], lr=0.1, **path)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         scaled_lr(0)
     with pytest.raises(ValueError, match="rule must be"):
