@@ -372,6 +372,6 @@ def _check_params(params: list[Tensor]) -> None:
             raise ValueError(f"LARS needs strided parameters, got layout {p.layout}")
         if any(size > 1 and step == 0 for size, step in zip(p.shape, p.stride(), strict=True)):
             raise ValueError(
-                "LARS needs parameters whose elements have memory of their own, got an expanded one "
-                f"of shape {list(p.shape)}; .clone() it"
+                "LARS needs parameters whose elements have memory of their own, got an expanded "
+                f"one of shape {list(p.shape)}; .clone() it"
             )
