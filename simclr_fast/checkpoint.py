@@ -1,5 +1,7 @@
 """Checkpoints that an interruption cannot harm: written aside, synced, then renamed."""
 
+import contextlib
+import fcntl
 import os
 import re
 import tempfile
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 from simclr_fast.extras import need
 
 _KEEP = 2
+# How the name of a file ends while it is written.
+_PART = ".simclr-part"
 # Keys that an error names before it counts the rest.
 _NAMED = 5
 # What torch says of a class or function that weights_only refuses.
@@ -22,13 +26,15 @@ _FOREIGN = re.compile(r"GLOBAL ([\w.]+)")
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Call write(temporary path), sync the file, and rename it to `path`: all or nothing.
 
-    Raises OSError with `path` when writing fails, as on a full disk.
+    Removes what processes that were killed while they wrote have left in the folder. Raises OSError
+    with `path` when writing fails, as on a full disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
+    _remove_abandoned(path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", suffix=_PART, dir=path.parent)
     temporary = Path(name)
     try:
+        _lock(handle)
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -39,11 +45,32 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         raise OSError(f"could not write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(handle)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _lock(handle: int) -> bool:
+    """Whether nobody else has the file locked; the system lets go of it when its holder dies."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for part in folder.glob(f".*{_PART}"):
+        with contextlib.suppress(OSError):
+            handle = os.open(part, os.O_RDONLY)
+            try:
+                if _lock(handle):
+                    part.unlink(missing_ok=True)
+            finally:
+                os.close(handle)
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:

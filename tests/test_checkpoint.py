@@ -1,5 +1,8 @@
 """Writes are all or nothing, and what cannot be read is named."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -18,6 +21,33 @@ def test_an_interrupted_write_loses_nothing(tmp_path):
         checkpoint.write_atomic(path, fails)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from simclr_fast import checkpoint
+def write(part):
+    part.write_bytes(b"half of the n")
+    os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.write_atomic(Path(sys.argv[1]), write)
+"""
+
+
+def test_what_a_killed_write_left_goes_with_the_next_one(tmp_path):
+    path, hidden = tmp_path / "step-00000007.pt", tmp_path / ".step-00000007.pt-mine"
+    hidden.write_bytes(b"not ours")
+    subprocess.run([sys.executable, "-c", KILLED, path], check=False)
+    (left,) = set(tmp_path.iterdir()) - {hidden}
+    assert left.read_bytes() == b"half of the n"
+
+    def write_beside_another(part):
+        part.write_bytes(b"outer")
+        checkpoint.write_atomic(tmp_path / "inner", lambda p: p.write_bytes(b"inner"))
+        assert part.read_bytes() == b"outer"
+
+    checkpoint.write_atomic(path, write_beside_another)
+    assert set(tmp_path.iterdir()) == {hidden, path, tmp_path / "inner"}
 
 
 def test_the_newest_two_are_kept(tmp_path):
