@@ -1,6 +1,6 @@
 """Two 224² views per 500×375 JPEG, and per 32×32 array, beside the peers; CPU milliseconds.
 
-    python -m benchmarks.bench_augment [--images 24] [--rounds 9] [--only torchvision_pil]
+    python -m benchmarks.bench_augment [--images 24] [--rounds 9] [--only torchvision_pil] [--flush]
 
 One thread each, in one process, interleaved; CPU time per source image (process_time counts
 DALI's threads as well), with wall time beside it. The JPEGs are
@@ -8,9 +8,10 @@ cut from scikit-learn's two photographs. A peer that is not installed is left ou
 
 With --device cuda: epochs of files, the peers' and ours on the GPU (`augment_epochs.py`).
 
-Denormal numbers are flushed to zero for all, in the peers' favour: the far corners of torchvision's
-23×23 blur kernel are denormal, and on Intel CPUs each product with one costs a hundred cycles or
-more. `--denormals` keeps them, as a user's process does unless it calls torch.set_flush_denormal.
+The far corners of torchvision's 23×23 blur kernel are denormal numbers, and on Intel CPUs each
+product with one costs a hundred cycles or more; DALI's blur has some as well, ours hardly any.
+So there are two tables of JPEGs: denormals kept, which is torch's default and what a user's process
+has, and flushed to zero (torch.set_flush_denormal), in the peers' favour.
 """
 
 import io
@@ -281,35 +282,40 @@ def tables(
     options: Options,
     images: int = 24,
     only: frozenset[str] = frozenset(),
-    denormals: bool = False,
+    modes: tuple[bool, ...] = (False, True),
 ) -> Iterator[Table]:
-    """Milliseconds per source image. only: cases beside ours; all by default. One thread each."""
+    """Milliseconds per source image. only: cases beside ours; all by default. modes: of flushing
+    denormals. One thread each."""
     if options.device.type == "cuda":
         from simclr_fast.benchmarks import augment_epochs
 
         yield from augment_epochs.tables(options)
         return
-    # DALI's threads inherit the mode of the thread that starts them.
-    torch.set_flush_denormal(not denormals)
     torch.set_num_threads(1)
     files = jpegs(8 if options.quick else images)
     batch = torch.randint(256, (256, 3, CIFAR, CIFAR), dtype=torch.uint8)
-    kept = ", denormals kept" if denormals else ""
-    for title, cases, data, ours in (
-        (f"two {SIZE}² views per {WIDTH}×{HEIGHT} JPEG{kept}", JPEG_CASES, files, fused),
-        (f"two {CIFAR}² views per array{kept}", SMALL_CASES, batch, small_ours),
-    ):
+    jpeg, small = f"two {SIZE}² views per {WIDTH}×{HEIGHT} JPEG", f"two {CIFAR}² views per array"
+    plans = [
+        (f"{jpeg}, denormals {'flushed' if flush else 'kept'}", JPEG_CASES, files, fused, flush)
+        for flush in modes
+    ]
+    for title, cases, data, ours, flush in [*plans, (small, SMALL_CASES, batch, small_ours, False)]:
         chosen = [c for c in cases if not only or c.__name__ in only]
         if not chosen:
             continue
-        steps, notes = {}, []
-        for case in dict.fromkeys([ours, *chosen]):
-            try:
-                steps[case.__name__] = case(data)
-            except ImportError as error:
-                notes.append(f"{case.__name__} left out: {error}")
-        times = measure(steps, len(data), options.rounds)
-        memory = harness.memory_column(steps, options.device)
+        # DALI's threads inherit the mode of the thread that starts them.
+        torch.set_flush_denormal(flush)
+        try:
+            steps, notes = {}, []
+            for case in dict.fromkeys([ours, *chosen]):
+                try:
+                    steps[case.__name__] = case(data)
+                except ImportError as error:
+                    notes.append(f"{case.__name__} left out: {error}")
+            times = measure(steps, len(data), options.rounds)
+            memory = harness.memory_column(steps, options.device)
+        finally:
+            torch.set_flush_denormal(False)
         yield Table(title, ours.__name__, times, memory, ("decode_only",), notes)
 
 
@@ -317,10 +323,11 @@ def main() -> None:
     parser = harness.parser("bench augment", __doc__)
     parser.add_argument("--images", type=int, default=24)
     parser.add_argument("--only", default="", help="comma-separated names of cases")
-    parser.add_argument("--denormals", action="store_true", help="do not flush them to zero")
+    parser.add_argument("--flush", action="store_true", help="only with denormals flushed")
     given = parser.parse_args()
     only = frozenset(given.only.split(",")) - {""}
-    for table in tables(harness.options(given), given.images, only, given.denormals):
+    modes = (True,) if given.flush else (False, True)
+    for table in tables(harness.options(given), given.images, only, modes):
         print(table.text(), "\n", flush=True)
 
 
