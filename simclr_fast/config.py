@@ -16,7 +16,7 @@ class PretrainConfig:
     """One run. The defaults are the paper's ImageNet recipe (arXiv:2002.05709, section 2.2)."""
 
     data: str = "demo"
-    """A folder, a .tar/.tfrecord/.rec file, "demo" (embedded), "demo-scattered", "cifar10:ROOT" or
+    """A folder, a .tar/.tfrecord/.rec file, "demo" (embedded), "demo-grain", "cifar10:ROOT" or
     "stl10:ROOT"."""
     out: Path | None = None
     """Output folder; by default runs/NAME-DATE."""

@@ -1,8 +1,8 @@
-"""Data by name: "demo", "demo-scattered", "cifar10:ROOT", "stl10:ROOT", or a path."""
+"""Data by name: "demo", "demo-grain", "cifar10:ROOT", "stl10:ROOT", or a path."""
 
 from typing import Literal, overload
 
-from simclr_fast.demo import CLASSES, demo_folder, scattered_images
+from simclr_fast.demo import CLASSES, demo_folder, grainy_images
 from simclr_fast.extras import need
 from simclr_fast.sources import ArraySource, DatasetSource, Source, open_source
 
@@ -19,8 +19,8 @@ def named_source(data: str, split: Literal["train", "test"] = "train") -> Source
     """
     if data == "demo":
         return open_source(demo_folder(split))
-    if data == "demo-scattered":
-        source = ArraySource(*scattered_images(split))
+    if data == "demo-grain":
+        source = ArraySource(*grainy_images(split))
         source.classes = CLASSES
         return source
     name, _, root = data.partition(":")

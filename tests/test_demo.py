@@ -50,18 +50,24 @@ def test_written_once_as_jpeg_files(tmp_path, monkeypatch):
     assert [p.name for p in folder.parent.iterdir()] == ["test"]
 
 
-def test_scattered_garments_differ_in_place_and_size():
-    images, labels = demo.scattered_images("test")
-    assert np.array_equal(images, demo.scattered_images("test")[0])
-    assert np.array_equal(labels, demo.demo_images("test")[1])
-    # A garment's larger extent is about the side of its frame.
-    corner = images[:, :1, :1].astype(int)
-    other = np.abs(images.astype(int) - corner).max(3) > 40
-    spans = np.array([np.ptp(np.argwhere(o), axis=0).max() + 1 for o in other if o.any()])
-    assert spans.max() <= 32
-    assert 12 <= np.percentile(spans, 10) <= 17
-    assert 24 <= np.percentile(spans, 90) <= 28
-    source = named_source("demo-scattered", "test")
+def test_grain_is_the_images_own_and_says_nothing_of_the_class():
+    images, labels = demo.grainy_images("test")
+    assert np.array_equal(images, demo.grainy_images("test")[0])
+    flat, flat_labels = demo.demo_images("test")
+    assert np.array_equal(labels, flat_labels)
+    grain = images.astype(float) - flat
+    unclipped = ((images > 0) & (images < 255)).all((1, 2, 3))
+    grain = grain[unclipped]
+    # One step of brightness for each 2×2 pixels, up to rounding, of the whole range.
+    blocks = grain.reshape(-1, 16, 2, 16, 2, 3)
+    assert np.ptp(blocks, axis=(2, 4, 5)).max() == 0
+    assert 12 <= grain.max() <= 13
+    assert -13 <= grain.min() <= -12
+    assert abs(grain.std() - 0.1 * 255 / 12**0.5) < 0.1
+    steps = blocks[:, :, 0, :, 0, 0].reshape(len(grain), -1)
+    between = np.corrcoef(steps[:200])[np.triu_indices(200, 1)]
+    assert np.abs(between).max() < 6 / 256**0.5
+    source = named_source("demo-grain", "test")
     assert (len(source), source.classes) == (1000, demo.CLASSES)
 
 

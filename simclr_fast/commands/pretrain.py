@@ -53,7 +53,7 @@ def parse_pretrain(arguments: list[str], command: str = "pretrain") -> PretrainC
     early.add_argument("--preset", choices=sorted(PRESETS))
     early.add_argument("--data", default="demo")
     known, _ = early.parse_known_args(arguments)
-    preset = known.preset or ("demo" if known.data in ("demo", "demo-scattered") else "imagenet")
+    preset = known.preset or ("demo" if known.data in ("demo", "demo-grain") else "imagenet")
     rest = _without(arguments, "--preset")
     return tyro.cli(
         PretrainConfig,
