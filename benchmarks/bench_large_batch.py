@@ -3,8 +3,8 @@
     python -m benchmarks.bench_large_batch [--batch-size 4096] [--ranks 2] [--micro-batch 256]
 
 A small ResNet (stem with stride 2) and the same weights and views in every mode. Printed: the
-largest peak of a rank's resident memory above what it held before the first step, the median
-seconds of a step after the first, both also as ratios to plain's, and the loss of each step.
+largest peak of a rank's resident memory above what it held before the first step and the median
+seconds of a step after the first, both also as ratios to the first mode's; the loss of each step.
 lockstep/2 keeps every second block's input. grad-cache has micro-batches' own batch statistics, so
 its loss is another.
 """
@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--model", default="resnet34")
     parser.add_argument("--width", type=float, default=0.25)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--mode", choices=MODES, help="one rank of this mode: prints JSON")
     given = parser.parse_args()
     if given.mode:
@@ -126,7 +127,7 @@ def main() -> None:
     )
     print(f"{'mode':<12} {'peak GB':>8} {'of plain':>8} {'s/step':>8} {'of plain':>8}  losses")
     plain = None
-    for mode in MODES:
+    for mode in given.modes:
         found = measure(mode, given)
         plain = plain or found
         print(

@@ -1,14 +1,16 @@
 """What lockstep keeps, counted tensor by tensor."""
 
 import weakref
+from pathlib import Path
 
+import pytest
 import torch
 from large_batch_cases import simclr, views
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from simclr_fast.large_batch import LargeBatch
+from simclr_fast.large_batch import LargeBatch, heap
 
 
 class LiveBytes(TorchDispatchMode):
@@ -114,3 +116,22 @@ def test_peak_is_a_fraction_of_plain():
     assert lockstep < 0.8 * replay < 0.8 * plain
     sparse = peak(LiveBytes(), rows, memory="lockstep", micro_batch=4, keep_every=2)
     assert sparse < 0.9 * lockstep
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.skipif(heap._trim is None, reason="glibc's malloc")
+def test_gaps_of_the_heap_are_given_back():
+    # From here on glibc takes 4 MB from the heap instead of mapping them.
+    torch.ones(7 << 20)
+    before = resident()
+    tensors = [torch.ones(1 << 20) for _ in range(50)]
+    kept = tensors[::10]
+    assert resident() > before + 190e6
+    del tensors
+    held = resident()
+    heap.Heap().note(torch.ones(1 << 22))
+    assert resident() < before + len(kept) * 4.2e6 + 20e6
+    assert held > before + 100e6

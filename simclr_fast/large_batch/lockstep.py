@@ -32,6 +32,7 @@ from torch.fx import Node
 from simclr_fast import global_batch_norm as gbn
 from simclr_fast.large_batch.buckets import Buckets
 from simclr_fast.large_batch.graph import Block, Graph, Segment, flags
+from simclr_fast.large_batch.heap import Heap
 from simclr_fast.large_batch.offload import Arena, Stored
 
 Values = dict[Node, Any]
@@ -54,6 +55,7 @@ class Lockstep:
         self.model, self.group = model, group
         self.offload_gb, self.keep_every = offload_gb, keep_every
         self.arena: Arena | None = None
+        self.heap = Heap()
         self.graph = Graph(model)
         self.flags = flags(model)
         self.statistics: dict[Node, gbn.Statistics] = {}
@@ -216,14 +218,13 @@ class Lockstep:
                     env[node] = self.graph.execute(node, env)
         ends, upstream = [], []
         if segment.norm is not None and sums is not None:
-            source, norm = segment.norm.all_input_nodes[0], self.graph.module(segment.norm)
-            x, statistics = self._value(source, v), self.statistics[segment.norm]
-            dx = gbn.input_gradient(g.pop(segment.norm), x, statistics, norm.weight, sums)
+            dx = self._input_gradient(segment.norm, g.pop(segment.norm), v, sums)
             if segment.conv is None:
-                _add(g, source, dx)
+                _add(g, segment.norm.all_input_nodes[0], dx)
             else:
                 ends.append(env[segment.conv.all_input_nodes[0]])
                 upstream.append(self._backward_conv(segment.conv, ends[0], dx, buckets))
+            del dx
         for node in segment.writes:
             if node is not segment.conv and (grad := g.pop(node, None)) is not None:
                 ends.append(env[node])
@@ -241,9 +242,14 @@ class Lockstep:
         for node, grad in zip(read, found, strict=False):
             if grad is not None:
                 _add(g, node, grad)
+                self.heap.note(grad)
         for parameter, grad in zip(segment.parameters, found[len(read) :], strict=True):
             if grad is not None:
                 buckets.add(parameter, grad)
+
+    def _input_gradient(self, node: Node, dy: Tensor, v: Values, sums: Tensor) -> Tensor:
+        norm, x = self.graph.module(node), self._value(node.all_input_nodes[0], v)
+        return gbn.input_gradient(dy, x, self.statistics[node], norm.weight, sums)
 
     def _backward_conv(self, node: Node, source: Tensor, dx: Tensor, buckets: Buckets) -> Tensor:
         """The gradient of a convolution's input; its output is known, so it is not run again."""
@@ -280,6 +286,8 @@ class Lockstep:
                     f"{type(env[node]).__name__} used across a batch norm; memory='replay' can"
                 )
             v[node] = env[node]
+            if isinstance(env[node], Tensor):
+                self.heap.note(env[node])
 
     def _value(self, node: Node, v: Values) -> Any:
         if node not in self.graph.norms:
