@@ -86,6 +86,17 @@ def test_unusual_images():
     torch.testing.assert_close(view(np.array(PIL_CHINA.convert("L"))[None]), luma)
 
 
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 9), (9, 1)])
+def test_images_of_one_pixel_in_a_direction(height, width):
+    pixel = torch.tensor([10, 120, 250], dtype=torch.uint8)
+    views = SimCLRViews(8, p_jitter=0, p_gray=0, p_blur=0)
+    batch = pixel[None, :, None, None].expand(2, 3, height, width)
+    expected = (pixel / 255)[:, None, None].expand(2, 3, 8, 8)
+    for images in (batch, batch.permute(0, 2, 3, 1), list(batch), batch / 255):
+        for view in views(images):
+            torch.testing.assert_close(view, expected, atol=1e-6, rtol=0)
+
+
 class OneImage(Dataset):
     def __init__(self, transform):
         self.transform = transform
@@ -117,6 +128,9 @@ def test_bad_images_are_named():
         views(torch.zeros(2, 5, 8, 8))
     with pytest.raises(TypeError, match="uint8"):
         views(torch.zeros(2, 3, 8, 8, dtype=torch.int32))
+    for value in (255.0, float("nan")):
+        with pytest.raises(ValueError, match=f"must be in \\[0, 1\\], got one with {value:g}"):
+            views(torch.full((2, 3, 8, 8), value))
     with pytest.raises(TypeError, match="PIL"):
         views(["a.jpg"])
     with pytest.raises(ValueError, match="ids"):
