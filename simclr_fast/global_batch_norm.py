@@ -137,14 +137,21 @@ class NormalizeFunction(torch.autograd.Function):
     """`normalize` with the gradient of the statistics: (x, weight, bias, Statistics, group)."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, statistics, group):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        statistics: Statistics,
+        group: dist.ProcessGroup | None,
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.statistics, ctx.group = statistics, group
         return normalize(x, statistics, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         own = gradient_sums(dy, x, ctx.statistics)
         sums = own

@@ -249,7 +249,7 @@ class _Call(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         return self.model(x)
 
 

@@ -43,7 +43,7 @@ class Meter(TorchDispatchMode):
     """Counts within its context. clock(flops, bytes moved) → seconds of one operation."""
 
     def __init__(self, clock: Callable[[float, float], float] = lambda flops, moved: 0.0) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.clock = clock
         self.phase = ("step", 0)
         self.phases: Phases = defaultdict(Phase)
@@ -65,7 +65,13 @@ class Meter(TorchDispatchMode):
     def _freed(self, size: int) -> None:
         self.alive -= size
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         known = _CUDA_NORMS.get(func)
         out = func(*args, **kwargs) if known is None else known(*args, **kwargs)
@@ -89,7 +95,9 @@ def _norm_stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.size(1), dtype=torch.float32), x.new_empty(x.size(1), dtype=torch.float32)
 
 
-def _norm_sums(dy, x, mean, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _norm_sums(
+    dy: Tensor, x: Tensor, mean: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         mean.new_empty(mean.shape),
         mean.new_empty(mean.shape),
@@ -99,7 +107,7 @@ def _norm_sums(dy, x, mean, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 # torch has no shape functions for these operations, which exist on CUDA alone.
-_CUDA_NORMS: dict[Any, Callable] = {
+_CUDA_NORMS: dict[Any, Callable[..., Any]] = {
     aten.batch_norm_stats.default: _norm_stats,
     aten.batch_norm_backward_reduce.default: _norm_sums,
     aten.batch_norm_backward_elemt.default: lambda dy, x, *_: torch.empty_like(dy),
@@ -176,7 +184,7 @@ def _mark_blocks(lockstep: Any, meter: Meter) -> None:
         lockstep._backward_block,
     )
 
-    def marked_forward(block, values):
+    def marked_forward(block: Any, values: Any) -> Any:
         meter.phase = ("forward", blocks.index(block))
         inputs = [v[block.input] for v in values]
         if blocks.index(block) and lockstep.keeps(blocks.index(block)):
@@ -184,7 +192,7 @@ def _mark_blocks(lockstep: Any, meter: Meter) -> None:
         del inputs
         return forward(block, values)
 
-    def marked_backward(block, *rest):
+    def marked_backward(block: Any, *rest: Any) -> Any:
         meter.phase = ("backward", blocks.index(block))
         return backward(block, *rest)
 
