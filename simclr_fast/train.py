@@ -129,11 +129,13 @@ def _pretrain(config: PretrainConfig, world: World) -> Path:
                 optimizer.zero_grad(set_to_none=True)
                 try:
                     _, loss, statistics = large_batch.backward((view1, view2), loss_fn)
-                except torch.OutOfMemoryError as error:
+                except RuntimeError as error:
+                    if not planner.is_out_of_memory(error):
+                        raise
                     work = workload(config, world, autocast)
-                    raise planner.out_of_memory(
-                        work, chosen["memory"], chosen["micro_batch"], chosen["keep_every"]
-                    ) from error
+                    how = (chosen["memory"], chosen["micro_batch"], chosen["keep_every"])
+                    where = f"rank {world.rank}, step {step + 1}"
+                    raise planner.out_of_memory(work, *how, where) from error
                 lr = optimizer.param_groups[0]["lr"]
                 # Averaged gradients are the same on all ranks, and so is an overflow in them.
                 scaler.step(optimizer)

@@ -80,6 +80,10 @@ def refuse():
     raise ValueError("no such thing")
 
 
+def exhaust():
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 @dataclass
 class InStep:
     """On `ranks`: action() between forward and backward of `step`."""
@@ -148,6 +152,7 @@ def in_float64(rank):
 
 
 slow = pytest.mark.slow
+EXHAUSTED = "step 3: out of memory with --memory plain; next: --memory lockstep --micro-batch"
 
 
 @pytest.mark.parametrize(
@@ -158,6 +163,8 @@ slow = pytest.mark.slow
         pytest.param(freeze, 1, 2, "rank 1 died or froze in step 3 (training)", marks=slow),
         (hang, 1, 2, "rank 1 stalled in step 3 (training) for 6 s"),
         (refuse, 1, 2, "rank 1 ended in step 3 (training): ValueError: no such thing"),
+        pytest.param(exhaust, 0, 2, f"rank 0, {EXHAUSTED}", marks=slow),
+        (exhaust, 1, 2, f"rank 1, {EXHAUSTED}"),
     ],
 )
 def test_the_others_end_and_name_rank_and_step(config, begin, action, who, size, says):
@@ -169,6 +176,9 @@ def test_the_others_end_and_name_rank_and_step(config, begin, action, who, size,
         assert says in run.says(rank)
         assert "step 3" in run.says(rank)
         assert "--resume" in run.says(rank)
+    if action is exhaust:
+        assert run.wait([who]) == [1]
+        assert says in run.says(who)
 
 
 def absent(rank):

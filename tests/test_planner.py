@@ -218,15 +218,25 @@ def test_auto_takes_plain_for_a_small_batch_on_the_cpu(config, arrays, monkeypat
     assert taken == ["plain"]
 
 
-def test_out_of_memory_names_the_next_setting(config, arrays, monkeypatch):
+def exhaust_gpu():
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def exhaust_cpu():
+    torch.empty(1 << 55)
+
+
+@pytest.mark.parametrize("exhaust", [exhaust_gpu, exhaust_cpu])
+def test_out_of_memory_names_the_next_setting(config, arrays, monkeypatch, exhaust):
     backward = LargeBatch.backward
 
     def fail(self, *_):
         monkeypatch.setattr(LargeBatch, "backward", backward)
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        exhaust()
 
     monkeypatch.setattr(LargeBatch, "backward", fail)
-    with pytest.raises(planner.OutOfMemory, match="with --memory plain; next: --memory replay"):
+    says = "rank 0, step 1: out of memory with --memory plain; next: --memory replay"
+    with pytest.raises(planner.OutOfMemory, match=says):
         pretrain(replace(config, memory="plain"))
 
 

@@ -271,7 +271,13 @@ def recommended(found: list[Setting], limit: float, ghost: bool) -> Setting | No
 
 
 class OutOfMemory(RuntimeError):
-    """A step did not fit; the message holds the flags that the planner would try next."""
+    """A step did not fit; the message names rank and step, and the flags to try next."""
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the GPU's or the CPU's allocator raised `error`."""
+    cpu = "DefaultCPUAllocator: can't allocate memory"
+    return isinstance(error, torch.OutOfMemoryError) or cpu in str(error)
 
 
 def choose(work: Workload, limit: float) -> Setting:
@@ -314,17 +320,17 @@ def after(
 
 
 def out_of_memory(
-    work: Workload, memory: Memory, micro_batch: int | None, keep_every: int = 1
+    work: Workload, memory: Memory, micro_batch: int | None, keep_every: int, where: str
 ) -> OutOfMemory:
-    """The error that names the next setting."""
+    """The error that names the next setting. where: the rank and step that ran out."""
     found = after(work, memory, micro_batch, keep_every)
     now = Setting(memory, micro_batch, 0, keep_every=keep_every).flags
     if found is None:
         return OutOfMemory(
-            f"out of memory with {now}, and no setting needs less: more GPUs or a "
+            f"{where}: out of memory with {now}, and no setting needs less: more GPUs or a "
             "smaller batch would do"
         )
     return OutOfMemory(
-        f"out of memory with {now}; next: {found.flags} "
+        f"{where}: out of memory with {now}; next: {found.flags} "
         f"(predicted {found.device_bytes / 1e9:.1f} GB per rank)"
     )
