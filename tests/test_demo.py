@@ -56,17 +56,17 @@ def test_grain_is_the_images_own_and_says_nothing_of_the_class():
     flat, flat_labels = demo.demo_images("test")
     assert np.array_equal(labels, flat_labels)
     grain = images.astype(float) - flat
-    unclipped = ((images > 0) & (images < 255)).all((1, 2, 3))
-    grain = grain[unclipped]
-    # One step of brightness for each 2×2 pixels, up to rounding, of the whole range.
-    blocks = grain.reshape(-1, 16, 2, 16, 2, 3)
-    assert np.ptp(blocks, axis=(2, 4, 5)).max() == 0
-    assert 12 <= grain.max() <= 13
-    assert -13 <= grain.min() <= -12
-    assert abs(grain.std() - 0.1 * 255 / 12**0.5) < 0.1
-    steps = blocks[:, :, 0, :, 0, 0].reshape(len(grain), -1)
-    between = np.corrcoef(steps[:200])[np.triu_indices(200, 1)]
-    assert np.abs(between).max() < 6 / 256**0.5
+    grain = grain[((images > 0) & (images < 255)).all((1, 2, 3))]
+    # Brightness alone (half a step rounds up or down), a tenth of the range, a little more between
+    # its steps; smooth: neighbours are alike.
+    assert len(grain) > 100
+    assert np.ptp(grain, axis=3).max() <= 1
+    assert 24 <= np.abs(grain).max() <= 0.13 * 255
+    flat_grain = grain[..., 0].reshape(len(grain), -1)
+    assert np.corrcoef(grain[:, :, 1:, 0].ravel(), grain[:, :, :-1, 0].ravel())[0, 1] > 0.5
+    # Each image's own: 256 random steps, no two images' alike.
+    between = np.corrcoef(flat_grain[:100])[np.triu_indices(100, 1)]
+    assert np.abs(between).max() < 0.5
     source = named_source("demo-grain", "test")
     assert (len(source), source.classes) == (1000, demo.CLASSES)
 

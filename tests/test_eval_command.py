@@ -177,9 +177,12 @@ def test_signals_end_it_and_the_same_command_goes_on(home, tmp_path, capsys, mon
 
 def test_several_processes_are_refused(home, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for command in (["eval", "knn", "--encoder", str(home / "run")], ["ablate"]):
+    encoder = ["--encoder", str(home / "run")]
+    export = ["export", *encoder, "--to", str(home / "never"), "--format", "safetensors"]
+    for command in (["eval", "knn", *encoder], ["ablate"], export):
         assert run(command) == 1
         assert "one process, and 2 were started" in capsys.readouterr().err
+    assert not (home / "never").exists()
 
 
 def test_errors_and_help(home, tmp_path, capsys):

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+from simclr_fast.distributed import require_one_process
 from simclr_fast.export import FORMATS, export_encoder
 from simclr_fast.models import Stem
 from simclr_fast.weights import load_weights
@@ -21,6 +22,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--stem", choices=get_args(Stem))
     parser.add_argument("--image-size", type=int, help="of torch-export and onnx")
     given = parser.parse_args(arguments)
+    require_one_process()
     weights = load_weights(given.encoder, model=given.model, width=given.width, stem=given.stem)
     if given.image_size:
         augmentation = replace(weights.augmentation, size=given.image_size)
