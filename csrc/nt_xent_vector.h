@@ -25,6 +25,7 @@ struct Lanes<float> {
   using Bits = int32_t;
   typedef float Vec __attribute__((vector_size(SIMCLR_VECTOR_BYTES), aligned(4)));
   typedef int32_t IntVec __attribute__((vector_size(SIMCLR_VECTOR_BYTES), aligned(4)));
+  typedef uint32_t UintVec __attribute__((vector_size(SIMCLR_VECTOR_BYTES), aligned(4)));
   static constexpr int mantissa_bits = 23;
   static constexpr float max_exponent = 126;
   // 2^r on [-1/2, 1/2], minimax, absolute error 8e-8.
@@ -39,6 +40,7 @@ struct Lanes<double> {
   using Bits = int64_t;
   typedef double Vec __attribute__((vector_size(SIMCLR_VECTOR_BYTES), aligned(8)));
   typedef int64_t IntVec __attribute__((vector_size(SIMCLR_VECTOR_BYTES), aligned(8)));
+  typedef uint64_t UintVec __attribute__((vector_size(SIMCLR_VECTOR_BYTES), aligned(8)));
   static constexpr int mantissa_bits = 52;
   static constexpr double max_exponent = 1022;
   // Absolute error 3e-18.
@@ -112,14 +114,14 @@ SIMCLR_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
 template <class T>
 SIMCLR_INLINE Vec<T> exp2_in_range(Vec<T> x) {
   using L = Lanes<T>;
-  using Int = typename L::IntVec;
+  using Bits = typename L::UintVec;
   const T magic = T(int64_t(3) << (L::mantissa_bits - 1));
   const Vec<T> shifted = x + magic;
   const Vec<T> r = x - (shifted - magic);
   Vec<T> p = broadcast<T>(L::exp2[L::terms - 1]);
 #pragma GCC unroll 12
   for (int k = L::terms - 2; k >= 0; --k) p = p * r + L::exp2[k];
-  return (Vec<T>)((Int)p + ((Int)shifted << L::mantissa_bits));
+  return (Vec<T>)((Bits)p + ((Bits)shifted << L::mantissa_bits));
 }
 
 // 2^x for x <= max_exponent, 0 where it would be subnormal.
