@@ -52,6 +52,8 @@ class Plan(NamedTuple):
 
 
 Configs = dict[str, tuple[Config | None, ...]]
+# Of the statistics and the classes in float32, asked for rarely: one for all features.
+_FLOAT32_SUMS = (Config(64, 32, 32, 8, 2),) * 5
 # Padded features up to 64, 128, 256, 512, and more.
 LIMITS = (64, 128, 256, 512)
 _HMMA: Configs = {
@@ -92,6 +94,8 @@ _HMMA: Configs = {
     ),
     "float32 forward": (Config(64, 64, 32, 8, 2),) * 5,
     "float32 gradient": (Config(64, 32, 32, 8, 2),) * 5,
+    "float32 sums": _FLOAT32_SUMS,
+    "float32 class_gradient": _FLOAT32_SUMS,
 }
 _HOPPER: Configs = {
     "forward": (
@@ -131,6 +135,8 @@ _HOPPER: Configs = {
     ),
     "float32 forward": (Config(64, 64, 64, 4, 2, 2), *(Config(128, 64, 32, 8, 3),) * 4),
     "float32 gradient": (Config(64, 32, 32, 8, 2),) * 5,
+    "float32 sums": _FLOAT32_SUMS,
+    "float32 class_gradient": _FLOAT32_SUMS,
 }
 _BLACKWELL: Configs = {
     "forward": (
@@ -170,6 +176,13 @@ _BLACKWELL: Configs = {
     ),
     "float32 forward": (Config(64, 64, 32, 8, 2, 2),) * 5,
     "float32 gradient": (Config(64, 32, 32, 8, 2, 2),) * 5,
+    "float32 sums": _FLOAT32_SUMS,
+    "float32 class_gradient": _FLOAT32_SUMS,
+}
+# ptxas spills the rows above there.
+_BLACKWELL_HMMA: Configs = _HMMA | {
+    "float32 sums": (Config(64, 32, 32, 8, 3),) * 5,
+    "float32 class_gradient": (Config(64, 16, 32, 8, 2),) * 5,
 }
 TABLE = {
     (8, 0): _HMMA,
@@ -177,10 +190,8 @@ TABLE = {
     (8, 9): _HMMA,
     (9, 0): _HOPPER,
     (10, 0): _BLACKWELL,
-    (12, 0): _HMMA,
+    (12, 0): _BLACKWELL_HMMA,
 }
-# Of the statistics and the classes, asked for rarely: one for all GPUs.
-SUMS_FLOAT32 = Config(64, 32, 32, 8, 2)
 # For a GPU that the table does not list.
 SMALLEST = Config(32, 32, 32, 4, 2)
 
@@ -201,8 +212,6 @@ def table_config(
     if kernel in ("moments", "class_sums"):
         kernel = "sums"
     if dtype == torch.float32:
-        if kernel in ("sums", "class_gradient"):
-            return _fit(SUMS_FLOAT32, padded)
         kernel = f"float32 {kernel}"
     configs = TABLE[max(family)].get(kernel, (None,) * 5)
     config = configs[sum(padded > limit for limit in LIMITS)]
