@@ -173,6 +173,8 @@ def goals(options: Options, n: int, dim: int = 128) -> str:
         threads[count] = harness.measure({"both": steps["both"]}, options.rounds)["both"]
     torch.set_num_threads(options.threads)
     add("1 thread / 2 threads", "≥ 1.85", median(threads[1]) / median(threads[2]))
+    alone = [median(fma_per_second(count, isa) for _ in range(9)) for count in (1, 2)]
+    add("the same, of multiply-adds on registers alone", "", alone[1] / alone[0])
 
     half = views(n // 2, dim)
     steps = {"half": partial(forward_backward, nt_xent_loss, *half), "whole": steps["both"]}

@@ -147,6 +147,11 @@ def test_probe_separates_what_is_separable_and_no_more():
     train, labels = clusters(300, 0.5)
     test, test_labels = clusters(99, 0.5)
     assert linear_probe(train, labels, test, test_labels).value == 1
+    unlabelled = np.where(np.arange(300) % 3 == 0, -1, np.asarray(labels))
+    kept = unlabelled >= 0
+    assert linear_probe(train, unlabelled, test, test_labels) == linear_probe(
+        train[kept], unlabelled[kept], test, test_labels
+    )
     noise = torch.randn(399, 8, generator=torch.Generator().manual_seed(1))
     assert 0.2 < linear_probe(noise[:300], labels, noise[300:], test_labels).value < 0.5
 

@@ -233,8 +233,13 @@ def linear_probe(
 ) -> Accuracy:
     """A quick look: the logistic regression at one l2. `sweep_logistic` is the protocol.
 
-    train: [n, D], test: [m, D]; labels: integers [n] and [m]. seed: of the bootstrap.
+    train: [n, D], test: [m, D]; labels: integers [n] and [m], rows with negative ones (STL-10's
+    unlabelled images) are left out. seed: of the bootstrap.
     """
+    (train, train_labels), (test, test_labels) = (
+        (x[labels >= 0], labels[labels >= 0])
+        for x, labels in ((train, np.asarray(train_labels)), (test, np.asarray(test_labels)))
+    )
     classes = 1 + int(max(np.max(train_labels), np.max(test_labels)))
     fit = fit_logistic(train, train_labels, _L2, n_classes=classes, tolerance=_ROUGH)
     return bootstrap((fit.ranks(test, test_labels) == 0).numpy(), seed)
