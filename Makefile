@@ -34,7 +34,8 @@ test-slow: install
 test-gpu-static: install
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) -m gpu_static --timeout=1200 $(ARGS)
 
-# The CUDA kernels on the host under ASan, UBSan and TSan, with planted faults: minutes.
+# The CUDA kernels on the host, and the C++ CPU code, under ASan, UBSan and TSan, with planted faults:
+# tens of minutes.
 test-sanitize: install
 	$(RUN) -m pytest -m sanitize --timeout=1200 $(ARGS)
 
