@@ -255,7 +255,7 @@ def draw(tables: list[Table], path: Path) -> None:
         axis.set_title(f"{table.title} · {column}", fontsize=9, loc="left")
         axis.set_xscale("log")
         axis.margins(x=0.15)
-        axis.tick_params(labelsize=8)
+        axis.tick_params(labelsize=8, which="both")
         axis.spines[["top", "right"]].set_visible(False)
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 

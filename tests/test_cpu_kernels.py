@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from instruction_sets import has_isa
 
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZERS = {
@@ -44,14 +45,6 @@ FAULTS = {
         "data race",
     ),
 }
-
-
-def has_isa(isa):
-    flags = {"base": "", "avx2": "avx2", "avx512": "avx512dq"}
-    try:
-        return flags[isa] in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return isa == "base"
 
 
 pytestmark = [

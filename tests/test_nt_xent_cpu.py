@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from instruction_sets import has_isa
 
 from simclr_fast import nt_xent_loss, nt_xent_plain, ops
 
@@ -61,15 +62,6 @@ def run(script, **environment):
     env = {**os.environ, "OMP_NUM_THREADS": "2", **environment}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), env.get("PYTHONPATH")]))
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
-
-
-def has_isa(isa):
-    flags = {"base": "sse2", "avx2": "avx2", "avx512": "avx512dq"}
-    try:
-        with open("/proc/cpuinfo") as file:
-            return flags[isa] in file.read()
-    except OSError:
-        return isa == "base"
 
 
 @needs_extension
