@@ -16,8 +16,8 @@ class PretrainConfig:
     """One run. The defaults are the paper's ImageNet recipe (arXiv:2002.05709, section 2.2)."""
 
     data: str = "demo"
-    """A folder, a .tar/.tfrecord/.rec file, "demo" (embedded), "demo-grain", "cifar10:ROOT" or
-    "stl10:ROOT"."""
+    """A folder, a .tar/.tfrecord/.rec file, "demo" (embedded), "demo-grain", or NAME:ROOT, where
+    torchvision's cifar10, stl10, food101, ... is."""
     out: Path | None = None
     """Output folder; by default runs/NAME-DATE."""
     model: str = "resnet50"

@@ -1,10 +1,28 @@
-"""Data by name: "demo", "demo-grain", "cifar10:ROOT", "stl10:ROOT", or a path."""
+"""Data by name: "demo", "demo-grain", a data set of torchvision as NAME:ROOT, or a path."""
 
-from typing import Literal, overload
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
 
 from simclr_fast.demo import CLASSES, demo_folder, grainy_images
 from simclr_fast.extras import need
-from simclr_fast.sources import ArraySource, DatasetSource, Source, open_source
+from simclr_fast.sources import ArraySource, DatasetSource, FileSource, Source, open_source
+
+# torchvision's class, and its parts for training and for testing.
+_TORCHVISION: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
+    "aircraft": ("FGVCAircraft", [{"split": "trainval"}], {"split": "test"}),
+    "cars": ("StanfordCars", [{"split": "train"}], {"split": "test"}),
+    "cifar10": ("CIFAR10", [{"train": True}], {"train": False}),
+    "cifar100": ("CIFAR100", [{"train": True}], {"train": False}),
+    "dtd": ("DTD", [{"split": "train"}, {"split": "val"}], {"split": "test"}),
+    "flowers102": ("Flowers102", [{"split": "train"}, {"split": "val"}], {"split": "test"}),
+    "food101": ("Food101", [{"split": "train"}], {"split": "test"}),
+    "pets": ("OxfordIIITPet", [{"split": "trainval"}], {"split": "test"}),
+    "stl10": ("STL10", [{"split": "train+unlabeled"}], {"split": "test"}),
+    "svhn": ("SVHN", [{"split": "train"}], {"split": "test"}),
+}
+TORCHVISION = tuple(_TORCHVISION)
 
 
 @overload
@@ -14,8 +32,9 @@ def named_source(data: str, split: Literal["test"]) -> Source | None: ...
 def named_source(data: str, split: Literal["train", "test"] = "train") -> Source | None:
     """The images of `data`; None for the test split of a path, which has no such thing.
 
-    cifar10:ROOT and stl10:ROOT are read by torchvision from where its loaders have put them (for
-    training, STL-10 means its labelled and unlabelled images); nothing is downloaded.
+    NAME:ROOT, of TORCHVISION's names, is read by torchvision from where its loaders have put it;
+    nothing is downloaded. For training, STL-10 means its labelled and unlabelled images, DTD and
+    Flowers-102 mean their training and validation images.
     """
     if data == "demo":
         return open_source(demo_folder(split))
@@ -24,13 +43,30 @@ def named_source(data: str, split: Literal["train", "test"] = "train") -> Source
         source.classes = CLASSES
         return source
     name, _, root = data.partition(":")
-    if name in ("cifar10", "stl10") and root:
-        datasets = need("torchvision", "train").datasets
-        try:
-            if name == "cifar10":
-                return DatasetSource(datasets.CIFAR10(root, train=split == "train"))
-            part = "train+unlabeled" if split == "train" else "test"
-            return DatasetSource(datasets.STL10(root, split=part))
-        except RuntimeError as error:
-            raise FileNotFoundError(f"no {name} in {root!r}: {error}") from error
+    if name in _TORCHVISION and root:
+        return _torchvision_source(name, root, split)
     return open_source(data) if split == "train" else None
+
+
+def _torchvision_source(name: str, root: str, split: Literal["train", "test"]) -> Source:
+    kind, training, testing = _TORCHVISION[name]
+    make = getattr(need("torchvision", "train").datasets, kind)
+    try:
+        parts = [make(root, **part) for part in (training if split == "train" else [testing])]
+    except (RuntimeError, FileNotFoundError) as error:
+        raise FileNotFoundError(f"no {name} in {root!r}: {error}") from error
+    files = [_files(part) for part in parts]
+    if not all(files):
+        (part,) = parts
+        return DatasetSource(part)
+    paths, labels = zip(*(pair for part in files for pair in part), strict=True)
+    classes = tuple(getattr(parts[0], "classes", ()))
+    return FileSource([Path(path) for path in paths], np.array(labels, np.int64), classes)
+
+
+def _files(dataset: Any) -> list[tuple[str, int]]:
+    """Its image files and their labels; [] where it holds pixels. Files are left to DALI."""
+    if samples := getattr(dataset, "_samples", None):
+        return list(samples)
+    paths = getattr(dataset, "_image_files", getattr(dataset, "_images", []))
+    return list(zip(paths, dataset._labels, strict=True)) if paths else []

@@ -110,9 +110,12 @@ class DatasetSource(Source):
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
-        if labels is not None and len(labels) == len(dataset):
-            self.labels = np.asarray(labels, dtype=np.int64)
+        # What torchvision's data sets call them.
+        for name in ("targets", "labels", "_labels"):
+            labels = getattr(dataset, name, None)
+            if labels is not None and len(labels) == len(dataset):
+                self.labels = np.asarray(labels, dtype=np.int64)
+                break
         self.classes = tuple(getattr(dataset, "classes", ()))
 
     def __len__(self) -> int:

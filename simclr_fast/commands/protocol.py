@@ -26,9 +26,10 @@ class Options:
     encoder: Path
     """A file of weights of any library (.safetensors, .pth, .pt, .ckpt), or a run's folder."""
     data: str = "demo"
-    """Training images with labels: a folder, shards, "demo", "cifar10:ROOT" or "stl10:ROOT"."""
+    """Training images with labels: a folder, shards, "demo", or NAME:ROOT, where torchvision's
+    aircraft, cars, cifar10, cifar100, dtd, flowers102, food101, pets, stl10 or svhn is."""
     test: str | None = None
-    """Test images with labels; demo, cifar10 and stl10 have their own."""
+    """Test images with labels; demo and torchvision's data sets have their own."""
     out: Path | None = None
     """Output folder; by default "eval" beside the encoder."""
     cache: Path | None = None

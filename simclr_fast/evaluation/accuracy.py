@@ -31,8 +31,13 @@ class Scores:
     top5: Accuracy | None
     per_class: dict[str, float]
 
+    @property
+    def mean_per_class(self) -> float:
+        """The metric of Flowers, Pets, Aircraft and Caltech (arXiv:2002.05709, B.8.1)."""
+        return float(np.mean(list(self.per_class.values())))
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "mean_per_class": self.mean_per_class}
 
     def row(self, name: str) -> str:
         """One line of a table: the name, top-1 and top-5 with their intervals."""

@@ -72,16 +72,19 @@ class LabelledPair:
 def labelled_pair(data: str, test: str | None) -> LabelledPair:
     """Training and test images that have labels.
 
-    data, test: as for `named_source`; without `test`, the test split of `data`. Images labelled
-    -1 (STL-10's) are left out.
+    data, test: as for `named_source`; without `test`, the test split of `data`; a `test` with a
+    test split of its own means that. Images labelled -1 (STL-10's) are left out.
 
     Raises:
-        ValueError: no test images, no labels, or other classes in the one than in the other.
+        ValueError: no test images, the training images as such, no labels, or other classes in
+            the one than in the other.
     """
     train, labels = _labelled(named_source(data), data)
-    given = named_source(test) if test else named_source(data, "test")
+    given = _test_source(test) if test else named_source(data, "test")
     if given is None:
         raise ValueError(f"{data!r} has no test images of its own: pass --test")
+    if test and given.fingerprint() == train.fingerprint():
+        raise ValueError(f"{test!r} is the training images: an accuracy on them says nothing")
     tested, test_labels = _labelled(given, test or data)
     if train.classes and tested.classes and train.classes != tested.classes:
         only = sorted(set(train.classes) ^ set(tested.classes))
@@ -96,9 +99,7 @@ def labelled_pair(data: str, test: str | None) -> LabelledPair:
 
 def shown_source(data: str, test: str | None) -> Source:
     """The images to look at: those of `test`, else the test split of `data`, else `data`."""
-    if test:
-        return named_source(test)
-    return named_source(data, "test") or named_source(data)
+    return _test_source(test or data)
 
 
 def labels_or_none(source: Source) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -107,6 +108,10 @@ def labels_or_none(source: Source) -> tuple[np.ndarray, tuple[str, ...]]:
         return np.zeros(len(source), np.int64), ("image",)
     n = int(source.labels.max()) + 1
     return source.labels, source.classes or tuple(str(i) for i in range(n))
+
+
+def _test_source(data: str) -> Source:
+    return named_source(data, "test") or named_source(data)
 
 
 def _labelled(source: Source, name: str) -> tuple[Source, np.ndarray]:
