@@ -245,7 +245,8 @@ class Embed(Options):
         for method in methods:
             points[method] = embed.project(features, method, self.seed)
             picture = self.folder / f"embed-{method}.png"
-            plot_embedding(points[method], labels, classes, picture, f"{method} of h")
+            title = f"{embed.TITLES[method]} of h"
+            plot_embedding(points[method], labels, classes, picture, title)
             yield f"{method:<28} {picture}"
         similarities, indices = embed.neighbours(features, self.torch_device)
         thumbs = embed.thumbnails(source, weights.augmentation, self.thumb)

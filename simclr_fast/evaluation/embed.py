@@ -19,6 +19,7 @@ from simclr_fast.extras import need
 from simclr_fast.sources import Source
 
 Method = Literal["pca", "tsne", "umap"]
+TITLES: dict[Method, str] = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
 NEIGHBOURS = 8
 _PAGE = "embed.html"
 _GAP = 2
