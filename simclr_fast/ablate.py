@@ -23,7 +23,9 @@ from simclr_fast.datasets import named_source
 from simclr_fast.evaluation.features import features
 from simclr_fast.evaluation.linear import linear_probe
 from simclr_fast.extras import need
+from simclr_fast.locks import locked
 from simclr_fast.plots import plot_heat_maps
+from simclr_fast.sources import Source
 from simclr_fast.train import pretrain
 from simclr_fast.weights import load_weights
 
@@ -132,12 +134,25 @@ def ablate(
 
     Raises:
         FileExistsError: the folder holds something else. ValueError: it holds results of another
-            `base`, or the data have no labelled test images.
+            `base`, or the data have no labelled test images. BlockingIOError: another process is
+            at work there.
     """
     train, test = named_source(base.data, "train"), named_source(base.data, "test")
     if train.labels is None or test is None or test.labels is None:
         raise ValueError(f"an ablation needs labelled training and test images; {base.data!r}: no")
     _claim(folder, base)
+    with locked(folder / ".lock", f"another process runs the ablation in {folder}"):
+        return _run_cells(base, cells, folder, max_cells, train, test)
+
+
+def _run_cells(
+    base: PretrainConfig,
+    cells: Sequence[Cell],
+    folder: Path,
+    max_cells: int | None,
+    train: Source,
+    test: Source,
+) -> list[dict[str, Any]]:
     results = folder / "results.jsonl"
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     finished = {row["cell"] for row in rows}

@@ -1,7 +1,6 @@
 """Checkpoints that an interruption cannot harm: written aside, synced, then renamed."""
 
 import contextlib
-import fcntl
 import os
 import re
 import tempfile
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from simclr_fast.extras import need
+from simclr_fast.locks import lock
 
 _KEEP = 2
 # How the name of a file ends while it is written.
@@ -34,7 +34,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", suffix=_PART, dir=path.parent)
     temporary = Path(name)
     try:
-        _lock(handle)
+        lock(handle)
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -53,21 +53,12 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         os.close(folder)
 
 
-def _lock(handle: int) -> bool:
-    """Whether nobody else has the file locked; the system lets go of it when its holder dies."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
 def _remove_abandoned(folder: Path) -> None:
     for part in folder.glob(f".*{_PART}"):
         with contextlib.suppress(OSError):
             handle = os.open(part, os.O_RDONLY)
             try:
-                if _lock(handle):
+                if lock(handle):
                     part.unlink(missing_ok=True)
             finally:
                 os.close(handle)

@@ -15,6 +15,7 @@ from simclr_fast.ablate import Cell, ablate, cell_config, grid, mean_top1, only,
 from simclr_fast.augment import Augmentation
 from simclr_fast.cli import run
 from simclr_fast.config import PretrainConfig, demo
+from simclr_fast.locks import locked
 from simclr_fast.sources import ArraySource
 
 
@@ -197,3 +198,14 @@ def test_command(base, tmp_path, capsys):
     assert str(tmp_path / "out" / "ablation.png") in printed
     assert run(["ablate", "--help"]) == 0
     assert "--operations" in capsys.readouterr().out
+
+
+def test_two_processes_do_not_share_a_folder(base, tmp_path):
+    cells = grid(base)
+    assert ablate(base, cells, tmp_path, max_cells=0) == []
+    with (
+        locked(tmp_path / ".lock"),
+        pytest.raises(BlockingIOError, match="another process runs the ablation in"),
+    ):
+        ablate(base, cells, tmp_path)
+    assert len(ablate(base, cells, tmp_path)) == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # Each room may import from the rooms before it; modules of one room may import each other downward.
 ROOMS = [
-    {"interrupts", "prefetch", "rank_watch"},
+    {"interrupts", "locks", "prefetch", "rank_watch"},
     {"reference", "nt_xent_plain", "_lars_foreach", "extras", "augment_params", "image_check"},
     {"sup_con_plain", "kernels", "ops", "sources", "shards", "demo", "checkpoint"},
     {"_lars_native", "distributed", "losses", "optim", "augment", "dali_views", "models", "config"},

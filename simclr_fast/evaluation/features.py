@@ -3,8 +3,6 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from simclr_fast.checkpoint import write_atomic
 from simclr_fast.data import ImageLoader
 from simclr_fast.demo import cache_folder
 from simclr_fast.extras import need
+from simclr_fast.locks import locked
 from simclr_fast.models import encode
 from simclr_fast.sources import Source, subset
 
@@ -69,8 +68,7 @@ def cached_features(
     folder = folder or cache_folder() / "features"
     path = folder / f"{fingerprint(encoder, source, augmentation)}.npy"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock")):
+        with locked(path.with_suffix(".lock")):
             if not path.exists():
                 _extract(encoder, source, augmentation, path, device, batch_size, workers, name)
     # Copy-on-write: torch wants writable memory, the file never changes.
@@ -143,15 +141,6 @@ def _note(rows: np.ndarray, done: int, progress: Path) -> None:
     assert isinstance(rows, np.memmap)
     rows.flush()
     write_atomic(progress, lambda p: p.write_text(json.dumps({"rows": done})))
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    import fcntl
-
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _bar(name: str, total: int, done: int) -> Any:
