@@ -37,7 +37,7 @@ test-gpu-static: install
 # The CUDA kernels on the host, and the C++ CPU code, under ASan, UBSan and TSan, with planted faults:
 # tens of minutes.
 test-sanitize: install
-	$(RUN) -m pytest -m sanitize --timeout=1200 $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal -m sanitize --timeout=1200 $(ARGS)
 
 lint: install
 	$(RUN) -m ruff check .
