@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from simclr_fast import ops, reference
-from simclr_fast.augment_params import Augmentation, ViewParams, draw_params
+from simclr_fast.augment_params import Augmentation, ViewParams, draw_params, draw_views
 
 __all__ = ["Augmentation", "SimCLRViews", "ViewParams", "apply_views", "draw_params"]
 
@@ -32,7 +32,7 @@ def apply_views(
 
     Values lie in [0, 1], unless `aug` normalises.
     """
-    images = _as_tensors(images)
+    images = as_tensors(images)
     n = len(images)
     if len(params) != n:
         raise ValueError(f"params are for {len(params)} images, got {n} images")
@@ -54,7 +54,14 @@ def apply_views(
             f"out must be {shape} float32, float16 or bfloat16 on {device}, got "
             f"{tuple(out.shape)} {out.dtype} on {out.device}"
         )
-    if n == 0:
+    return fill_views(images, params, aug, out)
+
+
+def fill_views(
+    images: Tensor | list[Tensor], params: ViewParams, aug: Augmentation, out: Tensor
+) -> Tensor:
+    """`apply_views` of tensors on `out`'s device, without its checks."""
+    if len(params) == 0:
         return out
     if out.device.type == "cpu" and ops.has_extension():
         return _apply_native(images, params, aug, out)
@@ -63,7 +70,8 @@ def apply_views(
     return _apply_torch(images, params, aug, out)
 
 
-def _as_tensors(images: Tensor | Sequence[Tensor | np.ndarray]) -> Tensor | list[Tensor]:
+def as_tensors(images: Tensor | Sequence[Tensor | np.ndarray]) -> Tensor | list[Tensor]:
+    """Checked images; arrays become tensors that share their memory where it is writable."""
     if isinstance(images, np.ndarray):
         images = _from_numpy(images)
     if isinstance(images, Tensor):
@@ -80,11 +88,12 @@ def _from_numpy(array: np.ndarray) -> Tensor:
 
 
 def _check_image(image: Tensor, dims: int) -> None:
-    if image.dim() != dims or image.shape[-1] != 3:
+    shape, dtype = image.shape, image.dtype
+    if len(shape) != dims or shape[-1] != 3:
         expected = "[n, H, W, 3]" if dims == 4 else "[H, W, 3] each"
-        raise ValueError(f"images must be {expected}, got {tuple(image.shape)}")
-    if image.dtype not in (torch.uint8, torch.float32):
-        raise TypeError(f"images must be uint8 or float32 in [0, 1], got {image.dtype}")
+        raise ValueError(f"images must be {expected}, got {tuple(shape)}")
+    if dtype not in (torch.uint8, torch.float32):
+        raise TypeError(f"images must be uint8 or float32 in [0, 1], got {dtype}")
 
 
 def _dense_rows(image: Tensor) -> Tensor:
@@ -263,14 +272,8 @@ class SimCLRViews:
                 raise ValueError(f"ids must hold one per image, got {len(numbers)} for {n} images")
         sizes = np.array([i.shape[:2] for i in batch], dtype=np.int64).reshape(n, 2)
         first, second = (
-            apply_views(
-                batch,
-                draw_params(self.aug, self.seed, epoch, numbers, view, sizes),
-                self.aug,
-                dtype=self.dtype,
-                channels_last=self.channels_last,
-            )
-            for view in (0, 1)
+            apply_views(batch, params, self.aug, dtype=self.dtype, channels_last=self.channels_last)
+            for params in draw_views(self.aug, self.seed, epoch, numbers, sizes)
         )
         return (first[0], second[0]) if single else (first, second)
 

@@ -18,11 +18,12 @@ from torch import Tensor
 from simclr_fast.augment import (
     Augmentation,
     ViewParams,
-    apply_views,
+    as_tensors,
     draw_params,
+    fill_views,
     finish_crops,
 )
-from simclr_fast.augment_params import philox
+from simclr_fast.augment_params import draw_views, philox
 from simclr_fast.decode import Batch, CorruptImageError, DaliCrops, DaliViews, Decoder
 from simclr_fast.prefetch import Made, ahead
 from simclr_fast.sources import Source, open_source
@@ -234,8 +235,9 @@ class _Loader:
                 view.copy_(made)
         else:
             sizes = np.array([i.shape[:2] for i in images]).reshape(-1, 2)
+            tensors = as_tensors(images)
             for one, view in zip(self._draw(part.ids, sizes), out, strict=True):
-                apply_views(images, one, self.augmentation, out=view)
+                fill_views(tensors, one, self.augmentation, view)
 
     def _next_buffer(self) -> list[Tensor]:
         """Two sets of output tensors in turn: filling fresh memory costs more than the work."""
@@ -298,9 +300,7 @@ class TwoViewLoader(_Loader):
         super().__init__(source, batch_size, augmentation, **options)
 
     def _draw(self, ids: np.ndarray, sizes: np.ndarray) -> list[ViewParams]:
-        return [
-            draw_params(self.augmentation, self.seed, self.epoch, ids, v, sizes) for v in (0, 1)
-        ]
+        return list(draw_views(self.augmentation, self.seed, self.epoch, ids, sizes))
 
 
 class OneViewLoader(_Loader):

@@ -56,7 +56,8 @@ def import_dali() -> Any:
 class Decoder:
     """Decodes batches on the CPU: `run` gives (batch, [uint8 [H, W, 3], …]).
 
-    Images of small data sets are kept, and only the others of a batch go through DALI again.
+    Images of small data sets are kept, as tensors; only the others of a batch, which come as
+    arrays, go through DALI again.
     """
 
     _keeps = True
@@ -66,7 +67,7 @@ class Decoder:
         self._requests: Iterator[Batch] = iter(())
         self._in_flight: deque[tuple[Batch, np.ndarray]] = deque()
         self._pipeline: Any = None
-        self._kept: dict[int, np.ndarray] = {}
+        self._kept: dict[int, torch.Tensor] = {}
         self._kept_bytes = 0
         self._tried = np.zeros(len(source), dtype=bool)
         if self._needs_dali:
@@ -121,7 +122,11 @@ class Decoder:
         fresh = dict(zip(new.tolist(), decoded, strict=True))
         images = self._with_kept(batch.ids, fresh)
         if self._keeps:
-            added = {i: image.copy() for i, image in fresh.items() if i not in self._kept}
+            added = {
+                i: torch.from_numpy(image.copy())
+                for i, image in fresh.items()
+                if i not in self._kept
+            }
             self._kept |= added
             self._kept_bytes += sum(image.nbytes for image in added.values())
             # By the mean of those seen; batches on their way may still need them in this run.

@@ -12,7 +12,7 @@ from scipy import stats
 from tf_crops import WHERE, quantities
 from torchvision.transforms import RandomResizedCrop
 
-from simclr_fast.augment_params import Augmentation, draw_params, philox
+from simclr_fast.augment_params import Augmentation, draw_params, draw_views, philox
 
 N = 20_000
 SIZES = np.tile([[375, 500]], (N, 1))
@@ -247,3 +247,12 @@ def test_bad_draws_are_named():
         draw_params(aug, 0, 0, ids, 0, sizes[:2])
     with pytest.raises(ValueError, match="sizes"):
         draw_params(aug, 0, 0, ids, 0, sizes * 0)
+
+
+@pytest.mark.parametrize("spec", ["simclr", "torchvision"])
+def test_both_views_at_once_are_each_view(spec):
+    aug = Augmentation(spec=spec, area=(0.5, 0.6))
+    ids = np.arange(400) * 12_345_678_901
+    views = draw_views(aug, 2**40, 9, ids, SIZES[:400])
+    assert all(same(views[v], draw_params(aug, 2**40, 9, ids, v, SIZES[:400])) for v in (0, 1))
+    assert [len(view) for view in draw_views(aug, 0, 0, ids[:0], SIZES[:0])] == [0, 0]
