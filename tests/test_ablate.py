@@ -8,13 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_runs import TINY
 
 from simclr_fast import ablate as module
 from simclr_fast import train
 from simclr_fast.ablate import Cell, ablate, cell_config, grid, mean_top1, only, plot_ablation
 from simclr_fast.augment import Augmentation
 from simclr_fast.cli import run
-from simclr_fast.config import PretrainConfig, demo
+from simclr_fast.config import demo
 from simclr_fast.locks import locked
 from simclr_fast.sources import ArraySource
 
@@ -29,16 +30,7 @@ def base(monkeypatch):
 
     for target in (module, train):
         monkeypatch.setattr(target, "named_source", source)
-    return PretrainConfig(
-        data="noise",
-        model="resnet10",
-        width=0.125,
-        augmentation=Augmentation(size=16),
-        batch_size=8,
-        steps=2,
-        warmup_epochs=0,
-        device="cpu",
-    )
+    return replace(TINY, data="noise", steps=2, warmup_epochs=0)
 
 
 def test_grid():

@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from rank_runs import Run
+from tiny_runs import TINY
 
 from simclr_fast import train
-from simclr_fast.augment import Augmentation
 from simclr_fast.checkpoint import checkpoints, load_checkpoint
-from simclr_fast.config import PretrainConfig
 from simclr_fast.distributed import World
 
 pytest.importorskip("torchvision")
@@ -34,21 +33,8 @@ def config(tmp_path):
 
 
 def make_config(out):
-    return PretrainConfig(
-        data="arrays",
-        out=out,
-        model="resnet10",
-        width=0.125,
-        augmentation=Augmentation(size=16),
-        batch_size=9,
-        steps=STEPS,
-        warmup_epochs=1,
-        log_every=1,
-        checkpoint_every=2,
-        device="cpu",
-        memory="plain",
-        workers=1,
-    )
+    own = {"batch_size": 9, "steps": STEPS, "checkpoint_every": 2, "memory": "plain"}
+    return replace(TINY, data="arrays", out=out, **own)
 
 
 @pytest.fixture

@@ -6,11 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from tiny_runs import TINY, write_photos
 
-from simclr_fast.augment import Augmentation
 from simclr_fast.checkpoint import checkpoints, load_checkpoint
-from simclr_fast.config import PretrainConfig
 from simclr_fast.train import pretrain
 
 pytest.importorskip("nvidia.dali", reason="decoding needs DALI (Linux)")
@@ -18,25 +16,9 @@ pytest.importorskip("nvidia.dali", reason="decoding needs DALI (Linux)")
 
 @pytest.fixture
 def config(tmp_path):
-    rng = np.random.default_rng(0)
-    (tmp_path / "photos").mkdir()
-    for i in range(16):
-        pixels = rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.jpg")
-    return PretrainConfig(
-        data=str(tmp_path / "photos"),
-        out=tmp_path / "plain",
-        model="resnet10",
-        width=0.125,
-        augmentation=Augmentation(size=16),
-        batch_size=8,
-        steps=4,
-        warmup_epochs=1,
-        log_every=1,
-        checkpoint_every=2,
-        device="cpu",
-        memory="plain",
-        workers=1,
+    photos = write_photos(tmp_path / "photos", 16)
+    return replace(
+        TINY, data=str(photos), out=tmp_path / "plain", steps=4, checkpoint_every=2, memory="plain"
     )
 
 

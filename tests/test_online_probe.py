@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_runs import TINY, write_photos
 
-from simclr_fast.augment import Augmentation
 from simclr_fast.checkpoint import checkpoints, load_checkpoint
-from simclr_fast.config import PretrainConfig
 from simclr_fast.evaluation.knn import knn_ranks
 from simclr_fast.evaluation.online import OnlineProbe
 from simclr_fast.train import pretrain
@@ -97,25 +96,8 @@ def test_images_without_labels_teach_nothing_and_do_not_count():
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     pytest.importorskip("nvidia.dali", reason="decoding needs DALI (Linux)")
-    folder = tmp_path_factory.mktemp("train")
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        (folder / f"class{i % 2}").mkdir(exist_ok=True)
-        pixels = rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"class{i % 2}" / f"{i}.jpg")
-    return PretrainConfig(
-        data=str(folder),
-        model="resnet10",
-        width=0.125,
-        augmentation=Augmentation(size=16),
-        batch_size=8,
-        steps=8,
-        warmup_epochs=1,
-        log_every=1,
-        checkpoint_every=3,
-        device="cpu",
-        workers=1,
-    )
+    photos = write_photos(tmp_path_factory.mktemp("train"), 40)
+    return replace(TINY, data=str(photos), steps=8, checkpoint_every=3)
 
 
 def trained(config, out, **changes):

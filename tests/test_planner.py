@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_runs import TINY
 from torch import nn
 
 from simclr_fast.augment import Augmentation
 from simclr_fast.cli import run
-from simclr_fast.config import PretrainConfig
 from simclr_fast.large_batch import LargeBatch, planner
 from simclr_fast.large_batch.planner import Setting, Workload, parse_size
 from simclr_fast.large_batch.simulate import Meter, Phase, Step
@@ -186,17 +186,8 @@ class Stop(Exception):
 
 @pytest.fixture
 def config(tmp_path):
-    return PretrainConfig(
-        data="arrays",
-        out=tmp_path / "run",
-        model="resnet10",
-        width=0.25,
-        augmentation=Augmentation(size=32),
-        batch_size=16,
-        steps=1,
-        warmup_epochs=0,
-        device="cpu",
-    )
+    own = {"width": 0.25, "augmentation": Augmentation(size=32), "batch_size": 16}
+    return replace(TINY, data="arrays", out=tmp_path / "run", steps=1, warmup_epochs=0, **own)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_runs import TINY
 from torch.nn import functional as F
 
 from simclr_fast import supervised
@@ -19,7 +20,6 @@ from simclr_fast.augment import Augmentation
 from simclr_fast.checkpoint import checkpoints, load_checkpoint
 from simclr_fast.cli import run
 from simclr_fast.commands import supervised as command
-from simclr_fast.config import PretrainConfig
 from simclr_fast.data import OneViewLoader
 from simclr_fast.models import SimCLR
 from simclr_fast.sources import ArraySource
@@ -47,19 +47,15 @@ def config(tmp_path, monkeypatch):
     monkeypatch.setattr(
         supervised, "named_source", lambda data, split="train": ArraySource(*parts[split])
     )
-    return PretrainConfig(
+    return replace(
+        TINY,
         data="stripes",
         out=tmp_path / "run",
-        model="resnet10",
-        width=0.125,
         augmentation=Augmentation(size=16, area=(0.6, 1.0), p_blur=0),
         batch_size=16,
         steps=8,
         optimizer="adam",
-        warmup_epochs=1,
-        log_every=1,
         checkpoint_every=3,
-        device="cpu",
     )
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_runs import TINY, write_photos
 
-from simclr_fast.augment import Augmentation
 from simclr_fast.checkpoint import checkpoints, load_checkpoint
 from simclr_fast.cli import run
 from simclr_fast.commands.pretrain import parse_pretrain
@@ -28,30 +28,13 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("train")
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        (folder / f"class{i % 2}").mkdir(exist_ok=True)
-        pixels = rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"class{i % 2}" / f"{i}.jpg")
-    return folder
+    return write_photos(tmp_path_factory.mktemp("train"), 40)
 
 
 @pytest.fixture
 def config(images, tmp_path):
-    return PretrainConfig(
-        data=str(images),
-        out=tmp_path / "run",
-        model="resnet10",
-        width=0.125,
-        augmentation=Augmentation(size=16),
-        batch_size=8,
-        steps=8,
-        warmup_epochs=1,
-        log_every=1,
-        checkpoint_every=3,
-        device="cpu",
-        workers=2,
+    return replace(
+        TINY, data=str(images), out=tmp_path / "run", steps=8, checkpoint_every=3, workers=2
     )
 
 
