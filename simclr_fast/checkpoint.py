@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from simclr_fast.extras import need
-from simclr_fast.locks import lock
+from simclr_fast.locks import have_locks, lock
 
 _KEEP = 2
 # How the name of a file ends while it is written.
@@ -26,15 +26,18 @@ _FOREIGN = re.compile(r"GLOBAL ([\w.]+)")
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Call write(temporary path), sync the file, and rename it to `path`: all or nothing.
 
-    Removes what processes that were killed while they wrote have left in the folder. Raises OSError
-    with `path` when writing fails, as on a full disk.
+    Removes what processes that were killed while they wrote have left in the folder, where there
+    are locks to tell. Raises OSError with `path` when writing fails, as on a full disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path.parent)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", suffix=_PART, dir=path.parent)
     temporary = Path(name)
+    keep_open = have_locks() and lock(handle)
+    if not keep_open:
+        # Windows renames no open file.
+        os.close(handle)
     try:
-        lock(handle)
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -45,15 +48,19 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         raise OSError(f"could not write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
-        os.close(handle)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        if keep_open:
+            os.close(handle)
+    if hasattr(os, "O_DIRECTORY"):  # not on Windows
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def _remove_abandoned(folder: Path) -> None:
+    if not have_locks():
+        return
     for part in folder.glob(f".*{_PART}"):
         with contextlib.suppress(OSError):
             handle = os.open(part, os.O_RDONLY)

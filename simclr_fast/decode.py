@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from simclr_fast.augment import Augmentation, ViewParams, pack_params
-from simclr_fast.image_check import checked_size, try_decoding
+from simclr_fast.image_check import checked_size, in_common_format, try_decoding
 from simclr_fast.sources import Source
 
 _READ_AHEAD = 2
@@ -143,6 +143,7 @@ class Decoder:
             try:
                 sample = self.source.read(i)
                 if self.source.encoded:
+                    sample = in_common_format(sample)
                     size = checked_size(sample)
                 elif sample.dtype != np.uint8 or sample.ndim != 3 or sample.shape[2] != 3:
                     raise TypeError(

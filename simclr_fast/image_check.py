@@ -1,4 +1,4 @@
-"""Is this a whole image, and how large? JPEG, PNG, WebP and BMP.
+"""Is this a whole image, and how large? JPEG, PNG, WebP and BMP; others are made BMP.
 
 A file that fails to decode does not only end a DALI pipeline: its worker threads may go on writing
 into memory that is gone (seen with 2.4: a crash some batches later). So whatever can be told from
@@ -13,12 +13,42 @@ import zlib
 
 import numpy as np
 
+from simclr_fast.extras import need
+
 # Baseline, extended and progressive Huffman frames; decoders know no others.
 _FRAMES = (0xC0, 0xC1, 0xC2)
 _OTHER_FRAMES = frozenset(range(0xC3, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, b"\xff\xd9"
+# TIFF of either byte order, GIF, and PNM of one to three channels.
+_OTHERS = (b"II*\0", b"MM\0*", b"GIF8", *(b"P%d" % kind for kind in range(1, 7)))
 # A header that claims more is taken for a decompression bomb, as Pillow takes it.
 _MAX_PIXELS = 178_956_970
+
+
+def in_common_format(encoded: np.ndarray) -> np.ndarray:
+    """TIFF, PNM or GIF as a BMP of 24 bits, by Pillow; files of all other formats as they are.
+
+    encoded: uint8 [k], a whole file; of several pictures the first is taken. 16-bit grayscale keeps
+    its range. Raises ValueError that says what is wrong with it, ImportError without Pillow.
+    """
+    start = encoded[:4].tobytes()
+    if not start.startswith(_OTHERS):
+        return encoded
+    image = need("PIL.Image", "train")
+    buffer = io.BytesIO()
+    try:
+        with image.open(io.BytesIO(encoded.tobytes()), formats=("TIFF", "PPM", "GIF")) as picture:
+            if picture.mode == "F":
+                raise ValueError("pixels of floating point, whose range is not known")
+            eight_bit = picture
+            if picture.mode.startswith("I"):
+                gray = np.clip(np.asarray(picture), 0, 65535) / 257
+                eight_bit = image.fromarray(np.rint(gray).astype(np.uint8))
+            eight_bit.convert("RGB").save(buffer, "BMP")
+    # Its readers of these formats raise all sorts on damaged files.
+    except Exception as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+    return np.frombuffer(buffer.getvalue(), np.uint8)
 
 
 def checked_size(encoded: np.ndarray) -> tuple[int, int]:
@@ -67,7 +97,7 @@ def _size(data: bytes) -> tuple[int, int]:
         return _bmp(data)
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return _webp(data)
-    raise ValueError("neither JPEG, PNG, WebP nor BMP" if data else "an empty file")
+    raise ValueError("neither JPEG, PNG, WebP, BMP, TIFF, PNM nor GIF" if data else "an empty file")
 
 
 def _jpeg(data: bytes) -> tuple[int, int]:

@@ -1,14 +1,39 @@
 """Locks on files: the system lets go of them when their holder ends, however it ends."""
 
-import fcntl
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+@cache
+def have_locks() -> bool:
+    """Whether this system has such locks. The first False warns."""
+    if fcntl is not None:
+        return True
+    warnings.warn(
+        "this system has no flock: let no two processes write to one folder, and remove what a "
+        "killed one left (.*.simclr-part)",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return False
 
 
 def lock(handle: int, wait: bool = False) -> bool:
-    """Lock an open file until it is closed; False if another process has it and `wait` is False."""
+    """Lock an open file until it is closed; False if another process has it and `wait` is False.
+
+    True where there are no locks.
+    """
+    if not have_locks():
+        return True
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:

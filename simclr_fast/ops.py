@@ -4,7 +4,7 @@ import warnings
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -111,7 +111,7 @@ def _nt_xent_normalize(z1: Tensor, z2: Tensor | None, temperature: Tensor) -> tu
     return nt_xent_plain.normalize(z1, z2, temperature)
 
 
-def _nt_xent_rows(u_all: Tensor, *args) -> tuple[Tensor, ...]:
+def _nt_xent_rows(u_all: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _nt_xent_implementation(u_all).forward(u_all, *args)
 
 
@@ -133,12 +133,12 @@ def _nt_xent(
     return loss, rows, lse, stats, u, inv_norm, inv_norm.new_empty(0)
 
 
-def _nt_xent_backward(grad: Tensor, mean: bool, u_all: Tensor, *args) -> tuple[Tensor, Tensor]:
+def _nt_xent_backward(grad: Tensor, mean: bool, u_all: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     # Without kept, which is empty here.
     return _nt_xent_implementation(u_all).backward(grad, mean, u_all, *args[:8])
 
 
-def _nt_xent_implementation(u: Tensor):
+def _nt_xent_implementation(u: Tensor) -> Any:
     return import_module("simclr_fast.kernels.nt_xent") if _on_triton(u) else nt_xent_plain
 
 
@@ -146,15 +146,15 @@ def _sup_con_normalize(z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     return _sup_con_implementation(z).normalize(z, temperature)
 
 
-def _sup_con_rows(u_all: Tensor, *args) -> tuple[Tensor, Tensor]:
+def _sup_con_rows(u_all: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return _sup_con_implementation(u_all).forward(u_all, *args)
 
 
-def _sup_con_backward(grad: Tensor, u_all: Tensor, *args) -> tuple[Tensor, Tensor]:
+def _sup_con_backward(grad: Tensor, u_all: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return _sup_con_implementation(u_all).backward(grad, u_all, *args)
 
 
-def _sup_con_implementation(tensor: Tensor):
+def _sup_con_implementation(tensor: Tensor) -> Any:
     return import_module("simclr_fast.kernels.sup_con") if _on_triton(tensor) else sup_con_plain
 
 
@@ -164,7 +164,9 @@ def _on_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda and tensor.dtype != torch.float64 and has_triton()
 
 
-def _fake_nt_xent_normalize(z1, z2, temperature):
+def _fake_nt_xent_normalize(
+    z1: Tensor, z2: Tensor | None, temperature: Tensor
+) -> tuple[Tensor, Tensor]:
     rows = z1.size(0) if z2 is None else 2 * z1.size(0)
     statistics_dtype = nt_xent_plain.statistics_dtype(z1.dtype)
     dim, dtype = z1.size(1), statistics_dtype
@@ -174,7 +176,14 @@ def _fake_nt_xent_normalize(z1, z2, temperature):
     return z1.new_empty(rows, dim, dtype=dtype), z1.new_empty(rows, dtype=statistics_dtype)
 
 
-def _fake_nt_xent_rows(u_all, temperature, row_offset, count, decoupled, statistics):
+def _fake_nt_xent_rows(
+    u_all: Tensor,
+    temperature: Tensor,
+    row_offset: int,
+    count: int,
+    decoupled: bool,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = nt_xent_plain.statistics_dtype(u_all.dtype)
     rows = u_all.new_empty(count, dtype=dtype)
     # Double precision costs the CPU nothing here and keeps exp(s - lse) exact.
@@ -182,7 +191,15 @@ def _fake_nt_xent_rows(u_all, temperature, row_offset, count, decoupled, statist
     return rows, lse, u_all.new_empty(count if statistics else 0, 4, dtype=dtype)
 
 
-def _fake_nt_xent(z1, z2, temperature, reduction, decoupled, statistics, keep=False):
+def _fake_nt_xent(
+    z1: Tensor,
+    z2: Tensor | None,
+    temperature: Tensor,
+    reduction: int,
+    decoupled: bool,
+    statistics: bool,
+    keep: bool = False,
+) -> tuple[Tensor, ...]:
     u, inv_norm = _fake_nt_xent_normalize(z1, z2, temperature)
     rows, *rest = _fake_nt_xent_rows(u, temperature, 0, u.size(0), decoupled, statistics)
     loss = rows.new_empty(rows.shape if reduction == NONE else ())
@@ -200,34 +217,38 @@ def _kept_size(rows: int, dim: int) -> int:
 
 
 def _fake_nt_xent_backward(
-    grad,
-    mean,
-    u_all,
-    lse_all,
-    rows,
-    inv_norm,
-    z1,
-    z2,
-    temperature,
-    row_offset,
-    decoupled,
-    kept=None,
-):
+    grad: Tensor,
+    mean: bool,
+    u_all: Tensor,
+    lse_all: Tensor,
+    rows: Tensor,
+    inv_norm: Tensor,
+    z1: Tensor,
+    z2: Tensor | None,
+    temperature: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
     return z1.new_empty(inv_norm.size(0), z1.size(1)), torch.empty_like(temperature)
 
 
-def _fake_sup_con_normalize(z, temperature):
+def _fake_sup_con_normalize(z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     u, _ = _fake_nt_xent_normalize(z, None, temperature)
     return u, u.new_empty(z.size(0), dtype=nt_xent_plain.statistics_dtype(z.dtype))
 
 
-def _fake_sup_con_rows(u_all, ids, inverse_count, temperature, row_offset, count):
+def _fake_sup_con_rows(
+    u_all: Tensor,
+    ids: Tensor,
+    inverse_count: Tensor,
+    temperature: Tensor,
+    row_offset: int,
+    count: int,
+) -> tuple[Tensor, Tensor]:
     return _fake_nt_xent_rows(u_all, temperature, row_offset, count, False, False)[:2]
 
 
-def _fake_sup_con_backward(
-    grad, u_all, lse_all, ids, inverse_count, inv_norm, z, temperature, row_offset
-):
+def _fake_sup_con_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *_, z, temperature, _ = arguments
     return z.new_empty(z.shape), torch.empty_like(temperature)
 
 
@@ -242,20 +263,18 @@ class _NTXent(torch.autograd.Function):
     """What torch.library.register_autograd would make of the op, at half the cost of a call."""
 
     @staticmethod
-    def forward(ctx, z1, z2, temperature, reduction, decoupled, statistics):
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
-            loss, rows, lse, stats, u, inv_norm, kept = nt_xent(
-                z1, z2, temperature, reduction, decoupled, statistics, True
-            )
+            loss, rows, lse, stats, u, inv_norm, kept = nt_xent(*arguments, True)
+        z1, z2, temperature, ctx.reduction, ctx.decoupled, _ = arguments
         others = rows, lse, stats, u, inv_norm, kept.new_empty(0)
         ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(u, lse, rows, inv_norm, z1, z2, temperature, kept)
-        ctx.reduction, ctx.decoupled = reduction, decoupled
         return loss, *others
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad is None:
             return (None,) * 6
         if ctx.reduction == NONE:
@@ -272,14 +291,16 @@ class _NTXent(torch.autograd.Function):
         return *grads, grad_temperature, None, None, None
 
 
-def _nt_xent_autograd(z1, z2, temperature, *options):
+def _nt_xent_autograd(
+    z1: Tensor, z2: Tensor | None, temperature: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
     if torch.is_grad_enabled() and torch._C._any_requires_grad(z1, z2, temperature):
         return _NTXent.apply(z1, z2, temperature, *options[:3])
     with torch._C._AutoDispatchBelowAutograd():
         return nt_xent(z1, z2, temperature, *options)
 
 
-def _no_double_backward(ctx, *_):
+def _no_double_backward(ctx: Any, *_: Any) -> NoReturn:
     raise NotImplementedError(
         "the contrastive losses have no double backward (create_graph=True); those of "
         "simclr_fast.reference are plain torch and have one"
@@ -319,10 +340,7 @@ LARS_NESTEROV, LARS_MAXIMIZE, LARS_ADAPT, LARS_CLIP = 1, 2, 4, 8
 LARS_TF_ORDER, LARS_JOINT_NORM, LARS_DECAY_WHEN_ZERO = 16, 32, 64
 
 if EXTENSION_ERROR is None:
-
-    @torch.library.register_fake("simclr_fast::lars_")
-    def _(*arguments: object) -> None:
-        return None
+    torch.library.register_fake("simclr_fast::lars_", lambda *arguments: None)
 
 
 def has_lars(device_type: str) -> bool:

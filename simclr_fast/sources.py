@@ -5,6 +5,8 @@ sharding and resuming are exact whatever the storage format.
 """
 
 import hashlib
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+# torchvision's ImageFolder reads the same.
+IMAGE_SUFFIXES = frozenset(
+    f".{kind}" for kind in ("jpg", "jpeg", "png", "ppm", "bmp", "pgm", "tif", "tiff", "webp")
+)
+# Images that neither reads: a folder that holds some is warned of.
+_LEFT_OUT = frozenset(f".{kind}" for kind in ("gif", "heic", "heif", "avif", "jfif", "jp2", "jxl"))
 
 
 class Source:
@@ -205,9 +212,13 @@ def _open_folder(folder: Path) -> Source:
     shards = sorted(p for p in folder.iterdir() if p.suffix in (".tar", ".rec", ".tfrecord"))
     if shards:
         return _open_files(shards, None)
-    paths = sorted(
-        p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
-    )
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    paths = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
+    if left_out := Counter(p.suffix.lower() for p in files if p.suffix.lower() in _LEFT_OUT):
+        counted = ", ".join(f"{n} {suffix}" for suffix, n in sorted(left_out.items()))
+        warnings.warn(
+            f"left out of {folder}, as by torchvision's ImageFolder: {counted}", stacklevel=3
+        )
     if not paths:
         raise ValueError(
             f"no images in {folder} (looked for {', '.join(sorted(IMAGE_SUFFIXES))}, and for "

@@ -50,6 +50,47 @@ def test_what_a_killed_write_left_goes_with_the_next_one(tmp_path):
     assert set(tmp_path.iterdir()) == {hidden, path, tmp_path / "inner"}
 
 
+AS_ON_WINDOWS = """
+import os, sys, warnings
+import torch
+sys.modules["fcntl"] = None
+folder_flag = vars(os).pop("O_DIRECTORY")
+opened = os.open
+def refuses_folders(path, flags, *rest, **options):
+    if os.path.isdir(path):
+        raise PermissionError(13, "Permission denied", path)
+    return opened(path, flags, *rest, **options)
+os.open = refuses_folders
+from pathlib import Path
+import simclr_fast
+from simclr_fast import checkpoint
+from simclr_fast.evaluation import features
+from simclr_fast.optim import LARS
+weight = torch.nn.Parameter(torch.randn(6, 4))
+optimizer = LARS([weight], lr=0.1)
+simclr_fast.nt_xent_loss(torch.randn(8, 6) @ weight).backward()
+optimizer.step()
+folder = Path(sys.argv[1])
+(folder / ".old.simclr-part").write_bytes(b"perhaps somebody's")
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for step in range(4):
+        path = checkpoint.save_checkpoint(folder, step, {"optimizer": optimizer.state_dict()})
+assert ["no flock" in str(w.message) for w in caught] == [True], caught
+assert sorted(p.name for p in folder.iterdir()) == [
+    ".old.simclr-part", "step-00000002.pt", "step-00000003.pt"
+]
+optimizer.load_state_dict(checkpoint.load_checkpoint(path)["optimizer"])
+"""
+
+
+def test_without_file_locks(tmp_path):
+    """As on Windows, which also opens no folder."""
+    command = [sys.executable, "-c", AS_ON_WINDOWS, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_newest_two_are_kept(tmp_path):
     for step in (5, 10, 1000):
         checkpoint.save_checkpoint(tmp_path, step, {"step": step})

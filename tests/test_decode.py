@@ -31,6 +31,14 @@ FILES = {
     "rgba.webp": (TRANSPARENT, {"lossless": True, "exact": True}, CHINA),
     "palette.png": (CHINA.convert("P"), {}, CHINA.convert("P").convert("RGB")),
     "sixteen.png": (SIXTEEN, {}, np.rint(GRAY * (251 / 257))),
+    "rgb.tif": (CHINA, {"compression": "tiff_lzw"}, CHINA),
+    "pages.tiff": (CHINA, {"save_all": True, "append_images": [TRANSPARENT]}, CHINA),
+    "cmyk.tif": (CHINA.convert("CMYK"), {}, None),
+    "rgba.tiff": (TRANSPARENT, {}, CHINA),
+    "sixteen.tif": (SIXTEEN, {}, np.rint(GRAY * (251 / 257))),
+    "rgb.ppm": (CHINA, {}, CHINA),
+    "sixteen.pgm": (SIXTEEN, {}, np.rint(GRAY * (251 / 257))),
+    "gif.jpg": (CHINA.convert("P"), {"format": "GIF"}, CHINA.convert("P").convert("RGB")),
     "progressive.jpg": (CHINA, {"progressive": True}, None),
     "exif.jpg": (CHINA, {"exif": ROTATED}, None),
 }
@@ -50,6 +58,12 @@ def test_unusual_files_are_what_pillow_reads(name, tmp_path):
     difference = np.abs(decoded.astype(int) - expected)
     assert difference.max() <= most
     assert difference.mean() < 0.6
+
+
+def test_a_floating_tiff_is_named(tmp_path):
+    Image.fromarray(GRAY.astype(np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(decode.CorruptImageError, match=r"float\.tif: pixels of floating point"):
+        decode_some(open_source(tmp_path), np.array([0]))
 
 
 @pytest.mark.parametrize("backend", ["fused", "dali"])

@@ -23,7 +23,7 @@ from simclr_fast.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from simclr_fast.optim import LARS
 
 ROOT = Path(__file__).parent.parent
-KINDS = ("JPEG", "PNG", "WEBP", "BMP")
+KINDS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
 
 
 def colour(i: int) -> tuple[int, int, int]:
@@ -33,8 +33,9 @@ def colour(i: int) -> tuple[int, int, int]:
 
 def encode(i: int) -> bytes:
     buffer = io.BytesIO()
-    quality = {"quality": 95} if KINDS[i % 4] in ("JPEG", "WEBP") else {}
-    Image.new("RGB", (20 + i % 13, 24 - i % 7), colour(i)).save(buffer, KINDS[i % 4], **quality)
+    kind = KINDS[i % len(KINDS)]
+    quality = {"quality": 95} if kind in ("JPEG", "WEBP") else {}
+    Image.new("RGB", (20 + i % 13, 24 - i % 7), colour(i)).save(buffer, kind, **quality)
     return buffer.getvalue()
 
 
@@ -111,7 +112,7 @@ def test_no_damaged_file_crashes_hangs_or_moves_another(tmp_path, backend, n, da
         if i in broken:
             data = damage(data, WAYS[int(rng.integers(len(WAYS)))], rng)
         # Half of the names lie about the format.
-        suffix = KINDS[(i + int(rng.integers(2))) % 4].lower()
+        suffix = KINDS[(i + int(rng.integers(2))) % len(KINDS)].lower()
         (tmp_path / f"{i:04d}.{suffix}").write_bytes(data)
     whole = ",".join(str(i) for i in range(n) if i not in broken)
     done = subprocess.run(

@@ -11,7 +11,7 @@ import torchvision
 from PIL import Image
 
 from simclr_fast.image_check import checked_size
-from simclr_fast.sources import ArraySource, open_source, subset
+from simclr_fast.sources import IMAGE_SUFFIXES, ArraySource, open_source, subset
 
 
 def picture(i: int, size=(20, 14), kind="JPEG", mode="RGB") -> bytes:
@@ -164,6 +164,19 @@ def test_arrays_tensors_and_data_sets():
 def test_bad_data_is_named(data, error, says):
     with pytest.raises(error, match=says):
         open_source(data)
+
+
+def test_a_folder_is_what_torchvision_takes_it_for(tmp_path):
+    names = [f"{c}/{i}{e}" for i, e in enumerate(IMAGE_SUFFIXES | {".TIF"}) for c in "ab"]
+    for name in (*names, "a/note.txt", "a/one.gif", "a/two.GIF", "b/c/three.heic"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.warns(UserWarning, match=r"left out of .*ImageFolder: 2 \.gif, 1 \.heic$"):
+        source = open_source(tmp_path)
+    folder = torchvision.datasets.ImageFolder(tmp_path)
+    pairs = zip(map(str, source.paths), source.labels.tolist(), strict=True)
+    assert sorted(pairs) == sorted(folder.samples)
+    assert list(source.classes) == folder.classes
 
 
 def test_an_empty_folder_is_named(tmp_path):
