@@ -38,6 +38,7 @@ def in_common_format(encoded: np.ndarray) -> np.ndarray:
     buffer = io.BytesIO()
     try:
         with image.open(io.BytesIO(encoded.tobytes()), formats=("TIFF", "PPM", "GIF")) as picture:
+            _check_pixels(picture.height, picture.width)
             if picture.mode == "F":
                 raise ValueError("pixels of floating point, whose range is not known")
             eight_bit = picture
@@ -60,9 +61,13 @@ def checked_size(encoded: np.ndarray) -> tuple[int, int]:
         height, width = _size(encoded.tobytes())
     except (IndexError, struct.error) as error:
         raise ValueError(f"cut off within its header ({len(encoded)} bytes)") from error
+    _check_pixels(height, width)
+    return height, width
+
+
+def _check_pixels(height: int, width: int) -> None:
     if height < 1 or width < 1 or height * width > _MAX_PIXELS:
         raise ValueError(f"{height} × {width} pixels; from 1 to {_MAX_PIXELS} are allowed")
-    return height, width
 
 
 def try_decoding(encoded: np.ndarray) -> None:

@@ -10,7 +10,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from simclr_fast.image_check import checked_size
+from simclr_fast.image_check import checked_size, in_common_format
 from simclr_fast.sources import IMAGE_SUFFIXES, ArraySource, open_source, subset
 
 
@@ -211,6 +211,14 @@ def test_decompression_bomb_is_refused():
     data[30] = 1  # compressed, so that its length says nothing
     with pytest.raises(ValueError, match="60000"):
         checked_size(np.frombuffer(bytes(data), np.uint8))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [15000, 60000])
+def test_decompression_bomb_for_pillow_is_refused(side):
+    data = np.frombuffer(b"P5 %d %d 255\n\0" % (side, side), np.uint8)
+    with pytest.raises(ValueError, match=f"{side} × {side}|decompression bomb"):
+        in_common_format(data)
 
 
 def test_a_changed_png_is_found_by_its_checksum():
