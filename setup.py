@@ -2,11 +2,13 @@
 
 SIMCLR_FAST_BUILD_EXT=0       pure Python: no compiler needed, the plain-torch paths are used
 SIMCLR_FAST_CUDA=auto|0|1     auto: CUDA kernels when torch has CUDA and nvcc is found
+CXXFLAGS                      come last, so that -O1 or -g take effect
 """
 
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from glob import glob
@@ -18,6 +20,7 @@ ROOT = Path(__file__).resolve().parent
 # torch's stable C ABI of 2.10 and CPython's of 3.10: one binary for every later torch and Python.
 ABI_MACROS = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030A0000"]
 CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+USER_FLAGS = shlex.split(os.environ.get("CXXFLAGS", ""))
 KERNEL_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast"]
 
 
@@ -81,7 +84,9 @@ def extension_options() -> dict:
     sources = sorted(set(glob("csrc/*.cpp")) - set(kernels))
     options = {
         "include_dirs": [str(ROOT / "csrc")],
-        "extra_compile_args": {"cxx": ["-std=c++17", "-O3", "-fvisibility=hidden", *ABI_MACROS]},
+        "extra_compile_args": {
+            "cxx": ["-std=c++17", "-O3", "-fvisibility=hidden", *ABI_MACROS, *USER_FLAGS]
+        },
         "py_limited_api": True,
         "depends": [*kernels, *glob("csrc/*.h")],
     }
@@ -104,7 +109,7 @@ def extension_options() -> dict:
                     output_dir=os.path.join(self.build_temp, isa),
                     include_dirs=["csrc"],
                     macros=[("SIMCLR_ISA", isa)],
-                    extra_postargs=KERNEL_FLAGS + flags,
+                    extra_postargs=KERNEL_FLAGS + flags + USER_FLAGS,
                     depends=glob("csrc/*.h"),
                 )
             super().build_extension(ext)

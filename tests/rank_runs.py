@@ -1,4 +1,4 @@
-"""Whole pretraining runs as processes of their own, one per rank, that a test can stop anywhere."""
+"""Processes of their own, one per rank: a function, or a pretraining run to be stopped anywhere."""
 
 import multiprocessing
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.multiprocessing
 
 from simclr_fast import rank_watch, train
 from simclr_fast.config import PretrainConfig
@@ -18,6 +19,11 @@ from simclr_fast.config import PretrainConfig
 # One process imports torch and the package; every rank is a fork of it.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torchvision.models", "rank_runs"])
+
+
+def on_ranks(function: Callable, arguments: tuple, size: int) -> None:
+    """Call function(rank, *arguments) on every rank, and raise what one of them raises."""
+    torch.multiprocessing.start_processes(function, arguments, size, start_method="forkserver")
 
 
 def pixels() -> np.ndarray:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+from rank_runs import on_ranks
 from torch import nn
 
 from simclr_fast.global_batch_norm import GlobalBatchNorm, convert_batch_norm
@@ -42,7 +42,7 @@ def one_rank(rank, folder, sizes, dims):
 
 @pytest.mark.parametrize(("sizes", "dims"), [((3, 4), 4), ((1, 6), 2), ((7, 0), 4)])
 def test_equals_one_process(tmp_path, sizes, dims):
-    multiprocessing.spawn(one_rank, (str(tmp_path), sizes, dims), nprocs=len(sizes))
+    on_ranks(one_rank, (str(tmp_path), sizes, dims), len(sizes))
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(sizes))]
     x, upstream = whole(dims)
     x.requires_grad_()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from rank_runs import on_ranks
 from torch.nn.parallel import DistributedDataParallel
 
 from simclr_fast import (
@@ -161,4 +161,4 @@ def worker(rank, store):
 
 
 def test_ranks_equal_one_process(tmp_path):
-    mp.spawn(worker, (tmp_path / "store",), nprocs=4)
+    on_ranks(worker, (tmp_path / "store",), 4)

@@ -197,7 +197,7 @@ def pretrain(out: Path, limit: int, *options: str) -> subprocess.CompletedProces
     if not images.exists():
         images.mkdir()
         for i in range(64):
-            (images / f"{i}.{KINDS[i % 4].lower()}").write_bytes(encode(i))
+            (images / f"{i}.{KINDS[i % len(KINDS)].lower()}").write_bytes(encode(i))
     arguments = ["pretrain", "--preset", "demo", "--data", str(images), "--out", str(out)]
     arguments += ["--batch-size", "16"]
     arguments += ["--steps", "4", "--checkpoint-every", "2", *options]

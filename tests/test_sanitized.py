@@ -78,11 +78,10 @@ def build(folder, faults=()):
         source = path.read_text()
         assert source.count(before) == 1, f"{file} no longer holds {before!r} once"
         path.write_text(source.replace(before, after))
-    setup = folder / "setup.py"
-    setup.write_text(setup.read_text().replace('"-O3"', '"-O1"'))  # in a third of the time
     sanitizers = "-fsanitize=address,undefined -fno-sanitize=vptr"
     environment = os.environ | {
-        "CXXFLAGS": f"{sanitizers} -fno-sanitize-recover=all -g1",
+        # -O1 builds in a third of the time.
+        "CXXFLAGS": f"{sanitizers} -fno-sanitize-recover=all -g1 -O1",
         "LDFLAGS": sanitizers,
         "SIMCLR_FAST_CUDA": "0",
     }
