@@ -35,8 +35,8 @@ LARGEST_CHECKED = 1024
 CLASSES = 10
 
 
-def losses(n: int) -> dict[str, Callable]:
-    return {OURS: nt_xent_loss, **nt_xent_peers(n)}
+def losses(n: int, notes: list[str] | None = None) -> dict[str, Callable]:
+    return {OURS: nt_xent_loss, **nt_xent_peers(n, notes)}
 
 
 def relatives(n: int) -> dict[str, Callable]:
@@ -111,7 +111,8 @@ def tables(
     for n in sizes[:1] if options.quick else sizes:
         z1, z2 = views(n, dim, options.device)
         z = torch.cat((z1, z2)).detach()
-        contenders = {OURS: nt_xent_loss, **relatives(n)} if others else losses(n)
+        notes: list[str] = []
+        contenders = {OURS: nt_xent_loss, **relatives(n)} if others else losses(n, notes)
         times = {}
         for column, run in (("forward", forward), ("forward+backward", forward_backward)):
             steps = {k: partial(run, f, z1, z2) for k, f in contenders.items()}
@@ -131,7 +132,7 @@ def tables(
             f"NT-Xent, N = {n}, D = {dim}, float32, temperature {TEMPERATURE}, "
             f"{options.device.type}, threads {options.threads}"
         )
-        yield Table(title, OURS, times, facts, (MATMUL,))
+        yield Table(title, OURS, times, facts, (MATMUL,), notes)
 
 
 def goals(options: Options, n: int, dim: int = 128) -> str:

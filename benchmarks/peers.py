@@ -116,8 +116,12 @@ def google_simclr(
     return loss_a + loss_b, ab, labels
 
 
-def nt_xent_peers(n: int) -> dict:
-    """name -> loss(z1, z2, temperature) of every peer that is installed and fits n pairs."""
+def nt_xent_peers(n: int, notes: list[str] | None = None) -> dict:
+    """name -> loss(z1, z2, temperature) of every peer that is installed and fits n pairs.
+
+    notes: gets a line for each that is left out.
+    """
+    notes = [] if notes is None else notes
     peers = {
         "textbook eager": textbook,
         "textbook torch.compile": torch.compile(textbook),
@@ -129,19 +133,20 @@ def nt_xent_peers(n: int) -> dict:
     }
     try:
         from lightly.loss import NTXentLoss
-    except ImportError:
-        pass
-    else:
+
         peers["lightly"] = lambda z1, z2, t: NTXentLoss(t)(z1, z2)
-    # Its memory is O(N³): 2 GB at 256 pairs.
-    if n <= 64:
-        try:
-            from pytorch_metric_learning.losses import NTXentLoss as Metric
-            from pytorch_metric_learning.losses import SelfSupervisedLoss
-        except ImportError:
-            pass
-        else:
-            peers["pytorch-metric-learning"] = lambda z1, z2, t: SelfSupervisedLoss(Metric(t))(
-                z1, z2
-            )
+    except ImportError as error:
+        notes.append(f"lightly left out: {error}")
+    if n > 64:
+        notes.append(
+            "pytorch-metric-learning left out above 64 pairs: it takes 2 GB at 256, as N³."
+        )
+        return peers
+    try:
+        from pytorch_metric_learning.losses import NTXentLoss as Metric
+        from pytorch_metric_learning.losses import SelfSupervisedLoss
+
+        peers["pytorch-metric-learning"] = lambda z1, z2, t: SelfSupervisedLoss(Metric(t))(z1, z2)
+    except ImportError as error:
+        notes.append(f"pytorch-metric-learning left out: {error}")
     return peers

@@ -1,5 +1,7 @@
 """Run once on a new machine: is everything there, and is every op right, against float64?"""
 
+import contextlib
+import io
 import json
 import math
 import platform
@@ -312,19 +314,16 @@ def _loader(device: torch.device) -> str:
     with tempfile.TemporaryDirectory() as folder:
         for i, pixels in enumerate(_images(8)):
             image.fromarray(pixels.numpy()).save(f"{folder}/{i}.jpg", quality=95)
-        backends = ("dali", "fused") if device.type == "cpu" else ("dali",)
-        first, *others = (
+        first, second = (
             next(iter(TwoViewLoader(folder, 8, 40, device=device, backend=backend)))
-            for backend in backends
+            for backend in ("dali", "fused")
         )
         assert first[0].shape == (8, 3, 40, 40)
         assert first[0].device.type == device.type
         assert torch.isfinite(first[0]).all()
-        worst = max(
-            ((first[0] - other[0]).abs().mean().item() * 255 for other in others), default=0.0
-        )
-        assert worst < 1, f"DALI and the fused op differ by {worst:.2f}/255 on average"
-    return f"DALI on {device.type}"
+        difference = (first[0] - second[0]).abs().mean().item() * 255
+        assert difference < 1, f"DALI and the fused op differ by {difference:.2f}/255 on average"
+    return f"DALI alone and the fused op on {device.type} differ by {difference:.1e}/255"
 
 
 def _ten_steps(device: torch.device) -> str:
@@ -342,7 +341,8 @@ def _ten_steps(device: torch.device) -> str:
             out=Path(folder) / "run",
             log_every=1,
         )
-        out = pretrain(config)
+        with contextlib.redirect_stderr(io.StringIO()):  # the progress bar
+            out = pretrain(config)
         lines = (out / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert len(losses) == 10

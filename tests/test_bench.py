@@ -1,6 +1,7 @@
 """The benchmark harness: what its numbers mean, and that a wrong result is not timed."""
 
 import json
+import sys
 import time
 
 import pytest
@@ -17,6 +18,7 @@ from simclr_fast.benchmarks import (
     peers,
 )
 from simclr_fast.cli import run
+from simclr_fast.commands import bench
 
 
 def test_measure_takes_turns_after_warming_up():
@@ -56,6 +58,20 @@ def test_what_is_wrong_is_not_timed(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(selfcheck, "nt_xent_loss", lambda z, **k: 1.01 * right(z, **k))
     assert run(["bench", "loss", "--device", "cpu", "--out", str(tmp_path)]) == 1
     assert "loss is not timed, as its result is wrong: FAIL NT-Xent" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("subject", ["augment", "lars", "step"])
+def test_every_subject_is_checked_before_it_is_timed(subject, monkeypatch, capsys, tmp_path):
+    def fails(device):
+        raise AssertionError("off by 1")
+
+    all_checks = list(selfcheck._checks())
+    last = [name for name, _ in all_checks if name.startswith(bench.SUBJECTS[subject][1])][-1]
+    checks = [(name, fails if name == last else lambda device: "") for name, _ in all_checks]
+    monkeypatch.setattr(selfcheck, "_checks", lambda: checks)
+    assert run(["bench", subject, "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert f"{subject} is not timed, as its result is wrong: FAIL {last}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -107,3 +123,26 @@ def test_the_floor_of_this_machine():
     assert all(rate > 0 for rate in found.values())
     assert {"copy, GB/s", "exp, 1e9/s"} <= set(found)
     assert "copy, GB/s" in machine.text(found)
+
+
+def test_the_floor_of_a_gpu(monkeypatch):
+    """Three kinds of rates, by their counts of operations and bytes."""
+    monkeypatch.setattr(machine, "_GPU_SIDE", 64)
+    monkeypatch.setattr(machine, "_GPU_ELEMENTS", 1 << 16)
+    monkeypatch.setattr(machine, "_seconds", lambda steps, device: dict.fromkeys(steps, 0.5))
+    assert machine._gpu(torch.device("cpu")) == {
+        "matmul float32, TFLOP/s": 2 * 64**3 / 0.5 / 1e12,
+        "matmul bfloat16, TFLOP/s": 2 * 64**3 / 0.5 / 1e12,
+        "copy, GB/s": 2 * 4 * 65536 / 0.5 / 1e9,
+        "exp, 1e9/s": 64 * 65536 / 0.5 / 1e9,
+    }
+
+
+def test_who_is_left_out_of_the_losses_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightly.loss", None)
+    notes = []
+    assert "textbook eager" in peers.nt_xent_peers(256, notes)
+    assert [note.partition(" left out")[0] for note in notes] == [
+        "lightly",
+        "pytorch-metric-learning",
+    ]

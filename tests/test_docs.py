@@ -62,6 +62,13 @@ def test_commands_exist(page):
         assert f"\n{target}:" in targets, f"{page.name}: make {target}"
 
 
+def test_hooks_run_the_versions_of_the_constraints():
+    pinned = (ROOT / "constraints.txt").read_text().splitlines()
+    hooks = re.findall(r"dependencies: \[(.+)\]", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert len(hooks) == 3
+    assert set(hooks) <= set(pinned)
+
+
 def test_links_lead_somewhere():
     for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
         for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
