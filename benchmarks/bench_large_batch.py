@@ -1,11 +1,13 @@
 """The full global batch on CPU ranks: 8192 views of 32², each mode in processes of its own.
 
     python -m benchmarks.bench_large_batch [--batch-size 4096] [--ranks 2] [--micro-batch 256]
+    python -m benchmarks.bench_large_batch --modes lockstep --compile
 
 A small ResNet (stem with stride 2) and the same weights and views in every mode. Printed: the
 largest peak of a rank's resident memory above what it held before the first step and the median
-seconds of a step after the first, both also as ratios to the first mode's; the loss of each step.
-lockstep/2 keeps every second block's input. grad-cache has micro-batches' own batch statistics, so
+seconds of a step after the first, both also as ratios to the first mode's; the seconds of the first
+step, in which --compile's modes compile; the loss of each step. lockstep/2 keeps every second block's
+input. grad-cache has micro-batches' own batch statistics, so
 its loss is another.
 """
 
@@ -35,6 +37,8 @@ MODES: dict[str, dict[str, Any]] = {
     "lockstep": {"memory": "lockstep"},
     "lockstep/2": {"memory": "lockstep", "keep_every": 2},
     "grad-cache": {"memory": "grad-cache", "allow_ghost_bn": True},
+    "lockstep compiled": {"memory": "lockstep", "compile": True},
+    "lockstep/2 compiled": {"memory": "lockstep", "keep_every": 2, "compile": True},
 }
 
 
@@ -70,6 +74,7 @@ def one(mode: str, given: argparse.Namespace) -> dict:
             "losses": losses,
             "gb": (resident("VmHWM") - before) / 1e9,
             "seconds": statistics.median(seconds[1:] or seconds),
+            "first": seconds[0],
         }
 
 
@@ -102,7 +107,7 @@ def measure(mode: str, given: argparse.Namespace) -> dict:
         if process.returncode:
             raise SystemExit(f"{mode} failed with status {process.returncode}")
         found.append(json.loads(printed))
-    largest = {key: max(row[key] for row in found) for key in ("gb", "seconds")}
+    largest = {key: max(row[key] for row in found) for key in ("gb", "seconds", "first")}
     return largest | {"losses": found[0]["losses"]}
 
 
@@ -114,7 +119,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--model", default="resnet34")
     parser.add_argument("--width", type=float, default=0.25)
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    usual = [mode for mode in MODES if not mode.endswith("compiled")]
+    parser.add_argument("--modes", nargs="+", choices=usual, default=usual)
+    parser.add_argument("--compile", action="store_true", help="lockstep's modes also compiled")
     parser.add_argument("--mode", choices=MODES, help="one rank of this mode: prints JSON")
     given = parser.parse_args()
     if given.mode:
@@ -125,15 +132,19 @@ def main() -> None:
         f"micro-batch {given.micro_batch}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}\n"
     )
-    print(f"{'mode':<12} {'peak GB':>8} {'of plain':>8} {'s/step':>8} {'of plain':>8}  losses")
-    plain = None
+    titles = ("peak GB", "of first", "s/step", "of first", "1st step")
+    print(f"{'mode':<19} " + " ".join(f"{title:>8}" for title in titles) + "  losses")
+    modes = []
     for mode in given.modes:
+        modes += [mode] + [f"{mode} compiled"] * (given.compile and f"{mode} compiled" in MODES)
+    first = None
+    for mode in modes:
         found = measure(mode, given)
-        plain = plain or found
+        first = first or found
         print(
-            f"{mode:<12} {found['gb']:8.2f} {found['gb'] / plain['gb']:8.2f} "
-            f"{found['seconds']:8.1f} {found['seconds'] / plain['seconds']:8.2f}  "
-            + " ".join(f"{loss:.6f}" for loss in found["losses"]),
+            f"{mode:<19} {found['gb']:8.2f} {found['gb'] / first['gb']:8.2f} "
+            f"{found['seconds']:8.2f} {found['seconds'] / first['seconds']:8.2f} "
+            f"{found['first']:8.1f}  " + " ".join(f"{loss:.6f}" for loss in found["losses"]),
             flush=True,
         )
 

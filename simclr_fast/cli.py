@@ -35,6 +35,9 @@ COMMANDS = {
                        every op on this machine against float64: a report to paste""",
 }
 
+# What a command's message says better than a traceback.
+_SAID = (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError)
+
 
 def usage() -> str:
     """What `simclr-fast --help` prints."""
@@ -56,8 +59,8 @@ def run(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         return import_module(f"simclr_fast.commands.{arguments[0]}").run(arguments[1:])
-    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
+    except _SAID as error:
         if os.environ.get("SIMCLR_FAST_TRACEBACK"):
             raise
-        print(f"simclr-fast {arguments[0]}: {error}", file=sys.stderr)
+        print(f"simclr-fast {arguments[0]}: {error or 'out of memory'}", file=sys.stderr)
         return 1

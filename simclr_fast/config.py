@@ -59,6 +59,8 @@ class PretrainConfig:
     """Host memory per rank for lockstep's block inputs, GB."""
     keep_every: int = 1
     """Lockstep keeps the input of every so many-th block."""
+    compile: bool = False
+    """Lockstep runs what lies between batch norms and convolutions through torch.compile."""
     allow_ghost_bn: bool = False
     """Let grad-cache run with batch norms, whose statistics are then a micro-batch's own."""
     channels_last: bool = True
@@ -91,6 +93,15 @@ class PretrainConfig:
             raise ValueError(f"offload_gb must be at least 0, got {self.offload_gb}")
         if self.keep_every < 1:
             raise ValueError(f"keep_every must be at least 1, got {self.keep_every}")
+        for name, given, modes in (
+            ("micro_batch", self.micro_batch is not None, ("auto", "lockstep", "grad-cache")),
+            ("offload_gb", self.offload_gb > 0, ("lockstep",)),
+            ("keep_every", self.keep_every > 1, ("lockstep",)),
+            ("compile", self.compile, ("auto", "lockstep")),
+            ("allow_ghost_bn", self.allow_ghost_bn, ("grad-cache",)),
+        ):
+            if given and self.memory not in modes:
+                raise ValueError(f"{name} is for memory {' or '.join(modes)}, got {self.memory!r}")
         if self.probe_every is not None and self.probe_every < 1:
             raise ValueError(f"probe_every must be at least 1, got {self.probe_every}")
         if self.temperature <= 0:

@@ -23,7 +23,7 @@ from simclr_fast.datasets import named_source
 from simclr_fast.distributed import World, join_world
 from simclr_fast.evaluation.accuracy import Scores, ranks, score
 from simclr_fast.interrupts import catch_signals
-from simclr_fast.large_batch import LargeBatch
+from simclr_fast.large_batch import LargeBatch, planner
 from simclr_fast.models import SimCLR, build_encoder
 from simclr_fast.optim import warmup_cosine
 from simclr_fast.sources import Source
@@ -36,6 +36,7 @@ from simclr_fast.train import (
     describe,
     loader_options,
     prepare_output,
+    workload,
 )
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,12 @@ def _supervise(config: PretrainConfig, world: World) -> tuple[Path, Scores | Non
 
     model.train()
     metrics = Metrics(out / "metrics.jsonl", config, world, step, total_steps, "supervised")
-    with catch_signals() as caught, metrics:
+
+    def where() -> str:
+        return f"rank {world.rank}, step {step + 1}"
+
+    work = workload(halved, world, autocast)
+    with catch_signals() as caught, metrics, planner.out_of_memory(work, chosen, where):
         while step < total_steps:
             waiting = time.perf_counter()
             world.mark(step + 1, "loading its batch")

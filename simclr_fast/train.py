@@ -119,7 +119,12 @@ def _pretrain(config: PretrainConfig, world: World) -> Path:
     if probe is not None:
         probe.open(out / "online_probe.jsonl", step)
     metrics = Metrics(out / "metrics.jsonl", config, world, step, total_steps)
-    with catch_signals() as caught, metrics:
+
+    def where() -> str:
+        return f"rank {world.rank}, step {step + 1}"
+
+    work = workload(config, world, autocast)
+    with catch_signals() as caught, metrics, planner.out_of_memory(work, chosen, where):
         while step < total_steps:
             waiting = time.perf_counter()
             world.mark(step + 1, "loading its batch")
@@ -127,15 +132,7 @@ def _pretrain(config: PretrainConfig, world: World) -> Path:
                 world.mark(step + 1, "training")
                 metrics.waited += time.perf_counter() - waiting
                 optimizer.zero_grad(set_to_none=True)
-                try:
-                    _, loss, statistics = large_batch.backward((view1, view2), loss_fn)
-                except RuntimeError as error:
-                    if not planner.is_out_of_memory(error):
-                        raise
-                    work = workload(config, world, autocast)
-                    how = (chosen["memory"], chosen["micro_batch"], chosen["keep_every"])
-                    where = f"rank {world.rank}, step {step + 1}"
-                    raise planner.out_of_memory(work, *how, where) from error
+                _, loss, statistics = large_batch.backward((view1, view2), loss_fn)
                 lr = optimizer.param_groups[0]["lr"]
                 # Averaged gradients are the same on all ranks, and so is an overflow in them.
                 scaler.step(optimizer)
@@ -191,6 +188,7 @@ def choose_memory(
         "micro_batch": config.micro_batch,
         "keep_every": config.keep_every,
         "offload_gb": config.offload_gb,
+        "compile": config.compile,
         "allow_ghost_bn": config.allow_ghost_bn,
     }
     if config.memory != "auto":
@@ -199,10 +197,13 @@ def choose_memory(
     setting = planner.choose(workload(config, world, dtype), free)
     if setting.memory != "plain":
         log.info("%s: plain does not fit %.1f GB", setting.flags, free / 1e9)
+    if config.compile and setting.memory != "lockstep":
+        log.warning("memory 'auto' takes %s, which is not compiled", setting.memory)
     return chosen | {
         "memory": setting.memory,
         "micro_batch": config.micro_batch or setting.micro_batch,
         "keep_every": setting.keep_every,
+        "compile": config.compile and setting.memory == "lockstep",
     }
 
 

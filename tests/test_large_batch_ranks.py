@@ -28,6 +28,7 @@ CASES = [
     (1, "resnet18", LOCKSTEP),
     *((ranks, "resnet18", mode) for ranks in (2, 4) for mode in [*MODES[:2], LOCKSTEP]),
     *((ranks, "resnet50", LOCKSTEP | {"keep_every": 2}) for ranks in (2, 4)),
+    (2, "resnet18", LOCKSTEP | {"compile": True}),
     (4, "resnet50", {"memory": "replay"}),
     *((ranks, "mlp", {"memory": "grad-cache", "micro_batch": 3}) for ranks in (2, 4)),
 ]
@@ -48,6 +49,8 @@ def build(name):
 def worker(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
+    # Code generation is tested elsewhere, and takes seconds per graph.
+    torch.compile = lambda module, **_: module
     groups = {ranks: dist.new_group(list(range(ranks))) for ranks in SHARES}
     for case in CASES:
         ranks, name, mode = case
@@ -55,7 +58,9 @@ def worker(rank, folder):
             result = step(build(name), one_step(rank, ranks, groups[ranks], mode))
             torch.save(result, f"{folder}/{case_name(case)}-{rank}.pt")
     if rank < 2:
-        torch.save(count_collectives(rank, groups[2]), f"{folder}/collectives-{rank}.pt")
+        for compiled in (False, True):
+            found = count_collectives(rank, groups[2], compiled)
+            torch.save(found, f"{folder}/collectives-{compiled}-{rank}.pt")
         torch.save(overflow(rank, groups[2]), f"{folder}/overflow-{rank}.pt")
         for mode in ({"memory": "plain"}, LOCKSTEP):
             torch.save(
@@ -78,7 +83,7 @@ def one_step(rank, ranks, group, mode):
     return backward
 
 
-def count_collectives(rank, group):
+def count_collectives(rank, group, compiled):
     counts = Counter()
     originals = {name: getattr(dist, name) for name in ("all_gather", "all_reduce", "broadcast")}
 
@@ -90,7 +95,7 @@ def count_collectives(rank, group):
         return call
 
     model = simclr("resnet18")
-    engine = LargeBatch(model, group=group, **LOCKSTEP)
+    engine = LargeBatch(model, group=group, compile=compiled, **LOCKSTEP)
     try:
         for name in originals:
             setattr(dist, name, counting(name))
@@ -159,13 +164,14 @@ def test_equals_one_process(ranks, expected, case):
         assert_equal(torch.load(ranks / f"{case_name(case)}-{rank}.pt"), expected[case[1]])
 
 
-def test_collectives(ranks):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_collectives(ranks, compiled):
     """One per batch norm and direction, and one per block for the gradients."""
     norms = sum(
         isinstance(m, nn.modules.batchnorm._BatchNorm) for m in simclr("resnet18").modules()
     )
     for rank in range(2):
-        counts, blocks = torch.load(ranks / f"collectives-{rank}.pt")
+        counts, blocks = torch.load(ranks / f"collectives-{compiled}-{rank}.pt")
         assert counts == {"all_gather": norms, "all_reduce": norms + blocks}
 
 

@@ -10,7 +10,6 @@ import torch
 
 from simclr_fast.config import PRESETS, PretrainConfig
 from simclr_fast.extras import need
-from simclr_fast.large_batch.planner import OutOfMemory
 from simclr_fast.plots import plot_loss
 from simclr_fast.rank_watch import RankFailure
 from simclr_fast.report import probe_report
@@ -26,9 +25,6 @@ def run(arguments: list[str]) -> int:
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signal_number
-    except OutOfMemory as error:
-        print(f"simclr-fast pretrain: {error}", file=sys.stderr)
-        return 1
     except RankFailure as failure:
         return rank_failed("pretrain", failure)
     if int(os.environ.get("RANK", 0)) == 0:

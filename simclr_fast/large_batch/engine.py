@@ -50,6 +50,7 @@ class LargeBatch:
     offload_gb: lockstep keeps up to that many GB (10⁹ bytes) of block inputs in host memory.
     keep_every: lockstep keeps the input of every so many-th block and makes the others again in the
         backward: 2 halves what is kept, and convolutions cost 3/2 of plain's instead of 4/3.
+    compile: lockstep runs what lies between batch norms and convolutions through torch.compile.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class LargeBatch:
         autocast: torch.dtype | None = None,
         offload_gb: float = 0,
         keep_every: int = 1,
+        compile: bool = False,
         allow_ghost_bn: bool = False,
     ) -> None:
         if memory not in get_args(Memory):
@@ -76,6 +78,8 @@ class LargeBatch:
             raise ValueError(f"keep_every must be at least 1, got {keep_every}")
         if keep_every > 1 and memory != "lockstep":
             raise ValueError(f"keep_every is for memory='lockstep', got {memory!r}")
+        if compile and memory != "lockstep":
+            raise ValueError(f"compile is for memory='lockstep', got {memory!r}")
         if isinstance(model, DistributedDataParallel):
             raise ValueError("model must be bare: LargeBatch averages gradients over group itself")
         self.model, self.memory, self.autocast = model, memory, autocast
@@ -85,7 +89,7 @@ class LargeBatch:
         self.run = model
         self._sync = True
         if memory == "lockstep":
-            self.lockstep = Lockstep(model, self.group, offload_gb, keep_every)
+            self.lockstep = Lockstep(model, self.group, offload_gb, keep_every, compile)
         elif self.group is not None:
             # Statistics are the same on all ranks already. torch 2.14 renames the option.
             options = inspect.signature(DistributedDataParallel).parameters

@@ -25,7 +25,7 @@ _IN_PLACE: dict[Any, Callable[..., Any]] = {
 _RANDOM = ("dropout", "bernoulli", "rand", "multinomial", "stochastic_depth", "normal_", "uniform_")
 
 
-@dataclass
+@dataclass(eq=False)
 class Segment:
     """Operations between two batch norms."""
 

@@ -30,10 +30,12 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from simclr_fast import global_batch_norm as gbn
+from simclr_fast.large_batch import pieces
 from simclr_fast.large_batch.buckets import Buckets
 from simclr_fast.large_batch.graph import Block, Graph, Segment, flags
 from simclr_fast.large_batch.heap import Heap
 from simclr_fast.large_batch.offload import Arena, Stored
+from simclr_fast.large_batch.pieces import Norm, Piece, Pieces
 
 Values = dict[Node, Any]
 
@@ -42,7 +44,7 @@ class Lockstep:
     """Runs one model; `backward` is a step's forward, loss and backward.
 
     group: ranks whose batches form one. offload_gb: host memory for the first blocks' inputs.
-    keep_every: of how many blocks one keeps its input.
+    keep_every: of how many blocks one keeps its input. compile: see `pieces`.
     """
 
     def __init__(
@@ -51,13 +53,14 @@ class Lockstep:
         group: dist.ProcessGroup | None = None,
         offload_gb: float = 0,
         keep_every: int = 1,
+        compile: bool = False,
     ) -> None:
         self.model, self.group = model, group
         self.offload_gb, self.keep_every = offload_gb, keep_every
         self.arena: Arena | None = None
         self.heap = Heap()
-        self.graph = Graph(model)
-        self.flags = flags(model)
+        self.pieces = Pieces() if compile else None
+        self._trace()
         self.statistics: dict[Node, gbn.Statistics] = {}
 
     def backward(
@@ -70,7 +73,7 @@ class Lockstep:
         """See `LargeBatch.backward`. parts: the micro-batches. autocast: makes the context of the
         model's operations."""
         if self.flags != flags(self.model):
-            self.graph, self.flags = Graph(self.model), flags(self.model)
+            self._trace()
         self.autocast = autocast
         self.statistics = {}
         blocks = self.graph.blocks
@@ -95,6 +98,14 @@ class Lockstep:
             buckets.reduce(i)
         buckets.finish()
         return result
+
+    def _trace(self) -> None:
+        self.graph, self.flags = Graph(self.model), flags(self.model)
+        self.compiled: dict[Segment, Piece] = {}
+        if self.pieces is not None:
+            for segment in (s for block in self.graph.blocks for s in block.segments):
+                if piece := self.pieces.of(self.graph, segment):
+                    self.compiled[segment] = piece
 
     def keeps(self, index: int) -> bool:
         """Whether the input of block `index` is kept."""
@@ -210,10 +221,11 @@ class Lockstep:
         buckets: Buckets,
     ) -> None:
         """Pass one micro-batch's gradients `g` from what the segment made to what it read."""
-        env = {n: _leaf(self._value(n, v), n is not self.graph.input) for n in segment.reads}
-        leaves = {n: env[n] for n in segment.reads if isinstance(env[n], Tensor)}
+        piece, start = self._start(segment, v)
+        env = {n: _leaf(value, n is not self.graph.input) for n, value in start.items()}
+        leaves = {n: leaf for n, leaf in env.items() if isinstance(leaf, Tensor)}
         with torch.enable_grad(), self.autocast():
-            for node in segment.nodes:
+            for node in segment.nodes if piece is None else piece.rest:
                 if node is not segment.conv:
                     env[node] = self.graph.execute(node, env)
         ends, upstream = [], []
@@ -243,13 +255,16 @@ class Lockstep:
             if grad is not None:
                 _add(g, node, grad)
                 self.heap.note(grad)
+        if piece is not None:
+            self._pull(piece, start, v, g)
         for parameter, grad in zip(segment.parameters, found[len(read) :], strict=True):
             if grad is not None:
                 buckets.add(parameter, grad)
 
     def _input_gradient(self, node: Node, dy: Tensor, v: Values, sums: Tensor) -> Tensor:
         norm, x = self.graph.module(node), self._value(node.all_input_nodes[0], v)
-        return gbn.input_gradient(dy, x, self.statistics[node], norm.weight, sums)
+        compute = gbn.input_gradient if self.pieces is None else self.pieces.input_gradient
+        return compute(dy, x, self.statistics[node], norm.weight, sums)
 
     def _backward_conv(self, node: Node, source: Tensor, dx: Tensor, buckets: Buckets) -> Tensor:
         """The gradient of a convolution's input; its output is known, so it is not run again."""
@@ -275,9 +290,9 @@ class Lockstep:
 
     def _run(self, segment: Segment, v: Values) -> None:
         """The segment's operations on one micro-batch; what is needed later goes into `v`."""
-        env = {n: self._value(n, v) for n in segment.reads}
+        piece, env = self._start(segment, v)
         with self.autocast():
-            for node in segment.nodes:
+            for node in segment.nodes if piece is None else piece.rest:
                 env[node] = self.graph.execute(node, env)
         for node in segment.writes:
             if not isinstance(env[node], (Tensor, int, float)):
@@ -288,6 +303,48 @@ class Lockstep:
             v[node] = env[node]
             if isinstance(env[node], Tensor):
                 self.heap.note(env[node])
+
+    def _start(self, segment: Segment, v: Values) -> tuple[Piece | None, Values]:
+        """What the segment's operations read; with its piece, what those after the piece do."""
+        piece = self.compiled.get(segment)
+        if piece is not None:
+            x, norms = self._read(piece, v)
+            if all(map(pieces.takes, x)):
+                with self.autocast():
+                    made = piece.forward(x, norms)
+                start = dict(zip(piece.outputs, made, strict=True))
+                later = {n for node in piece.rest for n in node.all_input_nodes}
+                for n in later.intersection(segment.reads).difference(start):
+                    start[n] = self._value(n, v)
+                return piece, start
+        return None, {n: self._value(n, v) for n in segment.reads}
+
+    def _read(self, piece: Piece, v: Values) -> tuple[list[Any], list[Norm]]:
+        """What the piece is given of one micro-batch."""
+        x, norms = [], []
+        for node in piece.inputs:
+            if node in self.graph.norms:
+                norm = self.graph.module(node)
+                # Parameters would make their sizes constants of the compiled function.
+                weight, bias = (p if p is None else p.detach() for p in (norm.weight, norm.bias))
+                norms.append((self.statistics[node], weight, bias))
+                node = node.all_input_nodes[0]
+            x.append(self._value(node, v))
+        return x, norms
+
+    def _pull(self, piece: Piece, made: Values, v: Values, g: Values) -> None:
+        """Pass one micro-batch's gradients from the piece's outputs to its inputs."""
+        gradients = [g.pop(n, None) for n in piece.outputs]
+        if all(gradient is None for gradient in gradients):
+            return
+        upstream = [
+            torch.zeros_like(made[n]) if gradient is None else gradient
+            for n, gradient in zip(piece.outputs, gradients, strict=True)
+        ]
+        with self.autocast():
+            found = piece.backward(*self._read(piece, v), upstream)
+        for node, gradient in zip(piece.inputs, found, strict=True):
+            _add(g, node, gradient)
 
     def _value(self, node: Node, v: Values) -> Any:
         if node not in self.graph.norms:

@@ -11,6 +11,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +31,8 @@ _KEEP_EVERY = 2
 _CONTEXT = 1.0e9
 _USABLE = 0.95
 _LAUNCH = 4e-6
+# In messages of the CPU's allocator, CUDA, cuDNN, cuBLAS and DALI.
+_EXHAUSTED = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
 # DALI's memory for one part of a batch: its pipeline of both views, run on the CPU, holds 13 MB per
 # image of 500×375 at 224², and a part is 128 images.
 _DALI = 128 * 16e6
@@ -270,14 +273,15 @@ def recommended(found: list[Setting], limit: float, ghost: bool) -> Setting | No
     return next((s for s in exact if fits(s, limit)), None)
 
 
-class OutOfMemory(RuntimeError):
+class OutOfMemory(MemoryError):
     """A step did not fit; the message names rank and step, and the flags to try next."""
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether the GPU's or the CPU's allocator raised `error`."""
-    cpu = "DefaultCPUAllocator: can't allocate memory"
-    return isinstance(error, torch.OutOfMemoryError) or cpu in str(error)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator, of the GPU, of its libraries or of the CPU, raised `error`."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in _EXHAUSTED)
+    )
 
 
 def choose(work: Workload, limit: float) -> Setting:
@@ -319,18 +323,24 @@ def after(
     return moved if moved.offload_bytes else None
 
 
+@contextmanager
 def out_of_memory(
-    work: Workload, memory: Memory, micro_batch: int | None, keep_every: int, where: str
-) -> OutOfMemory:
-    """The error that names the next setting. where: the rank and step that ran out."""
-    found = after(work, memory, micro_batch, keep_every)
-    now = Setting(memory, micro_batch, 0, keep_every=keep_every).flags
-    if found is None:
-        return OutOfMemory(
-            f"{where}: out of memory with {now}, and no setting needs less: more GPUs or a "
-            "smaller batch would do"
-        )
-    return OutOfMemory(
-        f"{where}: out of memory with {now}; next: {found.flags} "
-        f"(predicted {found.device_bytes / 1e9:.1f} GB per rank)"
-    )
+    work: Workload, chosen: dict[str, Any], where: Callable[[], str]
+) -> Iterator[None]:
+    """Within it, what runs out of memory ends in OutOfMemory.
+
+    chosen: `LargeBatch`'s memory, micro_batch and keep_every. where: says the rank and step.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        used = {name: chosen[name] for name in ("memory", "micro_batch", "keep_every")}
+        found = after(work, **used)
+        now = Setting(**used, device_bytes=0).flags
+        advice = "no setting needs less: more GPUs or a smaller batch would do"
+        if found is not None:
+            needs = f"{found.device_bytes / 1e9:.1f} GB per rank"
+            advice = f"next: {found.flags} (predicted {needs})"
+        raise OutOfMemory(f"{where()}: out of memory with {now}; {advice}") from error

@@ -1,0 +1,184 @@
+"""What lies between batch norms and layers with parameters, as one compiled function.
+
+Normalisation, activation, residual sum and pooling each read and write a whole micro-batch;
+`torch.compile` makes one pass of them. The backward is one pass too: it computes the piece again
+from what the batch norms read, beside its derivative, and keeps nothing between.
+
+Sizes are symbols and segments of the same operations share their functions: a ResNet has a handful,
+and a last micro-batch of another size needs none of its own. Statistics, collectives, layers with
+parameters and what lockstep keeps are as without.
+"""
+
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx import Node
+
+from simclr_fast import global_batch_norm as gbn
+from simclr_fast.large_batch.graph import Graph, Segment
+
+# What `gbn.normalize` takes after x.
+Norm = tuple[gbn.Statistics, Tensor | None, Tensor | None]
+# Operations whose results are no tensors.
+_NO_TENSOR = ("size", "dim", "ndimension", "numel", "stride", "getattr")
+
+
+class Piece(NamedTuple):
+    """The operations of a segment before its first with parameters.
+
+    inputs: what they read, batch norms among them. outputs: what is needed of them, and of these
+    batch norms, afterwards. rest: the segment's other operations.
+    """
+
+    inputs: list[Node]
+    outputs: list[Node]
+    rest: list[Node]
+    functions: tuple[Any, Any]
+
+    def forward(self, x: Sequence[Tensor], norms: Sequence[Norm]) -> tuple[Tensor, ...]:
+        """`outputs` of one micro-batch. x: `inputs`, for a batch norm what it reads."""
+        return _call(self.functions[0], *x, *norms)
+
+    def backward(
+        self, x: Sequence[Tensor], norms: Sequence[Norm], gradients: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Gradients at `inputs`, for a batch norm at its output, from those at `outputs`."""
+        return _call(self.functions[1], *x, *norms, *gradients)
+
+
+class Pieces:
+    """Makes the pieces of a model's segments; equal ones share their functions."""
+
+    def __init__(self) -> None:
+        self._functions: dict[str, tuple[Any, Any]] = {}
+        self._input_gradient = torch.compile(gbn.input_gradient, dynamic=True, fullgraph=True)
+
+    def input_gradient(
+        self, dy: Tensor, x: Tensor, s: gbn.Statistics, weight: Tensor | None, sums: Tensor
+    ) -> Tensor:
+        """`gbn.input_gradient`; CUDA's is one pass as it is."""
+        if gbn.on_cuda(x) or not takes(x):
+            return gbn.input_gradient(dy, x, s, weight, sums)
+        weight = weight if weight is None else weight.detach()
+        return _call(self._input_gradient, dy, x, s, weight, sums)
+
+    def of(self, graph: Graph, segment: Segment) -> Piece | None:
+        """None where there is nothing to compile, or the images are read."""
+        nodes = list(takewhile(lambda n: _is_free(graph, n), segment.nodes))
+        read = {n for node in nodes for n in node.all_input_nodes}
+        inputs = [n for n in segment.reads if n in read]
+        rest = segment.nodes[len(nodes) :]
+        norms = [n for n in inputs if n in graph.norms]
+        outputs = [
+            n
+            for n in [*norms, *nodes]
+            if n in segment.writes or not n.users.keys().isdisjoint(rest)
+        ]
+        if not inputs or not outputs or graph.input in inputs or any(map(_is_tuple, outputs)):
+            return None
+        body = _body(graph, nodes, inputs, outputs)
+        which = [n in graph.norms for n in inputs]
+        key = f"{body.code} {which} {[(repr(m), m.training) for m in body.children()]}"
+        if key not in self._functions:
+            self._functions[key] = _compiled(body, which, len(outputs))
+        return Piece(inputs, outputs, rest, self._functions[key])
+
+
+def takes(value: Any) -> bool:
+    """Whether compiled functions are for `value`: images, not the head's vectors.
+
+    A size of 0 or 1 would be a constant of a function of its own.
+    """
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.dim() > 2
+        and min(value.shape) > 1
+    )
+
+
+def _is_free(graph: Graph, node: Node) -> bool:
+    """Whether `node` makes a tensor from tensors alone."""
+    if node.op == "call_module":
+        module = graph.module(node)
+        return not any(True for _ in (*module.parameters(), *module.buffers()))
+    name = getattr(node.target, "__name__", str(node.target))
+    return name not in _NO_TENSOR and all(n.op != "get_attr" for n in node.all_input_nodes)
+
+
+def _is_tuple(node: Node) -> bool:
+    return any(getattr(user.target, "__name__", "") == "getitem" for user in node.users)
+
+
+def _body(
+    graph: Graph, nodes: list[Node], inputs: list[Node], outputs: list[Node]
+) -> fx.GraphModule:
+    """`nodes` as a module of their own, by names that do not say where in the model they lie."""
+    copy, made, modules = fx.Graph(), {}, {}
+    for i, node in enumerate(inputs):
+        made[node] = copy.placeholder(f"x{i}")
+    for node in nodes:
+        target = node.target
+        if node.op == "call_module" and isinstance(graph.module(node), nn.Identity):
+            made[node] = made[node.all_input_nodes[0]]
+            continue
+        if node.op == "call_module":
+            modules[target := f"m{len(modules)}"] = graph.module(node)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), made.__getitem__)
+        made[node] = copy.create_node(node.op, target, args, kwargs)
+    copy.output(tuple(made[n] for n in outputs))
+    return fx.GraphModule(modules, copy)
+
+
+class _Pull(nn.Module):
+    """Gradients at what `body` reads."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, read: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> Any:
+        return torch.func.vjp(self.body, *read)[1](gradients)
+
+
+def _normalized(x: Tensor, norm: Norm) -> Tensor:
+    return gbn.normalize(x, *norm)
+
+
+def _compiled(body: fx.GraphModule, norms: list[bool], outputs: int) -> tuple[Any, Any]:
+    """norms: which of the body's inputs come out of batch norms."""
+
+    def function(backward: bool) -> Any:
+        # A graph of its own, as torch.compile counts and bounds recompilations by code object.
+        graph = fx.Graph()
+        x = [graph.placeholder(f"x{i}") for i in range(len(norms))]
+        given = {i: graph.placeholder(f"norm{i}") for i, is_norm in enumerate(norms) if is_norm}
+        read = tuple(
+            graph.call_function(_normalized, (x[i], given[i])) if i in given else x[i]
+            for i in range(len(norms))
+        )
+        if backward:
+            gradients = tuple(graph.placeholder(f"gradient{i}") for i in range(outputs))
+            graph.output(graph.call_module("module", (read, gradients)))
+        else:
+            graph.output(graph.call_module("module", read))
+        module = fx.GraphModule({"module": _Pull(body) if backward else body}, graph)
+        return torch.compile(module, dynamic=True, fullgraph=True)
+
+    return function(False), function(True)
+
+
+def _call(function: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    try:
+        return function(*arguments)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        # What follows the first paragraph is for the developers of torch.
+        why = " ".join(str(error).split("\n\n")[0].split())
+        raise RuntimeError(
+            f"compile=True, but torch.compile failed: {why}. On CPUs it needs a C++ compiler (g++, "
+            "clang++, or what CXX names), on GPUs Triton and a C compiler; without compile the same "
+            "is computed"
+        ) from error
