@@ -6,9 +6,8 @@
 A small ResNet (stem with stride 2) and the same weights and views in every mode. Printed: the
 largest peak of a rank's resident memory above what it held before the first step and the median
 seconds of a step after the first, both also as ratios to the first mode's; the seconds of the first
-step, in which --compile's modes compile; the loss of each step. lockstep/2 keeps every second block's
-input. grad-cache has micro-batches' own batch statistics, so
-its loss is another.
+step, in which compiled modes compile; the loss of each step. lockstep/2 keeps every second block's
+input. grad-cache has micro-batches' own batch statistics, so its loss is another.
 """
 
 import argparse

@@ -71,12 +71,8 @@ class Pieces:
         read = {n for node in nodes for n in node.all_input_nodes}
         inputs = [n for n in segment.reads if n in read]
         rest = segment.nodes[len(nodes) :]
-        norms = [n for n in inputs if n in graph.norms]
-        outputs = [
-            n
-            for n in [*norms, *nodes]
-            if n in segment.writes or not n.users.keys().isdisjoint(rest)
-        ]
+        needed = {n for node in rest for n in node.all_input_nodes}.union(segment.writes)
+        outputs = [n for n in [*inputs, *nodes] if n in needed and (n in graph.norms or n in nodes)]
         if not inputs or not outputs or graph.input in inputs or any(map(_is_tuple, outputs)):
             return None
         body = _body(graph, nodes, inputs, outputs)
@@ -117,7 +113,8 @@ def _body(
     graph: Graph, nodes: list[Node], inputs: list[Node], outputs: list[Node]
 ) -> fx.GraphModule:
     """`nodes` as a module of their own, by names that do not say where in the model they lie."""
-    copy, made, modules = fx.Graph(), {}, {}
+    copy, made = fx.Graph(), dict[Node, Any]()
+    modules: dict[str, nn.Module] = {}
     for i, node in enumerate(inputs):
         made[node] = copy.placeholder(f"x{i}")
     for node in nodes:
@@ -171,14 +168,13 @@ def _compiled(body: fx.GraphModule, norms: list[bool], outputs: int) -> tuple[An
     return function(False), function(True)
 
 
-def _call(function: Any, *arguments: Any) -> tuple[Tensor, ...]:
+def _call(function: Any, *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except torch._dynamo.exc.TorchDynamoException as error:
         # What follows the first paragraph is for the developers of torch.
         why = " ".join(str(error).split("\n\n")[0].split())
         raise RuntimeError(
-            f"compile=True, but torch.compile failed: {why}. On CPUs it needs a C++ compiler (g++, "
-            "clang++, or what CXX names), on GPUs Triton and a C compiler; without compile the same "
-            "is computed"
+            f"compile=True, but torch.compile failed: {why}. On CPUs it needs a C++ compiler "
+            "(g++, clang++ or what CXX names), on GPUs Triton and a C compiler"
         ) from error
