@@ -299,6 +299,7 @@ def test_lockstep_refuses_what_it_would_change(model, says):
         {"memory": "plain", "offload_gb": 1},
         {"keep_every": 0},
         {"memory": "replay", "keep_every": 2},
+        {"memory": "replay", "compile": True},
     ],
 )
 def test_bad_arguments(arguments):
@@ -315,3 +316,18 @@ def test_a_loss_must_be_a_number():
 def test_bad_configuration(field):
     with pytest.raises(ValueError, match=field):
         PretrainConfig(**{field: -1})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"memory": "plain", "micro_batch": 64},
+        {"memory": "auto", "offload_gb": 1},
+        {"memory": "auto", "keep_every": 2},
+        {"memory": "replay", "compile": True},
+        {"memory": "lockstep", "allow_ghost_bn": True},
+    ],
+)
+def test_options_of_other_modes_are_refused(given):
+    with pytest.raises(ValueError, match=f"{list(given)[1]} is for memory .*, got '"):
+        PretrainConfig(**given)

@@ -10,11 +10,13 @@ from torch import nn
 
 from simclr_fast.augment import Augmentation
 from simclr_fast.cli import run
+from simclr_fast.data import TwoViewLoader
 from simclr_fast.large_batch import LargeBatch, planner
 from simclr_fast.large_batch.planner import Setting, Workload, parse_size
 from simclr_fast.large_batch.simulate import Meter, Phase, Step
 from simclr_fast.losses import nt_xent_loss
 from simclr_fast.models import SimCLR, build_encoder, build_projector
+from simclr_fast.optim import LARS
 from simclr_fast.train import pretrain
 
 pytest.importorskip("torchvision")
@@ -217,18 +219,65 @@ def exhaust_cpu():
     torch.empty(1 << 55)
 
 
-@pytest.mark.parametrize("exhaust", [exhaust_gpu, exhaust_cpu])
-def test_out_of_memory_names_the_next_setting(config, arrays, monkeypatch, exhaust):
-    backward = LargeBatch.backward
+def exhaust_cudnn():
+    raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
 
-    def fail(self, *_):
-        monkeypatch.setattr(LargeBatch, "backward", backward)
-        exhaust()
 
-    monkeypatch.setattr(LargeBatch, "backward", fail)
-    says = "rank 0, step 1: out of memory with --memory plain; next: --memory replay"
+def exhaust_python():
+    raise MemoryError
+
+
+PLACES = {
+    "backward": (LargeBatch, "backward", 1),
+    "optimizer's first step": (LARS, "step", 1),
+    "optimizer's second step": (LARS, "step", 2),
+    "forward": (SimCLR, "forward", 1),
+    "loader": (TwoViewLoader, "__iter__", 1),
+}
+
+
+@pytest.mark.parametrize("exhaust", [exhaust_gpu, exhaust_cpu, exhaust_cudnn, exhaust_python])
+@pytest.mark.parametrize("place", PLACES)
+def test_out_of_memory_names_the_next_setting(config, arrays, monkeypatch, place, exhaust):
+    kind, name, step = PLACES[place]
+    original, calls = getattr(kind, name), []
+
+    def fail(*arguments, **options):
+        calls.append(1)
+        if len(calls) == step:
+            monkeypatch.setattr(kind, name, original)
+            exhaust()
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(kind, name, fail)
+    monkeypatch.setattr(planner, "after", lambda *_, **__: Setting("replay", None, 1.5e9))
+    says = f"rank 0, step {step}: out of memory with --memory plain; next: --memory replay"
     with pytest.raises(planner.OutOfMemory, match=says):
-        pretrain(replace(config, memory="plain"))
+        pretrain(replace(config, memory="plain", steps=2))
+
+
+def test_what_comes_after_a_setting_needs_less(monkeypatch):
+    assert planner.after(work(), "plain", None).memory == "replay"
+    monkeypatch.setattr(planner, "settings", lambda *_: [])
+    monkeypatch.setattr(Workload, "setting", lambda *_: Setting("lockstep", 256, 100))
+    for moved, helps in ((95, False), (60, True)):
+        offloaded = Setting("lockstep", 256, moved, offload_bytes=40)
+        monkeypatch.setattr(Workload, "offloaded", lambda *_, found=offloaded: found)
+        assert planner.after(work(), "lockstep", 256) == (offloaded if helps else None)
+
+
+def test_other_errors_stay_what_they_are():
+    assert not planner.is_out_of_memory(RuntimeError("shapes do not match"))
+    assert not planner.is_out_of_memory(ValueError("out of memory"))
+
+
+def test_the_command_says_it_in_a_line(monkeypatch, capsys):
+    def fail(config):
+        raise planner.OutOfMemory("rank 0, step 1: out of memory with --memory plain; next: ...")
+
+    monkeypatch.setattr("simclr_fast.commands.pretrain.pretrain", fail)
+    assert run(["pretrain"]) == 1
+    assert capsys.readouterr().err.startswith("simclr-fast pretrain: rank 0, step 1: out of memory")
 
 
 def test_flags():

@@ -334,7 +334,8 @@ def test_configurations_are_refused_by_name_or_survive_json(preset, aug, name, d
         with pytest.raises(ValueError, match=name):
             replace(PRESETS[preset](), **{name: value})
         return
-    config = replace(PRESETS[preset](), augmentation=aug, **{name: value})
+    # offload_gb is for lockstep.
+    config = replace(PRESETS[preset](), memory="lockstep", augmentation=aug, **{name: value})
     assert from_json(to_json(config)) == config
 
 

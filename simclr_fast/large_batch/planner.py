@@ -320,7 +320,7 @@ def after(
             return setting
     # Smaller micro-batches save little: what is left is the block inputs, so offload half of them.
     moved = work.offloaded(work.setting("lockstep", MICRO_BATCHES[0]), 0.6 * now.device_bytes)
-    return moved if moved.offload_bytes else None
+    return moved if moved.device_bytes < 0.9 * now.device_bytes else None
 
 
 @contextmanager
