@@ -20,6 +20,7 @@ from torch import nn
 from simclr_fast import nt_xent_loss
 from simclr_fast.augment import SimCLRViews
 from simclr_fast.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from simclr_fast.cli import run
 from simclr_fast.optim import LARS
 
 ROOT = Path(__file__).parent.parent
@@ -192,17 +193,21 @@ sys.exit(run(sys.argv[2:]))
 """
 
 
-def pretrain(out: Path, limit: int, *options: str) -> subprocess.CompletedProcess:
+def arguments(out: Path) -> list[str]:
     images = out.parent / "images"
-    if not images.exists():
-        images.mkdir()
-        for i in range(64):
-            (images / f"{i}.{KINDS[i % len(KINDS)].lower()}").write_bytes(encode(i))
-    arguments = ["pretrain", "--preset", "demo", "--data", str(images), "--out", str(out)]
-    arguments += ["--batch-size", "16"]
-    arguments += ["--steps", "4", "--checkpoint-every", "2", *options]
-    return subprocess.run(
-        [sys.executable, "-c", LIMITED, str(limit), *arguments],
+    images.mkdir(exist_ok=True)
+    for i in range(64):
+        (images / f"{i}.{KINDS[i % len(KINDS)].lower()}").write_bytes(encode(i))
+    options = ["pretrain", "--preset", "demo", "--data", str(images), "--out", str(out)]
+    return [*options, "--batch-size", "16", "--steps", "4", "--checkpoint-every", "2"]
+
+
+def test_a_full_disk_ends_the_run_with_its_cause_and_keeps_what_was_there(tmp_path):
+    """No file may pass 200 kB: the checkpoint does not fit."""
+    pytest.importorskip("nvidia.dali", reason="decoding needs DALI (Linux)")
+    out = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, "200000", *arguments(out)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -210,31 +215,23 @@ def pretrain(out: Path, limit: int, *options: str) -> subprocess.CompletedProces
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-
-
-def test_a_full_disk_ends_the_run_with_its_cause_and_keeps_what_was_there(tmp_path):
-    """No file may pass 200 kB: the checkpoint does not fit."""
-    pytest.importorskip("nvidia.dali", reason="decoding needs DALI (Linux)")
-    out = tmp_path / "run"
-    done = pretrain(out, 200_000)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert str(out / "checkpoints") in done.stderr
     assert list((out / "checkpoints").iterdir()) == []
     assert len((out / "metrics.jsonl").read_text()) == 0
     # With room again, the same folder goes on.
-    done = pretrain(out, 1 << 30, "--resume")
-    assert done.returncode == 0, done.stderr
+    assert run([*arguments(out), "--resume"]) == 0
     assert (out / "encoder.safetensors").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
     pytest.importorskip("nvidia.dali", reason="decoding needs DALI (Linux)")
     (tmp_path / "file").write_text("")
-    done = pretrain(tmp_path / "run", 1 << 30, "--out", str(tmp_path / "file" / "run"))
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert str(tmp_path / "file") in done.stderr
+    assert run([*arguments(tmp_path / "run"), "--out", str(tmp_path / "file" / "run")]) == 1
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    assert str(tmp_path / "file") in errors
 
 
 # Root may write anywhere, but for this.
