@@ -307,6 +307,11 @@ def test_bad_arguments(arguments):
         LargeBatch(nn.Linear(2, 2), **arguments)
 
 
+def test_an_arena_that_the_host_cannot_hold_is_refused():
+    with pytest.raises(ValueError, match="offload_gb must fit the host's memory, got 1e"):
+        run(simclr("resnet10"), offload_gb=1e9, **LOCKSTEP)
+
+
 def test_a_loss_must_be_a_number():
     with pytest.raises(TypeError, match="0-dim"):
         run(simclr("resnet10"), loss=lambda outputs: outputs[1], **LOCKSTEP)

@@ -140,6 +140,20 @@ def test_choice_follows_memory():
         planner.choose(task, 1e6)
 
 
+def test_grad_cache_is_chosen_for_a_model_without_batch_norms(monkeypatch):
+    ways = [Setting("plain", None, 900), Setting("grad-cache", 32, 100)]
+    monkeypatch.setattr(planner, "settings", lambda *_: ways)
+    monkeypatch.setattr(Workload, "setting", lambda *_: ways[0])
+    monkeypatch.setattr(Workload, "offloaded", lambda *_: ways[0])
+    for task, expected in ((replace(work(), make=_Plain), ways[1]), (work(), None)):
+        if expected is None:
+            with pytest.raises(ValueError, match="fits in no mode: --memory plain"):
+                planner.choose(task, 200)
+        else:
+            assert planner.choose(task, 200) == expected
+        assert planner.after(task, "plain", None) == expected
+
+
 def test_a_model_that_a_mode_cannot_run_is_said():
     task = replace(work(), make=lambda: _Plain())
     found = task.setting("replay")
@@ -180,6 +194,10 @@ def test_command(capsys):
     assert "80GB or 24GiB" in capsys.readouterr().err
     assert run(["plan", *small, "--gpus", "0"]) == 1
     assert "gpus" in capsys.readouterr().err
+    assert run(["plan", "--width", "0"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "width must be positive" in printed.err
 
 
 class Stop(Exception):

@@ -34,6 +34,8 @@ def run(arguments: list[str]) -> int:
         return 0
     limit = planner.parse_size(given.gpu_memory)
     work = workload(config, given.gpus, limit)
+    # Builds the model: what it cannot be ends here, not in every row.
+    ghost = work.has_batch_norms
     print(
         f"{config.model} ×{config.width:g}, {config.batch_size} images in two views of "
         f"{given.image_size}², {config.precision}: {work.rows} views on each of {given.gpus} GPUs "
@@ -45,12 +47,12 @@ def run(arguments: list[str]) -> int:
     for setting in planner.settings(work, limit, host / given.gpus):
         found.append(setting)
         print(_row(setting, planner.fits(setting, limit), given.gpus), flush=True)
-    ghost = has_batch_norm(config)
     if ghost:
         print("\ngrad-cache: each micro-batch its own batch statistics, another gradient")
-    best = planner.recommended(found, limit, ghost)
+    best = next((s for s in found if planner.fits(s, limit) and planner.exact(work, s)), None)
     if best is None:
-        least = min(found[:-1], key=lambda s: s.device_bytes)
+        exact = [s for s in found if planner.exact(work, s)]
+        least = min(exact, key=lambda s: s.device_bytes)
         print(
             f"\nnothing fits {given.gpu_memory}: the least is {least.device_bytes / 1e9:.1f} GB; "
             "more GPUs, more --host-memory or a smaller batch would do"
@@ -70,12 +72,6 @@ def workload(config: PretrainConfig, ranks: int, limit: float) -> planner.Worklo
         2 if config.optimizer == "adam" else 1,
         gpu=planner.gpu_of(limit),
     )
-
-
-def has_batch_norm(config: PretrainConfig) -> bool:
-    with torch.device("meta"):
-        modules = build_model(config).modules()
-    return any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in modules)
 
 
 def _row(s: planner.Setting, fits: bool, gpus: int) -> str:
@@ -103,12 +99,10 @@ def _print_fits(config: PretrainConfig, host: float) -> None:
             work = workload(wide, gpus, _SIZES[-1] * 1e9)
             for size in _SIZES:
                 limit = size * 1e9
-                found = []
-                for setting in planner.settings(work, limit, host / gpus):
-                    found.append(setting)
-                    if setting.memory != "grad-cache" and planner.fits(setting, limit):
-                        break
-                best = planner.recommended(found, limit, True)
+                ways = planner.settings(work, limit, host / gpus)
+                best = next(
+                    (s for s in ways if planner.fits(s, limit) and planner.exact(work, s)), None
+                )
                 cells.append("–" if best is None else _cell(best, gpus))
             plain = f"{work.setting('plain').device_bytes / 1e9:.0f} GB"
             print(f"| {width}× | {gpus} | {plain} | " + " | ".join(cells) + " |", flush=True)

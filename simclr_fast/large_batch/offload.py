@@ -15,7 +15,12 @@ class Arena:
 
     def __init__(self, gigabytes: float, device: torch.device) -> None:
         cuda = device.type == "cuda"
-        self.buffer = torch.empty(int(gigabytes * 1e9), dtype=torch.uint8, pin_memory=cuda)
+        try:
+            self.buffer = torch.empty(int(gigabytes * 1e9), dtype=torch.uint8, pin_memory=cuda)
+        except RuntimeError as error:
+            raise ValueError(
+                f"offload_gb must fit the host's memory, got {gigabytes:g}: {error}"
+            ) from error
         self.stream = torch.cuda.Stream(device) if cuda else None
         self.used = 0
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -136,6 +137,13 @@ class Workload:
                 f"batch_size {self.batch_size} gives {self.ranks} ranks less than an image"
             )
 
+    @cached_property
+    def has_batch_norms(self) -> bool:
+        """So that grad-cache's gradient is another."""
+        with torch.device("meta"):
+            modules = self.make().modules()
+        return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules)
+
     @property
     def rows(self) -> int:
         """Views per rank and step."""
@@ -243,7 +251,7 @@ def _loss(outputs: Any) -> Any:
 def settings(work: Workload, limit: float, host: float = 0) -> Iterator[Setting]:
     """From the least compute to the least memory; offload within `host` bytes of this rank.
 
-    grad-cache comes last: with batch norms its gradient is another.
+    grad-cache comes last.
     """
     yield work.setting("plain")
     yield work.setting("replay")
@@ -267,10 +275,9 @@ def fits(setting: Setting, limit: float) -> bool:
     return setting.device_bytes <= _USABLE * limit
 
 
-def recommended(found: list[Setting], limit: float, ghost: bool) -> Setting | None:
-    """The first that fits; grad-cache only if the model has no batch norm (not `ghost`)."""
-    exact = (s for s in found if s.memory != "grad-cache" or not ghost)
-    return next((s for s in exact if fits(s, limit)), None)
+def exact(work: Workload, setting: Setting) -> bool:
+    """Whether `setting`'s gradient is that of the whole batch."""
+    return setting.memory != "grad-cache" or not work.has_batch_norms
 
 
 class OutOfMemory(MemoryError):
@@ -292,8 +299,8 @@ def choose(work: Workload, limit: float) -> Setting:
     """
     least = None
     for setting in settings(work, limit):
-        if setting.memory == "grad-cache":
-            break
+        if not exact(work, setting):
+            continue
         if fits(setting, limit):
             return setting
         if least is None or setting.device_bytes < least.device_bytes:
@@ -316,7 +323,7 @@ def after(
     size = micro_batch or (MICRO_BATCHES[0] if memory == "lockstep" else None)
     now = work.setting(memory, size, keep_every)
     for setting in settings(work, 0):
-        if setting.memory != "grad-cache" and setting.device_bytes < 0.9 * now.device_bytes:
+        if setting.device_bytes < 0.9 * now.device_bytes and exact(work, setting):
             return setting
     # Smaller micro-batches save little: what is left is the block inputs, so offload half of them.
     moved = work.offloaded(work.setting("lockstep", MICRO_BATCHES[0]), 0.6 * now.device_bytes)
@@ -329,7 +336,7 @@ def out_of_memory(
 ) -> Iterator[None]:
     """Within it, what runs out of memory ends in OutOfMemory.
 
-    chosen: `LargeBatch`'s memory, micro_batch and keep_every. where: says the rank and step.
+    chosen: `LargeBatch`'s options. where: says the rank and step.
     """
     try:
         yield
@@ -338,7 +345,7 @@ def out_of_memory(
             raise
         used = {name: chosen[name] for name in ("memory", "micro_batch", "keep_every")}
         found = after(work, **used)
-        now = Setting(**used, device_bytes=0).flags
+        now = Setting(**used, device_bytes=0, offload_bytes=1e9 * chosen["offload_gb"]).flags
         advice = "no setting needs less: more GPUs or a smaller batch would do"
         if found is not None:
             needs = f"{found.device_bytes / 1e9:.1f} GB per rank"
