@@ -1,5 +1,6 @@
 """The documents: examples run, commands exist, links lead somewhere, the site builds."""
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from PIL import Image
 
 from simclr_fast.augment import Augmentation
 from simclr_fast.checkpoint import save_encoder
-from simclr_fast.cli import COMMANDS
+from simclr_fast.cli import COMMANDS, run
 from simclr_fast.models import build_encoder
 from simclr_fast.weights import about_encoder
 
@@ -60,6 +61,30 @@ def test_commands_exist(page):
     targets = (ROOT / "Makefile").read_text()
     for target in re.findall(r"(?:run: |`)make ([a-z-]+)", page.read_text()):
         assert f"\n{target}:" in targets, f"{page.name}: make {target}"
+
+
+def lines_of_commands():
+    """command (with eval's protocol) → the options that the documents give it, but for make's."""
+    found = {}
+    for page in [*PAGES, WORKFLOW]:
+        for line in page.read_text().splitlines():
+            for words in re.findall(r"(?:simclr-fast|-m simclr_fast) ([a-z][^`#|;]*)", line):
+                name, *rest = words.split()
+                if name == "eval":
+                    name += " " + (rest[0] if rest and rest[0].isalpha() else "linear")
+                found.setdefault(name, set()).update(w.split("=")[0] for w in rest if w[:2] == "--")
+    return found
+
+
+@pytest.mark.parametrize(("command", "options"), sorted(lines_of_commands().items()))
+def test_options_exist(command, options, capsys):
+    also = ["pretrain"] if command in ("ablate", "preview") else []
+    for name in (command, *also):
+        with contextlib.suppress(SystemExit):
+            assert run([*name.split(), "--help"]) == 0
+    text = capsys.readouterr().out
+    for option in options:
+        assert re.search(rf"{re.escape(option)}\b", text), f"simclr-fast {command} {option}"
 
 
 def test_hooks_run_the_versions_of_the_constraints():

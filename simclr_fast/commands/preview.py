@@ -16,7 +16,11 @@ from simclr_fast.preview import contact_sheet
 def run(arguments: list[str]) -> int:
     """A contact sheet of a run's first images, originals beside views, and the parameters drawn."""
     image = need("PIL.Image", "train")
-    own = argparse.ArgumentParser(prog="simclr-fast preview", allow_abbrev=False)
+    own = argparse.ArgumentParser(
+        prog="simclr-fast preview",
+        epilog="Every other option is pretrain's: --data, --augmentation.size, ...",
+        allow_abbrev=False,
+    )
     own.add_argument("--images", type=int, default=8)
     own.add_argument("--to", type=Path, default=Path("preview.png"))
     given, rest = own.parse_known_args(arguments)
