@@ -119,23 +119,25 @@ def _cell(s: planner.Setting, gpus: int) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="simclr-fast plan", allow_abbrev=False, description=run.__doc__
+        prog="simclr-fast plan",
+        allow_abbrev=False,
+        description=run.__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--model", default="resnet50")
-    parser.add_argument("--width", type=float, default=1)
-    parser.add_argument("--stem", choices=("imagenet", "cifar", "cifar-stride2"))
-    parser.add_argument("--projector-dim", type=int, default=128)
-    parser.add_argument("--projector-depth", type=int, default=2)
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--batch-size", type=int, default=4096, help="images over all GPUs")
-    parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--gpu-memory", default="80GB", help="of each: 80GB, 24GiB")
-    parser.add_argument("--host-memory", help="of the machine, for block inputs: 128GB")
-    parser.add_argument(
-        "--precision", choices=("bfloat16", "float16", "float32"), default="bfloat16"
-    )
-    parser.add_argument("--optimizer", choices=("lars", "adam"), default="lars")
-    parser.add_argument(
-        "--fits", action="store_true", help="a table over widths, numbers and memory of GPUs"
-    )
+    add = parser.add_argument
+    add("--model", default="resnet50", help="of torchvision or timm")
+    add("--width", type=float, default=1, help="channel multiplier of ResNets")
+    stems = ("imagenet", "cifar", "cifar-stride2")
+    add("--stem", choices=stems, help="of ResNets; None: by the image size")
+    add("--projector-dim", type=int, default=128, help="size of z")
+    add("--projector-depth", type=int, default=2, help="2: SimCLR, 3: SimCLR v2")
+    add("--image-size", type=int, default=224, help="pixels")
+    add("--batch-size", type=int, default=4096, help="images over all GPUs")
+    add("--gpus", type=int, default=1, help="one rank each")
+    add("--gpu-memory", default="80GB", help="of each: 80GB, 24GiB")
+    add("--host-memory", help="of the machine, for block inputs: 128GB")
+    precisions = ("bfloat16", "float16", "float32")
+    add("--precision", choices=precisions, default="bfloat16", help="of autocast")
+    add("--optimizer", choices=("lars", "adam"), default="lars", help="its state counts")
+    add("--fits", action="store_true", help="a table over widths, numbers and memory of GPUs")
     return parser
