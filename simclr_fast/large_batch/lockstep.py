@@ -30,12 +30,11 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from simclr_fast import global_batch_norm as gbn
-from simclr_fast.large_batch import pieces
 from simclr_fast.large_batch.buckets import Buckets
 from simclr_fast.large_batch.graph import Block, Graph, Segment, flags
 from simclr_fast.large_batch.heap import Heap
 from simclr_fast.large_batch.offload import Arena, Stored
-from simclr_fast.large_batch.pieces import Norm, Piece, Pieces
+from simclr_fast.large_batch.pieces import Norm, Piece, Pieces, takes
 
 Values = dict[Node, Any]
 
@@ -309,14 +308,11 @@ class Lockstep:
         piece = self.compiled.get(segment)
         if piece is not None:
             x, norms = self._read(piece, v)
-            if all(map(pieces.takes, x)):
+            if all(map(takes, x)):
                 with self.autocast():
                     made = piece.forward(x, norms)
                 start = dict(zip(piece.outputs, made, strict=True))
-                later = {n for node in piece.rest for n in node.all_input_nodes}
-                for n in later.intersection(segment.reads).difference(start):
-                    start[n] = self._value(n, v)
-                return piece, start
+                return piece, start | {n: self._value(n, v) for n in piece.others}
         return None, {n: self._value(n, v) for n in segment.reads}
 
     def _read(self, piece: Piece, v: Values) -> tuple[list[Any], list[Norm]]:

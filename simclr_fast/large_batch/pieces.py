@@ -30,12 +30,14 @@ class Piece(NamedTuple):
     """The operations of a segment before its first with parameters.
 
     inputs: what they read, batch norms among them. outputs: what is needed of them, and of these
-    batch norms, afterwards. rest: the segment's other operations.
+    batch norms, afterwards. rest: the segment's other operations. others: what the rest reads from
+    before the segment, besides `outputs`.
     """
 
     inputs: list[Node]
     outputs: list[Node]
     rest: list[Node]
+    others: list[Node]
     functions: tuple[Any, Any]
 
     def forward(self, x: Sequence[Tensor], norms: Sequence[Norm]) -> tuple[Tensor, ...]:
@@ -71,16 +73,18 @@ class Pieces:
         read = {n for node in nodes for n in node.all_input_nodes}
         inputs = [n for n in segment.reads if n in read]
         rest = segment.nodes[len(nodes) :]
-        needed = {n for node in rest for n in node.all_input_nodes}.union(segment.writes)
+        later = {n for node in rest for n in node.all_input_nodes}
+        needed = later.union(segment.writes)
         outputs = [n for n in [*inputs, *nodes] if n in needed and (n in graph.norms or n in nodes)]
         if not inputs or not outputs or graph.input in inputs or any(map(_is_tuple, outputs)):
             return None
+        others = [n for n in segment.reads if n in later.difference(outputs)]
         body = _body(graph, nodes, inputs, outputs)
         which = [n in graph.norms for n in inputs]
         key = f"{body.code} {which} {[(repr(m), m.training) for m in body.children()]}"
         if key not in self._functions:
             self._functions[key] = _compiled(body, which, len(outputs))
-        return Piece(inputs, outputs, rest, self._functions[key])
+        return Piece(inputs, outputs, rest, others, self._functions[key])
 
 
 def takes(value: Any) -> bool:
