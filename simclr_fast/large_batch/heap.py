@@ -5,12 +5,12 @@ import sys
 
 from torch import Tensor
 
-_EVERY = 1 << 24
+_EVERY = 1 << 26
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 class Heap:
-    """Trims the CPU's heap once for every 16 MB that were made.
+    """Trims the CPU's heap once for every 64 MB that were made.
 
     glibc cannot give a freed block to the next tensor of the same size and alignment once a small
     object lies beside it: a lockstep step would hold 1.5 times the bytes of its tensors.
