@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from simclr_fast.extras import need
-from simclr_fast.locks import have_locks, lock
+from simclr_fast.locks import lock
 
 _KEEP = 2
 # How the name of a file ends while it is written.
@@ -33,8 +33,8 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     _remove_abandoned(path.parent)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", suffix=_PART, dir=path.parent)
     temporary = Path(name)
-    keep_open = have_locks() and lock(handle)
-    if not keep_open:
+    held = lock(handle)
+    if not held:
         # Windows renames no open file.
         os.close(handle)
     try:
@@ -48,7 +48,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         raise OSError(f"could not write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
-        if keep_open:
+        if held:
             os.close(handle)
     if hasattr(os, "O_DIRECTORY"):  # not on Windows
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -59,8 +59,6 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    if not have_locks():
-        return
     for part in folder.glob(f".*{_PART}"):
         with contextlib.suppress(OSError):
             handle = os.open(part, os.O_RDONLY)

@@ -1,12 +1,14 @@
 """Writes are all or nothing, and what cannot be read is named."""
 
+import errno
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 
-from simclr_fast import checkpoint
+from simclr_fast import checkpoint, locks
 
 
 def test_an_interrupted_write_loses_nothing(tmp_path):
@@ -89,6 +91,29 @@ def test_without_file_locks(tmp_path):
     command = [sys.executable, "-c", AS_ON_WINDOWS, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    """As some network ones: saves go on, and what may be another process's is left alone."""
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    locks._no_locks.cache_clear()
+    part = tmp_path / ".step-00000001.pt-abc.simclr-part"
+    part.write_text("being written")
+    with pytest.warns(RuntimeWarning, match="No locks available") as warned:
+        checkpoint.save_checkpoint(tmp_path, 1, {"step": 1})
+    assert len(warned) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checkpoint.save_checkpoint(tmp_path, 2, {"step": 2})
+    with locks.locked(tmp_path / ".lock", "busy"), locks.locked(tmp_path / ".lock"):
+        pass
+    assert len(checkpoint.checkpoints(tmp_path)) == 2
+    assert [path.name for path in tmp_path.glob(".*simclr-part")] == [part.name]
+    locks._no_locks.cache_clear()
 
 
 def test_the_newest_two_are_kept(tmp_path):

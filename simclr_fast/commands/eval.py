@@ -285,4 +285,4 @@ def _measured(pair: LabelledPair) -> str:
 
 def _table(name: str, scores: Scores) -> Iterator[str]:
     yield scores.row(name)
-    yield (f"{'':<28} mean per class {scores.mean_per_class:.1%}; lowest classes: {scores.worst()}")
+    yield f"{'':<28} mean per class {scores.mean_per_class:.1%}; lowest classes: {scores.worst()}"

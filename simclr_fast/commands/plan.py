@@ -1,6 +1,7 @@
 """simclr-fast plan."""
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 
@@ -49,7 +50,7 @@ def run(arguments: list[str]) -> int:
         print(_row(setting, planner.fits(setting, limit), given.gpus), flush=True)
     if ghost:
         print("\ngrad-cache: each micro-batch its own batch statistics, another gradient")
-    best = next((s for s in found if planner.fits(s, limit) and planner.exact(work, s)), None)
+    best = _best(work, found, limit)
     if best is None:
         exact = [s for s in found if planner.exact(work, s)]
         least = min(exact, key=lambda s: s.device_bytes)
@@ -72,6 +73,13 @@ def workload(config: PretrainConfig, ranks: int, limit: float) -> planner.Worklo
         2 if config.optimizer == "adam" else 1,
         gpu=planner.gpu_of(limit),
     )
+
+
+def _best(
+    work: planner.Workload, ways: Iterable[planner.Setting], limit: float
+) -> planner.Setting | None:
+    """The first that fits and gives the whole batch's gradient."""
+    return next((s for s in ways if planner.fits(s, limit) and planner.exact(work, s)), None)
 
 
 def _row(s: planner.Setting, fits: bool, gpus: int) -> str:
@@ -100,9 +108,7 @@ def _print_fits(config: PretrainConfig, host: float) -> None:
             for size in _SIZES:
                 limit = size * 1e9
                 ways = planner.settings(work, limit, host / gpus)
-                best = next(
-                    (s for s in ways if planner.fits(s, limit) and planner.exact(work, s)), None
-                )
+                best = _best(work, ways, limit)
                 cells.append("–" if best is None else _cell(best, gpus))
             plain = f"{work.setting('plain').device_bytes / 1e9:.0f} GB"
             print(f"| {width}× | {gpus} | {plain} | " + " | ".join(cells) + " |", flush=True)
