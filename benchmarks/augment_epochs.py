@@ -22,7 +22,7 @@ from simclr_fast.benchmarks.bench_augment import (
     torchvision_views,
 )
 from simclr_fast.benchmarks.harness import Options, Table
-from simclr_fast.data import TwoViewLoader
+from simclr_fast.data.loader import TwoViewLoader
 
 OURS, FLOOR = "simclr_fast, fused", "floor: decoding"
 _BATCHES, _READ_AHEAD = 4, 2

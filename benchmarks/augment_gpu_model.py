@@ -41,7 +41,7 @@ def crop_bytes(crops: bool) -> float:
 
 
 def dali_bytes() -> float:
-    """Each arithmetic operator of simclr_fast/dali_views.py reads and writes whole float planes."""
+    """Each arithmetic operator of augment/dali.py reads and writes whole float planes."""
     plane = 4 * SIZE * SIZE
     # Planes that each jitter step's operators read and write, one operator after the other.
     steps = 18 + 27 + 46 + 107  # brightness, contrast, HSV saturation, hue

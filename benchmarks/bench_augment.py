@@ -24,7 +24,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from torchvision.transforms import v2
 
-from simclr_fast.augment import Augmentation, SimCLRViews, apply_views, draw_params
+from simclr_fast.augment.params import Augmentation, draw_params
+from simclr_fast.augment.views import SimCLRViews, apply_views
 from simclr_fast.benchmarks import harness
 from simclr_fast.benchmarks.harness import Options, Table
 
@@ -100,7 +101,7 @@ def fused(files: list[bytes]) -> Callable:
 def dali_only(files: list[bytes]) -> Callable:
     from nvidia.dali import fn, types
 
-    from simclr_fast import dali_views
+    from simclr_fast.augment import dali as dali_views
 
     raw, aug, n = encoded(files), Augmentation(SIZE), len(files)
     sizes = np.tile([[HEIGHT, WIDTH]], (n, 1))

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from simclr_fast.distributed import join_world
 from simclr_fast.large_batch import LargeBatch
-from simclr_fast.losses import nt_xent_loss
-from simclr_fast.models import SimCLR, build_encoder, build_projector
-from simclr_fast.optim import LARS, lars_param_groups
+from simclr_fast.losses.nt_xent import nt_xent_loss
+from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector
+from simclr_fast.optim.lars import LARS, lars_param_groups
+from simclr_fast.utils.distributed import join_world
 
 MODES: dict[str, dict[str, Any]] = {
     "plain": {"memory": "plain"},

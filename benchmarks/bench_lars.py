@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from simclr_fast.benchmarks import harness
 from simclr_fast.benchmarks.harness import Options, Table
-from simclr_fast.optim import LARS
+from simclr_fast.optim.lars import LARS
 
 WEIGHT_DECAY, MOMENTUM, LR = 1e-6, 0.9, 0.1
 MODELS = ("resnet50", "vit_b_16", "small", "overhead")

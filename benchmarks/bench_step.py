@@ -25,16 +25,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from simclr_fast import nt_xent_loss
-from simclr_fast.augment_params import Augmentation
+from simclr_fast.augment.params import Augmentation
 from simclr_fast.benchmarks import harness, machine
 from simclr_fast.benchmarks.augment_epochs import exhaust, solo_learn_epoch
 from simclr_fast.benchmarks.bench_augment import jpegs
 from simclr_fast.benchmarks.bench_lars import SoloLearnFormula
 from simclr_fast.benchmarks.harness import Options, Table
 from simclr_fast.benchmarks.peers import solo_learn
-from simclr_fast.data import TwoViewLoader
-from simclr_fast.models import SimCLR, build_encoder, build_projector
-from simclr_fast.optim import LARS, lars_param_groups
+from simclr_fast.data.loader import TwoViewLoader
+from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector
+from simclr_fast.optim.lars import LARS, lars_param_groups
 
 OURS = "simclr_fast"
 FLOOR, PEERS_FLOOR = "floor: the encoder alone", "floor: the encoder alone, as the peers call it"

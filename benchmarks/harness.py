@@ -23,8 +23,8 @@ import torch
 
 import simclr_fast
 from simclr_fast import ops
-from simclr_fast.checkpoint import write_atomic
-from simclr_fast.extras import need
+from simclr_fast.utils.checkpoint import write_atomic
+from simclr_fast.utils.extras import need
 
 _PACKAGES = (
     *("numpy", "torchvision", "triton", "nvidia-dali-cuda130", "nvidia-dali-cuda120"),

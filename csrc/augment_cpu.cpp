@@ -1,5 +1,5 @@
 // Schema and CPU implementation of simclr_fast::augment_views; the arithmetic is in
-// augment_kernel.cpp, the meaning of every argument in simclr_fast/augment_params.py.
+// augment_kernel.cpp, the meaning of every argument in simclr_fast/augment/params.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

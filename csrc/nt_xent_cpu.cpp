@@ -1,5 +1,5 @@
 // NT-Xent's ops on the CPU: tensors in, csrc/nt_xent*_kernel.cpp, tensors out. The schemas are in
-// simclr_fast/ops.py, which also serves them without this extension.
+// simclr_fast/ops/__init__.py, which also serves them without this extension.
 #include "nt_xent_binding.h"
 
 namespace simclr {

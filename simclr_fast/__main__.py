@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> int:
-    from simclr_fast.cli import run
+    from simclr_fast.commands.cli import run
 
     return run(sys.argv[1:])
 

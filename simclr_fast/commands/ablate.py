@@ -5,11 +5,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from simclr_fast.ablate import OPERATIONS, ablate, grid, mean_top1, plot_ablation
 from simclr_fast.commands.pretrain import parse_pretrain
-from simclr_fast.distributed import require_one_process
-from simclr_fast.interrupts import exit_status, raise_sigterm
-from simclr_fast.train import Interrupted
+from simclr_fast.training.ablate import OPERATIONS, ablate, grid, mean_top1, plot_ablation
+from simclr_fast.training.pretrain import Interrupted
+from simclr_fast.utils.distributed import require_one_process
+from simclr_fast.utils.interrupts import exit_status, raise_sigterm
 
 
 def run(arguments: list[str]) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from simclr_fast.benchmarks import harness, machine
-from simclr_fast.selfcheck import selfcheck
+from simclr_fast.commands.selfcheck import selfcheck
 
 # What is measured → its module, and the self-checks that must pass before it is timed.
 SUBJECTS = {

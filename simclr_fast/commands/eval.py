@@ -12,15 +12,15 @@ import numpy as np
 import torch
 
 from simclr_fast.commands.protocol import Options
-from simclr_fast.distributed import require_one_process
+from simclr_fast.data.sources import subset
 from simclr_fast.evaluation import embed, knn, layers, linear, subsets
 from simclr_fast.evaluation.accuracy import Scores, score
 from simclr_fast.evaluation.classifier import Recipe
+from simclr_fast.evaluation.plots import plot_embedding, plot_layers
 from simclr_fast.evaluation.subsets import LabelledPair
-from simclr_fast.extras import need
-from simclr_fast.interrupts import exit_status, raise_sigterm
-from simclr_fast.plots import plot_embedding, plot_layers
-from simclr_fast.sources import subset
+from simclr_fast.utils.distributed import require_one_process
+from simclr_fast.utils.extras import need
+from simclr_fast.utils.interrupts import exit_status, raise_sigterm
 
 USAGE = """simclr-fast eval PROTOCOL --encoder FILE [--data ...] [--test ...]
   linear    logistic regression on frozen features, and a linear layer trained with random crops
@@ -190,12 +190,12 @@ class Layers(Options):
 
     def lines(self) -> Iterator[str]:
         pair = subsets.labelled_pair(self.data, self.test)
-        model, config = layers.load_run(self.encoder)
+        model, augmentation = layers.load_run(self.encoder)
         taps = layers.Taps(model).to(self.torch_device).eval()
         yield f"{self.encoder}: logistic regression, {_measured(pair)}"
         parts = []
         for source, name in ((pair.train, "training"), (pair.test, "test")):
-            both = self.features(taps, config.augmentation, source, name)
+            both = self.features(taps, augmentation, source, name)
             parts.append(both.split(taps.widths(both.shape[1]), dim=1))
         results, found = {}, {}
         for name, x, y in zip(taps.names, *parts, strict=True):

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from simclr_fast.config import PRESETS, PretrainConfig
-from simclr_fast.extras import need
-from simclr_fast.plots import plot_loss
-from simclr_fast.rank_watch import RankFailure
-from simclr_fast.report import probe_report
-from simclr_fast.train import Interrupted, pretrain
+from simclr_fast.evaluation.plots import plot_loss
+from simclr_fast.training.config import PRESETS, PretrainConfig
+from simclr_fast.training.pretrain import Interrupted, pretrain
+from simclr_fast.training.report import probe_report
+from simclr_fast.utils.extras import need
+from simclr_fast.utils.rank_watch import RankFailure
 
 
 def run(arguments: list[str]) -> int:

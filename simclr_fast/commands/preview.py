@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from simclr_fast.checkpoint import write_atomic
+from simclr_fast.augment.preview import contact_sheet
 from simclr_fast.commands.pretrain import parse_pretrain
-from simclr_fast.data import decode_some
-from simclr_fast.datasets import named_source
-from simclr_fast.extras import need
-from simclr_fast.preview import contact_sheet
+from simclr_fast.data.datasets import named_source
+from simclr_fast.data.loader import decode_some
+from simclr_fast.utils.checkpoint import write_atomic
+from simclr_fast.utils.extras import need
 
 
 def run(arguments: list[str]) -> int:

@@ -9,16 +9,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from simclr_fast.augment_params import Augmentation
-from simclr_fast.checkpoint import write_atomic
+from simclr_fast.augment.params import Augmentation
+from simclr_fast.data.sources import Source
 from simclr_fast.evaluation import linear
 from simclr_fast.evaluation.accuracy import Scores, score
 from simclr_fast.evaluation.classifier import Recipe, classify, train_classifier
 from simclr_fast.evaluation.features import cached_features
 from simclr_fast.evaluation.subsets import LabelledPair
-from simclr_fast.models import Stem
-from simclr_fast.sources import Source
-from simclr_fast.weights import Weights, load_weights
+from simclr_fast.models.encoders import Stem
+from simclr_fast.models.weights import Weights, load_weights
+from simclr_fast.utils.checkpoint import write_atomic
 
 
 @dataclass(frozen=True)

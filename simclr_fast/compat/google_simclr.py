@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from simclr_fast.losses import NTXentStats, nt_xent_loss
+from simclr_fast.losses.nt_xent import NTXentStats, nt_xent_loss
 
 
 def add_contrastive_loss(

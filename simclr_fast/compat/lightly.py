@@ -8,10 +8,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from simclr_fast import optim
-from simclr_fast.augment import SimCLRViews
-from simclr_fast.distributed import all_gather_rows
-from simclr_fast.losses import nt_xent_loss
+from simclr_fast.augment.views import SimCLRViews
+from simclr_fast.losses.nt_xent import nt_xent_loss
+from simclr_fast.optim import lars as optim
+from simclr_fast.utils.distributed import all_gather_rows
 
 IMAGENET_NORMALIZE = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 

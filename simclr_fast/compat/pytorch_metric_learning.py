@@ -5,7 +5,7 @@
 
 from torch import Tensor, nn
 
-from simclr_fast.losses import nt_xent_loss
+from simclr_fast.losses.nt_xent import nt_xent_loss
 
 
 class NTXentLoss(nn.Module):

@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from simclr_fast import optim
-from simclr_fast.losses import nt_xent_loss
+from simclr_fast.losses.nt_xent import nt_xent_loss
+from simclr_fast.optim import lars as optim
 
 
 def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Tensor:

@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from simclr_fast import optim
+from simclr_fast.optim import lars as optim
 
 
 class Lars(optim.LARS):

@@ -15,14 +15,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from simclr_fast.augment_params import Augmentation
-from simclr_fast.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from simclr_fast.data import ImageLoader, OneViewLoader
+from simclr_fast.augment.params import Augmentation
+from simclr_fast.data.loader import ImageLoader, OneViewLoader
+from simclr_fast.data.sources import Source
 from simclr_fast.evaluation.accuracy import ranks
 from simclr_fast.evaluation.features import fingerprint
-from simclr_fast.extras import need
-from simclr_fast.optim import LARS, lars_param_groups, scaled_lr, warmup_cosine
-from simclr_fast.sources import Source
+from simclr_fast.optim.lars import LARS, lars_param_groups
+from simclr_fast.optim.schedule import scaled_lr, warmup_cosine
+from simclr_fast.utils.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from simclr_fast.utils.extras import need
 
 _SECONDS_BETWEEN_SAVES = 60.0
 

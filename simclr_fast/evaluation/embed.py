@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simclr_fast.augment_params import Augmentation
-from simclr_fast.checkpoint import write_atomic
-from simclr_fast.data import ImageLoader
+from simclr_fast.augment.params import Augmentation
+from simclr_fast.data.loader import ImageLoader
+from simclr_fast.data.sources import Source
 from simclr_fast.evaluation.knn import nearest
-from simclr_fast.extras import need
-from simclr_fast.sources import Source
+from simclr_fast.utils.checkpoint import write_atomic
+from simclr_fast.utils.extras import need
 
 Method = Literal["pca", "tsne", "umap"]
 TITLES: dict[Method, str] = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}

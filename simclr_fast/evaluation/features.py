@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from simclr_fast.augment_params import Augmentation
-from simclr_fast.checkpoint import write_atomic
-from simclr_fast.data import ImageLoader
-from simclr_fast.demo import cache_folder
-from simclr_fast.extras import need
-from simclr_fast.locks import locked
-from simclr_fast.models import encode
-from simclr_fast.sources import Source, subset
+from simclr_fast.augment.params import Augmentation
+from simclr_fast.data.demo import cache_folder
+from simclr_fast.data.loader import ImageLoader
+from simclr_fast.data.sources import Source, subset
+from simclr_fast.models.encoders import encode
+from simclr_fast.utils.checkpoint import write_atomic
+from simclr_fast.utils.extras import need
+from simclr_fast.utils.locks import locked
 
 _SECONDS_BETWEEN_SAVES = 10.0
 

@@ -1,17 +1,18 @@
 """Where along encoder and projector the features are best: h, each projector layer, z."""
 
+import json
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from simclr_fast.checkpoint import checkpoints, load_checkpoint, load_strictly
-from simclr_fast.config import PretrainConfig, from_json
-from simclr_fast.models import SimCLR, build_encoder, build_projector
+from simclr_fast.augment.params import Augmentation, augmentation_from
+from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector
+from simclr_fast.utils.checkpoint import checkpoints, load_checkpoint, load_strictly
 
 
-def load_run(folder: Path) -> tuple[SimCLR, PretrainConfig]:
-    """Encoder and projector of a run's newest checkpoint, in eval mode, and its configuration.
+def load_run(folder: Path) -> tuple[SimCLR, Augmentation]:
+    """Encoder and projector of a run's newest checkpoint, in eval mode, and its augmentation.
 
     Raises:
         FileNotFoundError: no run's config.json or checkpoint there. ValueError: a bad checkpoint.
@@ -22,16 +23,17 @@ def load_run(folder: Path) -> tuple[SimCLR, PretrainConfig]:
     saved = checkpoints(folder / "checkpoints")
     if not saved:
         raise FileNotFoundError(f"no checkpoint in {folder / 'checkpoints'}: it has the projector")
-    config = from_json(described.read_text())
+    config = json.loads(described.read_text())
+    augmentation = augmentation_from(config["augmentation"])
     encoder, dim = build_encoder(
-        config.model, width=config.width, image_size=config.augmentation.size, stem=config.stem
+        config["model"], width=config["width"], image_size=augmentation.size, stem=config["stem"]
     )
-    model = SimCLR(
-        encoder,
-        build_projector(config.projector, dim, config.projector_dim, config.projector_depth),
+    projector = build_projector(
+        config["projector"], dim, config["projector_dim"], config["projector_depth"]
     )
+    model = SimCLR(encoder, projector)
     load_strictly(model, load_checkpoint(saved[-1])["model"], saved[-1])
-    return model.eval(), config
+    return model.eval(), augmentation
 
 
 def projector_layers(projector: nn.Module) -> list[nn.Sequential]:

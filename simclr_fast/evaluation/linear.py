@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simclr_fast.checkpoint import load_checkpoint, write_atomic
 from simclr_fast.evaluation.accuracy import Accuracy, bootstrap, ranks
 from simclr_fast.evaluation.subsets import balanced_subset
-from simclr_fast.extras import need
+from simclr_fast.utils.checkpoint import load_checkpoint, write_atomic
+from simclr_fast.utils.extras import need
 
 SWEEP = tuple(float(v) for v in np.logspace(5, -6, 45))
 # On the largest component of the scaled gradient of the objective over n: of the protocol's fit;

@@ -5,8 +5,8 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
-from simclr_fast.datasets import named_source
-from simclr_fast.sources import Source, subset
+from simclr_fast.data.datasets import named_source
+from simclr_fast.data.sources import Source, subset
 
 
 def balanced_subset(labels: np.ndarray, fraction: float, seed: int = 0) -> np.ndarray:

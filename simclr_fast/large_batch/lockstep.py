@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.fx import Node
 
-from simclr_fast import global_batch_norm as gbn
+from simclr_fast.large_batch import global_batch_norm as gbn
 from simclr_fast.large_batch.buckets import Buckets
 from simclr_fast.large_batch.graph import Block, Graph, Segment, flags
 from simclr_fast.large_batch.heap import Heap

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from simclr_fast.global_batch_norm import GlobalBatchNorm
+from simclr_fast.large_batch.global_batch_norm import GlobalBatchNorm
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 _FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, GlobalBatchNorm.forward)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
-from simclr_fast import global_batch_norm as gbn
+from simclr_fast.large_batch import global_batch_norm as gbn
 from simclr_fast.large_batch.graph import Graph, Segment
 
 # What `gbn.normalize` takes after x.

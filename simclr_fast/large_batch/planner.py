@@ -21,7 +21,7 @@ from torch import nn
 
 from simclr_fast.large_batch.engine import Memory
 from simclr_fast.large_batch.simulate import Phase, Phases, Step
-from simclr_fast.losses import nt_xent_loss
+from simclr_fast.losses.nt_xent import nt_xent_loss
 
 log = logging.getLogger(__name__)
 

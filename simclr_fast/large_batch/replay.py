@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from simclr_fast import global_batch_norm as gbn
+from simclr_fast.large_batch import global_batch_norm as gbn
 from simclr_fast.large_batch.norms import after_norm, batch_norms
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

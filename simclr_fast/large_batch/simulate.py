@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from simclr_fast import global_batch_norm as gbn
+from simclr_fast.large_batch import global_batch_norm as gbn
 from simclr_fast.large_batch.engine import LargeBatch, Memory
 
 aten = torch.ops.aten

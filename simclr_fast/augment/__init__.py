@@ -1,0 +1,6 @@
+"""The two random views of an image: their distribution, their drawing, and the pixels."""
+
+from simclr_fast.augment.params import Augmentation, ViewParams, draw_params
+from simclr_fast.augment.views import SimCLRViews, apply_views
+
+__all__ = ["Augmentation", "SimCLRViews", "ViewParams", "apply_views", "draw_params"]

@@ -1,0 +1,323 @@
+"""Two views of images: native fused C++ on the CPU, a Triton kernel or plain torch on the GPU."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simclr_fast import ops, reference
+from simclr_fast.augment.params import Augmentation, ViewParams, draw_params, draw_views
+
+__all__ = ["Augmentation", "SimCLRViews", "ViewParams", "apply_views", "draw_params"]
+
+_OUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def apply_views(
+    images: Tensor | Sequence[Tensor | np.ndarray],
+    params: ViewParams,
+    aug: Augmentation,
+    *,
+    out: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+) -> Tensor:
+    """Make one view of each image, given its parameters.
+
+    images: [n, H, W, 3], or n of [H, W, 3] of any sizes; uint8, or float32 in [0, 1].
+    out:    [n, 3, size, size], contiguous or channels_last, float32, float16 or bfloat16; written
+            and returned. Without it, a new tensor of `dtype` and layout `channels_last`.
+
+    Values lie in [0, 1], unless `aug` normalises.
+    """
+    images = as_tensors(images)
+    n = len(images)
+    if len(params) != n:
+        raise ValueError(f"params are for {len(params)} images, got {n} images")
+    extents = np.array([i.shape[:2] for i in images], dtype=np.int64).reshape(n, 2)
+    corner, extent = params.box[:, :2], params.box[:, 2:]
+    outside = (corner < 0) | (extent < 1) | (corner.astype(np.int64) + extent > extents)
+    if outside.any():
+        i = int(outside.any(axis=1).argmax())
+        raise ValueError(f"box {params.box[i].tolist()} leaves image {i} of {extents[i].tolist()}")
+    shape = (n, 3, aug.size, aug.size)
+    device = images.device if isinstance(images, Tensor) else images[0].device if n else None
+    if out is None:
+        if dtype not in _OUT_DTYPES:
+            raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        out = torch.empty(shape, dtype=dtype, device=device, memory_format=layout)
+    elif tuple(out.shape) != shape or out.dtype not in _OUT_DTYPES or (n and out.device != device):
+        raise ValueError(
+            f"out must be {shape} float32, float16 or bfloat16 on {device}, got "
+            f"{tuple(out.shape)} {out.dtype} on {out.device}"
+        )
+    return fill_views(images, params, aug, out)
+
+
+def fill_views(
+    images: Tensor | list[Tensor], params: ViewParams, aug: Augmentation, out: Tensor
+) -> Tensor:
+    """`apply_views` of tensors on `out`'s device, without its checks."""
+    if len(params) == 0:
+        return out
+    if out.device.type == "cpu" and ops.has_extension():
+        return _apply_native(images, params, aug, out)
+    if out.device.type == "cuda" and ops.has_triton():
+        return _apply_triton(images, params, aug, out)
+    return _apply_torch(images, params, aug, out)
+
+
+def as_tensors(images: Tensor | Sequence[Tensor | np.ndarray]) -> Tensor | list[Tensor]:
+    """Checked images; arrays become tensors that share their memory where it is writable."""
+    if isinstance(images, np.ndarray):
+        images = _from_numpy(images)
+    if isinstance(images, Tensor):
+        _check_image(images, 4)
+        return images
+    tensors = [i if isinstance(i, Tensor) else _from_numpy(i) for i in images]
+    for tensor in tensors:
+        _check_image(tensor, 3)
+    return tensors
+
+
+def _from_numpy(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _check_image(image: Tensor, dims: int) -> None:
+    shape, dtype = image.shape, image.dtype
+    if len(shape) != dims or shape[-1] != 3:
+        expected = "[n, H, W, 3]" if dims == 4 else "[H, W, 3] each"
+        raise ValueError(f"images must be {expected}, got {tuple(shape)}")
+    if dtype not in (torch.uint8, torch.float32):
+        raise TypeError(f"images must be uint8 or float32 in [0, 1], got {dtype}")
+
+
+def _dense_rows(image: Tensor) -> Tensor:
+    # Where an image is one pixel wide, contiguous() would leave whatever stride it has.
+    dense = image.stride()[-2:] == (3, 1)
+    return image if dense else image.clone(memory_format=torch.contiguous_format)
+
+
+def _apply_native(
+    images: Tensor | list[Tensor], params: ViewParams, aug: Augmentation, out: Tensor
+) -> Tensor:
+    dense = out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)
+    target = out if dense else torch.empty_like(out, memory_format=torch.contiguous_format)
+    scale, shift = aug.normalization
+    switches = np.stack([params.flip, params.jitter, params.gray], axis=1).astype(np.uint8)
+    ops.augment_views(
+        [_dense_rows(i) for i in ([images] if isinstance(images, Tensor) else images)],
+        torch.from_numpy(np.ascontiguousarray(params.box, dtype=np.int32)),
+        torch.from_numpy(switches),
+        torch.from_numpy(np.ascontiguousarray(params.order, dtype=np.uint8)),
+        torch.from_numpy(np.ascontiguousarray(params.factors, dtype=np.float32)),
+        torch.from_numpy(np.ascontiguousarray(params.sigma, dtype=np.float32)),
+        scale + shift,
+        aug.spec == "simclr",
+        aug.brightness == "additive",
+        aug.interpolation == "bilinear",
+        aug.blur_radius,
+        target,
+    )
+    return target if dense else out.copy_(target)
+
+
+def _apply_triton(
+    images: Tensor | list[Tensor], params: ViewParams, aug: Augmentation, out: Tensor
+) -> Tensor:
+    from simclr_fast.kernels import augment as kernels
+
+    ints, floats = (torch.from_numpy(a) for a in pack_params(params))
+    if out.is_cuda:
+        # From pinned memory the copy waits for nothing.
+        ints, floats = (t.pin_memory().to(out.device, non_blocking=True) for t in (ints, floats))
+    scale, shift = aug.normalization
+    kernels.augment_views(
+        [_dense_rows(i) for i in images],
+        ints,
+        floats,
+        torch.tensor(scale + shift, dtype=torch.float32).to(out.device, non_blocking=True),
+        aug.spec == "simclr",
+        aug.brightness == "additive",
+        aug.interpolation == "bilinear",
+        aug.blur_radius,
+        out,
+    )
+    return out
+
+
+def finish_crops(
+    crops: Tensor, ints: Tensor, floats: Tensor, aug: Augmentation, out: Tensor
+) -> Tensor:
+    """Flip, jitter, gray, blur, normalise, cast and layout of crops that are cut and resized.
+
+    crops: uint8 [n, size, size, 3], contiguous. ints, floats: what `pack_params` gives, on the same
+    device. out: as in `apply_views`. On the GPU everything is queued on torch's current stream.
+    """
+    if len(crops) and crops.is_cuda and ops.has_triton():
+        from simclr_fast.kernels import augment as kernels
+
+        scale, shift = aug.normalization
+        kernels.augment_crops(
+            crops,
+            ints,
+            floats,
+            torch.tensor(scale + shift, dtype=torch.float32).to(out.device, non_blocking=True),
+            aug.spec == "simclr",
+            aug.brightness == "additive",
+            aug.blur_radius,
+            out,
+        )
+        return out
+    params = _unpack_params(ints.numpy(force=True), floats.numpy(force=True))
+    params.box = np.tile(np.array([0, 0, aug.size, aug.size], np.int32), (len(crops), 1))
+    return apply_views(crops, params, aug, out=out)
+
+
+def pack_params(params: ViewParams) -> tuple[np.ndarray, np.ndarray]:
+    """int32 [n, 11]: box, flip, jitter, order (4), gray; float32 [n, 5]: factors (4), sigma."""
+    flip, jitter, gray = (switch[:, None] for switch in (params.flip, params.jitter, params.gray))
+    ints = np.concatenate([params.box, flip, jitter, params.order, gray], axis=1, dtype=np.int32)
+    floats = np.concatenate([params.factors, params.sigma[:, None]], axis=1, dtype=np.float32)
+    return ints, floats
+
+
+def _unpack_params(ints: np.ndarray, floats: np.ndarray) -> ViewParams:
+    return ViewParams(
+        box=ints[:, :4],
+        flip=ints[:, 4] != 0,
+        jitter=ints[:, 5] != 0,
+        order=ints[:, 6:10].astype(np.uint8),
+        factors=floats[:, :4],
+        gray=ints[:, 10] != 0,
+        sigma=floats[:, 4],
+    )
+
+
+def _apply_torch(
+    images: Tensor | list[Tensor], params: ViewParams, aug: Augmentation, out: Tensor
+) -> Tensor:
+    scale, shift = (torch.tensor(v, device=out.device)[:, None, None] for v in aug.normalization)
+    for i, image in enumerate(images):
+        view = reference.augment_view(
+            image,
+            size=aug.size,
+            spec=aug.spec,
+            box=params.box[i],
+            flip=bool(params.flip[i]),
+            jitter=bool(params.jitter[i]),
+            order=params.order[i],
+            factors=params.factors[i],
+            gray=bool(params.gray[i]),
+            sigma=float(params.sigma[i]),
+            additive_brightness=aug.brightness == "additive",
+            bilinear=aug.interpolation == "bilinear",
+            dtype=torch.float32,
+        )
+        out[i] = view * scale + shift
+    return out
+
+
+class SimCLRViews:
+    """Two views of each image: views = SimCLRViews(96); view1, view2 = views(images).
+
+    Takes a batch [N, 3, H, W] or [N, H, W, 3] (three channels first where both would fit), or a
+    list of [3, H, W] or [H, W, 3] tensors of any sizes, uint8 or floating in [0, 1], on any device,
+    or a list of PIL images, and returns two tensors [N, 3, size, size]. For one PIL image or one
+    3-dimensional tensor it returns two [3, size, size], as a transform inside a Dataset does.
+
+    PIL images are turned upright by their EXIF orientation and converted to RGB; 16-bit grayscale
+    keeps its range.
+
+    `ids` and `epoch` name the samples: with them, and equal `seed`, the views are the same in any
+    batch, worker, order or process, here and in every other backend. Without `ids`, fresh ones come
+    from torch's global generator, which torch.manual_seed and DataLoader's workers seed.
+
+    Arguments: those of Augmentation, and
+        seed: part of the generator's key.
+        dtype: of the views: float32, float16 or bfloat16.
+        channels_last: memory format of the views.
+    """
+
+    def __init__(
+        self,
+        size: int = 224,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        **augmentation: Any,
+    ) -> None:
+        self.aug = Augmentation(size, **augmentation)
+        self.seed = seed
+        self.dtype = dtype
+        self.channels_last = channels_last
+
+    def __call__(
+        self, images: Any, ids: Sequence[int] | np.ndarray | None = None, epoch: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        single = not isinstance(images, list | tuple | Tensor | np.ndarray)
+        single = single or (not isinstance(images, list | tuple) and images.ndim == 3)
+        batch = _as_images([images] if single else images)
+        n = len(batch)
+        if ids is None:
+            numbers = int(torch.randint(2**62, ())) + np.arange(n)
+        else:
+            numbers = np.atleast_1d(np.asarray(ids))
+            if len(numbers) != n:
+                raise ValueError(f"ids must hold one per image, got {len(numbers)} for {n} images")
+        sizes = np.array([i.shape[:2] for i in batch], dtype=np.int64).reshape(n, 2)
+        first, second = (
+            apply_views(batch, params, self.aug, dtype=self.dtype, channels_last=self.channels_last)
+            for params in draw_views(self.aug, self.seed, epoch, numbers, sizes)
+        )
+        return (first[0], second[0]) if single else (first, second)
+
+    def __repr__(self) -> str:
+        return f"SimCLRViews({self.aug}, seed={self.seed})"
+
+
+def _as_images(images: Any) -> Tensor | list[Tensor]:
+    if isinstance(images, np.ndarray):
+        images = _from_numpy(images)
+    if isinstance(images, Tensor):
+        if images.dim() != 4:
+            raise ValueError(f"a batch must be [N, 3, H, W] or [N, H, W, 3], got {images.shape}")
+        return _rgb_last(images)
+    return [_rgb_last(_as_tensor(image)) for image in images]
+
+
+def _as_tensor(image: Any) -> Tensor:
+    if isinstance(image, Tensor):
+        return image
+    if isinstance(image, np.ndarray):
+        return _from_numpy(image)
+    if not hasattr(image, "convert"):
+        raise TypeError(f"an image must be a tensor, ndarray or PIL image, got {type(image)}")
+    from PIL import ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        gray = np.asarray(image).astype(np.float32) / 65535
+        return torch.from_numpy(np.repeat(gray[..., None], 3, axis=2))
+    return torch.from_numpy(np.array(image.convert("RGB")))
+
+
+def _rgb_last(image: Tensor) -> Tensor:
+    """[..., 3, H, W], [..., 1, H, W] or [..., H, W, 3] → [..., H, W, 3] in uint8 or float32."""
+    if image.dim() < 3 or (image.shape[-3] not in (1, 3) and image.shape[-1] != 3):
+        raise ValueError(f"an image must be [3, H, W] or [H, W, 3], got {tuple(image.shape)}")
+    if image.dtype != torch.uint8:
+        if not image.is_floating_point():
+            raise TypeError(f"an image must be uint8 or floating in [0, 1], got {image.dtype}")
+        image = image.float()
+        # Resizing may have gone a little beyond 1; on a GPU a look would wait for it.
+        if image.is_cpu and image.numel() and not (highest := float(image.amax())) <= 2:
+            raise ValueError(f"a floating image must be in [0, 1], got one with {highest:g}")
+    channels_first = image.shape[-3] == 3 or image.shape[-1] != 3
+    image = image.movedim(-3, -1) if channels_first else image
+    return image.expand(*image.shape[:-1], 3).contiguous()

@@ -1,0 +1,355 @@
+"""Files → two views: DALI reads and decodes, once per image, and the augmentation does the rest.
+
+    for view1, view2, index in TwoViewLoader("photos/", batch_size=256, size=224): ...
+
+Order and views are functions of (seed, epoch, sample id): the global batch is the same for every
+number of ranks and threads, and a loader restored from its state goes on bit for bit.
+"""
+
+import logging
+import os
+from collections.abc import Generator, Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simclr_fast.augment.params import Augmentation, ViewParams, draw_params, draw_views, philox
+from simclr_fast.augment.views import as_tensors, fill_views, finish_crops
+from simclr_fast.data.datasets import open_source
+from simclr_fast.data.decode import Batch, CorruptImageError, DaliCrops, DaliViews, Decoder
+from simclr_fast.data.prefetch import Made, ahead
+from simclr_fast.data.sources import Source
+
+__all__ = ["CorruptImageError", "ImageLoader", "OneViewLoader", "TwoViewLoader"]
+
+log = logging.getLogger(__name__)
+# The share of each side that evaluation keeps of larger images (224 of 256, arXiv:2002.05709, B.5).
+_CENTER = 224 / 256
+_SMALL = 64
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Images that go through DALI together: its memory grows with them, and a batch of thousands is made
+# of several such parts.
+_PART = 128
+_ORDER_STREAM = 0x6F726465
+
+
+class _Loader:
+    """Batches of views: which samples, in what order, on what device. Subclasses draw the views."""
+
+    n_views: int
+
+    def __init__(
+        self,
+        source: Any,
+        batch_size: int,
+        augmentation: Augmentation,
+        *,
+        labels: Any = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        device: str | torch.device = "cpu",
+        backend: Literal["fused", "dali"] | None = None,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        on_error: Literal["raise", "skip"] = "raise",
+        num_threads: int | None = None,
+        prefetch: bool | None = None,
+    ) -> None:
+        self.source: Source = open_source(source, labels)
+        self.device = torch.device(device)
+        self.backend = backend or ("dali" if self.device.type == "cuda" else "fused")
+        if len(self.source) == 0:
+            raise ValueError("source holds no images")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if drop_last and batch_size > len(self.source):
+            raise ValueError(f"batch_size {batch_size} is more than the {len(self.source)} images")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in [0, world_size={world_size}), got {rank}")
+        if batch_size < world_size:
+            raise ValueError(f"batch_size {batch_size} gives {world_size} ranks less than an image")
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+        if self.backend not in ("fused", "dali"):
+            raise ValueError(f"backend must be 'fused' or 'dali', got {backend!r}")
+        if dtype not in _DTYPES:
+            raise TypeError(f"dtype must be {', '.join(map(str, _DTYPES))}, got {dtype}")
+        self.batch_size, self.augmentation = batch_size, augmentation
+        self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
+        self.rank, self.world_size = rank, world_size
+        self.dtype, self.channels_last = dtype, channels_last
+        self.on_error = on_error
+        self.prefetch = self.device.type == "cuda" if prefetch is None else prefetch
+        self.epoch = 0
+        self.skipped: set[int] = set()
+        self._position = 0
+        self._resumed = False
+        self._buffers: list[list[Tensor]] = []
+        threads = num_threads or min(8, os.cpu_count() or 1)
+        where = (self.source, min(self.rows, _PART), threads)
+        self._decoder: Decoder
+        if self.backend == "dali":
+            self._decoder = DaliViews(
+                *where,
+                augmentation,
+                self.device,
+                self.n_views,
+                dtype=dtype,
+                channels_last=channels_last,
+            )
+        elif self.device.type == "cpu":
+            self._decoder = Decoder(*where)
+        else:
+            self._decoder = DaliCrops(*where, augmentation, self.device, self.n_views)
+
+    @property
+    def rows(self) -> int:
+        """The most rows of a batch that this rank gets."""
+        return -(-self.batch_size // self.world_size)
+
+    def __len__(self) -> int:
+        n = len(self.source)
+        return n // self.batch_size if self.drop_last else -(-n // self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, which decides order and views, and start at its first batch."""
+        if epoch < 0:
+            raise ValueError(f"epoch must be at least 0, got {epoch}")
+        self.epoch, self._position, self._resumed = epoch, 0, False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader stands: batches handed out so far count as consumed."""
+        return {
+            "epoch": self.epoch,
+            "position": self._position,
+            "seed": self.seed,
+            "images": len(self.source),
+            "batch_size": self.batch_size,
+            "skipped": sorted(self.skipped),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken, also with another number of ranks or threads."""
+        here = self.state_dict()
+        for key in ("seed", "images", "batch_size"):
+            if state[key] != here[key]:
+                raise ValueError(f"the state is of {key}={state[key]}, this loader has {here[key]}")
+        self.epoch, self._position = state["epoch"], state["position"]
+        self.skipped = set(state["skipped"])
+        self._resumed = True
+
+    def _order(self) -> np.ndarray:
+        n = len(self.source)
+        if not self.shuffle:
+            return np.arange(n)
+        ids = np.arange(n, dtype=np.uint64)
+        zero = np.zeros(n, dtype=np.uint64)
+        words = [ids & 0xFFFFFFFF, ids >> np.uint64(32), zero + self.epoch, zero + _ORDER_STREAM]
+        counter = (np.stack(words) & 0xFFFFFFFF).astype(np.uint32)
+        key = np.array([self.seed & 0xFFFFFFFF, self.seed >> 32 & 0xFFFFFFFF], dtype=np.uint32)
+        high, low, *_ = philox(key, counter).astype(np.uint64)
+        return np.argsort(high << np.uint64(32) | low, kind="stable")
+
+    def _batch_ids(self, order: np.ndarray, step: int) -> np.ndarray:
+        """This rank's sample ids of a step, corrupt ones replaced.
+
+        A replacement is the first good sample from half an epoch further on, so that it is rarely
+        one of the same batch. It depends on the order and on what is corrupt alone, not on when
+        that was found out.
+        """
+        n = len(order)
+        positions = np.arange(step * self.batch_size, min((step + 1) * self.batch_size, n))
+        mine = np.array_split(positions, self.world_size)[self.rank]
+        ids = order[mine]
+        if self.skipped:
+            for k, position in enumerate(mine):
+                if ids[k] in self.skipped:
+                    later = (order[(position + n // 2 + j) % n] for j in range(n))
+                    ids[k] = next(i for i in later if i not in self.skipped)
+        return ids
+
+    def _draw(self, ids: np.ndarray, sizes: np.ndarray) -> list[ViewParams]:
+        raise NotImplementedError
+
+    def _requests(self, order: np.ndarray, start: int) -> Iterator[Batch]:
+        for step in range(start, len(self)):
+            ids = self._batch_ids(order, step)
+            # A rank has no share of a last batch that is smaller than the number of ranks.
+            for first in range(0, len(ids), _PART):
+                part = ids[first : first + _PART]
+                yield Batch(step, part, self._draw, first, first + _PART >= len(ids))
+
+    def _batches(self, order: np.ndarray, start: int) -> Generator[Made]:
+        """(step, views, ids) from step `start` on; the views are of two sets of tensors in turn."""
+        views: list[Tensor] = []
+        ids: list[np.ndarray] = []
+        for part, images in self._decoder.run(self._requests(order, start)):
+            if part.first == 0:
+                views, ids = self._next_buffer(), []
+            rows = part.first + len(part.ids)
+            self._fill(part, images, [view[part.first : rows] for view in views])
+            ids.append(part.ids)
+            if part.last:
+                yield part.step, [view[:rows] for view in views], np.concatenate(ids)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        start = self._position if self._resumed else 0
+        self._resumed = False
+        order = self._order()
+        self._position = start
+        while True:
+            batches = self._batches(order, self._position)
+            try:
+                for step, views, ids in ahead(batches, self.device) if self.prefetch else batches:
+                    self._position = step + 1
+                    yield *views, torch.from_numpy(ids)
+                break
+            except CorruptImageError as error:
+                if self.on_error == "raise":
+                    raise
+                for i, cause in error.samples.items():
+                    log.warning("skipping %s: %s", self.source.name(i), cause)
+                self.skipped |= set(error.samples)
+                if len(self.skipped) == len(self.source):
+                    raise ValueError("every image of the source is corrupt") from error
+        self.epoch, self._position = self.epoch + 1, 0
+
+    def _fill(self, part: Batch, images: list[Any], out: list[Tensor]) -> None:
+        """What the decoder gave for a part of a batch → its rows of the views."""
+        if isinstance(self._decoder, DaliCrops):
+            for (crops, ints, floats), view in zip(images, out, strict=True):
+                finish_crops(crops, ints, floats, self.augmentation, view)
+        elif isinstance(self._decoder, DaliViews):
+            for made, view in zip(images, out, strict=True):
+                view.copy_(made)
+        else:
+            sizes = np.array([i.shape[:2] for i in images]).reshape(-1, 2)
+            tensors = as_tensors(images)
+            for one, view in zip(self._draw(part.ids, sizes), out, strict=True):
+                fill_views(tensors, one, self.augmentation, view)
+
+    def _next_buffer(self) -> list[Tensor]:
+        """Two sets of output tensors in turn: filling fresh memory costs more than the work."""
+        if len(self._buffers) < 2:
+            shape = (self.rows, 3, self.augmentation.size, self.augmentation.size)
+            layout = torch.channels_last if self.channels_last else torch.contiguous_format
+            self._buffers.append(
+                [
+                    torch.empty(shape, dtype=self.dtype, device=self.device, memory_format=layout)
+                    for _ in range(self.n_views)
+                ]
+            )
+        else:
+            self._buffers.reverse()
+        return self._buffers[-1]
+
+
+class TwoViewLoader(_Loader):
+    """Iterates (view1, view2, index): two random views of each image, and the images' numbers.
+
+    view1, view2: [N, 3, size, size] on `device`; index: int64 [N] on the CPU, into the source.
+    A batch is overwritten once the next is asked for: clone it to keep it.
+
+    source: anything that `open_source` takes: a folder, files, shards, an array, a data set.
+    batch_size: images per step over all ranks; rank r of W gets its share of each batch.
+    size: side of the views in pixels; or pass a whole `augmentation` instead.
+    backend: "fused" or "dali" (all of it in DALI). Fused on the CPU: DALI only decodes, one native
+        op does the rest. Fused on the GPU: DALI ends at resized uint8 crops, Triton kernels do the
+        rest on torch's current stream. The crops are rounded and clipped to 8 bits, as in an 8-bit
+        pipeline: spec="simclr"'s bicubic overshoot is cut off before the jitter, where TensorFlow
+        keeps it until the first clip. That moves a view's values by .1/255 on average, and one in
+        two thousand by more than 2/255. Default: fused on the CPU; on the GPU dali, until somebody
+        measures otherwise.
+    channels_last: memory format of the views. dtype: float32, float16 or bfloat16.
+    on_error: a corrupt image raises `CorruptImageError`, which names it, or is logged, counted in
+        `skipped` and replaced by another ("skip").
+    prefetch: a thread makes the next batch while this one is in use. Default: on a GPU.
+    Each iteration is one epoch; the next has another order and other views. `set_epoch` chooses.
+
+    Raises:
+        ValueError, TypeError: arguments out of range. FileNotFoundError: no such path.
+        ImportError: encoded images without DALI.
+    """
+
+    n_views = 2
+
+    def __init__(
+        self,
+        source: Any,
+        batch_size: int,
+        size: int | None = None,
+        *,
+        augmentation: Augmentation | None = None,
+        **options: Any,
+    ) -> None:
+        if augmentation is None:
+            augmentation = Augmentation(size=224 if size is None else size)
+        elif size is not None and size != augmentation.size:
+            raise ValueError(f"size={size} contradicts augmentation.size={augmentation.size}")
+        super().__init__(source, batch_size, augmentation, **options)
+
+    def _draw(self, ids: np.ndarray, sizes: np.ndarray) -> list[ViewParams]:
+        return list(draw_views(self.augmentation, self.seed, self.epoch, ids, sizes))
+
+
+class OneViewLoader(_Loader):
+    """Iterates (view, index): one random view of each image, what a classifier is trained on.
+
+    Arguments as for `TwoViewLoader`; `augmentation` is required.
+    """
+
+    n_views = 1
+
+    def _draw(self, ids: np.ndarray, sizes: np.ndarray) -> list[ViewParams]:
+        return [draw_params(self.augmentation, self.seed, self.epoch, ids, 0, sizes)]
+
+
+class ImageLoader(_Loader):
+    """Iterates (images, index) without any distortion, in order: what evaluation looks at.
+
+    images: [n, 3, size, size], n ≤ batch_size: the central square, 7/8 of the shorter side, or the
+    whole image where size ≤ 64 (CIFAR's protocol), resized. Arguments as for `TwoViewLoader`.
+    """
+
+    n_views = 1
+
+    def __init__(
+        self, source: Any, batch_size: int, augmentation: Augmentation, **options: Any
+    ) -> None:
+        plain = Augmentation(
+            size=augmentation.size,
+            spec=augmentation.spec,
+            interpolation=augmentation.interpolation,
+            mean=augmentation.mean,
+            std=augmentation.std,
+            p_flip=0,
+            p_jitter=0,
+            p_gray=0,
+            p_blur=0,
+        )
+        super().__init__(source, batch_size, plain, shuffle=False, drop_last=False, **options)
+
+    def _draw(self, ids: np.ndarray, sizes: np.ndarray) -> list[ViewParams]:
+        params = draw_params(self.augmentation, 0, 0, ids, 0, sizes)
+        if self.augmentation.size > _SMALL:
+            side = np.maximum(np.rint(sizes.min(axis=1, keepdims=True) * _CENTER), 1)
+            side = np.repeat(side, 2, axis=1)
+        else:
+            side = sizes
+        params.box = np.concatenate([(sizes - side) // 2, side], axis=1).astype(np.int32)
+        return [params]
+
+
+def decode_some(source: Source, ids: np.ndarray) -> list[np.ndarray]:
+    """The images `ids` of a source as they are stored: uint8 [H, W, 3] each."""
+    requests = iter([Batch(0, np.asarray(ids), lambda *_: [])])
+    ((_, images),) = (
+        (batch, [image.copy() for image in decoded])
+        for batch, decoded in Decoder(source, len(ids), 1).run(requests)
+    )
+    return images

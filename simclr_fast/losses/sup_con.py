@@ -1,0 +1,145 @@
+"""Contrastive losses with several positives per row: by class, and by more than two views."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from simclr_fast import ops
+from simclr_fast.losses.nt_xent import (
+    _check_matrix,
+    _reduction_code,
+    _temperature_tensor,
+    nt_xent_loss,
+)
+from simclr_fast.utils.distributed import all_gather_rows, gather_row_counts
+
+
+def sup_con_loss(
+    z: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor = 0.1,
+    *,
+    reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Supervised contrastive loss, L_out (Khosla et al. 2020, equation 2).
+
+    Row i's positives are the other rows of its class: the loss is the mean over them of
+    -log(softmax over all other rows). A row without positives counts 0, in the mean too, as in the
+    authors' code. Memory is O(M·D). Deterministic. No double backward.
+
+    z: [M, D], any strides, any views of any images; float64, float32, bfloat16 or float16;
+        arithmetic and loss are float32 or wider. Normalised here, as in `nt_xent_loss`.
+    labels: [M], integers, on z's device.
+    temperature, group: as in `nt_xent_loss`; positives of other ranks count.
+    reduction: "mean" or "sum" over the M rows, or "none": [M].
+    """
+    _check_matrix("z", z)
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+    if labels.shape != z.shape[:1]:
+        raise ValueError(
+            f"labels must hold one label per row of z {list(z.shape)}, got shape "
+            f"{list(labels.shape)}"
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integers, got {labels.dtype}")
+    if labels.device != z.device:
+        raise ValueError(f"labels must be on z's device, {z.device}, got {labels.device}")
+    code = _reduction_code(reduction, group)
+    tau = _temperature_tensor(temperature, z)
+    if group is None:
+        ids, inverse_count = _classes(labels, tau.dtype)
+        return _SupCon.apply(z, tau, ids, inverse_count, code, None, (len(z),))
+    counts = gather_row_counts(len(z), z.device, group)
+    ids, inverse_count = _classes(all_gather_rows(labels, group, counts), tau.dtype)
+    return _SupCon.apply(z, tau, ids, inverse_count, code, group, tuple(counts))
+
+
+def multi_view_nt_xent_loss(
+    views: Tensor | Sequence[Tensor],
+    n_views: int | None = None,
+    temperature: float | Tensor = 0.5,
+    *,
+    reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """NT-Xent of two or more views of N images (multi-crop): every other view is a positive.
+
+    The loss of `sup_con_loss` with the image as the class (Khosla et al. 2020, section 3.2.1); for
+    two views, `nt_xent_loss`.
+
+    views: a sequence of [N, D] tensors, one per view; or [n_views·N, D], view after view.
+    temperature, reduction, group: as in `sup_con_loss`; each rank's images are its own.
+    """
+    if isinstance(views, Tensor):
+        if not isinstance(n_views, int) or n_views < 2:
+            raise ValueError(f"n_views must be an integer of at least 2, got {n_views!r}")
+        z = views
+    else:
+        if len(views) < 2:
+            raise ValueError(f"views must hold at least two views, got {len(views)}")
+        if n_views not in (None, len(views)):
+            raise ValueError(f"n_views is {n_views}, but views has {len(views)} tensors")
+        shapes = [list(view.shape) for view in views]
+        if any(shape != shapes[0] for shape in shapes):
+            raise ValueError(f"views must have one shape, got {shapes}")
+        n_views, z = len(views), torch.cat(tuple(views))
+    _check_matrix("views", z)
+    if z.size(0) % n_views:
+        raise ValueError(f"views must hold n_views={n_views} views, got {z.size(0)} rows")
+    if n_views == 2:
+        return nt_xent_loss(z, None, temperature, reduction=reduction, group=group)
+    images = torch.arange(z.size(0) // n_views, device=z.device)
+    if group is not None:
+        # Far from any other rank's.
+        images = images + (dist.get_rank(group) << 40)
+    return sup_con_loss(z, images.repeat(n_views), temperature, reduction=reduction, group=group)
+
+
+def _classes(labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A number for each row's class, [M] int32, and 1 / (a row's positives), 0 without; no sync."""
+    ordered = labels.sort().values
+    first = torch.searchsorted(ordered, labels)
+    positives = torch.searchsorted(ordered, labels, right=True) - first - 1
+    inverse = torch.where(positives > 0, positives.to(dtype).reciprocal(), 0)
+    return first.to(torch.int32), inverse
+
+
+class _SupCon(torch.autograd.Function):
+    """With a group: gathers of embeddings and of lse forward, none backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        temperature: Tensor,
+        ids: Tensor,
+        inverse_count: Tensor,
+        reduction: int,
+        group: dist.ProcessGroup | None,
+        counts: tuple[int, ...],
+    ) -> Tensor:
+        u, inv_norm = ops.sup_con_normalize(z, temperature)
+        offset = 0 if group is None else sum(counts[: dist.get_rank(group)])
+        u_all = u if group is None else all_gather_rows(u, group, counts)
+        rows, lse = ops.sup_con_rows(u_all, ids, inverse_count, temperature, offset, u.size(0))
+        if group is not None:
+            per_row = all_gather_rows(torch.stack((rows, lse), 1), group, counts)
+            rows, lse = per_row[:, 0].to(rows.dtype), per_row[:, 1].contiguous()
+        ctx.save_for_backward(u_all, lse, ids, inverse_count, inv_norm, z, temperature)
+        ctx.offset, ctx.ranks, ctx.mean = offset, len(counts), reduction == ops.MEAN
+        if reduction == ops.NONE:
+            return rows
+        return rows.mean() if ctx.mean else rows.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        total = saved[0].size(0)
+        grad = grad * (ctx.ranks / total if ctx.mean else ctx.ranks)
+        grad_z, grad_temperature = ops.sup_con_backward(grad.expand(total), *saved, ctx.offset)
+        return grad_z, grad_temperature, None, None, None, None, None

@@ -1,0 +1,6 @@
+"""Encoders and projection heads, and their weights in and out."""
+
+from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector
+from simclr_fast.models.weights import Weights, load_weights
+
+__all__ = ["SimCLR", "Weights", "build_encoder", "build_projector", "load_weights"]

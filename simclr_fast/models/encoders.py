@@ -1,0 +1,177 @@
+"""Encoders and projection heads: images → h, what evaluation uses → z, what the loss sees."""
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from simclr_fast.utils.extras import need
+
+# Blocks per stage. resnet10 is the embedded data set's; the others are He et al. 2015.
+RESNETS = {
+    "resnet10": ("BasicBlock", (1, 1, 1, 1)),
+    "resnet18": ("BasicBlock", (2, 2, 2, 2)),
+    "resnet34": ("BasicBlock", (3, 4, 6, 3)),
+    "resnet50": ("Bottleneck", (3, 4, 6, 3)),
+    "resnet101": ("Bottleneck", (3, 4, 23, 3)),
+    "resnet152": ("Bottleneck", (3, 8, 36, 3)),
+}
+Stem = Literal["imagenet", "cifar", "cifar-stride2", "cifar-pad2", "cifar-no-relu"]
+
+
+class ResNet(nn.Module):
+    """torchvision's ResNet at any width, with torchvision's parameter names and no classifier.
+
+    images: [N, 3, H, W] → h: [N, feature_dim]. width multiplies every layer's channels, the stem's
+    too, as in the SimCLR paper (torchvision's wide_resnet widens only inner layers). stem: 7×7
+    stride 2 and max-pooling ("imagenet"); 3×3 without pooling ("cifar", arXiv:2002.05709, B.9), or
+    the same with stride 2 ("cifar-stride2"). For imported weights: "cifar" padded by 2, which is
+    solo-learn's ("cifar-pad2"), and "cifar" without the ReLU, lightly's ResNetGenerator in a
+    Sequential ("cifar-no-relu").
+    """
+
+    def __init__(self, name: str, width: float = 1, stem: Stem = "imagenet") -> None:
+        super().__init__()
+        resnet = need("torchvision", "train").models.resnet
+        kind, blocks = RESNETS[name]
+        block = getattr(resnet, kind)
+        channels = [round(64 * width * 2**stage) for stage in range(4)]
+        if stem == "imagenet":
+            self.conv1 = nn.Conv2d(3, channels[0], 7, stride=2, padding=3, bias=False)
+            maxpool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1)
+        else:
+            stride = 2 if stem == "cifar-stride2" else 1
+            padding = 2 if stem == "cifar-pad2" else 1
+            self.conv1 = nn.Conv2d(3, channels[0], 3, stride=stride, padding=padding, bias=False)
+            maxpool = nn.Identity()
+        # In the order of use: torchvision's IntermediateLayerGetter runs the children in turn.
+        self.bn1 = nn.BatchNorm2d(channels[0])
+        self.relu = nn.Identity() if stem == "cifar-no-relu" else nn.ReLU(inplace=True)
+        self.maxpool = maxpool
+        inputs = channels[0]
+        for stage, (planes, count) in enumerate(zip(channels, blocks, strict=True)):
+            layers = []
+            for i in range(count):
+                stride = 2 if stage and not i else 1
+                outputs = planes * block.expansion
+                downsample = None
+                if stride != 1 or inputs != outputs:
+                    downsample = nn.Sequential(
+                        resnet.conv1x1(inputs, outputs, stride), nn.BatchNorm2d(outputs)
+                    )
+                layers.append(block(inputs, planes, stride, downsample))
+                inputs = outputs
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*layers))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.feature_dim = inputs
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        for stage in range(4):
+            x = self.get_submodule(f"layer{stage + 1}")(x)
+        return self.avgpool(x).flatten(1)
+
+
+def build_encoder(
+    name: str, *, width: float = 1, image_size: int = 224, stem: Stem | None = None
+) -> tuple[nn.Module, int]:
+    """An untrained encoder and its feature dimension.
+
+    name: resnet10/18/34/50/101/152 (any `width`), or any torchvision classification model, or any
+        of timm's ("timm:NAME", or a name that torchvision does not have). The classifier is cut.
+    stem: of ResNets; by default "cifar" up to 64 pixels, else "imagenet".
+
+    Raises:
+        ValueError: unknown name, or a width of a model that has none. ImportError: no torchvision.
+    """
+    if width <= 0:
+        raise ValueError(f"width must be positive, got {width}")
+    if name in RESNETS:
+        resnet = ResNet(name, width, stem or default_stem(image_size))
+        return resnet, resnet.feature_dim
+    if width != 1:
+        raise ValueError(f"width={width} is for {', '.join(RESNETS)}; {name} has its own")
+    models = need("torchvision", "train").models
+    if not name.startswith("timm:") and name in models.list_models(module=models):
+        return cut_classifier(models.get_model(name, weights=None), name)
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(
+            f"no such torchvision model: {name!r}; for timm's models, pip install timm"
+        ) from error
+    bare = name.removeprefix("timm:")
+    if not timm.is_model(bare):
+        raise ValueError(f"neither torchvision nor timm has a model {bare!r}")
+    encoder: Any = timm.create_model(bare, num_classes=0)
+    # num_features is not always what pooling puts out (timm's own note on MobileNetV3 and kin).
+    dim: int = getattr(encoder, "head_hidden_size", None) or encoder.num_features
+    return encoder, dim
+
+
+def default_stem(image_size: int) -> Stem:
+    """A ResNet's first layers by the size of its images."""
+    return "cifar" if image_size <= 64 else "imagenet"
+
+
+def cut_classifier(model: nn.Module, name: str) -> tuple[nn.Module, int]:
+    """Replace the last Linear of the model's head by Identity."""
+    for attribute in ("fc", "classifier", "heads", "head"):
+        head = getattr(model, attribute, None)
+        if isinstance(head, nn.Linear):
+            setattr(model, attribute, nn.Identity())
+            return model, head.in_features
+        if isinstance(head, nn.Sequential):
+            for key, layer in reversed(list(head.named_children())):
+                if isinstance(layer, nn.Linear):
+                    setattr(head, key, nn.Identity())
+                    return model, layer.in_features
+    raise ValueError(f"{name} has no linear classifier to cut; choose another or pass a module")
+
+
+def build_projector(
+    kind: Literal["nonlinear", "linear", "none"], in_dim: int, out_dim: int = 128, depth: int = 2
+) -> nn.Module:
+    """h [N, in_dim] → z: the head that the loss sees and evaluation throws away.
+
+    "nonlinear": depth - 1 times (linear, batch norm, ReLU) at the feature width, then linear and
+    batch norm without shift; depth 2 is SimCLR's, 3 SimCLR v2's. "linear": the last part alone.
+    "none": z = h. (google-research/simclr, model_util.py.)
+    """
+    if kind not in ("nonlinear", "linear", "none"):
+        raise ValueError(f"kind must be 'nonlinear', 'linear' or 'none', got {kind!r}")
+    if depth < 1:
+        raise ValueError(f"depth must be at least 1, got {depth}")
+    if kind == "none":
+        return nn.Identity()
+    layers: list[nn.Module] = []
+    for _ in range(depth - 1 if kind == "nonlinear" else 0):
+        layers += [nn.Linear(in_dim, in_dim, bias=False), nn.BatchNorm1d(in_dim), nn.ReLU()]
+    last = nn.BatchNorm1d(out_dim)
+    last.bias.requires_grad_(False)
+    return nn.Sequential(*layers, nn.Linear(in_dim, out_dim, bias=False), last)
+
+
+class SimCLR(nn.Module):
+    """encoder and projector: images [N, 3, H, W] → (h [N, feature_dim], z [N, out_dim])."""
+
+    def __init__(self, encoder: nn.Module, projector: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.projector = encoder, projector
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.encoder(images)
+        return h, self.projector(h)
+
+
+@torch.no_grad()
+def encode(
+    encoder: nn.Module, batches: Iterable[tuple[Tensor, ...]], device: torch.device
+) -> Tensor:
+    """Features [n, feature_dim], float32 on the CPU, of an iterable of (images, index)."""
+    encoder.eval()
+    return torch.cat([encoder(images.to(device)).float().cpu() for images, _ in batches])

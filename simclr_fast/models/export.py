@@ -1,0 +1,191 @@
+"""An encoder for other programs: written only after its outputs there equal ours."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from simclr_fast.models.encoders import cut_classifier
+from simclr_fast.models.weights import Weights
+from simclr_fast.utils import checkpoint
+from simclr_fast.utils.extras import need
+
+Format = Literal["torchvision", "timm", "safetensors", "torch-export", "onnx"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+# Of the largest output. Other libraries pool and fuse in another order: float32 rounding.
+_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Exported:
+    """path: the file. difference: largest of outputs, relative to the largest. usage: loads it."""
+
+    path: Path
+    difference: float
+    usage: str
+
+
+def export_encoder(weights: Weights, folder: str | Path, form: Format) -> Exported:
+    """Write `weights.encoder` into `folder` in one of FORMATS.
+
+    torchvision: NAME.pth, the state_dict of torchvision's model with its last layer cut (also that
+        of torchvision's detection and segmentation backbones). timm: a folder for timm's
+        "local-dir:". Both for width 1 and the ImageNet stem.
+    safetensors: encoder.safetensors, ours. torch-export: encoder.pt2. onnx: encoder.onnx. The last
+        two take any batch size, and images of `weights.augmentation.size`.
+
+    Raises:
+        ValueError: the other library has no such model, or computes something else with these
+            weights. ImportError: the format's library is missing.
+    """
+    if form not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {form!r}")
+    write = {
+        "torchvision": _torchvision,
+        "timm": _timm,
+        "safetensors": _safetensors,
+        "torch-export": _torch_export,
+        "onnx": _onnx,
+    }[form]
+    return write(weights, Path(folder))
+
+
+def _torchvision(weights: Weights, folder: Path) -> Exported:
+    models = need("torchvision", "train").models
+    name = _plain_name(weights, "torchvision")
+    if weights.model.startswith("timm:") or name not in models.list_models(module=models):
+        raise ValueError(f"torchvision has no model {name!r}")
+    theirs, _ = cut_classifier(models.get_model(name, weights=None), name)
+    difference = _compare(weights, _loaded(theirs, weights))
+    path = folder / f"{name}.pth"
+    checkpoint.write_atomic(path, lambda part: torch.save(theirs.state_dict(), part))
+    (*_, cut) = (key for key, layer in theirs.named_modules() if isinstance(layer, nn.Identity))
+    cut = re.sub(r"\.(\d+)", r"[\1]", cut)
+    usage = f"model = torchvision.models.{name}(); model.{cut} = torch.nn.Identity(); "
+    return Exported(path, difference, f'{usage}model.load_state_dict(torch.load("{path}"))')
+
+
+def _timm(weights: Weights, folder: Path) -> Exported:
+    timm = need("timm", "bench")
+    safetensors = need("safetensors.torch", "train")
+    name = _plain_name(weights, "timm")
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}")
+    theirs = timm.create_model(name, num_classes=0)
+    difference = _compare(weights, _loaded(theirs, weights))
+    augmentation = weights.augmentation
+    config = {
+        "architecture": name,
+        "num_classes": 0,
+        "num_features": weights.feature_dim,
+        "pretrained_cfg": {
+            "input_size": [3, augmentation.size, augmentation.size],
+            "interpolation": augmentation.interpolation,
+            "mean": augmentation.mean or (0, 0, 0),
+            "std": augmentation.std or (1, 1, 1),
+            "num_classes": 0,
+            "first_conv": theirs.pretrained_cfg["first_conv"],
+            "classifier": theirs.pretrained_cfg["classifier"],
+        },
+    }
+    path, state = folder / "model.safetensors", _plain_state(theirs)
+    checkpoint.write_atomic(path, lambda part: safetensors.save_file(state, part))
+    text = json.dumps(config, indent=2) + "\n"
+    checkpoint.write_atomic(folder / "config.json", lambda part: part.write_text(text))
+    usage = f'model = timm.create_model("local-dir:{folder}", pretrained=True)'
+    return Exported(path, difference, usage)
+
+
+def _safetensors(weights: Weights, folder: Path) -> Exported:
+    fresh = _loaded(weights.build(), weights)
+    difference = _compare(weights, fresh)
+    path = folder / "encoder.safetensors"
+    checkpoint.save_encoder(path, fresh, weights.about())
+    return Exported(path, difference, f'encoder = load_weights("{path}").encoder')
+
+
+def _torch_export(weights: Weights, folder: Path) -> Exported:
+    program = torch.export.export(weights.encoder, (_images(weights),), dynamic_shapes=_ANY_BATCH)
+    difference = _compare(weights, program.module())
+    path = folder / "encoder.pt2"
+    checkpoint.write_atomic(path, lambda part: _save_program(program, part))
+    return Exported(path, difference, f'encoder = torch.export.load("{path}").module()')
+
+
+def _save_program(program: Any, path: Path) -> None:
+    # torch.export.save warns of a path that does not end in .pt2, as a temporary one.
+    with path.open("wb") as file:
+        torch.export.save(program, file)
+
+
+def _onnx(weights: Weights, folder: Path) -> Exported:
+    for module in ("onnx", "onnxscript"):
+        need(module, "onnx")
+    runtime = need("onnxruntime", "onnx")
+    program: Any = torch.onnx.export(
+        weights.encoder,
+        (_images(weights),),
+        dynamo=True,
+        dynamic_shapes=_ANY_BATCH,
+        input_names=["images"],
+        output_names=["h"],
+        verbose=False,
+    )
+    path, differences = folder / "encoder.onnx", []
+
+    def save_checked(part: Path) -> None:
+        program.save(str(part))
+        session = runtime.InferenceSession(str(part), providers=["CPUExecutionProvider"])
+
+        def theirs(images: Tensor) -> Tensor:
+            return torch.from_numpy(session.run(["h"], {"images": images.numpy()})[0])
+
+        differences.append(_compare(weights, theirs))
+
+    checkpoint.write_atomic(path, save_checked)
+    return Exported(path, differences[0], f'session = onnxruntime.InferenceSession("{path}")')
+
+
+_ANY_BATCH = ({0: torch.export.Dim("N")},)
+
+
+def _plain_name(weights: Weights, library: str) -> str:
+    if weights.width != 1 or weights.stem not in (None, "imagenet"):
+        raise ValueError(
+            f"{library} has {weights.model} at width 1 with the ImageNet stem only; this one has "
+            f"width {weights.width:g}, stem {weights.stem}: use safetensors, torch-export or onnx"
+        )
+    return weights.model.removeprefix("timm:")
+
+
+def _loaded(theirs: nn.Module, weights: Weights) -> nn.Module:
+    checkpoint.load_strictly(theirs, weights.encoder.state_dict(), weights.path)
+    return theirs.eval()
+
+
+def _plain_state(module: nn.Module) -> dict[str, Tensor]:
+    return {key: tensor.contiguous() for key, tensor in module.state_dict().items()}
+
+
+def _images(weights: Weights, count: int = 2) -> Tensor:
+    size = weights.augmentation.size
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def _compare(weights: Weights, theirs: Callable[[Tensor], Tensor]) -> float:
+    """The largest difference of outputs, relative to the largest; an error if it is one."""
+    # Not the batch that an export saw.
+    images = _images(weights, 3)
+    h, other = weights.encoder(images), theirs(images)
+    if other.shape != h.shape:
+        raise ValueError(f"not exported: h is {list(other.shape)} there, {list(h.shape)} here")
+    difference = float((h - other).abs().max() / h.abs().max().clamp_min(1e-30))
+    if not difference <= _TOLERANCE:
+        raise ValueError(f"not exported: outputs differ by {difference:.1e} of the largest")
+    return difference

@@ -1,0 +1,341 @@
+"""LARS and its parameter groups."""
+
+import math
+from collections.abc import Callable, Iterable
+from numbers import Real
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import (
+    Optimizer,
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)
+
+from simclr_fast import ops
+from simclr_fast.optim.lars_native import Held, native_step, use_native, wants_native
+from simclr_fast.optim.lars_torch import Batch, foreach_step
+
+_NORM_LAYERS = (
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+)
+_NUMBERS = ("momentum", "dampening", "weight_decay", "trust_coefficient", "eps")
+
+
+class LARS(Optimizer):
+    """SGD whose update of each tensor is scaled by a trust ratio (You et al. 2017,
+    https://arxiv.org/abs/1708.03888), one native call per device and step.
+
+    With weight p, gradient g, trust coefficient η, weight decay λ and momentum μ::
+
+        norm="split":  r = η‖p‖ / (‖g‖ + λ‖p‖ + eps)      norm="joint":  r = η‖p‖ / (‖g + λp‖ + eps)
+        momentum_order="torch":  v = μv + (1 - dampening)·r(g + λp);     p = p - lr·v
+        momentum_order="tf":     v = μv + (1 - dampening)·lr·r(g + λp);  p = p - v
+
+    A group with ``adapt=False`` keeps r = 1 (and its weight decay): ``lars_param_groups`` makes
+    such a group of biases and normalisation layers. Norms are float32 or wider whatever the dtype
+    of the parameters, so a half-precision norm cannot overflow into a step of zero length.
+
+    Arguments that give the semantics of other implementations:
+
+    ======================== ================ ======= ===== =============== ====================
+    implementation           momentum_order   norm    eps   when_zero       else
+    ======================== ================ ======= ===== =============== ====================
+    google-research/simclr   "tf"             "joint" 0     either          the paper's; optax's
+    moco-v3, VISSL           "torch"          "joint" 0     either          adapt=False if 1-d
+    lightly                  "torch"          "split" 1e-8  "skip"          adapt=False if λ = 0
+    solo-learn               "torch"          "split" 1e-8  "skip"          trust_clip=clip_lr
+    timm                     "torch"          "split" 1e-8  "decay"         adapt=False if λ = 0
+    apex LARC over SGD       "torch"          "split" 1e-8  "skip"          η = 0.02, trust_clip
+    ======================== ================ ======= ===== =============== ====================
+
+    Args:
+        params: parameters or groups. Any strided float16, bfloat16, float32 or float64 tensors, on
+            any mixture of devices; complex and sparse ones raise ValueError.
+        lr: learning rate, a float ≥ 0 or a one-element tensor (read on the device, never copied
+            to the host).
+        momentum, dampening, weight_decay, nesterov, maximize: as in ``torch.optim.SGD``.
+        trust_coefficient: η.
+        eps: added to the denominator of the trust ratio.
+        trust_clip: r = min(r / lr, 1), the clipping of LARC.
+        momentum_order: whether the learning rate is applied after ("torch") or inside ("tf") the
+            momentum buffer. They differ while the learning rate changes.
+        norm: whether weight decay enters the norm of the gradient before or after it is taken.
+        when_zero: what norm="split" does with a tensor whose weight or gradient norm is zero, r
+            being 1: "skip" leaves out its weight decay and clipping, "decay" keeps both.
+        foreach: True: plain torch's multi-tensor operations; False: one tensor at a time.
+        fused: True: the native kernels, an error where there are none; False: plain torch;
+            None: native where there is a kernel.
+        capturable: keeps each lr in a float64 tensor on its group's device, so that schedulers
+            reach a captured CUDA graph.
+
+    The state of a parameter is ``momentum_buffer``, exchangeable with ``torch.optim.SGD`` (and,
+    for momentum_order="torch", the optimizers of the table). A ``GradScaler`` hands its scale and
+    overflow flag to ``step``, which reads them on the device; gradients stay scaled.
+
+    Raises:
+        TypeError, ValueError: for a hyperparameter of another type or outside its range, with its
+            name and value.
+    """
+
+    _step_supports_amp_scaling = True
+    # Keys of another library's parameter groups and what they are called here: simclr_fast.compat.
+    _other_names: ClassVar[dict[str, str]] = {}
+    _held: Held | None = None
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float | Tensor,
+        *,
+        momentum: float = 0.9,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        trust_coefficient: float = 1e-3,
+        eps: float = 1e-8,
+        trust_clip: bool = False,
+        momentum_order: str = "torch",
+        norm: str = "split",
+        when_zero: str = "skip",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+    ):
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "trust_coefficient": trust_coefficient,
+            "eps": eps,
+            "trust_clip": trust_clip,
+            "momentum_order": momentum_order,
+            "norm": norm,
+            "when_zero": when_zero,
+            "adapt": True,
+            "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
+            "capturable": capturable,
+        }
+        _check_group(defaults)
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._held = None
+        for group in self.param_groups:
+            self._rename(group)
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def _rename(self, group: dict[str, Any]) -> None:
+        for theirs, ours in self._other_names.items():
+            if theirs in group:
+                group[ours] = group.pop(theirs)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; keys that it leaves out take the values given to the constructor."""
+        self._rename(param_group)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_group(group)
+            _check_params(group["params"])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        if group["capturable"] and group["params"]:
+            lr = torch.as_tensor(group["lr"], dtype=torch.float64, device=group["params"][0].device)
+            group["lr"] = lr.clone()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates every parameter that has a gradient; returns what ``closure`` returned."""
+        step = _hooked_step if _is_watched(self) else LARS._step
+        return step(self) if closure is None else step(self, closure)
+
+    # torch wraps the step of every optimizer without this mark, for hooks and profilers: a third of
+    # the time of a whole call here. So its wrapper is used only when one of them is there.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scale = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if torch.compiler.is_compiling() and ops.has_extension() and self._wants_native():
+            _untraced_update(self, *scale)
+        else:
+            self._update(*scale)
+        return loss
+
+    def _wants_native(self) -> bool:
+        return any(wants_native(group) for group in self.param_groups)
+
+    def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        compiling = torch.compiler.is_compiling()
+        if self._held is not None and not compiling:
+            if self._held.step(self, self._rule, grad_scale, found_inf):
+                return
+            self._held = None
+        batches = self._batches(found_inf)
+        native: dict[torch.device, list[Batch]] = {}
+        for batch in batches:
+            device = batch.params[0].device
+            if use_native(batch.group, batch.params):
+                native.setdefault(device, []).append(batch)
+            elif batch.group["foreach"] is False:
+                for i in range(len(batch.params)):
+                    foreach_step(batch.select([i]), grad_scale, found_inf)
+            else:
+                foreach_step(batch, grad_scale, found_inf)
+        for device, on_device in native.items():
+            native_step(device, on_device, grad_scale, found_inf)
+            if len(on_device) == len(batches) and Held.can(batches):
+                self._held = Held(self, batches)
+
+    # What a subclass may treat apart within a group, and the rule of either part.
+    def _apart(self, p: Tensor) -> bool:
+        return False
+
+    def _rule(self, group: dict[str, Any], apart: bool) -> tuple[float, bool]:
+        """Weight decay of the group's tensors, and whether they are adapted."""
+        return group["weight_decay"], group["adapt"]
+
+    def _batches(self, found_inf: Tensor | None) -> list[Batch]:
+        batches = []
+        for group in self.param_groups:
+            parts: dict[tuple[torch.device, bool], list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    parts.setdefault((p.device, self._apart(p)), []).append(p)
+            for (_, apart), params in parts.items():
+                batches += self._part_batches(params, group, apart, found_inf)
+        return batches
+
+    def _part_batches(
+        self,
+        params: list[Tensor],
+        group: dict[str, Any],
+        apart: bool,
+        found_inf: Tensor | None,
+    ) -> list[Batch]:
+        grads = [p.grad for p in params if p.grad is not None]
+        dampening, state = group["dampening"], self.state
+        rule = self._rule(group, apart)
+        if group["momentum"] == 0:
+            return [Batch(params, grads, [], group, apart, 0.0, *rule)]
+        buffers = [state[p].get("momentum_buffer") for p in params]
+        fresh = [i for i, buffer in enumerate(buffers) if buffer is None]
+        # The first step is undampened, so a skipped one must not count: the one flag read here.
+        if fresh and dampening != 0 and found_inf is not None and bool(found_inf):
+            return []
+        for i in fresh:
+            buffers[i] = torch.zeros_like(params[i], memory_format=torch.preserve_format)
+            state[params[i]]["momentum_buffer"] = buffers[i]
+        batch = Batch(params, grads, buffers, group, apart, dampening, *rule)
+        if not fresh or dampening == 0:
+            return [batch]
+        older = sorted(set(range(len(params))) - set(fresh))
+        first = batch.select(fresh)._replace(dampening=0.0)
+        return [first, batch.select(older)] if older else [first]
+
+
+_hooked_step = Optimizer.profile_hook_step(LARS._step)
+# The native part is one operator already; traced, the look at each tensor would become a guard.
+_untraced_update = torch.compiler.disable(LARS._update)
+
+
+def _is_watched(optimizer: LARS) -> bool:
+    """Whether hooks or a profiler wait for a step, and no subclass's own step has served them."""
+    if type(optimizer).step is not LARS.step:
+        return False
+    hooks = (
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+    )
+    if torch.compiler.is_compiling():
+        return bool(hooks)
+    return bool(hooks) or torch.autograd._profiler_enabled()
+
+
+def lars_param_groups(model: nn.Module, weight_decay: float = 1e-6) -> list[dict[str, Any]]:
+    """Two groups: weights, decayed and adapted; biases and the parameters of normalisation layers
+    (and all others of at most one dimension), neither decayed nor adapted, as in the SimCLR paper
+    (https://arxiv.org/abs/2002.05709, section B). Parameters that need no gradient are left out.
+    """
+    norm_params = {
+        p
+        for module in model.modules()
+        if isinstance(module, _NORM_LAYERS)
+        for p in module.parameters(recurse=False)
+    }
+    weights: list[Tensor] = []
+    rest: list[Tensor] = []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        excluded = p.ndim <= 1 or name.split(".")[-1] == "bias" or p in norm_params
+        (rest if excluded else weights).append(p)
+    return [
+        {"params": weights, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": 0.0, "adapt": False},
+    ]
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    lr = group["lr"]
+    for name in _NUMBERS if isinstance(lr, Tensor) else ("lr", *_NUMBERS):
+        if not isinstance(group[name], Real) or isinstance(group[name], bool):
+            raise TypeError(f"{name} must be a number, got {group[name]!r}")
+    for name in ("nesterov", "trust_clip", "adapt", "maximize", "capturable"):
+        if not isinstance(group[name], bool):
+            raise TypeError(f"{name} must be a bool, got {group[name]!r}")
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or lr.is_complex():
+            raise ValueError(f"lr must be a float or a one-element real tensor, got {lr}")
+    elif not lr >= 0:
+        raise ValueError(f"lr must be at least 0, got {lr}")
+    for name in ("momentum", "weight_decay", "trust_coefficient", "eps"):
+        if not 0 <= group[name] < math.inf:
+            raise ValueError(f"{name} must be finite and at least 0, got {group[name]}")
+    if not math.isfinite(group["dampening"]):
+        raise ValueError(f"dampening must be finite, got {group['dampening']}")
+    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError(
+            "nesterov=True needs momentum > 0 and dampening = 0, got "
+            f"momentum={group['momentum']}, dampening={group['dampening']}"
+        )
+    for name, allowed in (
+        ("momentum_order", ("torch", "tf")),
+        ("norm", ("split", "joint")),
+        ("when_zero", ("skip", "decay")),
+    ):
+        if group[name] not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {group[name]!r}")
+    if group["foreach"] and group["fused"]:
+        raise ValueError("foreach=True and fused=True exclude each other")
+
+
+def _check_params(params: list[Tensor]) -> None:
+    for p in params:
+        if p.is_complex() or not p.is_floating_point():
+            raise ValueError(f"LARS needs real floating-point parameters, got {p.dtype}")
+        if p.layout is not torch.strided:
+            raise ValueError(f"LARS needs strided parameters, got layout {p.layout}")
+        if any(size > 1 and step == 0 for size, step in zip(p.shape, p.stride(), strict=True)):
+            raise ValueError(
+                "LARS needs parameters whose elements have memory of their own, got an expanded "
+                f"one of shape {list(p.shape)}; .clone() it"
+            )

@@ -1,0 +1,41 @@
+"""The learning rate of the SimCLR paper: its scaling with the batch, warm-up and cosine decay."""
+
+import math
+
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.optimizer import Optimizer
+
+
+def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
+    """The paper's schedule, per step: step t uses lr·t/warmup_steps while t < warmup_steps, then
+    lr·(1 + cos(π(t - warmup_steps)/(total_steps - warmup_steps)))/2, and 0 from total_steps on.
+
+    The first step of a warm-up has the learning rate 0. Call ``step()`` on the returned scheduler
+    after each ``optimizer.step()``.
+    """
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(
+            "0 <= warmup_steps < total_steps is needed, got "
+            f"warmup_steps={warmup_steps}, total_steps={total_steps}"
+        )
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return step / warmup_steps
+        progress = min((step - warmup_steps) / (total_steps - warmup_steps), 1.0)
+        return (1.0 + math.cos(math.pi * progress)) / 2.0
+
+    return LambdaLR(optimizer, factor)
+
+
+def scaled_lr(batch_size: int, rule: str = "linear") -> float:
+    """The paper's learning rate for a batch of ``batch_size`` images over all devices:
+    0.3·batch_size/256 ("linear") or 0.075·√batch_size ("sqrt", better below 4096 images and for
+    short runs; table B.1)."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if rule == "linear":
+        return 0.3 * batch_size / 256
+    if rule == "sqrt":
+        return 0.075 * math.sqrt(batch_size)
+    raise ValueError(f"rule must be 'linear' or 'sqrt', got {rule!r}")

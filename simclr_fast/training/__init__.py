@@ -1,0 +1,1 @@
+"""Training from images to an encoder: pretraining, the supervised baseline, ablations."""

@@ -1,0 +1,170 @@
+"""What a pretraining run is made of. Presets are functions that return a PretrainConfig."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from simclr_fast.augment.params import Augmentation, augmentation_from
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """One run. The defaults are the paper's ImageNet recipe (arXiv:2002.05709, section 2.2)."""
+
+    data: str = "demo"
+    """A folder, a .tar/.tfrecord/.rec file, "demo" (embedded), "demo-grain", or NAME:ROOT, where
+    torchvision's cifar10, stl10, food101, ... is."""
+    out: Path | None = None
+    """Output folder; by default runs/NAME-DATE."""
+    model: str = "resnet50"
+    """A torchvision or timm model."""
+    width: float = 1.0
+    """Channel multiplier of ResNets: 1, 2, 4 in the paper."""
+    stem: Literal["imagenet", "cifar", "cifar-stride2"] | None = None
+    """First layers of ResNets; by default by the image size."""
+    projector: Literal["nonlinear", "linear", "none"] = "nonlinear"
+    projector_dim: int = 128
+    projector_depth: int = 2
+    """2: SimCLR, 3: SimCLR v2."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    batch_size: int = 4096
+    """Images per step over all ranks."""
+    epochs: int = 100
+    steps: int | None = None
+    """Steps instead of epochs."""
+    temperature: float = 0.1
+    optimizer: Literal["lars", "adam"] = "lars"
+    lr: float | None = None
+    """Peak learning rate; by default lr_rule's for LARS, 2e-3 for Adam."""
+    lr_rule: Literal["linear", "sqrt"] = "linear"
+    """LARS: 0.3 × batch / 256, or 0.075 × √batch."""
+    weight_decay: float = 1e-6
+    warmup_epochs: float = 10
+    seed: int = 0
+    device: str = "auto"
+    """auto: cuda if there is one, else cpu."""
+    backend: Literal["fused", "dali"] | None = None
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 autocast on GPUs that have it, else float32. float16 scales the loss."""
+    memory: Literal["auto", "plain", "replay", "lockstep", "grad-cache"] = "auto"
+    """How the batch's gradient is made to fit; see simclr_fast.large_batch.LargeBatch. auto: the
+    first that `simclr-fast plan` predicts to fit."""
+    micro_batch: int | None = None
+    """Views at a time in lockstep and grad-cache, per rank; by default 256."""
+    offload_gb: float = 0
+    """Host memory per rank for lockstep's block inputs, GB."""
+    keep_every: int = 1
+    """Lockstep keeps the input of every so many-th block."""
+    compile: bool = False
+    """Lockstep runs what lies between batch norms and convolutions through torch.compile."""
+    allow_ghost_bn: bool = False
+    """Let grad-cache run with batch norms, whose statistics are then a micro-batch's own."""
+    channels_last: bool = True
+    on_error: Literal["raise", "skip"] = "raise"
+    """What a corrupt image does: end the run with its name, or be replaced and counted."""
+    workers: int | None = None
+    """Threads that decode; by default the cores, at most 8."""
+    log_every: int = 20
+    probe_every: int | None = None
+    """Steps between reports of a linear and a k-NN probe on the features of the run's own steps;
+    needs labels, which train only the probe."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; the newest two are kept."""
+    timeout: float = 600
+    """Seconds without progress after which a run of several ranks ends and names who stalled."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `out`."""
+    overwrite: bool = False
+    """Delete what `out` holds."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "epochs", "log_every", "checkpoint_every", "projector_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}")
+        if self.offload_gb < 0:
+            raise ValueError(f"offload_gb must be at least 0, got {self.offload_gb}")
+        if self.keep_every < 1:
+            raise ValueError(f"keep_every must be at least 1, got {self.keep_every}")
+        for name, given, modes in (
+            ("micro_batch", self.micro_batch is not None, ("auto", "lockstep", "grad-cache")),
+            ("offload_gb", self.offload_gb > 0, ("lockstep",)),
+            ("keep_every", self.keep_every > 1, ("lockstep",)),
+            ("compile", self.compile, ("auto", "lockstep")),
+            ("allow_ghost_bn", self.allow_ghost_bn, ("grad-cache",)),
+        ):
+            if given and self.memory not in modes:
+                raise ValueError(f"{name} is for memory {' or '.join(modes)}, got {self.memory!r}")
+        if self.probe_every is not None and self.probe_every < 1:
+            raise ValueError(f"probe_every must be at least 1, got {self.probe_every}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if self.lr is not None and self.lr <= 0:
+            raise ValueError(f"lr must be positive, got {self.lr}")
+        if self.timeout <= 0:
+            raise ValueError(f"timeout must be positive, got {self.timeout}")
+        if self.warmup_epochs < 0:
+            raise ValueError(f"warmup_epochs must be at least 0, got {self.warmup_epochs}")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other")
+
+
+def imagenet() -> PretrainConfig:
+    """ResNet-50 at batch 4096, the paper's setting."""
+    return PretrainConfig(data="imagenet/train")
+
+
+def imagenet100() -> PretrainConfig:
+    """The 100-class subset, at a batch that fits one large GPU."""
+    return PretrainConfig(
+        data="imagenet100/train", batch_size=512, epochs=400, lr_rule="sqrt", temperature=0.1
+    )
+
+
+def cifar10() -> PretrainConfig:
+    """The paper's appendix B.9 with ResNet-18: small stem, no blur, s = .5, τ .5."""
+    return PretrainConfig(
+        data="cifar10:data",
+        model="resnet18",
+        augmentation=Augmentation(size=32, s=0.5, p_blur=0),
+        batch_size=1024,
+        epochs=1000,
+        temperature=0.5,
+    )
+
+
+def demo() -> PretrainConfig:
+    """The embedded data set, minutes on two CPU cores. Chosen on held-out training images."""
+    return PretrainConfig(
+        data="demo",
+        model="resnet10",
+        width=0.25,
+        stem="cifar-stride2",
+        augmentation=Augmentation(size=32, area=(0.2, 1.0), hue=0.5, p_blur=0),
+        batch_size=256,
+        steps=1150,
+        temperature=0.5,
+        lr=2.0,
+        warmup_epochs=2,
+    )
+
+
+PRESETS = {"demo": demo, "cifar10": cifar10, "imagenet100": imagenet100, "imagenet": imagenet}
+
+
+def to_json(config: Any) -> str:
+    """The dataclass as JSON."""
+    return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
+
+
+def from_json(text: str) -> PretrainConfig:
+    """The inverse of `to_json`."""
+    values = json.loads(text)
+    augmentation = augmentation_from(values.pop("augmentation"))
+    out = values.pop("out")
+    return PretrainConfig(**values, augmentation=augmentation, out=Path(out) if out else None)

@@ -1,0 +1,1 @@
+"""What every part leans on: checkpoints, ranks, signals, file locks, optional packages."""

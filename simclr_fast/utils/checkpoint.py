@@ -1,0 +1,192 @@
+"""Checkpoints that an interruption cannot harm: written aside, synced, then renamed."""
+
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simclr_fast.utils.extras import need
+from simclr_fast.utils.locks import lock
+
+_KEEP = 2
+# How the name of a file ends while it is written.
+_PART = ".simclr-part"
+# Keys that an error names before it counts the rest.
+_NAMED = 5
+# What torch says of a class or function that weights_only refuses.
+_FOREIGN = re.compile(r"GLOBAL ([\w.]+)")
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Call write(temporary path), sync the file, and rename it to `path`: all or nothing.
+
+    Removes what processes that were killed while they wrote have left in the folder, where there
+    are locks to tell. Raises OSError with `path` when writing fails, as on a full disk.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", suffix=_PART, dir=path.parent)
+    temporary = Path(name)
+    held = lock(handle)
+    if not held:
+        # Windows renames no open file.
+        os.close(handle)
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    # torch.save raises RuntimeError when it cannot write.
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"could not write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+        if held:
+            os.close(handle)
+    if hasattr(os, "O_DIRECTORY"):  # not on Windows
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for part in folder.glob(f".*{_PART}"):
+        with contextlib.suppress(OSError):
+            handle = os.open(part, os.O_RDONLY)
+            try:
+                if lock(handle):
+                    part.unlink(missing_ok=True)
+            finally:
+                os.close(handle)
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write folder/step-NNNNNNNN.pt and delete all but the newest two."""
+    path = folder / f"step-{step:08d}.pt"
+    write_atomic(path, lambda temporary: torch.save(state, temporary))
+    for old in checkpoints(folder)[:-_KEEP]:
+        old.unlink()
+    return path
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first."""
+    return sorted(folder.glob("step-*.pt"))
+
+
+def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint; no code in it is run. Raises ValueError with its path if unreadable."""
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        if found := _FOREIGN.search(str(error)):
+            raise ValueError(
+                f"{path} holds objects other than tensors ({found[1]}); no code in a checkpoint is "
+                "run: save its state_dict alone, with the program that wrote it"
+            ) from error
+        cause = str(error).partition("\n")[0]
+        raise ValueError(f"not a readable checkpoint: {path}: {cause}") from error
+
+
+def restore(path: Path, map_location: torch.device | str, **parts: Any) -> dict[str, Any]:
+    """Give each part (model, optimizer, …) its state in the checkpoint; returns the whole of it.
+
+    Raises:
+        ValueError: naming `path` and what is missing or does not fit; `model` is unchanged then.
+    """
+    state = load_checkpoint(path, map_location)
+    if missing := [name for name in (*parts, "step", "rng") if name not in state]:
+        raise ValueError(f"{path} is no checkpoint of this kind of run: missing {_some(missing)}")
+    if problems := misfits(parts["model"], state["model"]):
+        raise ValueError(f"{path} does not fit this model: {'; '.join(problems)}")
+    # The model last: it is the part that has nothing left to refuse.
+    for name in sorted(parts, key=lambda name: name == "model"):
+        # A scaler that is off has no state.
+        if not state[name]:
+            continue
+        try:
+            parts[name].load_state_dict(state[name])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path} does not fit this run: {name}: {error}") from error
+    return state
+
+
+def load_strictly(module: nn.Module, state: dict[str, Any], path: Path) -> None:
+    """Load all of `state` into `module`, or raise and leave it as it was.
+
+    Raises:
+        ValueError: naming `path` and the keys that are missing, unexpected, of another shape or
+            kind, or hold NaN or infinity.
+    """
+    if problems := misfits(module, state):
+        raise ValueError(f"{path} does not fit this model: {'; '.join(problems)}")
+    module.load_state_dict(state)
+
+
+def misfits(module: nn.Module, state: dict[str, Any]) -> list[str]:
+    """Why `state` cannot be loaded into `module`, whole and finite; nothing if it can."""
+    own = module.state_dict()
+    problems = []
+    if missing := [key for key in own if key not in state]:
+        problems.append(f"missing {_some(missing)}")
+    if unexpected := [key for key in state if key not in own]:
+        problems.append(f"unexpected {_some(unexpected)}")
+    for key, mine in own.items():
+        given = state.get(key)
+        if key not in state or not isinstance(mine, Tensor):
+            continue
+        if not isinstance(given, Tensor):
+            problems.append(f"{key} is a {type(given).__name__}, not a tensor")
+        elif mine.shape != given.shape:
+            problems.append(f"{key} is {list(given.shape)}, must be {list(mine.shape)}")
+        elif mine.is_floating_point() != given.is_floating_point():
+            problems.append(f"{key} is {given.dtype}, must be {mine.dtype}")
+        elif bad := int((~torch.isfinite(given)).sum()):
+            problems.append(f"{key} has {bad} of {given.numel()} values that are not finite")
+    return problems[:_NAMED] + [f"{len(problems) - _NAMED} more"] * (len(problems) > _NAMED)
+
+
+def _some(keys: list[str]) -> str:
+    more = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
+    return ", ".join(keys[:_NAMED]) + more
+
+
+def save_encoder(path: Path, encoder: nn.Module, about: dict[str, str]) -> None:
+    """Write the encoder's weights as safetensors, under the names of its own state_dict.
+
+    about: text for the file's metadata: how to build the encoder that these weights are for.
+    """
+    safetensors = need("safetensors.torch", "train")
+    weights = {name: t.detach().cpu().contiguous() for name, t in encoder.state_dict().items()}
+
+    def write(temporary: Path) -> None:
+        try:
+            safetensors.save_file(weights, temporary, about)
+        except need("safetensors", "train").SafetensorError as error:
+            raise OSError(str(error)) from error
+
+    write_atomic(path, write)
+
+
+def load_encoder(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights and the metadata of `save_encoder`'s file."""
+    safetensors = need("safetensors", "train")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"not a readable safetensors file: {path}: {error}") from error

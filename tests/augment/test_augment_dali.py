@@ -1,0 +1,184 @@
+"""The DALI graph against apply_views on the CPU; its GPU form against the operators' schemas."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from simclr_fast.augment.params import Augmentation, draw_params
+from simclr_fast.augment.views import apply_views
+
+dali = pytest.importorskip("nvidia.dali", reason="DALI is optional")
+from nvidia.dali import backend, fn, pipeline_def, types  # noqa: E402
+
+from simclr_fast.augment import dali as dali_views  # noqa: E402
+from simclr_fast.data import decode  # noqa: E402
+from simclr_fast.data.loader import TwoViewLoader  # noqa: E402
+from simclr_fast.data.sources import Source, open_source  # noqa: E402
+
+NAMES = dali_views.PARAM_NAMES
+CHINA, FLOWER = (load_sample_image(f"{name}.jpg").copy() for name in ("china", "flower"))
+IMAGES = [CHINA, FLOWER, CHINA[:97, :61].copy(), FLOWER[200:208, 300:308].copy()] * 3
+
+
+class Encoded(Source):
+    def __len__(self):
+        return len(IMAGES)
+
+    def read(self, i):
+        buffer = io.BytesIO()
+        Image.fromarray(IMAGES[i]).save(buffer, "PNG", compress_level=0)
+        return np.frombuffer(buffer.getvalue(), np.uint8)
+
+    def name(self, i):
+        return f"image {i}"
+
+
+ENCODED = Encoded()
+pytestmark = pytest.mark.filterwarnings("ignore:The external source node")
+
+
+def run(images, views, aug, **options):
+    feeds = [f for p in views for f in dali_views.feeds(p, aug)]
+
+    @pipeline_def(batch_size=len(images), num_threads=2, device_id=None, enable_conditionals=True)
+    def pipeline():
+        nodes = fn.external_source(
+            lambda: [images, *feeds],
+            batch=True,
+            num_outputs=1 + len(feeds),
+            dtype=[types.UINT8, *dali_views.param_types() * len(views)],
+            layout=["HWC"] + [""] * len(feeds),
+        )
+        return tuple(dali_views.make_views(nodes[0], nodes[1:], aug, "cpu", **options))
+
+    pipe = pipeline()
+    pipe.build()
+    outputs = pipe.run()
+    return [
+        torch.from_numpy(np.stack([np.array(output[i]) for i in range(len(images))]))
+        for output in outputs
+    ]
+
+
+def drawn(aug, view):
+    sizes = np.array([i.shape[:2] for i in IMAGES])
+    return draw_params(aug, 4, 0, np.arange(len(IMAGES)), view, sizes)
+
+
+@pytest.mark.parametrize("size", [224, 48])
+@pytest.mark.parametrize(
+    ("spec", "brightness", "interpolation"),
+    [
+        ("simclr", "multiplicative", "bicubic"),
+        ("simclr", "additive", "bilinear"),
+        ("torchvision", "multiplicative", "bicubic"),
+        ("torchvision", "multiplicative", "bilinear"),
+    ],
+)
+def test_both_views_match_the_fused_kernel(size, spec, brightness, interpolation):
+    aug = Augmentation(size, spec, brightness=brightness, interpolation=interpolation)
+    views = [drawn(aug, 0), drawn(aug, 1)]
+    for out, params in zip(run(IMAGES, views, aug), views, strict=True):
+        error = (out - apply_views(IMAGES, params, aug)).abs() * 255
+        assert error.max() < 1
+        assert error.mean() < 0.05
+
+
+def test_layout_half_precision_and_normalisation():
+    aug = Augmentation(32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    params = drawn(aug, 0)
+    expected = apply_views(IMAGES, params, aug).permute(0, 2, 3, 1)
+    (out,) = run(IMAGES, [params], aug, dtype=types.FLOAT16, channels_last=True)
+    assert out.dtype == torch.float16
+    assert (out - expected).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("off", ["crop", "p_flip", "p_jitter", "p_gray", "p_blur"])
+def test_switched_off_steps(off):
+    aug = Augmentation(40, **{off: 0 if off != "crop" else False})
+    params = drawn(aug, 0)
+    error = (run(IMAGES, [params], aug)[0] - apply_views(IMAGES, params, aug)).abs() * 255
+    assert error.max() < 1
+
+
+def crop_loader(aug, **options):
+    """The loader that backend="fused" makes on the GPU, with its graph and its op on the CPU."""
+    loader = TwoViewLoader(ENCODED, 6, augmentation=aug, shuffle=False, **options)
+    loader._decoder = decode.DaliCrops(ENCODED, 6, 2, aug, torch.device("cpu"), 2)
+    return loader
+
+
+def all_views(loader):
+    return torch.stack([torch.cat([view1, view2]) for view1, view2, _ in loader])
+
+
+@pytest.mark.parametrize("spec", ["simclr", "torchvision"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_crops_are_the_resize_rounded_to_bytes(spec, interpolation):
+    aug = Augmentation(48, spec, interpolation=interpolation, p_jitter=0, p_gray=0, p_blur=0)
+    exact = all_views(TwoViewLoader(ENCODED, 6, augmentation=aug, shuffle=False))
+    crops = all_views(crop_loader(aug)) * 255
+    assert (crops - crops.round()).abs().max() < 1e-3
+    assert (crops - exact.clamp(0, 1) * 255).abs().max() < 0.6
+
+
+@pytest.mark.parametrize(("spec", "most"), [("simclr", 12), ("torchvision", 3)])
+def test_what_bytes_cost_the_fused_gpu_views(spec, most):
+    """Rounding, and clipping the bicubic overshoot, before a jitter that may amplify both."""
+    aug = Augmentation(96, spec)
+    exact = all_views(TwoViewLoader(ENCODED, 6, augmentation=aug, shuffle=False))
+    error = (all_views(crop_loader(aug)) - exact).abs() * 255
+    assert error.mean() < 0.15
+    assert (error > 2).float().mean() < 1e-3
+    assert error.max() < most
+
+
+def test_crops_stay_with_their_images_through_layouts_normalisation_and_halves():
+    aug = Augmentation(32, "torchvision", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    options = {"channels_last": True, "dtype": torch.float16}
+    exact = TwoViewLoader(ENCODED, 6, augmentation=aug, shuffle=False, **options)
+    for given, expected in zip(crop_loader(aug, **options), exact, strict=True):
+        assert torch.equal(given[2], expected[2])
+        for one, two in zip(given[:2], expected[:2], strict=True):
+            assert one.dtype == torch.float16
+            assert one.is_contiguous(memory_format=torch.channels_last)
+            assert (one - two).abs().mean() < 0.01
+
+
+@pytest.mark.parametrize("spec", ["simclr", "torchvision"])
+@pytest.mark.parametrize("kind", [decode.DaliViews, decode.DaliCrops])
+@pytest.mark.parametrize("source", [ENCODED, open_source(np.stack(IMAGES[:2]))])
+def test_the_gpu_graph_satisfies_the_operator_schemas(kind, spec, source):
+    """All that needs no driver: every operator exists for its device, and takes its arguments and
+    its inputs' devices."""
+    pipe = kind(source, 2, 1, Augmentation(224, spec), torch.device("cuda:0"), 2)._define(2)
+    pipe._build_graph()
+    registered = {
+        "cpu": backend.RegisteredCPUOps(),
+        "gpu": backend.RegisteredGPUOps(),
+        "mixed": backend.RegisteredMixedOps(),
+    }
+    seen = set()
+    for instance in pipe._ops:
+        operator, spec_ = instance._op, instance.spec
+        schema, device = operator.schema, operator.device
+        name = schema.Name()
+        seen.add((schema.OperatorName(), device))
+        assert name in registered[device], (name, device)
+        schema.CheckArgs(spec_)
+        for i in range(spec_.NumRegularInput()):
+            actual = spec_.InputDevice(i)
+            if device != "mixed":
+                assert schema.GetInputDevice(i, actual, device) == actual, (name, i)
+    computing = {name for name, device in seen if device == "gpu"}
+    expected = {"Slice", "Resize"}
+    if kind is decode.DaliViews:
+        expected |= {"GaussianBlur", "Transpose", "CropMirrorNormalize"}
+    assert expected <= computing
+    assert (("Image", "mixed") in seen) == source.encoded
+    assert all(node.device == "gpu" for node in pipe._graph_outputs)
+    assert pipe.exec_dynamic

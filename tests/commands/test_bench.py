@@ -1,0 +1,147 @@
+"""The benchmark harness: what its numbers mean, and that a wrong result is not timed."""
+
+import json
+import sys
+import time
+
+import pytest
+import torch
+
+from simclr_fast.benchmarks import (
+    augment_epochs,
+    bench_augment,
+    bench_lars,
+    bench_step,
+    harness,
+    machine,
+    peers,
+)
+from simclr_fast.commands import bench, selfcheck
+from simclr_fast.commands.cli import run
+
+
+def test_measure_takes_turns_after_warming_up():
+    calls = []
+    steps = {"a": lambda: calls.append("a"), "b": lambda: (calls.append("b"), time.sleep(0.01))}
+    times = harness.measure(steps, 3)
+    assert calls == ["a", "a", "b", "b", *"ababab"]
+    assert [len(times[name]) for name in "ab"] == [3, 3]
+    assert min(times["b"]) >= 10
+
+
+def test_ratios_are_medians_of_each_rounds_ratio():
+    """So a round in which everything was slow changes nothing."""
+    table = harness.Table(
+        "t", "ours", {"step": {"ours": [1.0, 10.0, 2.0], "peer": [2.0, 30.0, 6.0]}}, floors=()
+    )
+    assert table.ratio("step", "peer") == 3
+    assert "| peer | 6 | 3.00 |" in table.text()
+    assert table.names() == ["ours", "peer"]
+
+
+def test_lars_side_by_side_from_the_command_line(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("lightly")
+    monkeypatch.setattr(bench_lars, "shapes_of", lambda model: [(30, 40), (50,)] * 5)
+    command = ["bench", "lars", "--quick", "--rounds", "1", "--out", str(tmp_path)]
+    assert run([*command, "--device", "cpu", "--threads", "1"]) == 0
+    assert "| lightly |" in capsys.readouterr().out
+    content = json.loads((tmp_path / "lars.json").read_text())
+    assert content["environment"]["versions"]["torch"]
+    assert content["environment"]["threads"] == 1
+    assert content["tables"][0]["ratios"]["step"]["simclr_fast"] == 1
+    assert (tmp_path / "lars.png").stat().st_size > 5000
+
+
+def test_what_is_wrong_is_not_timed(monkeypatch, capsys, tmp_path):
+    right = selfcheck.nt_xent_loss
+    monkeypatch.setattr(selfcheck, "nt_xent_loss", lambda z, **k: 1.01 * right(z, **k))
+    assert run(["bench", "loss", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert "loss is not timed, as its result is wrong: FAIL NT-Xent" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("subject", ["augment", "lars", "step"])
+def test_every_subject_is_checked_before_it_is_timed(subject, monkeypatch, capsys, tmp_path):
+    def fails(device):
+        raise AssertionError("off by 1")
+
+    all_checks = list(selfcheck._checks())
+    last = [name for name, _ in all_checks if name.startswith(bench.SUBJECTS[subject][1])][-1]
+    checks = [(name, fails if name == last else lambda device: "") for name, _ in all_checks]
+    monkeypatch.setattr(selfcheck, "_checks", lambda: checks)
+    assert run(["bench", subject, "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert f"{subject} is not timed, as its result is wrong: FAIL {last}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_epochs_of_views_as_on_a_gpu(monkeypatch):
+    """The contenders of `bench augment --device cuda`, on the CPU."""
+    pytest.importorskip("nvidia.dali", reason="decoding needs DALI (Linux)")
+    monkeypatch.setattr(augment_epochs, "SIZE", 40)
+    monkeypatch.setattr(augment_epochs, "jpegs", lambda n: bench_augment.jpegs(n, 50, 40))
+    options = harness.Options(torch.device("cpu"), 1, 1, True)
+    (table,) = augment_epochs.tables(options, 8)
+    assert set(table.times["wall"]) >= {"simclr_fast, fused", "solo-learn's DALI pipeline"}
+    assert table.names()[-1] == augment_epochs.FLOOR
+
+
+def test_a_step_of_each_loop(monkeypatch):
+    """The encoder's share, each part's and every rate are there, and the parts are the whole."""
+    pytest.importorskip("nvidia.dali", reason="decoding needs DALI (Linux)")
+    pytest.importorskip("lightly")
+    options = harness.Options(torch.device("cpu"), 1, 1, True)
+    (table,) = bench_step.tables(options, (32,), 16)
+    assert set(table.times["step"]) == {*bench_step.CONTENDERS, *table.floors}
+    for name in bench_step.CONTENDERS:
+        shares = [float(table.facts[part][name].rstrip("%")) for part in bench_step.PARTS]
+        assert sum(shares) == pytest.approx(100, abs=0.5)
+        model, hardware = (float(table.facts[f"{k} GFLOP/s"][name]) for k in ("model", "hardware"))
+        assert hardware >= model > 0
+    assert "GFLOP a step" in table.notes[0]
+
+
+def test_memory_is_the_peak_beyond_what_was_there():
+    if harness.peak_memory(lambda: None, torch.device("cpu")) is None:
+        pytest.skip("the operating system does not say")
+    held = torch.ones(10_000_000)
+    mb = harness.peak_memory(lambda: (held + 1).sum(), torch.device("cpu"))
+    assert 38 < mb < 50
+
+
+def test_recomputed_tiles_are_the_textbook_loss():
+    z = torch.randn(2, 37, 20, dtype=torch.float64)
+    ours, plain = (
+        torch.autograd.functional.vjp(lambda a, b, f=f: f(a, b, 0.2), tuple(z), torch.tensor(1.7))
+        for f in (lambda *a: peers.tiles(*a, side=16), peers.textbook)
+    )
+    torch.testing.assert_close(ours, plain, check_dtype=False)
+
+
+def test_the_floor_of_this_machine():
+    found = machine.floors(harness.Options(torch.device("cpu"), 1, 1, True))
+    assert all(rate > 0 for rate in found.values())
+    assert {"copy, GB/s", "exp, 1e9/s"} <= set(found)
+    assert "copy, GB/s" in machine.text(found)
+
+
+def test_the_floor_of_a_gpu(monkeypatch):
+    """Three kinds of rates, by their counts of operations and bytes."""
+    monkeypatch.setattr(machine, "_GPU_SIDE", 64)
+    monkeypatch.setattr(machine, "_GPU_ELEMENTS", 1 << 16)
+    monkeypatch.setattr(machine, "_seconds", lambda steps, device: dict.fromkeys(steps, 0.5))
+    assert machine._gpu(torch.device("cpu")) == {
+        "matmul float32, TFLOP/s": 2 * 64**3 / 0.5 / 1e12,
+        "matmul bfloat16, TFLOP/s": 2 * 64**3 / 0.5 / 1e12,
+        "copy, GB/s": 2 * 4 * 65536 / 0.5 / 1e9,
+        "exp, 1e9/s": 64 * 65536 / 0.5 / 1e9,
+    }
+
+
+def test_who_is_left_out_of_the_losses_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightly.loss", None)
+    notes = []
+    assert "textbook eager" in peers.nt_xent_peers(256, notes)
+    assert [note.partition(" left out")[0] for note in notes] == [
+        "lightly",
+        "pytorch-metric-learning",
+    ]

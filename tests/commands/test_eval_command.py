@@ -1,0 +1,217 @@
+"""simclr-fast eval on a part of the embedded data: tables, JSON, pictures, errors."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from simclr_fast.commands.cli import run
+from simclr_fast.data.demo import CLASSES, demo_images
+from simclr_fast.evaluation import features, linear
+from simclr_fast.evaluation.layers import Taps, load_run, projector_layers
+from simclr_fast.evaluation.subsets import labelled_pair
+from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector
+from simclr_fast.training.config import demo
+from simclr_fast.training.pretrain import pretrain
+from simclr_fast.utils.checkpoint import checkpoints
+
+pytest.importorskip("nvidia.dali", reason="decoding needs DALI (Linux)")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A short run, and small train and test folders of the embedded data."""
+    home = tmp_path_factory.mktemp("eval")
+    for split, per_class in (("train", 12), ("test", 5)):
+        images, labels = demo_images(split)
+        for label, name in enumerate(CLASSES):
+            folder = home / split / name
+            folder.mkdir(parents=True)
+            for i in np.flatnonzero(labels == label)[:per_class]:
+                Image.fromarray(images[i]).save(folder / f"{name}_{i}.png")
+    config = replace(demo(), data=str(home / "train"), out=home / "run", batch_size=40, steps=4)
+    pretrain(replace(config, width=0.125, device="cpu", warmup_epochs=1))
+    return home
+
+
+def evaluate(home, protocol, *more, test=True):
+    arguments = ["eval", protocol, "--encoder", str(home / "run"), "--data", str(home / "train")]
+    if test:
+        arguments += ["--test", str(home / "test")]
+    return run([*arguments, "--cache", str(home / "cache"), "--device", "cpu", *more])
+
+
+def results(home, protocol):
+    return json.loads((home / "run" / "eval" / f"{protocol}.json").read_text())["results"]
+
+
+def check_scores(scores):
+    top1, top5 = scores["top1"], scores["top5"]
+    assert top1["n"] == top5["n"] == 50
+    assert 0 <= top1["low"] <= top1["value"] <= top1["high"] <= top5["high"] <= 1
+    assert top1["value"] == pytest.approx(np.mean(list(scores["per_class"].values())))
+    assert sorted(scores["per_class"]) == sorted(CLASSES)
+
+
+def test_linear(home, capsys):
+    assert evaluate(home, "linear", "--epochs", "2", "--batch-size", "60") == 0
+    printed = capsys.readouterr().out
+    for word in ("logistic regression", "SGD, 2 epochs", "top-5", "lowest classes", "linear.json"):
+        assert word in printed
+    found = results(home, "linear")
+    for name in ("logistic", "sgd"):
+        check_scores(found[name])
+    assert len(found["logistic"]["validation"]) == 45
+    assert found["logistic"]["converged"]
+    assert not list((home / "run" / "eval").glob("*sweep*"))
+    # Again: features and linear layer are read, the result is the same.
+    stamps = {path: path.stat().st_mtime_ns for path in (home / "cache").glob("*.npy")}
+    assert evaluate(home, "linear", "--epochs", "2", "--batch-size", "60", "--no-logistic") == 0
+    assert results(home, "linear")["sgd"] == found["sgd"]
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+
+
+def test_knn(home, capsys):
+    assert evaluate(home, "knn", "--k", "1", "20", "200") == 0
+    found = results(home, "knn")
+    # 200 is more than the 120 training images.
+    assert list(found) == ["k=1", "k=20"]
+    for scores in found.values():
+        check_scores(scores)
+    assert "20 neighbours" in capsys.readouterr().out
+
+
+def test_finetune(home, tmp_path):
+    options = ("--epochs", "2", "--batch-size", "40", "--labels", "0.1", "1")
+    assert evaluate(home, "finetune", *options) == 0
+    found = results(home, "finetune")
+    assert [(name, scores["images"]) for name, scores in found.items()] == [("0.1", 10), ("1", 120)]
+    for scores in found.values():
+        check_scores(scores)
+    listing = tmp_path / "mine.txt"
+    listing.write_text("bag_4800.png\ndress_1801.png\n")
+    assert evaluate(home, "finetune", "--epochs", "1", "--subset", str(listing)) == 0
+    assert results(home, "finetune")["mine"]["images"] == 2
+
+
+def test_layers(home, capsys):
+    assert evaluate(home, "layers") == 0
+    found = results(home, "layers")
+    assert [(name, scores["width"]) for name, scores in found.items()] == [
+        ("h", 64),
+        ("projector layer 1", 64),
+        ("z", 128),
+    ]
+    for scores in found.values():
+        check_scores(scores)
+    assert min(Image.open(home / "run" / "eval" / "layers.png").size) > 300
+    assert "layers.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("kind", "depth"), [("nonlinear", 3), ("linear", 2), ("none", 2)])
+def test_taps_are_the_projectors_own_outputs(kind, depth):
+    encoder, dim = build_encoder("resnet10", width=0.125, image_size=16)
+    model = SimCLR(encoder, build_projector(kind, dim, 24, depth)).eval()
+    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    taps = Taps(model).eval()
+    out = taps(images)
+    parts = out.split(taps.widths(out.shape[1]), dim=1)
+    h, z = model(images)
+    assert len(parts) == len(taps.names) == {"nonlinear": depth + 1, "linear": 2, "none": 1}[kind]
+    assert torch.equal(parts[0], h)
+    assert torch.equal(parts[-1], z)
+    if kind == "nonlinear":
+        assert torch.equal(parts[1], model.projector[:3](h))
+    assert sum(len(layer) for layer in projector_layers(model.projector)) == len(
+        list(model.projector.children())
+    )
+
+
+def test_load_run(home, tmp_path):
+    model, augmentation = load_run(home / "run")
+    assert augmentation.size == 32
+    state = torch.load(checkpoints(home / "run" / "checkpoints")[-1], weights_only=True)["model"]
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_it_and_the_same_command_goes_on(home, tmp_path, capsys, monkeypatch, number):
+    """Once after the training images' features, once in the sweep, once in the third epoch."""
+    arguments = ("linear", "--epochs", "4", "--batch-size", "60", "--out", str(tmp_path / "out"))
+    assert evaluate(home, *arguments) == 0
+    whole = json.loads((tmp_path / "out" / "linear.json").read_text())["results"]
+
+    def count(patch, target, name, stop_after=None):
+        calls, real = [], getattr(target, name)
+
+        def counted(*given, **options):
+            if len(calls) == stop_after:
+                os.kill(os.getpid(), number)
+            calls.append(given)
+            return real(*given, **options)
+
+        patch.setattr(target, name, counted)
+        return calls
+
+    arguments = (*arguments[:-1], str(tmp_path / "cut"), "--cache", str(tmp_path / "cache"))
+    watched = ((features, "ImageLoader"), (linear._Problem, "fit"), (torch.optim.SGD, "step"))
+    for (target, name), stop_after in zip(watched, (1, 7, 5), strict=True):
+        with monkeypatch.context() as patch:
+            count(patch, target, name, stop_after)
+            assert evaluate(home, *arguments) == 128 + number
+        assert "goes on from here" in capsys.readouterr().err
+        assert not (tmp_path / "cut" / "linear.json").exists()
+    calls = [count(monkeypatch, *each) for each in watched]
+    assert evaluate(home, *arguments) == 0
+    # Nothing is extracted, the chosen penalty is fitted once more, two of four epochs are left.
+    assert [len(made) for made in calls] == [0, 1, 4]
+    assert json.loads((tmp_path / "cut" / "linear.json").read_text())["results"] == whole
+
+
+def test_several_processes_are_refused(home, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    encoder = ["--encoder", str(home / "run")]
+    export = ["export", *encoder, "--to", str(home / "never"), "--format", "safetensors"]
+    for command in (["eval", "knn", *encoder], ["ablate"], export):
+        assert run(command) == 1
+        assert "one process, and 2 were started" in capsys.readouterr().err
+    assert not (home / "never").exists()
+
+
+def test_errors_and_help(home, tmp_path, capsys):
+    assert evaluate(home, "knn", test=False) == 1
+    assert "pass --test" in capsys.readouterr().err
+    assert evaluate(home, "knn", "--test", str(home / "test" / "bag"), test=False) == 1
+    assert "no labels" in capsys.readouterr().err
+    (tmp_path / "hat").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "hat" / "a.png")
+    assert evaluate(home, "linear", "--test", str(tmp_path), test=False) == 1
+    assert "other classes" in capsys.readouterr().err
+    assert run(["eval", "knn", "--encoder", str(tmp_path / "none.safetensors")]) == 1
+    assert "none.safetensors" in capsys.readouterr().err
+    assert run(["eval", "--help"]) == 0
+    assert "finetune" in capsys.readouterr().out
+    assert run(["eval"]) == run(["eval", "probe"]) == 2
+    with pytest.raises(SystemExit):
+        run(["eval", "knn", "--help"])
+    assert "--tau" in capsys.readouterr().out
+
+
+def test_unlabelled_images_are_left_out(monkeypatch):
+    from simclr_fast.data.sources import ArraySource
+
+    images, labels = np.zeros((4, 8, 8, 3), np.uint8), np.array([1, -1, 0, 1])
+    monkeypatch.setattr(
+        "simclr_fast.evaluation.subsets.named_source", lambda *_: ArraySource(images, labels)
+    )
+    pair = labelled_pair("stl10:somewhere", None)
+    assert len(pair.train) == 3
+    assert pair.train_labels.tolist() == [1, 0, 1]
+    assert pair.classes == ("0", "1")

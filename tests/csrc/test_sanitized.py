@@ -1,0 +1,146 @@
+"""The whole extension, bindings and kernels, under AddressSanitizer and UBSan in its own tests."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from simclr_fast import ops
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNTIMES = ("libasan.so", "libubsan.so", "libstdc++.so")
+
+pytestmark = [
+    pytest.mark.sanitize,
+    pytest.mark.skipif(sys.platform != "linux", reason="needs LD_PRELOAD"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
+    pytest.mark.skipif(not ops.has_extension(), reason="the extension is not built"),
+]
+
+# File, what stands there once, what is planted, the tests that meet it, the sanitizer's words.
+FAULTS = [
+    (
+        "lars_kernel.cpp",
+        "  for (int64_t i = 0; i < n; ++i) out[i] = widen(x[i]);",
+        "  for (int64_t i = 0; i <= n; ++i) out[i] = widen(x[i]);",
+        ("optim/test_lars.py", "bfloat16 and native"),
+        "heap-buffer-overflow",
+    ),
+    (
+        "nt_xent_backward_kernel.cpp",
+        "d + k < dim ? u[d + k] : T(0)",
+        "u[d + k]",
+        ("losses/test_nt_xent_cpu.py", "native_and_plain"),
+        "heap-buffer-overflow",
+    ),
+    (
+        "augment_kernel.cpp",
+        "    if (columns - column >= L) {",
+        "    if (columns > 0) {",
+        ("augment/test_augment.py", "every_small_size"),
+        "heap-buffer-overflow",
+    ),
+    (
+        "lars_cpu.cpp",
+        "    const size_t offset = begin * bytes(t.type);",
+        "    const size_t offset = (begin + 1) * bytes(t.type);",
+        ("optim/test_lars_native.py", "large_tensors"),
+        "heap-buffer-overflow",
+    ),
+    (
+        "lars_python.cpp",
+        "    if (!grad) return nullptr;\n    Py_DECREF(grad);",
+        "    if (!grad) return nullptr;",
+        ("optim/test_lars_held.py", "references"),
+        "1 failed",
+    ),
+]
+# Without what compiles for minutes, and what measures memory that the sanitizers take.
+CLEAN = [
+    ("losses/test_nt_xent_cpu.py", "not memory"),
+    ("losses/test_nt_xent.py", "not opcheck and not compile"),
+    ("losses/test_sup_con.py", "not opcheck and not compile"),
+    ("optim/test_lars_native.py", ""),
+    ("optim/test_lars_held.py", ""),
+    ("augment/test_augment.py", "not opcheck"),
+]
+
+
+def build(folder, faults=()):
+    """A copy of the sources in `folder`, its extension compiled with the sanitizers."""
+    left_out = (".*", "build", "dist", "site", "*.so", "*.egg-info", "__pycache__", "runs")
+    shutil.copytree(ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(*left_out))
+    for file, before, after, *_ in faults:
+        path = folder / "csrc" / file
+        source = path.read_text()
+        assert source.count(before) == 1, f"{file} no longer holds {before!r} once"
+        path.write_text(source.replace(before, after))
+    sanitizers = "-fsanitize=address,undefined -fno-sanitize=vptr"
+    environment = os.environ | {
+        # -O1 builds in a third of the time.
+        "CXXFLAGS": f"{sanitizers} -fno-sanitize-recover=all -g1 -O1",
+        "LDFLAGS": sanitizers,
+        "SIMCLR_FAST_CUDA": "0",
+    }
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+    return folder
+
+
+def run(folder, file, which):
+    def runtime(name):
+        command = ["g++", f"-print-file-name={name}"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(map(runtime, RUNTIMES)),
+        # Python and torch free little at exit.
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "OMP_NUM_THREADS": "2",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", f"tests/{file}"]
+    command += ["-k", which, "-p", "no:cacheprovider", "--timeout=600"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def built_once(tmp_path_factory, name, faults=()):
+    """`build` by the first of the processes that run tests which asks for it."""
+    import fcntl
+
+    parent = tmp_path_factory.getbasetemp()
+    shared = parent.parent if "PYTEST_XDIST_WORKER" in os.environ else parent
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / name / "built").exists():
+            shutil.rmtree(shared / name, ignore_errors=True)
+            build(shared / name, faults)
+            (shared / name / "built").touch()
+    return shared / name
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    return built_once(tmp_path_factory, "clean")
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    return built_once(tmp_path_factory, "faulty", FAULTS)
+
+
+@pytest.mark.parametrize(("file", "which"), CLEAN)
+def test_extension_is_clean(clean, file, which):
+    result = run(clean, file, which)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert " passed" in result.stdout
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault[0])
+def test_planted_faults_are_found(faulty, fault):
+    *_, (file, which), words = fault
+    result = run(faulty, file, which)
+    assert result.returncode != 0
+    assert words in result.stderr + result.stdout, (result.stdout + result.stderr)[-3000:]

@@ -1,0 +1,300 @@
+"""The loaders: order, views, ranks, resume, corrupt files; DALI against the fused path."""
+
+import io
+import logging
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from simclr_fast.augment.params import Augmentation
+from simclr_fast.data.loader import CorruptImageError, ImageLoader, OneViewLoader, TwoViewLoader
+
+pytest.importorskip("nvidia.dali", reason="decoding needs DALI (Linux)")
+AUG = Augmentation(size=16, p_blur=0.5)
+# The jitter is most of what building a DALI graph takes; tests of order and failures do without.
+QUICK = Augmentation(size=16, p_jitter=0)
+
+
+def write_images(folder, n=23, kinds=("JPEG", "PNG", "WEBP", "BMP")):
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        kind = kinds[i % len(kinds)]
+        (folder / str(i % 3)).mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 255, (9 + i, 40 - i, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / str(i % 3) / f"{i:02d}.{kind.lower()}", kind)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+def run(loader):
+    return [tuple(t.clone() for t in batch) for batch in loader]
+
+
+def equal(a, b):
+    return len(a) == len(b) and all(
+        torch.equal(x, y)
+        for one, two in zip(a, b, strict=True)
+        for x, y in zip(one, two, strict=True)
+    )
+
+
+def test_shapes_layout_and_two_different_views(folder):
+    loader = TwoViewLoader(folder, 5, 16, channels_last=True, dtype=torch.float16)
+    batches = run(loader)
+    assert len(batches) == len(loader) == 4
+    view1, view2, index = batches[0]
+    assert view1.shape == (5, 3, 16, 16)
+    assert view1.dtype == torch.float16
+    assert view1.is_contiguous(memory_format=torch.channels_last)
+    assert index.dtype == torch.int64
+    assert not torch.equal(view1, view2)
+    assert len(set(torch.cat([b[2] for b in batches]).tolist())) == 20
+
+
+def test_one_view_is_the_first_of_two(folder):
+    one = run(OneViewLoader(folder, 5, AUG, seed=3))
+    two = run(TwoViewLoader(folder, 5, augmentation=AUG, seed=3))
+    assert equal(one, [(view1, index) for view1, _, index in two])
+
+
+def test_epochs_differ_and_repeat_by_number(folder):
+    loader = TwoViewLoader(folder, 5, augmentation=AUG, seed=3)
+    first, second = run(loader), run(loader)
+    assert loader.epoch == 2
+    assert not torch.equal(first[0][2], second[0][2])
+    loader.set_epoch(1)
+    assert equal(run(loader), second)
+    assert equal(run(TwoViewLoader(folder, 5, augmentation=AUG, seed=3, num_threads=1)), first)
+    assert not equal(run(TwoViewLoader(folder, 5, augmentation=AUG, seed=4)), first)
+
+
+def test_views_belong_to_the_image_not_to_the_batch(folder):
+    def by_image(batch_size):
+        loader = TwoViewLoader(folder, batch_size, augmentation=AUG, drop_last=False)
+        rows = [row for batch in run(loader) for row in zip(*batch, strict=True)]
+        return {int(i): (a, b) for a, b, i in rows}
+
+    small, large = by_image(4), by_image(23)
+    assert small.keys() == large.keys() == set(range(23))
+    assert all(torch.equal(a, b) for i in small for a, b in zip(small[i], large[i], strict=True))
+
+
+@pytest.mark.parametrize("backend", ["fused", "dali"])
+@pytest.mark.parametrize("stop", [1, 3])
+def test_resume_in_mid_epoch_is_exact(folder, backend, stop):
+    def make():
+        return TwoViewLoader(folder, 5, augmentation=QUICK, backend=backend)
+
+    whole = run(make()) + run(make())
+    loader = make()
+    head = []
+    for batch in loader:
+        head.append(tuple(t.clone() for t in batch))
+        if len(head) == stop:
+            break
+    state = loader.state_dict()
+    other = make()
+    other.load_state_dict(state)
+    tail = run(other)
+    assert equal(head + tail, whole[:4])
+    assert (other.epoch, other.state_dict()["position"]) == (1, 0)
+
+
+def test_ranks_share_the_same_global_batch(folder):
+    whole = run(TwoViewLoader(folder, 10, augmentation=AUG))
+    for world in (2, 3):
+        parts = [
+            run(TwoViewLoader(folder, 10, augmentation=AUG, rank=r, world_size=world))
+            for r in range(world)
+        ]
+        for step, batch in enumerate(whole):
+            joined = [torch.cat([part[step][k] for part in parts]) for k in range(3)]
+            assert all(torch.equal(a, b) for a, b in zip(joined, batch, strict=True))
+
+
+def test_dali_and_fused_agree(folder):
+    fused = run(TwoViewLoader(folder, 6, augmentation=AUG, backend="fused"))
+    dali = run(TwoViewLoader(folder, 6, augmentation=AUG, backend="dali"))
+    for a, b in zip(fused, dali, strict=True):
+        assert torch.equal(a[2], b[2])
+        for one, two in zip(a[:2], b[:2], strict=True):
+            assert (one - two).abs().max() < 2 / 255
+            assert (one - two).abs().mean() < 0.3 / 255
+
+
+def test_memory_gives_what_files_give(folder, tmp_path):
+    pixels = np.random.default_rng(1).integers(0, 255, (8, 12, 10, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    for backend in ("fused", "dali"):
+        files = run(TwoViewLoader(tmp_path, 4, augmentation=AUG, backend=backend))
+        memory = run(TwoViewLoader(pixels, 4, augmentation=AUG, backend=backend))
+        assert equal(files, memory)
+
+
+def test_image_loader_shows_every_image_once_in_order(folder):
+    loader = ImageLoader(folder, 10, Augmentation(size=16))
+    batches = run(loader)
+    assert torch.cat([b[1] for b in batches]).tolist() == list(range(23))
+    path = loader.source.paths[4]
+    expected = np.asarray(
+        Image.open(path).convert("RGB").resize((16, 16), Image.Resampling.NEAREST)
+    )
+    shown = batches[0][0][4].permute(1, 2, 0).numpy() * 255
+    assert np.corrcoef(shown.ravel(), expected.ravel())[0, 1] > 0.5
+
+
+def corrupt(path, how):
+    data = path.read_bytes()
+    path.write_bytes({"empty": b"", "half": data[: len(data) // 2], "text": b"hello" * 99}[how])
+
+
+@pytest.mark.parametrize("backend", ["fused", "dali"])
+@pytest.mark.parametrize("how", ["empty", "half", "text"])
+def test_corrupt_images(tmp_path, caplog, backend, how):
+    write_images(tmp_path, 12)
+    bad = sorted(tmp_path.rglob("*.*"))[7]
+    corrupt(bad, how)
+    with pytest.raises(CorruptImageError, match=str(bad)):
+        run(TwoViewLoader(tmp_path, 4, augmentation=QUICK, backend=backend))
+    loader = TwoViewLoader(tmp_path, 4, augmentation=QUICK, backend=backend, on_error="skip")
+    with caplog.at_level(logging.WARNING):
+        first = run(loader)
+    assert loader.skipped == {7}
+    assert str(bad) in caplog.text
+    assert [len(b[2]) for b in first] == [4, 4, 4]
+    assert 7 not in torch.cat([b[2] for b in first])
+    # What was found out when does not matter: another loader that knows already gives the same.
+    informed = TwoViewLoader(tmp_path, 4, augmentation=QUICK, backend=backend, on_error="skip")
+    informed.skipped = {7}
+    assert equal(run(informed), first)
+
+
+def test_damaged_pixels_are_replaced_or_decoded_but_never_crash(tmp_path):
+    rng = np.random.default_rng(0)
+    write_images(tmp_path, 40)
+    for path in sorted(tmp_path.rglob("*.*"))[::2]:
+        data = bytearray(path.read_bytes())
+        for position in rng.integers(len(data) // 2, len(data) - 2, 3):
+            data[position] = rng.integers(256)
+        path.write_bytes(bytes(data))
+    loader = TwoViewLoader(tmp_path, 8, augmentation=AUG, on_error="skip")
+    assert sum(len(b[2]) for b in run(loader)) == 40
+
+
+def test_all_corrupt_is_an_error(tmp_path):
+    write_images(tmp_path, 2)
+    for path in tmp_path.rglob("*.*"):
+        corrupt(path, "text")
+    with pytest.raises(ValueError, match="every image"):
+        run(TwoViewLoader(tmp_path, 2, 16, on_error="skip"))
+
+
+def test_a_file_that_vanished_is_named(tmp_path):
+    write_images(tmp_path, 3)
+    loader = TwoViewLoader(tmp_path, 3, 16)
+    loader.source.paths[1].unlink()
+    with pytest.raises(CorruptImageError, match=str(loader.source.paths[1])):
+        run(loader)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"batch_size": 24}, "24 is more than the 23"),
+        ({"batch_size": 0}, "got 0"),
+        ({"rank": 2, "world_size": 2}, "got 2"),
+        ({"batch_size": 2, "world_size": 3}, "3 ranks"),
+        ({"on_error": "ignore"}, "ignore"),
+        ({"backend": "pil"}, "pil"),
+        ({"size": 8}, "contradicts"),
+    ],
+)
+def test_bad_arguments_are_named(folder, options, says):
+    with pytest.raises(ValueError, match=says):
+        TwoViewLoader(folder, **{"batch_size": 4, "augmentation": AUG, **options})
+
+
+@pytest.mark.parametrize("backend", ["fused", "dali"])
+def test_every_dtype(folder, backend):
+    def view(dtype):
+        loader = TwoViewLoader(folder, 4, augmentation=QUICK, backend=backend, dtype=dtype)
+        return next(iter(loader))[0].clone()
+
+    exact = view(torch.float32)
+    for dtype in (torch.float16, torch.bfloat16):
+        rounded = view(dtype)
+        assert rounded.dtype == dtype
+        assert torch.equal(rounded, exact.to(dtype))
+    with pytest.raises(TypeError, match=r"dtype must be .*got torch\.float64"):
+        TwoViewLoader(folder, 4, 16, backend=backend, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("backend", ["fused", "dali"])
+def test_parts_and_threads_change_nothing(folder, backend, monkeypatch):
+    def epochs(**options):
+        loader = TwoViewLoader(
+            folder, 7, augmentation=QUICK, backend=backend, drop_last=False, **options
+        )
+        return run(loader) + run(loader)
+
+    plain = epochs(prefetch=False)
+    assert equal(epochs(prefetch=True), plain)
+    monkeypatch.setattr("simclr_fast.data.loader._PART", 3)
+    assert equal(epochs(prefetch=False), plain)
+    assert equal(epochs(prefetch=True), plain)
+
+
+def test_a_batch_in_use_is_not_overwritten_by_the_thread(folder):
+    """And its state counts only what was handed out."""
+    loader = TwoViewLoader(folder, 5, augmentation=QUICK, prefetch=True)
+    for step, (view1, _, _) in enumerate(loader):
+        before = view1.clone()
+        time.sleep(0.05)
+        assert torch.equal(view1, before)
+        assert loader.state_dict()["position"] == step + 1
+        if step == 2:
+            break
+    assert not [t for t in threading.enumerate() if t.name == "next-batch"]
+
+
+def test_prefetch_skips_corrupt_images_alike(folder, tmp_path):
+    write_images(tmp_path)
+    (tmp_path / "0" / "00.jpeg").write_bytes(b"no image")
+
+    def epochs(prefetch):
+        loader = TwoViewLoader(tmp_path, 5, augmentation=QUICK, on_error="skip", prefetch=prefetch)
+        return run(loader) + run(loader)
+
+    assert equal(epochs(True), epochs(False))
+    with pytest.raises(CorruptImageError, match=r"00\.jpeg"):
+        run(TwoViewLoader(tmp_path, 5, augmentation=QUICK, prefetch=True))
+
+
+def test_state_of_another_loader_is_refused(folder):
+    state = TwoViewLoader(folder, 5, 16, seed=1).state_dict()
+    with pytest.raises(ValueError, match="seed=1"):
+        TwoViewLoader(folder, 5, 16).load_state_dict(state)
+
+
+def test_exif_is_not_applied(tmp_path):
+    image = Image.new("RGB", (30, 10))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", exif=exif)
+    (tmp_path / "a.jpg").write_bytes(buffer.getvalue())
+    sizes = []
+    loader = TwoViewLoader(tmp_path, 1, 16)
+    draw = loader._draw
+    loader._draw = lambda ids, given: (sizes.append(given.tolist()), draw(ids, given))[1]
+    run(loader)
+    assert sizes == [[[10, 30]]]

@@ -1,0 +1,112 @@
+"""What DALI's decoder makes of unusual files, beside Pillow, on a photograph."""
+
+import io
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from simclr_fast.augment.params import Augmentation
+from simclr_fast.augment.views import SimCLRViews
+from simclr_fast.data import decode
+from simclr_fast.data.datasets import open_source
+from simclr_fast.data.loader import TwoViewLoader, decode_some
+
+pytest.importorskip("nvidia.dali", reason="decoding needs DALI (Linux)")
+CHINA = Image.fromarray(load_sample_image("china.jpg"))
+GRAY = np.asarray(CHINA.convert("L"))
+TRANSPARENT = CHINA.convert("RGBA")
+TRANSPARENT.putalpha(Image.fromarray(255 - GRAY))
+# Values that are no multiples of 257: the low byte counts.
+SIXTEEN = Image.fromarray(GRAY.astype(np.uint16) * 251)
+ROTATED = Image.Exif()
+ROTATED[0x0112] = 6
+FILES = {
+    "gray.jpg": (Image.fromarray(GRAY), {}, None),
+    "gray.png": (Image.fromarray(GRAY), {}, GRAY),
+    "cmyk.jpg": (CHINA.convert("CMYK"), {"quality": 95}, None),
+    "rgba.png": (TRANSPARENT, {}, CHINA),
+    "rgba.webp": (TRANSPARENT, {"lossless": True, "exact": True}, CHINA),
+    "palette.png": (CHINA.convert("P"), {}, CHINA.convert("P").convert("RGB")),
+    "sixteen.png": (SIXTEEN, {}, np.rint(GRAY * (251 / 257))),
+    "rgb.tif": (CHINA, {"compression": "tiff_lzw"}, CHINA),
+    "pages.tiff": (CHINA, {"save_all": True, "append_images": [TRANSPARENT]}, CHINA),
+    "cmyk.tif": (CHINA.convert("CMYK"), {}, None),
+    "rgba.tiff": (TRANSPARENT, {}, CHINA),
+    "sixteen.tif": (SIXTEEN, {}, np.rint(GRAY * (251 / 257))),
+    "rgb.ppm": (CHINA, {}, CHINA),
+    "sixteen.pgm": (SIXTEEN, {}, np.rint(GRAY * (251 / 257))),
+    "gif.jpg": (CHINA.convert("P"), {"format": "GIF"}, CHINA.convert("P").convert("RGB")),
+    "progressive.jpg": (CHINA, {"progressive": True}, None),
+    "exif.jpg": (CHINA, {"exif": ROTATED}, None),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_unusual_files_are_what_pillow_reads(name, tmp_path):
+    image, options, expected = FILES[name]
+    image.save(tmp_path / name, **options)
+    (decoded,) = decode_some(open_source(tmp_path), np.array([0]))
+    if expected is None:
+        # As stored: the loader does not look at the EXIF orientation.
+        expected = Image.open(tmp_path / name).convert("RGB")
+    expected = np.asarray(expected).astype(int)
+    expected = expected if expected.ndim == 3 else np.repeat(expected[..., None], 3, axis=2)
+    most = 2 if name == "cmyk.jpg" else 1
+    difference = np.abs(decoded.astype(int) - expected)
+    assert difference.max() <= most
+    assert difference.mean() < 0.6
+
+
+def test_a_floating_tiff_is_named(tmp_path):
+    Image.fromarray(GRAY.astype(np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(decode.CorruptImageError, match=r"float\.tif: pixels of floating point"):
+        decode_some(open_source(tmp_path), np.array([0]))
+
+
+@pytest.mark.parametrize("backend", ["fused", "dali"])
+def test_sizes_from_8_to_4000(backend, tmp_path):
+    """Files of very different sizes in one batch, beside the same pixels given as arrays."""
+    for i, size in enumerate([(8, 8), (4000, 3000), (9, 300), (640, 427), (300, 8)]):
+        CHINA.resize(size).save(tmp_path / f"{i}.jpg", quality=90)
+    aug = Augmentation(64)
+    loader = TwoViewLoader(tmp_path, 5, augmentation=aug, backend=backend, shuffle=False)
+    ((view1, view2, index),) = loader
+    pixels = [
+        np.array(Image.open(io.BytesIO((tmp_path / f"{i}.jpg").read_bytes()))) for i in range(5)
+    ]
+    expected = SimCLRViews(64)(pixels, ids=index.numpy())
+    for view, exact in zip((view1, view2), expected, strict=True):
+        assert torch.isfinite(view).all()
+        assert ((view - exact).abs() * 255).max() < (1 if backend == "dali" else 1e-3)
+
+
+@pytest.mark.parametrize("kept", [0, 23 * 9 * 300 * 3 - 1, 1 << 30])
+def test_small_sets_are_decoded_once(tmp_path, monkeypatch, kept):
+    """Batches that mix kept and new images, epochs broken off, and files that are gone by then."""
+
+    def batches(loader, stop=None):
+        return [(a.clone(), b.clone(), i) for a, b, i in islice(loader, stop)]
+
+    for i in range(23):
+        CHINA.resize((9 + i, 300 - i)).save(tmp_path / f"{i}.jpg")
+    options = {"augmentation": Augmentation(16), "batch_size": 6, "num_threads": 1}
+    monkeypatch.setattr(decode, "_KEPT_BYTES", 0)
+    plain = TwoViewLoader(tmp_path, **options)
+    expected = [batches(plain) for _ in range(6)]
+    monkeypatch.setattr(decode, "_KEPT_BYTES", kept)
+    loader = TwoViewLoader(tmp_path, **options)
+    loader.set_epoch(0)
+    batches(loader, 1)
+    loader.set_epoch(0)
+    for epoch, wanted in enumerate(expected):
+        if epoch == 5 and kept == 1 << 30:
+            for file in tmp_path.iterdir():
+                file.unlink()
+        found = batches(loader)
+        assert len(found) == 3
+        for batch, other in zip(found, wanted, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(batch, other, strict=True)), epoch

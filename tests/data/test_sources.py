@@ -1,0 +1,239 @@
+"""Every storage format gives the same bytes and labels, and bad input is named."""
+
+import io
+import struct
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from simclr_fast.data.datasets import open_source
+from simclr_fast.data.image_check import checked_size, in_common_format
+from simclr_fast.data.sources import IMAGE_SUFFIXES, ArraySource, subset
+
+
+def picture(i: int, size=(20, 14), kind="JPEG", mode="RGB") -> bytes:
+    rng = np.random.default_rng(i)
+    pixels = rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, kind)
+    return buffer.getvalue()
+
+
+FILES = [picture(i) for i in range(5)]
+LABELS = [3, 0, 2, 7, 1]
+
+
+def write_tar(path):
+    with tarfile.open(path, "w") as tar:
+        for i, data in enumerate(FILES):
+            for name, content in (
+                (f"d/{i:03d}.cls", str(LABELS[i]).encode()),
+                (f"d/{i:03d}.jpg", data),
+            ):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def varint(value: int) -> bytes:
+    out = b""
+    while value > 127:
+        out += bytes([value & 127 | 128])
+        value >>= 7
+    return out + bytes([value])
+
+
+def field(number: int, content: bytes) -> bytes:
+    return varint(number << 3 | 2) + varint(len(content)) + content
+
+
+def write_tfrecord(path, packed=True):
+    with path.open("wb") as file:
+        for data, label in zip(FILES, LABELS, strict=True):
+            integers = field(1, varint(label)) if packed else varint(1 << 3) + varint(label)
+            features = b"".join(
+                field(1, field(1, name) + field(2, feature))
+                for name, feature in (
+                    (b"image/class/label", field(3, integers)),
+                    (b"image/filename", field(1, field(1, b"x.jpg"))),
+                    (b"image/encoded", field(1, field(1, data))),
+                )
+            )
+            example = field(1, features)
+            file.write(struct.pack("<QI", len(example), 0) + example + bytes(4))
+
+
+def write_recordio(path, split=False):
+    with path.open("wb") as file:
+        for data, label in zip(FILES, LABELS, strict=True):
+            record = struct.pack("<IfQQ", 0, label, 0, 0) + data
+            parts = [(0, record)]
+            if split:
+                parts = [(1, record[:40]), (2, record[44:60]), (3, record[64:])]
+            for kind, part in parts:
+                file.write(struct.pack("<II", 0xCED7230A, kind << 29 | len(part)) + part)
+                file.write(bytes(-len(part) % 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [("a.tar", write_tar), ("a.tfrecord", write_tfrecord), ("a.rec", write_recordio)],
+)
+def test_shards_give_bytes_and_labels(tmp_path, name, write):
+    write(tmp_path / name)
+    source = open_source(tmp_path)
+    assert [source.read(i).tobytes() for i in range(len(source))] == FILES
+    assert source.labels.tolist() == LABELS
+    assert name in source.name(0)
+
+
+def test_tfrecord_labels_may_be_unpacked(tmp_path):
+    write_tfrecord(tmp_path / "a.tfrecord", packed=False)
+    assert open_source(tmp_path / "a.tfrecord").labels.tolist() == LABELS
+
+
+def test_recordio_joins_split_records_with_the_magic(tmp_path):
+    write_recordio(tmp_path / "a.rec", split=True)
+    magic = struct.pack("<I", 0xCED7230A)
+    for i, data in enumerate(FILES):
+        record = bytes(24) + data
+        joined = record[:40] + magic + record[44:60] + magic + record[64:]
+        assert open_source(tmp_path / "a.rec").read(i).tobytes() == joined[24:]
+
+
+def write_split_recordio(path):
+    write_recordio(path, split=True)
+
+
+@pytest.mark.parametrize("write", [write_tfrecord, write_recordio, write_split_recordio])
+def test_a_cut_shard_names_itself(tmp_path, write):
+    path = tmp_path / ("a.tfrecord" if write is write_tfrecord else "a.rec")
+    write(path)
+    whole = path.read_bytes()
+    for cut in (3, 40, len(whole) - 5, len(whole) - 60):
+        path.write_bytes(whole[:-cut])
+        with pytest.raises(ValueError, match=str(path)):
+            open_source(path)
+
+
+def test_folders_nested_and_flat(tmp_path):
+    for i, label in enumerate(("b", "a", "b")):
+        (tmp_path / label / "deep").mkdir(parents=True, exist_ok=True)
+        (tmp_path / label / "deep" / f"{i}.JPG").write_bytes(FILES[i])
+    (tmp_path / "notes.txt").write_text("not an image")
+    source = open_source(tmp_path)
+    assert source.classes == ("a", "b")
+    assert source.labels.tolist() == [0, 1, 1]
+    assert source.read(0).tobytes() == FILES[1]
+    (tmp_path / "9.png").write_bytes(picture(9, kind="PNG"))
+    assert open_source(str(tmp_path)).labels is None
+    assert len(open_source([tmp_path / "9.png"], labels=[4])) == 1
+
+
+def test_arrays_tensors_and_data_sets():
+    images = np.random.default_rng(0).integers(0, 255, (4, 6, 5, 3), dtype=np.uint8)
+    for given in (images, torch.from_numpy(images), images.transpose(0, 3, 1, 2), list(images)):
+        source = open_source(given)
+        assert np.array_equal(source.read(2), images[2])
+        assert not source.encoded
+
+    class Data(list):
+        targets = (1, 0)
+
+    source = open_source(Data([(Image.fromarray(images[0]), 1), (Image.fromarray(images[1]), 0)]))
+    assert np.array_equal(source.read(1), images[1])
+    assert source.labels.tolist() == [1, 0]
+    part = subset(ArraySource(images, [5, 6, 7, 8]), np.array([3, 1]))
+    assert part.labels.tolist() == [8, 6]
+    assert np.array_equal(part.read(0), images[3])
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "says"),
+    [
+        ("/nowhere/at/all", FileNotFoundError, "/nowhere/at/all"),
+        (np.zeros((2, 4, 4, 3), np.float32), TypeError, "float32"),
+        (np.zeros((2, 4, 4, 1), np.uint8), ValueError, r"\(2, 4, 4, 1\)"),
+        ([], ValueError, "without elements"),
+        (7, ValueError, "int"),
+    ],
+)
+def test_bad_data_is_named(data, error, says):
+    with pytest.raises(error, match=says):
+        open_source(data)
+
+
+def test_a_folder_is_what_torchvision_takes_it_for(tmp_path):
+    names = [f"{c}/{i}{e}" for i, e in enumerate(IMAGE_SUFFIXES | {".TIF"}) for c in "ab"]
+    for name in (*names, "a/note.txt", "a/one.gif", "a/two.GIF", "b/c/three.heic"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.warns(UserWarning, match=r"left out of .*ImageFolder: 2 \.gif, 1 \.heic$"):
+        source = open_source(tmp_path)
+    folder = torchvision.datasets.ImageFolder(tmp_path)
+    pairs = zip(map(str, source.paths), source.labels.tolist(), strict=True)
+    assert sorted(pairs) == sorted(folder.samples)
+    assert list(source.classes) == folder.classes
+
+
+def test_an_empty_folder_is_named(tmp_path):
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        *(("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "P")),
+        *(("BMP", "RGB"), ("WEBP", "RGB"), ("WEBP", "RGBA")),
+    ],
+)
+def test_header_gives_the_size_and_a_cut_file_is_refused(kind, mode):
+    data = np.frombuffer(picture(1, (37, 21), kind, mode), np.uint8)
+    assert checked_size(data) == (21, 37)
+    for share in (0, 0.02, 0.3, 0.9):
+        with pytest.raises(ValueError, match=r"cut off|empty|neither|checksum|without|header"):
+            checked_size(data[: int(len(data) * share)])
+
+
+def test_lossless_webp_size():
+    buffer = io.BytesIO()
+    Image.new("RGB", (33, 12)).save(buffer, "WEBP", lossless=True)
+    assert checked_size(np.frombuffer(buffer.getvalue(), np.uint8)) == (12, 33)
+
+
+def test_decompression_bomb_is_refused():
+    data = bytearray(picture(0, kind="BMP"))
+    data[18:26] = struct.pack("<ii", 60000, 60000)
+    data[30] = 1  # compressed, so that its length says nothing
+    with pytest.raises(ValueError, match="60000"):
+        checked_size(np.frombuffer(bytes(data), np.uint8))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [15000, 60000])
+def test_decompression_bomb_for_pillow_is_refused(side):
+    data = np.frombuffer(b"P5 %d %d 255\n\0" % (side, side), np.uint8)
+    with pytest.raises(ValueError, match=f"{side} × {side}|decompression bomb"):
+        in_common_format(data)
+
+
+def test_a_changed_png_is_found_by_its_checksum():
+    data = np.frombuffer(picture(0, kind="PNG"), np.uint8).copy()
+    data[len(data) // 2] ^= 1
+    with pytest.raises(ValueError, match="checksum"):
+        checked_size(data)
+
+
+def test_torchvision_data_sets_as_they_are():
+    data = torchvision.datasets.FakeData(3, (3, 12, 10))
+    source = open_source(data)
+    assert np.array_equal(source.read(1), np.array(data[1][0]))
+    with pytest.raises(TypeError, match="PIL"):
+        open_source(
+            torchvision.datasets.FakeData(3, transform=torchvision.transforms.ToTensor())
+        ).read(0)

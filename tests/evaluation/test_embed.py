@@ -1,0 +1,152 @@
+"""Pictures of features, and the page in a real browser."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from browser import BROWSER, browser
+from PIL import Image
+
+from simclr_fast.augment.params import Augmentation
+from simclr_fast.commands.cli import run
+from simclr_fast.data.sources import ArraySource
+from simclr_fast.evaluation.embed import neighbour_sheet, neighbours, project, thumbnails
+from simclr_fast.models.encoders import build_encoder
+from simclr_fast.models.weights import about_encoder
+
+
+def test_pca_is_scikit_learns():
+    from sklearn.decomposition import PCA
+
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 7) + 3
+    x[:, 3] = x[:, 2] * 2 + 0.3 * x[:, 3]
+    standard = ((x - x.mean(0)) / x.std(0)).double().numpy()
+    theirs, ours = PCA(2).fit_transform(standard), project(x, "pca")
+    assert np.allclose(np.abs(ours), np.abs(theirs), atol=1e-5)
+    with pytest.raises(ValueError, match="method"):
+        project(x, "lda")
+
+
+def test_tsne_keeps_clusters_apart():
+    labels = np.repeat([0, 1, 2], 12)
+    noise = torch.randn(36, 5, generator=torch.Generator().manual_seed(0))
+    x = torch.eye(3, 5)[labels] * 30 + noise
+    points = project(x, "tsne")
+    distance = np.linalg.norm(points[:, None] - points[None], axis=2) + np.eye(36) * 1e9
+    assert np.array_equal(labels[distance.argmin(1)], labels)
+
+
+def test_umap_says_what_to_install():
+    try:
+        import umap  # noqa: F401
+    except ImportError:
+        with pytest.raises(ImportError, match="pip install umap-learn"):
+            project(torch.randn(9, 3), "umap")
+
+
+def test_neighbours_leave_out_the_image_itself():
+    x = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
+    x[7] = x[3]
+    similarities, indices = neighbours(x)
+    cosine = torch.nn.functional.cosine_similarity(x[:, None], x[None], dim=2)
+    cosine.fill_diagonal_(-2)
+    assert torch.allclose(similarities, cosine.topk(8).values, atol=1e-5)
+    assert indices.shape == (30, 8)
+    assert (indices != torch.arange(30)[:, None]).all()
+    assert (indices[3, 0], indices[7, 0]) == (7, 3)
+    # Nothing but duplicates.
+    _, indices = neighbours(torch.ones(12, 2))
+    assert (indices != torch.arange(12)[:, None]).all()
+
+
+def test_thumbnails_and_sheet():
+    images = np.random.default_rng(0).integers(0, 255, (9, 16, 16, 3), dtype=np.uint8)
+    normal = Augmentation(size=16, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+    thumbs = thumbnails(ArraySource(images), normal, 16)
+    assert np.array_equal(thumbs, images)
+    indices = torch.arange(9).roll(-1)[:, None]
+    sheet = neighbour_sheet(thumbs, indices, np.array([0, 4]))
+    assert np.array_equal(sheet[2:18, 2:18], images[0])
+    assert np.array_equal(sheet[20:36, 28:44], images[5])
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The command's page of 40 images with names that HTML must not take for its own."""
+    pytest.importorskip("nvidia.dali", reason="decoding needs DALI (Linux)")
+    from simclr_fast.utils.checkpoint import save_encoder
+
+    home = tmp_path_factory.mktemp("embed")
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        folder = home / "images" / ("a<b>&" if i % 2 else "</script>".replace("/", "∕"))
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 100, (16, 16, 3), dtype=np.uint8)
+        pixels[..., i % 2] += 120
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    torch.manual_seed(0)
+    encoder, _ = build_encoder("resnet10", width=0.125, image_size=16)
+    about = about_encoder("resnet10", 0.125, None, Augmentation(size=16))
+    save_encoder(home / "encoder.safetensors", encoder, about)
+    arguments = ["--encoder", str(home / "encoder.safetensors"), "--data", str(home / "images")]
+    assert run(["eval", "embed", *arguments, "--thumb", "32", "--cache", str(home / "c")]) == 0
+    return home / "eval" / "embed.html"
+
+
+def test_the_command_writes_pictures_and_page(page):
+    for name in ("embed-pca.png", "embed-tsne.png", "neighbours.png"):
+        assert min(Image.open(page.parent / name).size) > 300
+    text = page.read_text()
+    assert not re.search(r"""(src|href)=|@import|url\((?!\$)""", text)
+    assert text.count("</script>") == 2
+    results = json.loads((page.parent / "embed.json").read_text())["results"]
+    assert 0.5 < results["neighbours_of_the_same_class"] <= 1
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine (Debian: chromium)")
+def test_the_page_in_a_browser(page, tmp_path):
+    with browser(tmp_path / "profile") as tab:
+        tab.open(page)
+        assert tab.js("document.title") == "40 images of " + str(page.parent.parent / "images") + (
+            " by resnet10"
+        )
+        assert tab.js("document.querySelectorAll('#near figure').length") == 8
+        # Every neighbour's picture is drawn from the page's own data.
+        near = tab.js("[...document.querySelectorAll('#near button')].map((b) => +b.dataset.image)")
+        assert near == tab.js("data.neighbours[0]")
+        assert tab.js("document.querySelector('#class').textContent") in ("a<b>&", "<∕script>")
+        # A click on a neighbour makes it the query.
+        x, y = tab.js(
+            "(() => { const r = document.querySelector('#near button').getBoundingClientRect();"
+            "return [r.x + r.width / 2, r.y + r.height / 2]; })()"
+        )
+        tab.click(x, y)
+        assert tab.js("selected") == near[0]
+        assert tab.js("location.hash") == f"#{near[0]}"
+        # A click on a point of the plot selects it.
+        x, y = tab.js(
+            "(() => { const r = document.querySelector('#plot').getBoundingClientRect();"
+            "return [r.x + places[5][0], r.y + places[5][1]]; })()"
+        )
+        tab.click(x, y)
+        assert tab.js("selected") == 5
+        tab.key("ArrowRight")
+        assert tab.js("selected") == 6
+        # A class taken out is no longer drawn.
+        painted = (
+            "(() => { const c = document.querySelector('#plot'); const d = c.getContext('2d')"
+            ".getImageData(0, 0, c.width, c.height).data; let n = 0;"
+            "for (let i = 3; i < d.length; i += 4) n += d[i] > 0; return n; })()"
+        )
+        before = tab.js(painted)
+        tab.js("document.querySelectorAll('#classes button')[0].click()")
+        assert tab.js(painted) < 0.8 * before
+        tab.js("const m = document.querySelector('#method'); m.value = 'tsne'; m.onchange()")
+        assert tab.js("method") == "tsne"
+        tab.screenshot(tmp_path / "page.png")
+        shot = np.asarray(Image.open(tmp_path / "page.png").convert("RGB"))
+        assert len(np.unique(shot.reshape(-1, 3), axis=0)) > 200
+        assert tab.problems == []
+        assert [url for url in tab.requests if not url.startswith(("file:", "data:"))] == []

@@ -1,0 +1,274 @@
+"""Accuracy, features and logistic regression: known answers."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+
+from simclr_fast.augment.params import Augmentation
+from simclr_fast.data.datasets import open_source
+from simclr_fast.data.sources import ArraySource, FileSource, subset
+from simclr_fast.evaluation.accuracy import bootstrap, ranks, score
+from simclr_fast.evaluation.features import cached_features, features, fingerprint, pixels
+from simclr_fast.evaluation.linear import (
+    SWEEP,
+    fit_logistic,
+    linear_probe,
+    sweep_logistic,
+)
+from simclr_fast.evaluation.subsets import balanced_subset, listed_subset
+from simclr_fast.utils.interrupts import raise_sigterm
+
+
+def clusters(n, spread):
+    generator = torch.Generator().manual_seed(n)
+    labels = torch.arange(n) % 3
+    centers = torch.eye(3, 8) * 4
+    return centers[labels] + spread * torch.randn(n, 8, generator=generator), labels.numpy()
+
+
+def small_images(n=7):
+    return np.random.default_rng(0).integers(0, 255, (n, 8, 8, 3), dtype=np.uint8)
+
+
+def test_top_k_by_hand():
+    scores = torch.tensor([[0.1, 0.7, 0.2, 0], [0.4, 0.1, 0.4, 0.1], [0.0, 0.0, 0.0, 1.0]])
+    # Of equal scores the lower index is first, as argmax has it.
+    assert ranks(scores, torch.tensor([2, 2, 1])).tolist() == [1, 1, 2]
+    assert ranks(scores, scores.argmax(1)).tolist() == [0, 0, 0]
+    classes = tuple("abcdefg")
+    found = score(torch.tensor([0, 1, 4, 5, 0, 6]), np.array([0, 0, 0, 1, 1, 6]), classes)
+    assert found.top1.value == pytest.approx(2 / 6)
+    assert found.top5.value == pytest.approx(4 / 6)
+    assert found.per_class == {"a": pytest.approx(1 / 3), "b": 0.5, "g": 0.0}
+    assert score(torch.tensor([0]), np.array([0]), ("a", "b")).top5 is None
+    assert json.dumps(found.to_json())
+
+
+def test_ranks_are_scikit_learns_top_k():
+    from sklearn.metrics import top_k_accuracy_score
+
+    scores = torch.rand(50, 9, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(50) % 9
+    for k in (1, 5):
+        ours = (ranks(scores, labels) < k).double().mean().item()
+        assert ours == pytest.approx(top_k_accuracy_score(labels, scores.numpy(), k=k))
+
+
+def test_bootstrap_interval():
+    accuracy = bootstrap(np.arange(1000) < 700)
+    assert accuracy.value == 0.7
+    # 1.96 standard errors of a mean of 1,000 draws of .7.
+    assert accuracy.high - accuracy.low == pytest.approx(2 * 1.96 * (0.21 / 1000) ** 0.5, rel=0.15)
+
+
+@pytest.mark.parametrize("l2", [1e-2, 1.0, 100.0])
+def test_logistic_regression_is_scikit_learns(l2):
+    train, labels = clusters(300, 3)
+    train = train * torch.logspace(-2, 2, 8) + 5
+    fit = fit_logistic(train, labels, l2)
+    assert fit.converged
+    standard = ((train - fit.mean) / fit.std).double().numpy()
+    theirs = LogisticRegression(C=1 / l2, max_iter=10000, tol=1e-9).fit(standard, labels)
+    assert np.allclose(fit.weight.numpy(), theirs.coef_, atol=1e-3 * np.abs(theirs.coef_).max())
+    test, test_labels = clusters(99, 3)
+    test = test * torch.logspace(-2, 2, 8) + 5
+    theirs_top1 = theirs.score(((test - fit.mean) / fit.std).double().numpy(), test_labels)
+    assert (fit.ranks(test, test_labels) == 0).double().mean().item() == pytest.approx(theirs_top1)
+
+
+def test_a_fit_in_blocks_and_from_a_start_is_the_same(monkeypatch):
+    train, labels = clusters(300, 3)
+    whole = fit_logistic(train, labels, 1.0)
+    monkeypatch.setattr("simclr_fast.evaluation.linear._BLOCK", 8 * 77)
+    parts = fit_logistic(train, labels, 1.0)
+    again = fit_logistic(train, labels, 1.0, start=parts)
+    assert again.iterations < 3 < parts.iterations
+    for other in (parts, again):
+        assert torch.allclose(whole.weight, other.weight, atol=1e-4)
+
+
+def test_constant_and_dependent_features():
+    train, labels = clusters(60, 1)
+    train = torch.cat([train, train, torch.full((60, 2), 3.0)], 1)
+    fit = fit_logistic(train, labels, 1.0)
+    assert fit.converged
+    assert torch.allclose(fit.weight[:, :8], fit.weight[:, 8:16], atol=1e-6)
+    assert fit.weight[:, 16:].abs().max() < 1e-6
+
+
+def test_sweep_chooses_on_held_out_images_and_resumes(tmp_path, monkeypatch):
+    assert len(SWEEP) == 45
+    assert (SWEEP[0], SWEEP[-1]) == (1e5, pytest.approx(1e-6))
+    train, labels = clusters(150, 3)
+    values = (1e4, 1e2, 1.0, 1e-2)
+    whole = sweep_logistic(train, labels, n_classes=3, values=values)
+    top = max(whole.validation.values())
+    assert whole.fit.l2 == max(v for v, a in whole.validation.items() if a == top)
+    assert torch.allclose(
+        whole.fit.weight, fit_logistic(train, labels, whole.fit.l2).weight, atol=1e-6
+    )
+    # Interrupted after two values, then gone on.
+    progress = tmp_path / "sweep.pt"
+    problem = "simclr_fast.evaluation.linear._Problem.fit"
+    from simclr_fast.evaluation.linear import _Problem
+
+    fit, fits = _Problem.fit, []
+
+    def interrupted(self, l2, *rest):
+        if len(fits) == 2:
+            raise KeyboardInterrupt
+        fits.append(l2)
+        return fit(self, l2, *rest)
+
+    def sweep():
+        return sweep_logistic(train, labels, n_classes=3, values=values, progress=progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(problem, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sweep()
+    fitted = []
+    monkeypatch.setattr(problem, lambda self, l2, *r: fitted.append(l2) or fit(self, l2, *r))
+    assert sweep().validation == whole.validation
+    assert fitted == [1.0, 1e-2, whole.fit.l2]
+    # What is finished is only fitted once more; of other arguments, nothing is taken over.
+    assert sweep().validation == whole.validation
+    assert fitted[3:] == [whole.fit.l2]
+    sweep_logistic(train, labels, n_classes=3, values=values, seed=1, progress=progress)
+    assert len(fitted) == 4 + 5
+
+
+def test_probe_separates_what_is_separable_and_no_more():
+    train, labels = clusters(300, 0.5)
+    test, test_labels = clusters(99, 0.5)
+    assert linear_probe(train, labels, test, test_labels).value == 1
+    unlabelled = np.where(np.arange(300) % 3 == 0, -1, np.asarray(labels))
+    kept = unlabelled >= 0
+    assert linear_probe(train, unlabelled, test, test_labels) == linear_probe(
+        train[kept], unlabelled[kept], test, test_labels
+    )
+    noise = torch.randn(399, 8, generator=torch.Generator().manual_seed(1))
+    assert 0.2 < linear_probe(noise[:300], labels, noise[300:], test_labels).value < 0.5
+
+
+def test_bad_arguments():
+    train, labels = clusters(30, 1)
+    with pytest.raises(ValueError, match="l2"):
+        fit_logistic(train, labels, 0)
+    with pytest.raises(ValueError, match="labels"):
+        fit_logistic(train, labels, 1, n_classes=2)
+    train[3, 2] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        linear_probe(train, labels, train, labels)
+    with pytest.raises(ValueError, match="fraction"):
+        balanced_subset(labels, 0)
+
+
+def test_features_and_pixels_are_in_order_and_undistorted():
+    images = small_images()
+    source = ArraySource(images)
+    flat = torch.from_numpy(images).permute(0, 3, 1, 2).flatten(1) / 255
+    assert torch.allclose(pixels(source, Augmentation(size=8)), flat, atol=1e-6)
+    encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(192))
+    found = features(encoder, source, Augmentation(size=8), batch_size=3)
+    assert encoder.training
+    assert torch.allclose(found, flat / (1 + 1e-5) ** 0.5, atol=1e-6)
+
+
+class Counting(torch.nn.Module):
+    def __init__(self, stop_after=None, number=None):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.seen, self.stop_after, self.number = 0, stop_after, number
+
+    def forward(self, images):
+        if self.stop_after is not None and self.seen >= self.stop_after:
+            os.kill(os.getpid(), self.number)
+        self.seen += len(images)
+        return images.flatten(1) * self.scale
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_features_are_extracted_once_and_resumed(tmp_path, number):
+    source, augmentation = ArraySource(small_images(11)), Augmentation(size=8)
+    stopped = Counting(6, number)
+    with raise_sigterm(), pytest.raises(KeyboardInterrupt):
+        cached_features(stopped, source, augmentation, folder=tmp_path, batch_size=3)
+    encoder = Counting()
+    found = cached_features(encoder, source, augmentation, folder=tmp_path, batch_size=3)
+    assert (stopped.seen, encoder.seen) == (6, 5)
+    assert torch.equal(found, features(Counting(), source, augmentation))
+    again = Counting()
+    mapped = cached_features(again, source, augmentation, folder=tmp_path)
+    assert torch.equal(mapped, found)
+    assert again.seen == 0
+    assert {path.suffix for path in tmp_path.iterdir()} == {".npy", ".lock"}
+    # Other weights: other features.
+    again.scale.data.fill_(2)
+    assert torch.equal(cached_features(again, source, augmentation, folder=tmp_path), 2 * found)
+
+
+def test_features_that_are_not_finite_are_not_kept(tmp_path):
+    encoder = Counting()
+    encoder.scale.data.fill_(torch.nan)
+    source = ArraySource(small_images())
+    for _ in range(2):
+        with pytest.raises(ValueError, match="not finite"):
+            cached_features(encoder, source, Augmentation(size=8), folder=tmp_path)
+
+
+def test_fingerprint_changes_with_weights_images_and_preprocessing(tmp_path):
+    images = small_images(3)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    source, size = open_source(tmp_path), Augmentation(size=8)
+    changed, other = images.copy(), torch.nn.Linear(2, 2)
+    changed[2, 7, 7, 2] ^= 1
+    keys = [
+        fingerprint(torch.nn.Linear(2, 2), source, size),
+        fingerprint(other, source, size),
+        fingerprint(other, source, Augmentation(size=9)),
+        fingerprint(other, subset(source, np.arange(2)), size),
+        fingerprint(other, ArraySource(images), size),
+        fingerprint(other, ArraySource(changed), size),
+    ]
+    assert fingerprint(other, open_source(tmp_path), size) == keys[1]
+    Image.fromarray(changed[2]).save(tmp_path / "2.png")
+    keys.append(fingerprint(other, source, size))
+    assert len(set(keys)) == len(keys)
+
+
+def test_balanced_subsets_are_fixed_nested_and_balanced():
+    labels = np.repeat(np.arange(5), [100, 100, 100, 100, 7])
+    ten, one = balanced_subset(labels, 0.1), balanced_subset(labels, 0.01)
+    assert np.bincount(labels[ten]).tolist() == [10, 10, 10, 10, 1]
+    assert np.bincount(labels[one]).tolist() == [1, 1, 1, 1, 1]
+    assert set(one) < set(ten)
+    assert np.array_equal(ten, balanced_subset(labels, 0.1))
+    assert not np.array_equal(ten, balanced_subset(labels, 0.1, seed=1))
+    assert np.array_equal(balanced_subset(labels, 1), np.arange(407))
+
+
+def test_subset_lists(tmp_path):
+    names = ["n01/n01_3.JPEG", "n01/n01_7.JPEG", "n02/n02_3.JPEG", "n02/a.JPEG", "n01/a.JPEG"]
+    source = FileSource([tmp_path / name for name in names])
+    listing = tmp_path / "1percent.txt"
+    listing.write_text("n02_3.JPEG\nn01_3.JPEG\n\n")
+    assert listed_subset(source, listing).tolist() == [0, 2]
+    listing.write_text("n02/a.JPEG\nn01_7.JPEG\r\n")
+    assert listed_subset(source, listing).tolist() == [1, 3]
+    for text, says in (
+        ("n03_1.JPEG\n", "n03_1.JPEG"),
+        ("a.JPEG", "is 2 images"),
+        ("", "no names"),
+        ("n01_3.JPEG\nn01_3.JPEG", "twice"),
+    ):
+        listing.write_text(text)
+        with pytest.raises(ValueError, match=says):
+            listed_subset(source, listing)

@@ -1,0 +1,31 @@
+"""What a pretraining run of a second or two is made of."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from simclr_fast.augment.params import Augmentation
+from simclr_fast.training.config import PretrainConfig
+
+TINY = PretrainConfig(
+    model="resnet10",
+    width=0.125,
+    augmentation=Augmentation(size=16),
+    batch_size=8,
+    warmup_epochs=1,
+    log_every=1,
+    device="cpu",
+    workers=1,
+)
+
+
+def write_photos(folder: Path, count: int, classes: int = 2) -> Path:
+    """`count` JPEG files of noise, 24×24, in turn of `classes` folders."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        pixels = rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)
+        path = folder / f"class{i % classes}" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return folder

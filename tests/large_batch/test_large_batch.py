@@ -1,0 +1,338 @@
+"""Every memory mode against plain autograd of the whole batch, in float64, in one process."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from large_batch_cases import (
+    MODES,
+    assert_equal,
+    lively,
+    loss_fn,
+    mode_name,
+    plain_autograd,
+    simclr,
+    step,
+    views,
+)
+from torch import nn
+
+from simclr_fast.large_batch import LargeBatch
+from simclr_fast.large_batch import global_batch_norm as gbn
+from simclr_fast.large_batch.replay import recomputed_blocks
+from simclr_fast.training.config import PretrainConfig
+
+LOCKSTEP = {"memory": "lockstep", "micro_batch": 5}
+REFERENCES = {}
+
+
+def reference(name):
+    if name not in REFERENCES:
+        REFERENCES[name] = step(simclr(name), plain_autograd)
+    return REFERENCES[name]
+
+
+def run(model, x=None, loss=loss_fn, **mode):
+    return LargeBatch(model, **mode).backward(views() if x is None else x, loss)
+
+
+@pytest.mark.parametrize(
+    ("model", "mode"),
+    [*(("resnet18", mode) for mode in MODES), *(("resnet50", mode) for mode in MODES[1::2])],
+    ids=lambda value: value if isinstance(value, str) else mode_name(value),
+)
+def test_equals_plain_autograd(model, mode):
+    found = step(simclr(model), lambda m: run(m, **mode))
+    assert_equal(found, reference(model))
+
+
+@pytest.mark.parametrize("memory", ["plain", "replay", "lockstep"])
+def test_views_may_come_in_parts(memory):
+    mode = {"memory": memory, "micro_batch": 5}
+    x = views()
+    parts = (x[:7], x[7:7], x[7:])
+    assert_equal(step(simclr("resnet18"), lambda m: run(m, parts, **mode)), reference("resnet18"))
+    with pytest.raises(ValueError, match="views must hold"):
+        run(simclr("resnet18"), (), **mode)
+
+
+def timm_resnet():
+    """Deep stem, pooled shortcut, squeeze-and-excitation."""
+    resnet = pytest.importorskip("timm").models.resnet
+    return resnet.ResNet(
+        resnet.BasicBlock,
+        (1, 1, 1, 1),
+        num_classes=0,
+        channels=(4, 8, 16, 32),
+        stem_width=8,
+        stem_type="deep",
+        avg_down=True,
+        block_args={"attn_layer": "se"},
+    )
+
+
+def timm_norm_act():
+    """timm's batch norms with an activation of their own."""
+    return pytest.importorskip("timm").create_model("mobilenetv3_small_050", num_classes=8)
+
+
+def torchvision_resnet():
+    resnet = pytest.importorskip("torchvision").models.resnet
+    body = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=8)
+    return nn.Sequential(*list(body.children())[:-1], nn.Flatten(), nn.Linear(512, 8))
+
+
+def chain():
+    """Norms on the images and of every option, padding by name and by reflection, a tied layer."""
+    tied = nn.Conv2d(6, 6, 3, padding="same")
+    return nn.Sequential(
+        *(nn.BatchNorm2d(3), nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect")),
+        *(nn.BatchNorm2d(6, affine=False), nn.ReLU(inplace=True), tied),
+        *(nn.BatchNorm2d(6, momentum=None), nn.ReLU(inplace=True), tied),
+        *(nn.BatchNorm2d(6, track_running_stats=False), nn.MaxPool2d(2), nn.Conv2d(6, 4, 1)),
+        *(nn.BatchNorm2d(4).eval(), nn.Flatten(), nn.Linear(256, 8), nn.BatchNorm1d(8)),
+    )
+
+
+@pytest.mark.parametrize("build", [timm_resnet, timm_norm_act, torchvision_resnet, chain])
+def test_lockstep_runs_models_of_other_libraries(build):
+    torch.manual_seed(0)
+    model = lively(build())
+    if build is chain:
+        model[11].eval()
+    expected = step(copy.deepcopy(model), plain_autograd)
+    assert_equal(step(model, lambda m: run(m, **LOCKSTEP)), expected)
+
+
+def test_lockstep_takes_imagenet_stem_and_frozen_layers():
+    def frozen():
+        model = simclr("resnet10", stem="imagenet")
+        model.encoder.conv1.requires_grad_(False)
+        model.encoder.layer1.requires_grad_(False)
+        return model
+
+    expected = step(frozen(), plain_autograd)
+    assert_equal(step(frozen(), lambda m: run(m, **LOCKSTEP)), expected)
+
+
+def blockwise(model, parts):
+    """Plain autograd over parts of the rows, each drawing its own random numbers."""
+    torch.manual_seed(5)
+    loss = loss_fn(torch.cat([model(part) for part in parts]))
+    loss.backward()
+    return loss.detach()
+
+
+def test_grad_cache_draws_the_same_random_numbers_twice():
+    layers = nn.Flatten(), nn.Linear(768, 16), nn.LayerNorm(16), nn.Dropout(0.3), nn.Linear(16, 8)
+    model = nn.Sequential(*layers).double()
+    expected = step(copy.deepcopy(model), lambda m: blockwise(m, views().split(5)))
+    torch.manual_seed(5)
+    found = step(model, lambda m: run(m, memory="grad-cache", micro_batch=5))
+    assert_equal(found, expected)
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        [model(part) for part in views().split(5)]
+    assert torch.equal(torch.rand(1), after)
+
+
+def test_grad_cache_refuses_batch_norm():
+    for build in (
+        lambda: LargeBatch(simclr("resnet18"), memory="grad-cache"),
+        lambda: run(simclr("resnet18").eval().train(), memory="grad-cache"),
+    ):
+        with pytest.raises(ValueError, match=r"0\.94, 0\.85, 0\.75 and 0\.61"):
+            build()
+    model = simclr("resnet18")
+    run(model, memory="grad-cache", micro_batch=5, allow_ghost_bn=True)
+    # Once per micro-batch, not twice.
+    assert model.encoder.bn1.num_batches_tracked == 3
+    assert_gradient_differs(model)
+    run(simclr("resnet18").eval(), memory="grad-cache")
+
+
+def assert_gradient_differs(model):
+    weight = reference("resnet18")[1]["encoder.conv1.weight"]
+    found = model.encoder.conv1.weight.grad
+    assert torch.cosine_similarity(found.flatten(), weight.flatten(), 0) < 0.999
+
+
+FAULTS = {
+    "statistics of one micro-batch": ("merge", lambda original: lambda rows: rows[-1]),
+    "sums of one micro-batch": (
+        "gradient_sums",
+        lambda original: lambda dy, x, s: original(dy, x, s) * (len(x) == 5),
+    ),
+    "buffers updated twice": (
+        "update_running",
+        lambda original: lambda norm, s: (original(norm, s), original(norm, s)),
+    ),
+    "no gradient through the statistics": (
+        "input_gradient",
+        lambda original: lambda dy, x, s, weight, sums: original(dy, x, s, weight, sums * 0),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_seen(fault, monkeypatch):
+    name, make = FAULTS[fault]
+    monkeypatch.setattr(gbn, name, make(getattr(gbn, name)))
+    with pytest.raises(AssertionError):
+        assert_equal(step(simclr("resnet18"), lambda m: run(m, **LOCKSTEP)), reference("resnet18"))
+
+
+def test_each_statistic_is_taken_once(monkeypatch):
+    calls = dict.fromkeys(("moments", "gradient_sums", "input_gradient", "update_running"), 0)
+
+    def counting(name, original, *args):
+        calls[name] += 1
+        return original(*args)
+
+    for name in calls:
+        monkeypatch.setattr(gbn, name, partial(counting, name, getattr(gbn, name)))
+    model = simclr("resnet18")
+    norms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    for mode, parts in (({"memory": "replay"}, 1), (LOCKSTEP, 3)):
+        calls.update(dict.fromkeys(calls, 0))
+        run(model, **mode)
+        per_part = dict.fromkeys(("moments", "gradient_sums", "input_gradient"), parts * norms)
+        assert calls == {**per_part, "update_running": norms}
+    assert model.encoder.bn1.num_batches_tracked == 2
+
+
+def test_gradients_add_up():
+    model = simclr("resnet18")
+    engine = LargeBatch(model, **LOCKSTEP)
+    for _ in range(2):
+        engine.backward(views(), loss_fn)
+    for name, gradient in reference("resnet18")[1].items():
+        found = model.get_parameter(name).grad
+        assert (found - 2 * gradient).norm() <= 1e-11 * max(1, gradient.norm())
+
+
+def mixed(dtype, **mode):
+    model = simclr("resnet18", width=0.25).float().to(memory_format=torch.channels_last)
+    x = views().float().to(memory_format=torch.channels_last)
+    scale = 1024.0 if dtype is torch.float16 else 1.0
+
+    def loss(outputs):
+        assert not torch.is_autocast_enabled("cpu")
+        assert outputs[1].dtype is dtype
+        return loss_fn(outputs) * scale
+
+    run(model, x, loss, autocast=dtype, **mode)
+    gradient = model.encoder.layer4[0].conv1.weight.grad
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]) / scale
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_close_as_plain(dtype):
+    model = simclr("resnet18", width=0.25)
+    plain_autograd(model)
+    exact = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    spread = (mixed(dtype, memory="plain") - exact).norm()
+    for mode in ({"memory": "replay"}, LOCKSTEP):
+        assert (mixed(dtype, **mode) - exact).norm() <= 1.5 * spread
+
+
+def test_outer_autocast_is_followed():
+    seen = []
+
+    def loss(outputs):
+        seen.append((outputs[1].dtype, torch.is_autocast_enabled("cpu")))
+        return loss_fn(outputs), "more"
+
+    model = simclr("resnet10").float()
+    with torch.autocast("cpu", torch.bfloat16):
+        for mode in ({"memory": "plain"}, {"memory": "replay"}, LOCKSTEP):
+            value, more = run(model, views().float(), loss, **mode)
+            assert not value.requires_grad
+            assert more == "more"
+    assert seen == [(torch.bfloat16, True)] * 3
+
+
+def test_replay_finds_the_blocks():
+    assert len(recomputed_blocks(simclr("resnet18"))) == 8
+    models = pytest.importorskip("torchvision").models
+    assert len(recomputed_blocks(models.mobilenet_v2())) >= 17
+    assert len(recomputed_blocks(models.VisionTransformer(32, 16, 3, 2, 8, 16))) == 3
+    with pytest.raises(ValueError, match="Sequential or ModuleList"):
+        LargeBatch(nn.Linear(2, 2), memory="replay")
+
+
+class Overwrites(nn.Module):
+    def forward(self, x):
+        y = x * 2
+        z = y
+        y += 1
+        return (z * y).flatten(1)
+
+
+class Branches(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)), "random"),
+        (Branches(), "traced"),
+        (Overwrites(), "overwrites"),
+    ],
+)
+def test_lockstep_refuses_what_it_would_change(model, says):
+    with pytest.raises(ValueError, match=says):
+        LargeBatch(model)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"memory": "little"},
+        {"micro_batch": 0},
+        {"offload_gb": -1},
+        {"memory": "plain", "offload_gb": 1},
+        {"keep_every": 0},
+        {"memory": "replay", "keep_every": 2},
+        {"memory": "replay", "compile": True},
+    ],
+)
+def test_bad_arguments(arguments):
+    with pytest.raises(ValueError, match=list(arguments)[-1]):
+        LargeBatch(nn.Linear(2, 2), **arguments)
+
+
+def test_an_arena_that_the_host_cannot_hold_is_refused():
+    with pytest.raises(ValueError, match="offload_gb must fit the host's memory, got 1e"):
+        run(simclr("resnet10"), offload_gb=1e9, **LOCKSTEP)
+
+
+def test_a_loss_must_be_a_number():
+    with pytest.raises(TypeError, match="0-dim"):
+        run(simclr("resnet10"), loss=lambda outputs: outputs[1], **LOCKSTEP)
+
+
+@pytest.mark.parametrize("field", ["micro_batch", "offload_gb", "keep_every"])
+def test_bad_configuration(field):
+    with pytest.raises(ValueError, match=field):
+        PretrainConfig(**{field: -1})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"memory": "plain", "micro_batch": 64},
+        {"memory": "auto", "offload_gb": 1},
+        {"memory": "auto", "keep_every": 2},
+        {"memory": "replay", "compile": True},
+        {"memory": "lockstep", "allow_ghost_bn": True},
+    ],
+)
+def test_options_of_other_modes_are_refused(given):
+    with pytest.raises(ValueError, match=f"{list(given)[1]} is for memory .*, got '"):
+        PretrainConfig(**given)

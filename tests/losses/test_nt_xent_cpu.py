@@ -1,0 +1,188 @@
+"""The native CPU kernels: instruction sets, threads, memory, and agreement with plain torch."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+from instruction_sets import has_isa
+
+from simclr_fast import nt_xent_loss, ops
+from simclr_fast.ops import nt_xent_plain
+
+needs_extension = pytest.mark.skipif(not ops.has_extension(), reason="no native extension")
+
+# Against the reference, for one process and for some of its rows; run under each instruction set.
+CHECK = """
+import torch
+from simclr_fast import nt_xent_loss, reference
+
+def error(a, b):
+    return ((a.double() - b).norm() / b.norm()).item()
+
+torch.manual_seed(0)
+for n, d in ((3, 5), (70, 33), (260, 40), (260, 150)):
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-13)):
+        for tau in (0.1, 0.005):
+            z = [torch.randn(n, d, dtype=dtype).requires_grad_() for _ in range(2)]
+            exact = [t.detach().double().requires_grad_() for t in z]
+            loss, stats = nt_xent_loss(*z, tau, return_stats=True)
+            wanted = reference.nt_xent(*exact, tau).mean()
+            pairs = [(loss.detach(), wanted.detach())]
+            pairs += zip(torch.autograd.grad(loss, z), torch.autograd.grad(wanted, exact))
+            for actual, expected in pairs:
+                assert error(actual, expected) < tolerance / min(1, 10 * tau), (n, dtype, tau)
+            assert 0 <= stats.accuracy <= 1
+print("right")
+"""
+
+# Peak memory of a step beyond what was resident before it, in MB.
+MEMORY = """
+import re, torch
+from simclr_fast import nt_xent_loss
+
+def resident(key):
+    return int(re.search(key + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1e3
+
+def step(n):
+    z = [torch.randn(n, 128, requires_grad=True) for _ in range(2)]
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+    before = resident("VmRSS")
+    nt_xent_loss(*z, 0.1).backward()
+    return resident("VmHWM") - before
+
+step(64)
+print(*(step(n) for n in (2048, 4096)))
+"""
+
+
+def run(script, **environment):
+    command = [sys.executable, "-c", script]
+    env = {**os.environ, "OMP_NUM_THREADS": "2", **environment}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), env.get("PYTHONPATH")]))
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+
+
+@needs_extension
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set off x86-64")
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+def test_instruction_sets(isa):
+    if not has_isa(isa):
+        pytest.skip(f"this CPU has no {isa}")
+    result = run(CHECK, SIMCLR_FAST_ISA=isa)
+    assert result.stdout.strip() == "right", result.stderr
+
+
+@needs_extension
+@pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
+def test_memory_is_linear():
+    result = run(MEMORY)
+    half, full = map(float, result.stdout.split())
+    assert half > 2048 * 128 * 4 / 1e6, "less than one matrix of gradients is no measurement"
+    assert full <= 32, result.stdout
+    assert full <= 2.1 * half + 2, result.stdout
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("temperature", [0.1, 0.005])
+@pytest.mark.parametrize("n", [70, 700])
+def test_same_bits_for_any_number_of_threads(dtype, temperature, n):
+    torch.manual_seed(0)
+    z = [torch.randn(n, 40, dtype=dtype).requires_grad_() for _ in range(2)]
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            loss, stats = nt_xent_loss(*z, temperature, reduction="none", return_stats=True)
+            results.append([loss, *stats, *torch.autograd.grad(loss.sum(), z)])
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        for actual, expected in zip(result, results[0], strict=True):
+            assert torch.equal(actual, expected)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("temperature", [0.2, 0.006])
+@pytest.mark.parametrize(
+    ("offset", "rows", "total"), [(0, 130, 130), (0, 2, 900), (6, 50, 900), (300, 600, 900)]
+)
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_native_and_plain_ops_agree(dtype, temperature, offset, rows, total, decoupled):
+    torch.manual_seed(0)
+    z1, z2 = torch.randn(2, total // 2, 37, dtype=dtype)
+    tau = torch.tensor(temperature, dtype=dtype)
+    eps = torch.finfo(dtype).eps / temperature
+    close = {"rtol": 30 * eps, "atol": 30 * eps}
+    u, inv_norm = ops.nt_xent_normalize(z1, z2, tau)
+    torch.testing.assert_close((u, inv_norm), nt_xent_plain.normalize(z1, z2, tau))
+    native = ops.nt_xent_rows(u, tau, offset, rows, decoupled, True)
+    plain = nt_xent_plain.forward(u, tau, offset, rows, decoupled, True)
+    for actual, expected in zip(native, plain, strict=True):
+        assert actual.dtype == expected.dtype
+        torch.testing.assert_close(actual, expected, **close)
+    _, lse, _ = nt_xent_plain.forward(u, tau, 0, total, decoupled, False)
+    own = slice(offset // 2, (offset + rows) // 2)
+    local = plain[0], inv_norm[offset : offset + rows], z1[own], z2[own], tau, offset, decoupled
+    one = torch.tensor(0.3, dtype=dtype)
+    for grad in (torch.rand(total, dtype=dtype), one.expand(total), one):
+        native = ops.nt_xent_backward(grad, decoupled, u, lse, *local)
+        plain_grads = nt_xent_plain.backward(grad, decoupled, u, lse, *local)
+        for actual, expected in zip(native, plain_grads, strict=True):
+            scale = {"rtol": 30 * eps, "atol": 30 * eps * expected.abs().max().item()}
+            torch.testing.assert_close(actual, expected, **scale)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("temperature", [0.1, 0.005])
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize(("n", "d"), [(2, 3), (5, 7), (100, 50), (257, 129), (600, 301)])
+def test_a_small_batch_keeps_its_exponentials(n, d, decoupled, temperature, dtype):
+    torch.manual_seed(0)
+    z1, z2 = torch.randn(2, n, d, dtype=dtype)
+    tau, grad = torch.tensor(temperature, dtype=dtype), torch.rand(2 * n, dtype=dtype)
+    _, loss, lse, _, u, inv_norm, kept = ops.nt_xent(z1, z2, tau, ops.NONE, decoupled, False, True)
+    assert 0 < kept.numel() < 4 * u.numel() + 10_000
+    local = u, lse, loss, inv_norm, z1, z2, tau, 0, decoupled
+    expected = ops.nt_xent_backward(grad, False, *local)
+    actual = ops.nt_xent_backward(grad, False, *local, kept)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    if temperature == 0.1:
+        other, _ = ops.nt_xent_backward(grad, False, *local, 2 * kept)
+        assert not torch.equal(other, actual[0])
+
+
+@needs_extension
+def test_only_a_small_batch_that_needs_gradients_keeps():
+    small, large, tau = torch.randn(8, 4), torch.randn(9, 4), torch.tensor(0.1)
+    kept = [
+        ops.nt_xent(z, z, tau, ops.MEAN, False, False, keep)[-1].numel()
+        for z, keep in ((small, True), (small, False), (large, True))
+    ]
+    assert kept[0] > 0
+    assert kept[1:] == [0, 0]
+
+
+@needs_extension
+def test_ops_check_their_arguments():
+    z, tau = torch.ones(4, 3), torch.tensor(0.5)
+    u, inv_norm = ops.nt_xent_normalize(z, z, tau)
+    with pytest.raises(RuntimeError, match="pairs of u_all's rows"):
+        ops.nt_xent_rows(u, tau, 1, 4, False, False)
+    with pytest.raises(RuntimeError, match="pairs of u_all's rows"):
+        ops.nt_xent_rows(u, tau, 6, 4, False, False)
+    with pytest.raises(RuntimeError, match="do not belong together"):
+        ops.nt_xent_backward(
+            inv_norm, False, u, inv_norm, inv_norm[:4], inv_norm, z, z, tau, 0, False
+        )
+    loss, lse = torch.ones(8), torch.ones(8, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="kept does not belong"):
+        ops.nt_xent_backward(loss, False, u, lse, loss, loss, z, z, tau, 0, False, torch.ones(5))
+    with pytest.raises(RuntimeError, match="0-dim CPU tensor"):
+        ops.nt_xent_rows(u, torch.ones(2), 0, 8, False, False)

@@ -1,0 +1,228 @@
+"""Ranks that die, stall or raise in mid-run, and what a resumed run makes of it."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from rank_runs import Run
+from tiny_runs import TINY
+
+from simclr_fast.training import pretrain as train
+from simclr_fast.utils.checkpoint import checkpoints, load_checkpoint
+from simclr_fast.utils.distributed import World
+
+pytest.importorskip("torchvision")
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def config(tmp_path):
+    return make_config(tmp_path / "run")
+
+
+def make_config(out):
+    own = {"batch_size": 9, "steps": STEPS, "checkpoint_every": 2, "memory": "plain"}
+    return replace(TINY, data="arrays", out=out, **own)
+
+
+@pytest.fixture
+def begin():
+    runs = []
+
+    def start(*arguments):
+        runs.append(Run(*arguments))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.kill()
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def freeze():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def hang():
+    time.sleep(1000)
+
+
+def refuse():
+    raise ValueError("no such thing")
+
+
+def exhaust():
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@dataclass
+class InStep:
+    """On `ranks`: action() between forward and backward of `step`."""
+
+    step: int
+    action: Callable
+    ranks: tuple[int, ...] = (0, 1, 2)
+    double: bool = False
+
+    def __call__(self, rank):
+        if self.double:
+            in_float64(rank)
+        if rank not in self.ranks:
+            return
+        calls, compute = [], train.nt_xent_loss
+
+        def patched(*arguments, **options):
+            calls.append(1)
+            if len(calls) == self.step:
+                self.action()
+            return compute(*arguments, **options)
+
+        train.nt_xent_loss = patched
+
+
+def die_in_checkpoint(rank):
+    """Rank 0 dies with half of its second checkpoint written; the others a moment later."""
+    save = torch.save
+
+    def patched(state, path):
+        whole = io.BytesIO()
+        save(state, whole)
+        half = state["step"] == 4
+        path.write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2 if half else None])
+        if half:
+            die()
+
+    torch.save = patched
+
+
+def all_die_in_checkpoint(rank):
+    """And the others as they begin their next step, while rank 0 writes."""
+    if rank == 0:
+        die_in_checkpoint(rank)
+        return
+    mark = World.mark
+
+    def patched(world, step, doing):
+        if step == 5:
+            die()
+        mark(world, step, doing)
+
+    World.mark = patched
+
+
+def in_float64(rank):
+    torch.set_default_dtype(torch.float64)
+    loader = train.TwoViewLoader
+
+    class Wide(loader):
+        def __iter__(self):
+            for view1, view2, index in super().__iter__():
+                yield view1.double(), view2.double(), index
+
+    train.TwoViewLoader = Wide
+
+
+slow = pytest.mark.slow
+EXHAUSTED = "step 3: out of memory with --memory plain; next: --memory lockstep --micro-batch"
+
+
+@pytest.mark.parametrize(
+    ("action", "who", "size", "says"),
+    [
+        (die, 1, 3, "rank 1 died or froze in step 3 (training)"),
+        pytest.param(die, 0, 3, "rank 0, which hosts the store, died", marks=slow),
+        pytest.param(freeze, 1, 2, "rank 1 died or froze in step 3 (training)", marks=slow),
+        (hang, 1, 2, "rank 1 stalled in step 3 (training) for 6 s"),
+        (refuse, 1, 2, "rank 1 ended in step 3 (training): ValueError: no such thing"),
+        pytest.param(exhaust, 0, 2, f"rank 0, {EXHAUSTED}", marks=slow),
+        (exhaust, 1, 2, f"rank 1, {EXHAUSTED}"),
+    ],
+)
+def test_the_others_end_and_name_rank_and_step(config, begin, action, who, size, says):
+    config = replace(config, timeout=6 if action in (hang, freeze) else 600)
+    others = [rank for rank in range(size) if rank != who]
+    run = begin(config, size, InStep(3, action, (who,)))
+    assert run.wait(others) == [1] * len(others), [run.says(rank) for rank in others]
+    for rank in others:
+        assert says in run.says(rank)
+        assert "step 3" in run.says(rank)
+        assert "--resume" in run.says(rank)
+    if action is exhaust:
+        assert run.wait([who]) == [1]
+        assert says in run.says(who)
+
+
+def absent(rank):
+    if rank == 1:
+        hang()
+
+
+def test_a_rank_that_never_joins_ends_the_run(config, begin):
+    run = begin(replace(config, timeout=3), 2, absent)
+    assert run.wait([0]) == [1]
+    assert "not all 2 ranks joined within 3 s" in run.says(0)
+
+
+def finished(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    last = load_checkpoint(checkpoints(out / "checkpoints")[-1])
+    assert last["step"] == STEPS
+    return [line["loss"] for line in lines], last
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder):
+    config = make_config(folder / "whole")
+    assert Run(config, 2).wait() == [0, 0]
+    return finished(config.out)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [InStep(4, die), die_in_checkpoint, all_die_in_checkpoint],
+    ids=["step", "checkpoint", "all_in_checkpoint"],
+)
+def test_resume_after_kill_is_bit_for_bit(config, begin, uninterrupted, plan):
+    killed = begin(config, 2, plan).wait()
+    assert killed[0] == -signal.SIGKILL
+    if plan is not die_in_checkpoint:
+        assert killed[1] == -signal.SIGKILL
+    (left,) = checkpoints(config.out / "checkpoints")
+    assert load_checkpoint(left)["step"] == 2
+    assert begin(replace(config, resume=True), 2).wait() == [0, 0]
+    losses, last = finished(config.out)
+    assert losses == uninterrupted[0]
+    for key, value in uninterrupted[1]["model"].items():
+        assert torch.equal(value, last["model"][key]), key
+
+
+def test_resume_with_other_numbers_of_ranks(config, begin):
+    """In float64: two ranks are killed, then one and three go on; one rank alone did it all."""
+    whole = replace(config, out=config.out.parent / "whole")
+    assert begin(whole, 1, in_float64).wait() == [0]
+    losses, last = finished(whole.out)
+    assert begin(config, 2, InStep(4, die, double=True)).wait() == [-signal.SIGKILL] * 2
+    for size in (1, 3):
+        resumed = replace(config, out=config.out.parent / f"resumed{size}", resume=True)
+        shutil.copytree(config.out, resumed.out)
+        assert begin(resumed, size, in_float64).wait() == [0] * size
+        found, end = finished(resumed.out)
+        assert found == pytest.approx(losses, rel=1e-12)
+        for key, value in last["model"].items():
+            torch.testing.assert_close(end["model"][key], value, rtol=1e-9, atol=1e-11, msg=key)

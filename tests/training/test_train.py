@@ -1,0 +1,216 @@
+"""The driver end to end on real JPEG files: a run, its folder, resume, signals, ranks, probe."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_runs import TINY, write_photos
+
+from simclr_fast.commands.cli import run
+from simclr_fast.commands.pretrain import parse_pretrain
+from simclr_fast.data import demo
+from simclr_fast.training.config import PRESETS, PretrainConfig, from_json, to_json
+from simclr_fast.training.pretrain import pretrain
+from simclr_fast.utils.checkpoint import checkpoints, load_checkpoint
+
+pytest.importorskip("nvidia.dali", reason="decoding needs DALI (Linux)")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_photos(tmp_path_factory.mktemp("train"), 40)
+
+
+@pytest.fixture
+def config(images, tmp_path):
+    return replace(
+        TINY, data=str(images), out=tmp_path / "run", steps=8, checkpoint_every=3, workers=2
+    )
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_and_its_folder(config):
+    out = pretrain(config)
+    assert from_json((out / "config.json").read_text()) == config
+    lines = rows(out)
+    assert [row["step"] for row in lines] == list(range(1, 9))
+    assert lines[0]["lr"] == 0
+    assert {"loss", "contrastive_accuracy", "contrastive_entropy", "images_per_second"} < set(
+        lines[0]
+    )
+    assert [p.name for p in checkpoints(out / "checkpoints")] == [
+        "step-00000006.pt",
+        "step-00000008.pt",
+    ]
+    weights = load_file(out / "encoder.safetensors")
+    trained = load_checkpoint(checkpoints(out / "checkpoints")[-1])["model"]
+    assert weights.keys() == {k.removeprefix("encoder.") for k in trained if "encoder" in k}
+    assert all(torch.equal(v, trained[f"encoder.{k}"]) for k, v in weights.items())
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "adam"])
+def test_resume_in_mid_epoch_is_bit_for_bit(config, optimizer):
+    config = replace(config, optimizer=optimizer)
+    whole = pretrain(config)
+    last = checkpoints(whole / "checkpoints")[-1]
+    # Step 6 is the first of the second epoch of 5; drop what came after it, and go on.
+    cut = replace(config, out=config.out.parent / "cut")
+    pretrain(cut)
+    checkpoints(cut.out / "checkpoints")[-1].unlink()
+    pretrain(replace(cut, resume=True))
+    assert [r["loss"] for r in rows(cut.out)] == [r["loss"] for r in rows(whole)]
+    one, two = (load_checkpoint(folder / "checkpoints" / last.name) for folder in (whole, cut.out))
+    for key, value in one["model"].items():
+        assert torch.equal(value, two["model"][key]), key
+
+
+def test_an_output_folder_in_use_is_refused(config):
+    config.out.mkdir()
+    (config.out / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="not empty"):
+        pretrain(config)
+    assert (config.out / "notes.txt").exists()
+    pretrain(replace(config, overwrite=True, steps=1))
+    assert not (config.out / "notes.txt").exists()
+
+
+def command(config, *more):
+    augmentation = config.augmentation
+    return [
+        *("-m", "simclr_fast", "pretrain", "--data", config.data, "--out", str(config.out)),
+        *("--model", config.model, "--width", str(config.width), "--device", "cpu"),
+        *("--augmentation.size", str(augmentation.size), "--batch-size", str(config.batch_size)),
+        *("--warmup-epochs", "1", "--log-every", "1", *more),
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_a_checkpoint(config, number):
+    process = subprocess.Popen(
+        [sys.executable, *command(config, "--steps", "100000")],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = config.out / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "--resume" in errors
+    (saved,) = checkpoints(config.out / "checkpoints")
+    assert load_checkpoint(saved)["step"] == rows(config.out)[-1]["step"]
+
+
+def test_ranks_train_as_one_process(config):
+    """Two gloo ranks, uneven shares of a batch of 9: the same losses as one process."""
+    config = replace(config, batch_size=9)
+    alone = replace(config, out=config.out.parent / "alone", steps=4)
+    pretrain(alone)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = command(config, "--steps", "4", "--preset", "imagenet")
+    subprocess.run(
+        [*launcher, *arguments],
+        cwd=ROOT,
+        check=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+    )
+    one, two = ([r["loss"] for r in rows(out)] for out in (alone.out, config.out))
+    assert np.allclose(one, two, rtol=2e-4), (one, two)
+
+
+def test_the_demo_from_the_command_line(tmp_path, monkeypatch, capsys):
+    """On a part of the embedded images: `make pretrain` is of all."""
+    garments, most = demo.demo_garments, {"train": 900, "test": 300}
+    monkeypatch.setattr(
+        demo, "demo_garments", lambda split: tuple(p[: most[split]] for p in garments(split))
+    )
+    monkeypatch.setenv("SIMCLR_FAST_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "run"
+    assert run(["pretrain", "--data", "demo", "--steps", "3", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    for name in ("raw pixels", "same encoder, untrained", "pretrained encoder"):
+        assert name in printed
+    results = json.loads((out / "probe.json").read_text())
+    assert all(0.05 < r["low"] <= r["value"] <= r["high"] < 0.9 for r in results.values())
+    for picture in ("loss.png", "embedding.png"):
+        assert str(out / picture) in printed
+        assert min(Image.open(out / picture).size) > 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--data", "/nowhere"], "/nowhere"),
+        (["--data", "demo", "--batch-size", "9999"], "9999"),
+        (["--data", "demo", "--model", "resnet51"], "resnet51"),
+        (["--data", "cifar10:/nowhere"], "cifar10"),
+    ],
+)
+def test_errors_are_one_line(arguments, says, tmp_path, capsys):
+    assert run(["pretrain", *arguments, "--out", str(tmp_path / "run")]) == 1
+    errors = capsys.readouterr().err
+    assert says in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+
+
+def test_preview(images, tmp_path, capsys):
+    sheet = tmp_path / "sheet.png"
+    options = ["--images", "3", "--to", str(sheet), "--augmentation.size", "32"]
+    assert run(["preview", "--data", str(images), *options]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) >= 6
+    assert str(sheet) in printed[-1]
+    width, height = Image.open(sheet).size
+    assert width > height > 3 * 32
+
+
+@pytest.mark.parametrize("option", [("--temperature", "0"), ("--no-such-option", "1")])
+def test_bad_options_are_explained(option, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(["pretrain", *option])
+    assert stop.value.code == 2
+    assert option[0].strip("-") in capsys.readouterr().err
+
+
+def test_commands(capsys):
+    assert run(["--help"]) == 0
+    assert run([]) == 2
+    assert run(["train"]) == 2
+    assert "no command 'train'" in capsys.readouterr().err
+
+
+def test_presets_and_options():
+    for name, preset in PRESETS.items():
+        assert parse_pretrain(["--preset", name]) == preset()
+        assert from_json(to_json(preset())) == preset()
+    paper = parse_pretrain(["--data", "photos"])
+    assert (paper.batch_size, paper.temperature, paper.optimizer) == (4096, 0.1, "lars")
+    assert parse_pretrain(["--augmentation.p-jitter", "0"]).augmentation.p_jitter == 0
+
+
+@pytest.mark.parametrize("field", ["batch_size", "epochs", "temperature", "lr", "steps"])
+def test_bad_configuration(field):
+    with pytest.raises(ValueError, match=field):
+        PretrainConfig(**{field: -1})
