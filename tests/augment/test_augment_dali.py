@@ -16,8 +16,9 @@ from nvidia.dali import backend, fn, pipeline_def, types  # noqa: E402
 
 from simclr_fast.augment import dali as dali_views  # noqa: E402
 from simclr_fast.data import decode  # noqa: E402
+from simclr_fast.data.datasets import open_source  # noqa: E402
 from simclr_fast.data.loader import TwoViewLoader  # noqa: E402
-from simclr_fast.data.sources import Source, open_source  # noqa: E402
+from simclr_fast.data.sources import Source  # noqa: E402
 
 NAMES = dali_views.PARAM_NAMES
 CHINA, FLOWER = (load_sample_image(f"{name}.jpg").copy() for name in ("china", "flower"))
