@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from made_once import made_once
 
 from simclr_fast import ops
 
@@ -106,29 +107,14 @@ def run(folder, file, which):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
-def built_once(tmp_path_factory, name, faults=()):
-    """`build` by the first of the processes that run tests which asks for it."""
-    import fcntl
-
-    parent = tmp_path_factory.getbasetemp()
-    shared = parent.parent if "PYTEST_XDIST_WORKER" in os.environ else parent
-    with (shared / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (shared / name / "built").exists():
-            shutil.rmtree(shared / name, ignore_errors=True)
-            build(shared / name, faults)
-            (shared / name / "built").touch()
-    return shared / name
-
-
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory):
-    return built_once(tmp_path_factory, "clean")
+    return made_once(tmp_path_factory, "clean", build)
 
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory):
-    return built_once(tmp_path_factory, "faulty", FAULTS)
+    return made_once(tmp_path_factory, "faulty", lambda folder: build(folder, FAULTS))
 
 
 @pytest.mark.parametrize(("file", "which"), CLEAN)

@@ -8,24 +8,29 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from made_once import made_once
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(900)
 
 
-@pytest.fixture(scope="module")
-def dist(tmp_path_factory):
+def build(folder):
     """An sdist, and a wheel built from it, without CUDA and optimisation, which take minutes."""
-    folder = tmp_path_factory.mktemp("dist")
-    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     done = subprocess.run(
-        build,
+        command,
         env={**os.environ, "SIMCLR_FAST_CUDA": "0", "CXXFLAGS": "-O0"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory):
+    # Two builds at once in one tree would disturb each other.
+    folder = made_once(tmp_path_factory, "dist", build)
     (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
     return wheel, sdist
 
