@@ -237,7 +237,7 @@ def save(tables: Iterable[Table], where: dict[str, Any], path: Path) -> None:
 
 def draw(tables: list[Table], path: Path) -> None:
     """One panel of bars per table and column: times as multiples of the base's."""
-    need("matplotlib", "train")
+    need("matplotlib")
     from matplotlib.figure import Figure
 
     panels = [(table, column) for table in tables for column in table.times]

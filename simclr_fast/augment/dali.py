@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from simclr_fast.augment.params import Augmentation, ViewParams
+from simclr_fast.utils.extras import need
 
 PARAM_NAMES = (
     "crop_start",  # int32 [2]: y, x of the box
@@ -353,8 +354,4 @@ def _rotate_hue(r: Any, g: Any, b: Any, turns: Any) -> Any:
 
 
 def _dali(name: str) -> ModuleType:
-    try:
-        from nvidia.dali import fn, math, types
-    except ImportError as error:
-        raise ImportError('DALI is missing: pip install "simclr-fast[dali]"') from error
-    return {"fn": fn, "math": math, "types": types}[name]
+    return getattr(need("nvidia.dali"), name)

@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> int:
         print(USAGE, end="", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     name = arguments[0]
-    options = need("tyro", "train").cli(
+    options = need("tyro").cli(
         PROTOCOLS[name],
         args=arguments[1:],
         prog=f"simclr-fast eval {name}",

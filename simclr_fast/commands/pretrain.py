@@ -44,7 +44,7 @@ def rank_failed(command: str, failure: RankFailure) -> int:
 
 def parse_pretrain(arguments: list[str], command: str = "pretrain") -> PretrainConfig:
     """Options over a preset: --preset's, else demo's for the demo data, else imagenet's."""
-    tyro = need("tyro", "train")
+    tyro = need("tyro")
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset", choices=sorted(PRESETS))
     early.add_argument("--data", default="demo")

@@ -15,7 +15,7 @@ from simclr_fast.utils.extras import need
 
 def run(arguments: list[str]) -> int:
     """A contact sheet of a run's first images, originals beside views, and the parameters drawn."""
-    image = need("PIL.Image", "train")
+    image = need("PIL.Image")
     own = argparse.ArgumentParser(
         prog="simclr-fast preview",
         epilog="Every other option is pretrain's: --data, --augmentation.size, ...",

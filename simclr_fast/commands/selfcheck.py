@@ -28,6 +28,7 @@ from simclr_fast.losses.nt_xent import nt_xent_loss
 from simclr_fast.optim.lars import LARS
 from simclr_fast.training.config import PRESETS
 from simclr_fast.training.pretrain import pretrain
+from simclr_fast.utils.extras import require
 
 _PACKAGES = ("numpy", "torchvision", "triton", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 _TEMPERATURE = 0.1
@@ -325,10 +326,10 @@ def _second_gpu(device: torch.device) -> str:
 
 def _loader(device: torch.device) -> str:
     try:
-        image = import_module("PIL.Image")
-        import_module("nvidia.dali")
+        require(["PIL", "nvidia.dali"])
     except ImportError as error:
-        raise Skip(f'{error}; pip install "simclr-fast[train,dali]"') from error
+        raise Skip(str(error)) from error
+    image = import_module("PIL.Image")
     with tempfile.TemporaryDirectory() as folder:
         for i, pixels in enumerate(_images(8)):
             image.fromarray(pixels.numpy()).save(f"{folder}/{i}.jpg", quality=95)
@@ -346,10 +347,9 @@ def _loader(device: torch.device) -> str:
 
 def _ten_steps(device: torch.device) -> str:
     try:
-        for name in ("nvidia.dali", "tqdm", "safetensors"):
-            import_module(name)
+        require(["nvidia.dali", "tqdm", "torchvision", "safetensors"])
     except ImportError as error:
-        raise Skip(f'{error}; pip install "simclr-fast[train,dali]"') from error
+        raise Skip(str(error)) from error
     with tempfile.TemporaryDirectory() as folder:
         config = replace(
             PRESETS["demo"](),

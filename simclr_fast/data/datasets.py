@@ -57,7 +57,7 @@ def named_source(data: str, split: Literal["train", "test"] = "train") -> Source
 
 def _torchvision_source(name: str, root: str, split: Literal["train", "test"]) -> Source:
     kind, training, testing = _TORCHVISION[name]
-    make = getattr(need("torchvision", "train").datasets, kind)
+    make = getattr(need("torchvision").datasets, kind)
     try:
         parts = [make(root, **part) for part in (training if split == "train" else [testing])]
     except (RuntimeError, FileNotFoundError) as error:

@@ -14,6 +14,7 @@ from simclr_fast.augment.params import Augmentation, ViewParams
 from simclr_fast.augment.views import pack_params
 from simclr_fast.data.image_check import checked_size, in_common_format, try_decoding
 from simclr_fast.data.sources import Source
+from simclr_fast.utils.extras import need
 
 _READ_AHEAD = 2
 # Data sets whose decoded images take less than this together stay in memory, decoded once.
@@ -44,14 +45,7 @@ class Batch:
 
 
 def import_dali() -> Any:
-    try:
-        import nvidia.dali as dali
-    except ImportError as error:
-        raise ImportError(
-            'decoding images needs NVIDIA DALI (Linux): pip install "simclr-fast[dali]", or pass '
-            "decoded images: a uint8 array or a torchvision data set"
-        ) from error
-    return dali
+    return need("nvidia.dali")
 
 
 class Decoder:

@@ -77,7 +77,7 @@ def grainy_images(split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     In photographs that is their detail, the same in both views, pixel by pixel; `demo_images` are
     flat but for the garment, so that uncropped views can be matched by the garment alone.
     """
-    image = need("PIL.Image", "train")
+    image = need("PIL.Image")
     images, labels = demo_images(split, seed)
     rng = np.random.Generator(np.random.Philox(key=[seed, len(images) + 1]))
     steps = rng.integers(0, 256, (len(images), SIZE // 2, SIZE // 2), dtype=np.uint8)
@@ -112,10 +112,7 @@ def demo_folder(split: str, seed: int = 0) -> Path:
     target = cache_folder() / f"demo-v{_VERSION}-seed{seed}" / split
     if target.is_dir():
         return target
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError('the demo data need Pillow: pip install "simclr-fast[train]"') from error
+    image_module = need("PIL.Image")
     images, labels = demo_images(split, seed)
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=target.parent))
@@ -124,7 +121,7 @@ def demo_folder(split: str, seed: int = 0) -> Path:
             (unfinished / name).mkdir()
         for i, (image, label) in enumerate(zip(images, labels, strict=True)):
             path = unfinished / CLASSES[label] / f"{i:05d}.jpg"
-            Image.fromarray(image).save(path, quality=95, subsampling=0)
+            image_module.fromarray(image).save(path, quality=95, subsampling=0)
         unfinished.rename(target)
     except OSError:
         # Another process may have finished the same folder first; anything else is an error.

@@ -34,7 +34,7 @@ def in_common_format(encoded: np.ndarray) -> np.ndarray:
     start = encoded[:4].tobytes()
     if not start.startswith(_OTHERS):
         return encoded
-    image = need("PIL.Image", "train")
+    image = need("PIL.Image")
     buffer = io.BytesIO()
     try:
         with image.open(io.BytesIO(encoded.tobytes()), formats=("TIFF", "PPM", "GIF")) as picture:

@@ -132,9 +132,7 @@ def train_classifier(
     if recipe.frozen:
         encoder.eval()
     saved_at = time.monotonic()
-    bar = need("tqdm", "train").tqdm(
-        total=total, initial=step, unit="steps", desc=name, leave=False
-    )
+    bar = need("tqdm").tqdm(total=total, initial=step, unit="steps", desc=name, leave=False)
     with bar:
         while step < total:
             for images, index in loader:

@@ -33,13 +33,9 @@ def project(features: Tensor, method: Method, seed: int = 0) -> np.ndarray:
     """
     standard = (features - features.mean(0)) / features.std(0).clamp_min(1e-6)
     if method == "umap":
-        try:
-            from umap import UMAP
-        except ImportError as error:
-            raise ImportError("umap needs umap-learn: pip install umap-learn") from error
-        return UMAP(random_state=seed, init="pca").fit_transform(standard.numpy())
+        return need("umap").UMAP(random_state=seed, init="pca").fit_transform(standard.numpy())
     if method == "tsne":
-        manifold = need("sklearn.manifold", "train")
+        manifold = need("sklearn.manifold")
         perplexity = min(30, (len(features) - 1) / 3)
         tsne = manifold.TSNE(init="pca", perplexity=perplexity, random_state=seed)
         return tsne.fit_transform(standard.numpy())
@@ -66,7 +62,7 @@ def neighbours(features: Tensor, device: torch.device | str = "cpu") -> tuple[Te
 
 def thumbnails(source: Source, augmentation: Augmentation, side: int) -> np.ndarray:
     """What the encoder sees of each image, at `side` pixels: uint8 [n, side, side, 3]."""
-    image = need("PIL.Image", "train")
+    image = need("PIL.Image")
     plain = Augmentation(
         size=augmentation.size, spec=augmentation.spec, interpolation=augmentation.interpolation
     )
@@ -94,7 +90,7 @@ def neighbour_sheet(thumbs: np.ndarray, indices: Tensor, queries: np.ndarray) ->
 
 def save_picture(pixels: np.ndarray, path: Path) -> None:
     """Write uint8 [H, W, 3] as PNG."""
-    image = need("PIL.Image", "train").fromarray(pixels)
+    image = need("PIL.Image").fromarray(pixels)
     write_atomic(path, lambda temporary: image.save(temporary, "PNG"))
 
 
@@ -113,7 +109,7 @@ def write_page(
 
     points: name of a projection → [n, 2]; thumbs: [n, side, side, 3]; names: of the images.
     """
-    image = need("PIL.Image", "train")
+    image = need("PIL.Image")
     n, side = thumbs.shape[:2]
     columns = int(np.ceil(np.sqrt(n)))
     grid = np.zeros((-(-n // columns) * side, columns * side, 3), np.uint8)

@@ -144,6 +144,6 @@ def _note(rows: np.ndarray, done: int, progress: Path) -> None:
 
 
 def _bar(name: str, total: int, done: int) -> Any:
-    return need("tqdm", "train").tqdm(
+    return need("tqdm").tqdm(
         total=total, initial=done, unit="images", unit_scale=True, desc=name, leave=False
     )

@@ -216,7 +216,7 @@ def sweep_logistic(
         saved = load_checkpoint(progress)
         if saved["key"] == key:
             done, start = saved["done"], saved["start"].to(device)
-    for l2 in need("tqdm", "train").tqdm(values, desc="l2 sweep", leave=False):
+    for l2 in need("tqdm").tqdm(values, desc="l2 sweep", leave=False):
         if l2 in done:
             continue
         fit = problem.fit(l2, start, _ROUGH, _ITERATIONS)

@@ -36,7 +36,7 @@ def plot_embedding(
     figure, axes = _figure(1, (7.5, 6))
     (axis,) = axes
     few = len(classes) <= 10
-    colours = need("matplotlib", "train").colormaps["tab10" if few else "gist_rainbow"]
+    colours = need("matplotlib").colormaps["tab10" if few else "gist_rainbow"]
     for label, name in enumerate(classes):
         mine = points[labels == label]
         colour = colours(label if few else label / len(classes))
@@ -89,7 +89,7 @@ def plot_heat_maps(
 
 
 def _figure(columns: int, size: tuple[float, float]) -> Any:
-    need("matplotlib", "train")
+    need("matplotlib")
     # Figure without pyplot: no window system, no global state.
     from matplotlib.figure import Figure
 

@@ -33,7 +33,7 @@ class ResNet(nn.Module):
 
     def __init__(self, name: str, width: float = 1, stem: Stem = "imagenet") -> None:
         super().__init__()
-        resnet = need("torchvision", "train").models.resnet
+        resnet = need("torchvision").models.resnet
         kind, blocks = RESNETS[name]
         block = getattr(resnet, kind)
         channels = [round(64 * width * 2**stage) for stage in range(4)]
@@ -95,7 +95,7 @@ def build_encoder(
         return resnet, resnet.feature_dim
     if width != 1:
         raise ValueError(f"width={width} is for {', '.join(RESNETS)}; {name} has its own")
-    models = need("torchvision", "train").models
+    models = need("torchvision").models
     if not name.startswith("timm:") and name in models.list_models(module=models):
         return cut_classifier(models.get_model(name, weights=None), name)
     try:

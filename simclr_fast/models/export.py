@@ -56,7 +56,7 @@ def export_encoder(weights: Weights, folder: str | Path, form: Format) -> Export
 
 
 def _torchvision(weights: Weights, folder: Path) -> Exported:
-    models = need("torchvision", "train").models
+    models = need("torchvision").models
     name = _plain_name(weights, "torchvision")
     if weights.model.startswith("timm:") or name not in models.list_models(module=models):
         raise ValueError(f"torchvision has no model {name!r}")
@@ -71,8 +71,8 @@ def _torchvision(weights: Weights, folder: Path) -> Exported:
 
 
 def _timm(weights: Weights, folder: Path) -> Exported:
-    timm = need("timm", "bench")
-    safetensors = need("safetensors.torch", "train")
+    timm = need("timm")
+    safetensors = need("safetensors.torch")
     name = _plain_name(weights, "timm")
     if not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}")
@@ -125,8 +125,8 @@ def _save_program(program: Any, path: Path) -> None:
 
 def _onnx(weights: Weights, folder: Path) -> Exported:
     for module in ("onnx", "onnxscript"):
-        need(module, "onnx")
-    runtime = need("onnxruntime", "onnx")
+        need(module)
+    runtime = need("onnxruntime")
     program: Any = torch.onnx.export(
         weights.encoder,
         (_images(weights),),

@@ -157,7 +157,7 @@ def _run_cells(
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     finished = {row["cell"] for row in rows}
     todo = [cell for cell in cells if str(cell) not in finished]
-    bar = need("tqdm", "train").tqdm(
+    bar = need("tqdm").tqdm(
         todo[:max_cells],
         desc="ablate",
         unit="cell",

@@ -308,7 +308,7 @@ class Metrics:
             self.path.write_text("".join(line + "\n" for line in kept))
             self.file = self.path.open("a")
             images = self.config.batch_size
-            self.bar = need("tqdm", "train").tqdm(
+            self.bar = need("tqdm").tqdm(
                 total=self.total * images,
                 initial=self.first * images,
                 unit="images",

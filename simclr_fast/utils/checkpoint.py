@@ -167,13 +167,13 @@ def save_encoder(path: Path, encoder: nn.Module, about: dict[str, str]) -> None:
 
     about: text for the file's metadata: how to build the encoder that these weights are for.
     """
-    safetensors = need("safetensors.torch", "train")
+    safetensors = need("safetensors.torch")
     weights = {name: t.detach().cpu().contiguous() for name, t in encoder.state_dict().items()}
 
     def write(temporary: Path) -> None:
         try:
             safetensors.save_file(weights, temporary, about)
-        except need("safetensors", "train").SafetensorError as error:
+        except need("safetensors").SafetensorError as error:
             raise OSError(str(error)) from error
 
     write_atomic(path, write)
@@ -181,7 +181,7 @@ def save_encoder(path: Path, encoder: nn.Module, about: dict[str, str]) -> None:
 
 def load_encoder(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The weights and the metadata of `save_encoder`'s file."""
-    safetensors = need("safetensors", "train")
+    safetensors = need("safetensors")
     try:
         with safetensors.safe_open(path, "pt") as file:
             names = file.keys()

@@ -1,14 +1,96 @@
-"""Packages that are imported when used, and what to install when one is missing."""
+"""Optional packages: imported when they are used, and what to install when one is missing."""
 
+import platform
+from collections.abc import Iterable
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
+import torch
 
-def need(module: str, extra: str) -> ModuleType:
-    """Import `module`, which the optional extra `extra` brings."""
+_DALI = "nvidia.dali"
+# Module → (its name for pip, what it is for). DALI's name depends on CUDA: see `pip_name`.
+_PACKAGES = {
+    "tyro": ("tyro", "reads the command line"),
+    "tqdm": ("tqdm", "shows progress"),
+    "torchvision": ("torchvision", "brings models and data sets"),
+    "matplotlib": ("matplotlib", "draws the pictures"),
+    "PIL": ("pillow", "reads and writes image files"),
+    "safetensors": ("safetensors", "reads and writes encoder weights"),
+    "sklearn": ("scikit-learn", "brings t-SNE and the photographs of the benchmarks"),
+    "umap": ("umap-learn", "computes UMAP"),
+    "timm": ("timm", "brings more models"),
+    "lightly": ("lightly", "is one of the libraries compared with"),
+    "onnx": ("onnx", "writes ONNX files"),
+    "onnxscript": ("onnxscript", "translates models to ONNX"),
+    "onnxruntime": ("onnxruntime", "runs ONNX files"),
+    _DALI: ("", "decodes image files; arrays of decoded images do not need it"),
+}
+# What is installed together: a message about one of them names all that are missing.
+_TOGETHER = [{"onnx", "onnxscript", "onnxruntime"}]
+
+
+def need(module: str) -> ModuleType:
+    """Import `module`, one of the optional packages or a part of one.
+
+    Raises:
+        ImportError: it is not installed; the message says what it is for and how to install it.
+    """
     try:
         return import_module(module)
     except ImportError as error:
-        raise ImportError(
-            f'this needs {module.partition(".")[0]}: pip install "simclr-fast[{extra}]"'
-        ) from error
+        package = _package(module)
+        others = next((group for group in _TOGETHER if package in group), {package})
+        absent = [package, *(m for m in missing(sorted(others)) if m != package)]
+        raise ImportError(explain(absent, error)) from error
+
+
+def require(modules: Iterable[str], also: Iterable[str] = ()) -> None:
+    """Raise ImportError if any of `modules` is not installed; one message names them all.
+
+    also: packages that are useful but not required. A message names those that are missing too.
+    """
+    if absent := missing(modules):
+        raise ImportError(explain([*absent, *missing(also)]))
+
+
+def missing(modules: Iterable[str]) -> list[str]:
+    """Those of `modules` that are not installed; nothing is imported but their parent packages."""
+    return [module for module in modules if not _installed(module)]
+
+
+def explain(absent: list[str], cause: ImportError | None = None) -> str:
+    """What each missing package is for, and the one command that installs them all.
+
+    cause: shown if the first package is installed and fails to import.
+    """
+    if cause is not None and _installed(absent[0]):
+        return f"{pip_name(absent[0])} is installed but cannot be imported: {cause}"
+    if _DALI in absent and platform.system() != "Linux":
+        dali = "DALI, which decodes image files, is for Linux only: pass decoded images here (a "
+        dali += "uint8 array or a torchvision data set)"
+        rest = [module for module in absent if module != _DALI]
+        return f"{explain(rest)}; {dali}" if rest else dali
+    reasons = "; ".join(f"{pip_name(m)} ({_PACKAGES[m][1]})" for m in absent)
+    verb = "is" if len(absent) == 1 else "are"
+    return f"{reasons} {verb} missing: pip install {' '.join(map(pip_name, absent))}"
+
+
+def pip_name(module: str) -> str:
+    """What pip calls the package of `module`; DALI's has the major CUDA version of this torch."""
+    if module == _DALI:
+        return f"nvidia-dali-cuda{120 if (torch.version.cuda or '').startswith('12') else 130}"
+    return _PACKAGES[module][0]
+
+
+def _package(module: str) -> str:
+    """The key of _PACKAGES: `module` or the package that it is a part of."""
+    return module if module in _PACKAGES else module.partition(".")[0]
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):
+        # The parent package is missing, or sys.modules holds None or a module without a spec.
+        return False

@@ -102,7 +102,7 @@ def test_onnx(narrow, tmp_path):
 
 def test_a_missing_library_is_named(narrow, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
-    with pytest.raises(ImportError, match=r"onnxscript: pip install \"simclr-fast\[onnx\]\""):
+    with pytest.raises(ImportError, match=r"onnxscript .* missing: pip install onnxscript$"):
         export_encoder(narrow, tmp_path / "none", "onnx")
     assert not (tmp_path / "none").exists()
 
