@@ -10,9 +10,10 @@ import torch
 
 from simclr_fast.evaluation.plots import plot_loss
 from simclr_fast.training.config import PRESETS, PretrainConfig
-from simclr_fast.training.pretrain import Interrupted, pretrain
+from simclr_fast.training.pretrain import pretrain
 from simclr_fast.training.report import probe_report
 from simclr_fast.utils.extras import need
+from simclr_fast.utils.interrupts import Interrupted
 from simclr_fast.utils.rank_watch import RankFailure
 
 

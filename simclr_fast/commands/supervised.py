@@ -4,9 +4,8 @@ import os
 import sys
 
 from simclr_fast.commands.pretrain import parse_pretrain, rank_failed
-from simclr_fast.training.pretrain import Interrupted
 from simclr_fast.training.supervised import supervise
-from simclr_fast.utils.interrupts import exit_status, raise_sigterm
+from simclr_fast.utils.interrupts import Interrupted, exit_status, raise_sigterm
 from simclr_fast.utils.rank_watch import RankFailure
 
 

@@ -29,19 +29,11 @@ from simclr_fast.training.config import PretrainConfig, to_json
 from simclr_fast.utils import checkpoint
 from simclr_fast.utils.distributed import World, free_memory, join_world
 from simclr_fast.utils.extras import need
-from simclr_fast.utils.interrupts import catch_signals
+from simclr_fast.utils.interrupts import Interrupted, catch_signals
 
 log = logging.getLogger(__name__)
 # Adam's, for runs too small for LARS.
 _ADAM_LR = 2e-3
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived; the checkpoint is written. signal_number: which."""
-
-    def __init__(self, signal_number: int, folder: Path) -> None:
-        super().__init__(f"interrupted; {folder} holds a checkpoint: go on with --resume")
-        self.signal_number = signal_number
 
 
 def pretrain(config: PretrainConfig) -> Path:

@@ -26,7 +26,6 @@ from simclr_fast.models.encoders import SimCLR, build_encoder
 from simclr_fast.optim.schedule import warmup_cosine
 from simclr_fast.training.config import PretrainConfig
 from simclr_fast.training.pretrain import (
-    Interrupted,
     Metrics,
     autocast_dtype,
     build_optimizer,
@@ -38,7 +37,7 @@ from simclr_fast.training.pretrain import (
 )
 from simclr_fast.utils import checkpoint
 from simclr_fast.utils.distributed import World, join_world
-from simclr_fast.utils.interrupts import catch_signals
+from simclr_fast.utils.interrupts import Interrupted, catch_signals
 
 log = logging.getLogger(__name__)
 

@@ -1,9 +1,18 @@
-"""SIGINT and SIGTERM: noted until a step ends, or raised where Python stands."""
+"""SIGINT and SIGTERM: noted until a step ends, or raised at once."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM ended a run after it wrote a checkpoint. signal_number: which of them."""
+
+    def __init__(self, signal_number: int, folder: Path) -> None:
+        super().__init__(f"interrupted; {folder} holds a checkpoint: go on with --resume")
+        self.signal_number = signal_number
 
 
 class Terminated(KeyboardInterrupt):
@@ -44,7 +53,7 @@ def raise_sigterm() -> Iterator[None]:
 
 
 def exit_status(stop: KeyboardInterrupt) -> int:
-    """What a shell sees of a process that the signal ended."""
+    """The exit status that a shell reports for a process that this signal ended."""
     return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
 
 
