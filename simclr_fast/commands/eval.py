@@ -85,7 +85,7 @@ class Linear(Options):
             sweep = self.sweep("h", x, pair)
             fit = sweep.fit
             scores = score(
-                fit.ranks(y, pair.test_labels), pair.test_labels, pair.classes, self.seed
+                fit.true_class_rank(y, pair.test_labels), pair.test_labels, pair.classes, self.seed
             )
             results["logistic"] = {
                 **scores.to_json(),
@@ -201,7 +201,10 @@ class Layers(Options):
         for name, x, y in zip(taps.names, *parts, strict=True):
             sweep = self.sweep(name, x, pair, linear.SWEEP[::4])
             scores = score(
-                sweep.fit.ranks(y, pair.test_labels), pair.test_labels, pair.classes, self.seed
+                sweep.fit.true_class_rank(y, pair.test_labels),
+                pair.test_labels,
+                pair.classes,
+                self.seed,
             )
             found[name] = scores.top1
             results[name] = {**scores.to_json(), "l2": sweep.fit.l2, "width": x.shape[1]}

@@ -58,7 +58,7 @@ def bootstrap(correct: np.ndarray, seed: int = 0) -> Accuracy:
     return Accuracy(float(correct.mean()), float(low), float(high), n)
 
 
-def ranks(scores: Tensor, labels: Tensor) -> Tensor:
+def true_class_rank(scores: Tensor, labels: Tensor) -> Tensor:
     """How many classes come before the true one: int64 [n]. Of equal scores the lower index wins.
 
     scores: [n, C], higher is likelier; labels: int64 [n] on the same device.
@@ -69,7 +69,7 @@ def ranks(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def score(rank: Tensor, labels: np.ndarray, classes: tuple[str, ...], seed: int = 0) -> Scores:
-    """rank: what `ranks` gives, int64 [n]; labels: integers [n] below len(classes)."""
+    """rank: what `true_class_rank` gives, int64 [n]; labels: integers [n] below len(classes)."""
     first = (rank == 0).numpy(force=True)
     five = (rank < 5).numpy(force=True)
     labels = np.asarray(labels)

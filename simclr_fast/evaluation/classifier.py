@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from simclr_fast.augment.params import Augmentation
 from simclr_fast.data.loader import ImageLoader, OneViewLoader
 from simclr_fast.data.sources import Source
-from simclr_fast.evaluation.accuracy import ranks
+from simclr_fast.evaluation.accuracy import true_class_rank
 from simclr_fast.evaluation.features import fingerprint
 from simclr_fast.optim.lars import LARS, lars_param_groups
 from simclr_fast.optim.schedule import scaled_lr, warmup_cosine
@@ -171,7 +171,7 @@ def classify(
     batch_size: int = 256,
     workers: int | None = None,
 ) -> Tensor:
-    """Classes before the true one for every undistorted image: int64 [n] (`accuracy.ranks`)."""
+    """The rank of the true class for every undistorted image: int64 [n], 0 where top-1 is right."""
     assert source.labels is not None
     labels, device = torch.from_numpy(source.labels), torch.device(device)
     loader = ImageLoader(
@@ -181,7 +181,7 @@ def classify(
     with torch.inference_mode():
         return torch.cat(
             [
-                ranks(model(images.to(device)).float(), labels[index].to(device)).cpu()
+                true_class_rank(model(images.to(device)).float(), labels[index].to(device)).cpu()
                 for images, index in loader
             ]
         )

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simclr_fast.evaluation.accuracy import ranks
+from simclr_fast.evaluation.accuracy import true_class_rank
 
 K = (20, 200)
 TAU = 0.07
@@ -85,7 +85,9 @@ def knn_ranks(
     ks = tuple(k for k in ks if k <= len(train)) or (len(train),)
     similarities, indices = nearest(test, train, max(ks), device=device)
     return {
-        k: ranks(votes(similarities[:, :k], targets[indices[:, :k]], n_classes, tau), truth)
+        k: true_class_rank(
+            votes(similarities[:, :k], targets[indices[:, :k]], n_classes, tau), truth
+        )
         for k in ks
     }
 

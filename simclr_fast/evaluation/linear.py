@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simclr_fast.evaluation.accuracy import Accuracy, bootstrap, ranks
+from simclr_fast.evaluation.accuracy import Accuracy, bootstrap, true_class_rank
 from simclr_fast.evaluation.subsets import balanced_subset
 from simclr_fast.utils.checkpoint import load_checkpoint, write_atomic
 from simclr_fast.utils.extras import need
@@ -60,14 +60,16 @@ class Logistic:
         """[C, D + 1]: weights and biases."""
         return torch.cat([self.weight, self.bias[:, None]], 1)
 
-    def ranks(self, x: Tensor, labels: Any) -> Tensor:
-        """Classes before the true one: int64 [n] on the CPU (`accuracy.ranks`)."""
+    def true_class_rank(self, x: Tensor, labels: Any) -> Tensor:
+        """`accuracy.true_class_rank` of every row: int64 [n] on the CPU."""
         targets = _integers(labels)
         weight, bias = self.weight.float(), self.bias.float()
         parts = []
         for rows in _blocks(len(x), max(weight.shape)):
             z = (x[rows].to(weight.device) - self.mean) / self.std
-            parts.append(ranks(z @ weight.T + bias, targets[rows].to(weight.device)).cpu())
+            parts.append(
+                true_class_rank(z @ weight.T + bias, targets[rows].to(weight.device)).cpu()
+            )
         return torch.cat(parts)
 
 
@@ -220,7 +222,7 @@ def sweep_logistic(
         if l2 in done:
             continue
         fit = problem.fit(l2, start, _ROUGH, _ITERATIONS)
-        done[l2] = float((fit.ranks(x[held], targets[held]) == 0).double().mean())
+        done[l2] = float((fit.true_class_rank(x[held], targets[held]) == 0).double().mean())
         start = fit.parameters()
         if progress is not None:
             write_atomic(progress, partial(torch.save, {"key": key, "done": done, "start": start}))
@@ -242,7 +244,7 @@ def linear_probe(
     )
     classes = 1 + int(max(np.max(train_labels), np.max(test_labels)))
     fit = fit_logistic(train, train_labels, _L2, n_classes=classes, tolerance=_ROUGH)
-    return bootstrap((fit.ranks(test, test_labels) == 0).numpy(), seed)
+    return bootstrap((fit.true_class_rank(test, test_labels) == 0).numpy(), seed)
 
 
 def _moments(x: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:

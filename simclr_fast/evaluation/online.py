@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simclr_fast.evaluation.accuracy import ranks
+from simclr_fast.evaluation.accuracy import true_class_rank
 from simclr_fast.evaluation.knn import TAU, votes
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ class OnlineProbe:
         targets = self.labels[ids].repeat(2)
         known = targets >= 0
         logits = x @ state["weight"].T
-        right = (ranks(logits, targets.clamp_min(0)) == 0) & known
+        right = (true_class_rank(logits, targets.clamp_min(0)) == 0) & known
         state["right"] += right[: len(ids)].sum()
         state["seen"] += known[: len(ids)].sum()
         error = logits.softmax(1) - torch.nn.functional.one_hot(targets.clamp_min(0), self.classes)
@@ -150,7 +150,7 @@ class OnlineProbe:
         if not known.any():
             return None
         scores = votes(best[known], labels[at[known]], self.classes, TAU)
-        return (ranks(scores, targets[known]) == 0).double().mean()
+        return (true_class_rank(scores, targets[known]) == 0).double().mean()
 
 
 class _Clock:

@@ -20,7 +20,7 @@ from simclr_fast import __version__
 from simclr_fast.data.datasets import named_source
 from simclr_fast.data.loader import ImageLoader, OneViewLoader
 from simclr_fast.data.sources import Source
-from simclr_fast.evaluation.accuracy import Scores, ranks, score
+from simclr_fast.evaluation.accuracy import Scores, score, true_class_rank
 from simclr_fast.large_batch import LargeBatch, planner
 from simclr_fast.models.encoders import SimCLR, build_encoder
 from simclr_fast.optim.schedule import warmup_cosine
@@ -179,6 +179,6 @@ def score_classifier(
     loader = ImageLoader(test, 256, config.augmentation, channels_last=config.channels_last)
     for images, index in loader:
         _, logits = model(images.to(device))
-        found.append(ranks(logits.float().cpu(), labels[index]))
+        found.append(true_class_rank(logits.float().cpu(), labels[index]))
     classes = test.classes or tuple(map(str, range(int(labels.max()) + 1)))
     return score(torch.cat(found), test.labels, classes)

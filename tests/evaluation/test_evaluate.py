@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from simclr_fast.augment.params import Augmentation
 from simclr_fast.data.datasets import open_source
 from simclr_fast.data.sources import ArraySource, FileSource, subset
-from simclr_fast.evaluation.accuracy import bootstrap, ranks, score
+from simclr_fast.evaluation.accuracy import bootstrap, score, true_class_rank
 from simclr_fast.evaluation.features import cached_features, features, fingerprint, pixels
 from simclr_fast.evaluation.linear import (
     SWEEP,
@@ -39,8 +39,8 @@ def small_images(n=7):
 def test_top_k_by_hand():
     scores = torch.tensor([[0.1, 0.7, 0.2, 0], [0.4, 0.1, 0.4, 0.1], [0.0, 0.0, 0.0, 1.0]])
     # Of equal scores the lower index is first, as argmax has it.
-    assert ranks(scores, torch.tensor([2, 2, 1])).tolist() == [1, 1, 2]
-    assert ranks(scores, scores.argmax(1)).tolist() == [0, 0, 0]
+    assert true_class_rank(scores, torch.tensor([2, 2, 1])).tolist() == [1, 1, 2]
+    assert true_class_rank(scores, scores.argmax(1)).tolist() == [0, 0, 0]
     classes = tuple("abcdefg")
     found = score(torch.tensor([0, 1, 4, 5, 0, 6]), np.array([0, 0, 0, 1, 1, 6]), classes)
     assert found.top1.value == pytest.approx(2 / 6)
@@ -56,7 +56,7 @@ def test_ranks_are_scikit_learns_top_k():
     scores = torch.rand(50, 9, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(50) % 9
     for k in (1, 5):
-        ours = (ranks(scores, labels) < k).double().mean().item()
+        ours = (true_class_rank(scores, labels) < k).double().mean().item()
         assert ours == pytest.approx(top_k_accuracy_score(labels, scores.numpy(), k=k))
 
 
@@ -79,7 +79,9 @@ def test_logistic_regression_is_scikit_learns(l2):
     test, test_labels = clusters(99, 3)
     test = test * torch.logspace(-2, 2, 8) + 5
     theirs_top1 = theirs.score(((test - fit.mean) / fit.std).double().numpy(), test_labels)
-    assert (fit.ranks(test, test_labels) == 0).double().mean().item() == pytest.approx(theirs_top1)
+    assert (fit.true_class_rank(test, test_labels) == 0).double().mean().item() == pytest.approx(
+        theirs_top1
+    )
 
 
 def test_a_fit_in_blocks_and_from_a_start_is_the_same(monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from simclr_fast.evaluation.accuracy import ranks
+from simclr_fast.evaluation.accuracy import true_class_rank
 from simclr_fast.evaluation.knn import TAU, knn_ranks, nearest, votes
 
 
@@ -30,7 +30,7 @@ def test_it_is_scikit_learns(k):
         ours / ours.sum(1, keepdim=True), torch.from_numpy(probability), atol=1e-5
     )
     found = knn_ranks(train, labels, test, test_labels, 4, ks=(k,))[k]
-    assert torch.equal(found, ranks(torch.from_numpy(probability), test_labels))
+    assert torch.equal(found, true_class_rank(torch.from_numpy(probability), test_labels))
     assert torch.equal(
         found == 0, torch.from_numpy(theirs.predict(test.double().numpy())) == test_labels
     )
