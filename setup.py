@@ -74,6 +74,13 @@ def toolkit_libraries() -> list[str]:
     return [str(folder) for folder in folders if folder.is_dir()]
 
 
+def compiled_architectures() -> list[str]:
+    """Names of the code that nvcc will be asked for, such as sm_80 and compute_120 (PTX)."""
+    from torch.utils.cpp_extension import _get_cuda_arch_flags
+
+    return sorted({flag.rpartition("code=")[2] for flag in _get_cuda_arch_flags()})
+
+
 def extension_options() -> dict:
     if os.environ.get("SIMCLR_FAST_BUILD_EXT", "1") == "0":
         return {}
@@ -95,7 +102,11 @@ def extension_options() -> dict:
         sources += sorted(glob("csrc/*.cu"))
         options["include_dirs"] += wheel_cuda_headers()
         options["library_dirs"] = toolkit_libraries()
-        options["extra_compile_args"]["cxx"] += ["-DSIMCLR_WITH_CUDA", "-DUSE_CUDA"]
+        options["extra_compile_args"]["cxx"] += [
+            "-DSIMCLR_WITH_CUDA",
+            "-DUSE_CUDA",
+            f"-DSIMCLR_CUDA_ARCHITECTURES={','.join(compiled_architectures())}",
+        ]
         options["extra_compile_args"]["nvcc"] = ["-O3", *ABI_MACROS, "-DSIMCLR_WITH_CUDA"]
         extension = cpp_extension.CUDAExtension("simclr_fast._C", sources, **options)
     else:

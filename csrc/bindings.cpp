@@ -18,8 +18,20 @@ PyObject* instruction_set(PyObject*, PyObject*) {
   }
 }
 
+// The -D option holds commas, so the text is made here: "sm_80,compute_120"; "" without CUDA.
+#define SIMCLR_TEXT_OF(...) #__VA_ARGS__
+#define SIMCLR_TEXT(...) SIMCLR_TEXT_OF(__VA_ARGS__)
+#ifndef SIMCLR_CUDA_ARCHITECTURES
+#define SIMCLR_CUDA_ARCHITECTURES
+#endif
+
+PyObject* cuda_architectures(PyObject*, PyObject*) {
+  return PyUnicode_FromString(SIMCLR_TEXT(SIMCLR_CUDA_ARCHITECTURES));
+}
+
 PyMethodDef methods[] = {
     {"instruction_set", instruction_set, METH_NOARGS, "The set that the CPU kernels use."},
+    {"cuda_architectures", cuda_architectures, METH_NOARGS, "GPU code in this binary."},
     {"lars_gradients", lars_gradients, METH_VARARGS, "The gradients, if nothing else changed."},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -63,9 +63,10 @@ def fill_views(
     """`apply_views` of tensors on `out`'s device, without its checks."""
     if len(params) == 0:
         return out
-    if out.device.type == "cpu" and ops.has_extension():
+    kernels = ops.implementation_for(out.device)
+    if kernels is ops.Implementation.NATIVE:
         return _apply_native(images, params, aug, out)
-    if out.device.type == "cuda" and ops.has_triton():
+    if kernels is ops.Implementation.TRITON:
         return _apply_triton(images, params, aug, out)
     return _apply_torch(images, params, aug, out)
 
@@ -158,7 +159,7 @@ def finish_crops(
     crops: uint8 [n, size, size, 3], contiguous. ints, floats: what `pack_params` gives, on the same
     device. out: as in `apply_views`. On the GPU everything is queued on torch's current stream.
     """
-    if len(crops) and crops.is_cuda and ops.has_triton():
+    if len(crops) and ops.implementation_for(crops.device) is ops.Implementation.TRITON:
         from simclr_fast.kernels import augment as kernels
 
         scale, shift = aug.normalization

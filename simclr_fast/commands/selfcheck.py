@@ -162,8 +162,8 @@ def _cuda_lars(device: torch.device) -> str:
 def _triton(device: torch.device) -> str:
     if device.type != "cuda":
         raise Skip("no GPU is checked")
-    if not ops.has_triton():
-        raise RuntimeError("not installed: pip install triton")
+    if reason := ops.why_plain(device):
+        raise RuntimeError(reason)
     return f"triton {import_module('triton').__version__}"
 
 

@@ -1,58 +1,29 @@
-"""The one place that loads the native extension and registers torch.library ops."""
+"""The torch.library ops: schema, choice of the kernel, shape function, gradient, plain torch."""
 
-import warnings
-from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from simclr_fast.ops import nt_xent_plain, sup_con_plain
+from simclr_fast.ops.library import EXTENSION as _EXTENSION
+from simclr_fast.ops.library import (
+    EXTENSION_ERROR,
+    LIBRARY,
+    Implementation,
+    has_extension,
+    implementation_for,
+    why_plain,
+)
 
-EXTENSION_ERROR: ImportError | None = None
-_EXTENSION: Any = None
-try:
-    _EXTENSION = import_module("simclr_fast._C")
-except ImportError as error:
-    EXTENSION_ERROR = error
-
-
-def has_extension() -> bool:
-    """Whether the compiled extension is loaded. The first False warns once, with the cause."""
-    if EXTENSION_ERROR is not None:
-        _warn_once(EXTENSION_ERROR)
-    return EXTENSION_ERROR is None
-
-
-@cache
-def has_triton() -> bool:
-    """Whether Triton is installed. The first False warns: CUDA tensors take plain-torch paths."""
-    if find_spec("triton") is not None:
-        return True
-    warnings.warn(
-        "Triton is not installed, so CUDA tensors take the slower plain-torch paths; "
-        "`pip install triton` gives the kernels.",
-        RuntimeWarning,
-        stacklevel=3,
-    )
-    return False
-
-
-_warned = False
-
-
-def _warn_once(cause: ImportError) -> None:
-    global _warned
-    if not _warned:
-        _warned = True
-        warnings.warn(
-            f"simclr_fast's native extension is not loaded ({cause}); the slower plain-torch "
-            "paths are used. `pip install .` with a C++17 compiler builds it.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+__all__ = [
+    "EXTENSION_ERROR",
+    "Implementation",
+    "has_extension",
+    "implementation_for",
+    "why_plain",
+]
 
 
 def augment_views(*arguments: object) -> None:
@@ -60,7 +31,7 @@ def augment_views(*arguments: object) -> None:
     torch.ops.simclr_fast.augment_views(*arguments)
 
 
-if EXTENSION_ERROR is None:
+if has_extension():
     torch.library.register_fake("simclr_fast::augment_views", lambda *arguments: None)
 
 
@@ -73,32 +44,31 @@ if EXTENSION_ERROR is None:
 # its own losses' reductions. grad: the upstream gradient of every row's loss, [M], or one for all,
 # []; mean divides it by M. kept: what the CPU's forward pass keeps for the backward pass of a small
 # batch, else empty.
-_LIBRARY = torch.library.Library("simclr_fast", "FRAGMENT")
-_LIBRARY.define(
+LIBRARY.define(
     "nt_xent(Tensor z1, Tensor? z2, Tensor temperature, int reduction, bool decoupled,"
     " bool statistics, bool keep=False) -> (Tensor loss, Tensor rows, Tensor lse, Tensor stats,"
     " Tensor u, Tensor inv_norm, Tensor kept)"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "nt_xent_normalize(Tensor z1, Tensor? z2, Tensor temperature) -> (Tensor u, Tensor inv_norm)"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "nt_xent_rows(Tensor u_all, Tensor temperature, SymInt row_offset, SymInt count,"
     " bool decoupled, bool statistics) -> (Tensor rows, Tensor lse, Tensor stats)"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "nt_xent_backward(Tensor grad, bool mean, Tensor u_all, Tensor lse_all, Tensor rows,"
     " Tensor inv_norm, Tensor z1, Tensor? z2, Tensor temperature, SymInt row_offset,"
     " bool decoupled, Tensor? kept=None) -> (Tensor grad_z, Tensor grad_temperature)"
 )
 NONE, MEAN, SUM = 0, 1, 2
 # The supervised contrastive loss: rows in any order and number, their classes by ids [M].
-_LIBRARY.define("sup_con_normalize(Tensor z, Tensor temperature) -> (Tensor u, Tensor inv_norm)")
-_LIBRARY.define(
+LIBRARY.define("sup_con_normalize(Tensor z, Tensor temperature) -> (Tensor u, Tensor inv_norm)")
+LIBRARY.define(
     "sup_con_rows(Tensor u_all, Tensor ids, Tensor inverse_count, Tensor temperature,"
     " SymInt row_offset, SymInt count) -> (Tensor rows, Tensor lse)"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "sup_con_backward(Tensor grad, Tensor u_all, Tensor lse_all, Tensor ids,"
     " Tensor inverse_count, Tensor inv_norm, Tensor z, Tensor temperature, SymInt row_offset)"
     " -> (Tensor grad_z, Tensor grad_temperature)"
@@ -159,9 +129,7 @@ def _sup_con_implementation(tensor: Tensor) -> Any:
 
 
 def _on_triton(tensor: Tensor) -> bool:
-    if tensor.device.type == "cpu":
-        has_extension()
-    return tensor.is_cuda and tensor.dtype != torch.float64 and has_triton()
+    return implementation_for(tensor.device, tensor.dtype) is Implementation.TRITON
 
 
 def _fake_nt_xent_normalize(
@@ -203,7 +171,7 @@ def _fake_nt_xent(
     u, inv_norm = _fake_nt_xent_normalize(z1, z2, temperature)
     rows, *rest = _fake_nt_xent_rows(u, temperature, 0, u.size(0), decoupled, statistics)
     loss = rows.new_empty(rows.shape if reduction == NONE else ())
-    native = z1.device.type == "cpu" and EXTENSION_ERROR is None
+    native = z1.device.type == "cpu" and has_extension()
     kept = rows.new_empty(_kept_size(*u.shape) if keep and native else 0)
     return loss, rows, *rest, u, inv_norm, kept
 
@@ -316,15 +284,15 @@ for _name, _kernel, _fake in (
     ("sup_con_rows", _sup_con_rows, _fake_sup_con_rows),
     ("sup_con_backward", _sup_con_backward, _fake_sup_con_backward),
 ):
-    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"simclr_fast::{_name}", _fake, lib=_LIBRARY)
-_LIBRARY.impl("nt_xent", _nt_xent_autograd, "Autograd")
+    LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"simclr_fast::{_name}", _fake, lib=LIBRARY)
+LIBRARY.impl("nt_xent", _nt_xent_autograd, "Autograd")
 for _name in ("nt_xent_backward", "sup_con_backward"):
     torch.library.register_autograd(
         f"simclr_fast::{_name}",
         _no_double_backward,
         setup_context=lambda ctx, inputs, output: None,
-        lib=_LIBRARY,
+        lib=LIBRARY,
     )
 nt_xent = torch.ops.simclr_fast.nt_xent.default
 nt_xent_normalize = torch.ops.simclr_fast.nt_xent_normalize.default
@@ -339,15 +307,8 @@ sup_con_backward = torch.ops.simclr_fast.sup_con_backward.default
 LARS_NESTEROV, LARS_MAXIMIZE, LARS_ADAPT, LARS_CLIP = 1, 2, 4, 8
 LARS_TF_ORDER, LARS_JOINT_NORM, LARS_DECAY_WHEN_ZERO = 16, 32, 64
 
-if EXTENSION_ERROR is None:
+if has_extension():
     torch.library.register_fake("simclr_fast::lars_", lambda *arguments: None)
-
-
-def has_lars(device_type: str) -> bool:
-    """Whether the fused LARS step runs on devices of this type."""
-    if device_type not in ("cpu", "cuda") or not has_extension():
-        return False
-    return torch._C._dispatch_has_kernel_for_dispatch_key("simclr_fast::lars_", device_type.upper())
 
 
 def lars_(

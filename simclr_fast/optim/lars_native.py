@@ -29,16 +29,22 @@ def use_native(group: dict[str, Any], params: list[Tensor]) -> bool:
     """params: of one device. Sharded and other wrapped tensors take plain torch's operations."""
     if not wants_native(group):
         return False
-    device = params[0].device.type
+    device = params[0].device
     wrapped = next((p for p in params if is_traceable_wrapper_subclass(p)), None)
-    if wrapped is None and ops.has_lars(device):
-        return True
-    if group["fused"]:
-        lack = f"for {device!r} devices" if wrapped is None else f"for {type(wrapped).__name__}"
+    if not group["fused"]:
+        if wrapped is not None:
+            return False
+        kernels = ops.implementation_for(device, on_cuda=ops.Implementation.CUDA)
+        return kernels is not ops.Implementation.PLAIN
+    if wrapped is None:
+        reason = ops.why_plain(device, on_cuda=ops.Implementation.CUDA)
+    else:
+        reason = f"it takes plain tensors, not a {type(wrapped).__name__}"
+    if reason is not None:
         raise RuntimeError(
-            f"fused=True needs the native LARS kernel {lack}, which this installation lacks"
+            f"fused=True needs the native LARS kernel, which cannot be used: {reason}"
         ) from ops.EXTENSION_ERROR
-    return False
+    return True
 
 
 def wants_native(group: dict[str, Any]) -> bool:

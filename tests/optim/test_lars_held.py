@@ -198,7 +198,7 @@ def test_wrapped_tensors_take_plain_operations():
         optimizer.step()
     assert optimizer._held is None
     torch.testing.assert_close(p.a, twin.detach(), rtol=2e-6, atol=1e-6)
-    with pytest.raises(RuntimeError, match="for TwoTensor"):
+    with pytest.raises(RuntimeError, match="not a TwoTensor"):
         LARS([p], lr=0.4, fused=True).step()
 
 

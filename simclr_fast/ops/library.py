@@ -1,0 +1,182 @@
+"""The native extension, the operator library, and the rule for which implementation runs where."""
+
+import re
+import warnings
+from enum import Enum
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+
+EXTENSION: Any = None
+EXTENSION_ERROR: ImportError | None = None
+try:
+    EXTENSION = import_module("simclr_fast._C")
+except ImportError as error:
+    EXTENSION_ERROR = error
+
+LIBRARY = torch.library.Library("simclr_fast", "FRAGMENT")
+
+# Below it tl.dot becomes scalar multiply-adds, and Triton itself promises nothing.
+TRITON_CAPABILITY = (8, 0)
+
+
+class Implementation(Enum):
+    NATIVE = "the extension's C++ kernels"
+    TRITON = "Triton kernels"
+    CUDA = "the extension's CUDA kernels"
+    PLAIN = "plain torch operations"
+
+
+def has_extension() -> bool:
+    """Whether the compiled extension is loaded."""
+    return EXTENSION_ERROR is None
+
+
+def implementation_for(
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    on_cuda: Implementation = Implementation.TRITON,
+) -> Implementation:
+    """What computes on tensors of this device and dtype. This is the only rule: every op asks it.
+
+    Plain torch serves every device and dtype that has no kernel. Each reason for that is given in
+    one RuntimeWarning per process.
+
+    on_cuda: which of the two kinds of GPU kernels the op has, TRITON or CUDA.
+    """
+    reason = why_plain(device, dtype, on_cuda=on_cuda)
+    if reason is not None:
+        if device.type != "meta":
+            _warn_once(device.type, reason)
+        return Implementation.PLAIN
+    return Implementation.NATIVE if device.type == "cpu" else on_cuda
+
+
+def why_plain(
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    on_cuda: Implementation = Implementation.TRITON,
+) -> str | None:
+    """Why plain torch runs there and what can be done about it; None where a kernel runs."""
+    if device.type == "meta":
+        return "tensors of the meta device hold no values."
+    if device.type == "cpu":
+        return _extension_missing()
+    if device.type != "cuda":
+        return "the kernels are for the CPU and for NVIDIA GPUs."
+    if torch.version.hip is not None:
+        return "the kernels are for NVIDIA GPUs and this torch is built for ROCm."
+    if on_cuda is Implementation.CUDA:
+        return _extension_missing() or _no_cuda_code(_capability(device))
+    if dtype == torch.float64:
+        return "no kernel computes in float64. Use float32."
+    return _no_triton_code(_capability(device)) or _triton_unusable(torch.cuda.is_initialized())
+
+
+def _extension_missing() -> str | None:
+    if EXTENSION_ERROR is None:
+        return None
+    return (
+        f"the native extension is not loaded ({EXTENSION_ERROR}). `pip install .` with a C++17 "
+        "compiler builds it."
+    )
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a GPU; None for a fake tensor's device where CUDA was never started.
+
+    A real CUDA tensor means that CUDA is initialised. Asking before that would initialise it.
+    """
+    if not torch.cuda.is_initialized():
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        return None
+    return torch.cuda.get_device_capability(index)
+
+
+def _no_triton_code(capability: tuple[int, int] | None) -> str | None:
+    if capability is None or capability >= TRITON_CAPABILITY:
+        return None
+    return (
+        f"the Triton kernels need a GPU of compute capability {_dotted(TRITON_CAPABILITY)} or "
+        f"higher, and this one has {_dotted(capability)}."
+    )
+
+
+@cache
+def _triton_unusable(initialized: bool) -> str | None:
+    """Tried once before and once after CUDA is initialised: Triton's driver needs a GPU."""
+    try:
+        driver = import_module("triton.runtime").driver
+        if initialized:
+            # Compiles a small C module, so a missing compiler or header shows here.
+            driver.active.get_current_device()
+    except Exception as error:
+        return (
+            f"Triton cannot be used ({type(error).__name__}: {error}). It needs the triton package "
+            "of this torch (`pip install triton`) and a C compiler."
+        )
+    return None
+
+
+def _no_cuda_code(capability: tuple[int, int] | None) -> str | None:
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("simclr_fast::lars_", "CUDA"):
+        return (
+            "the native extension was built without CUDA kernels. "
+            "`SIMCLR_FAST_CUDA=1 pip install .` with CUDA's compiler nvcc builds them."
+        )
+    architectures = EXTENSION.cuda_architectures()
+    if capability is None or has_code(architectures, capability):
+        return None
+    return (
+        f"the native extension holds CUDA code for {architectures}, and this GPU has compute "
+        f"capability {_dotted(capability)}. `TORCH_CUDA_ARCH_LIST={_dotted(capability)} pip "
+        "install .` builds code for it."
+    )
+
+
+def has_code(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU can run a binary with this code, such as "sm_75,sm_80,compute_120".
+
+    Machine code (sm) runs on the same major version from its minor version on. PTX (compute) is
+    compiled by the driver for any later GPU. Code of an "a" architecture runs on that one only.
+    Source: NVIDIA CUDA programming guide, "Compute capabilities" and "Binary compatibility".
+    """
+    for name in architectures.split(","):
+        match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name)
+        if match is None:
+            continue
+        kind, built, variant = match[1], (int(match[2]), int(match[3])), match[4]
+        same_major = built[0] == capability[0]
+        if variant == "a":
+            runs = built == capability
+        elif kind == "sm" or variant == "f":
+            runs = same_major and built <= capability
+        else:
+            runs = built <= capability
+        if runs:
+            return True
+    return False
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
+
+
+_given_reasons: set[tuple[str, str]] = set()
+
+
+def _warn_once(device_type: str, reason: str) -> None:
+    if (device_type, reason) not in _given_reasons:
+        _given_reasons.add((device_type, reason))
+        warnings.warn(
+            f"simclr_fast runs plain torch operations on {device_type!r} tensors, which are "
+            f"slower than its kernels: {reason}",
+            RuntimeWarning,
+            stacklevel=4,
+        )

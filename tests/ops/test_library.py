@@ -1,0 +1,191 @@
+"""The one rule for which implementation serves a tensor: every cause, each said once."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from simclr_fast import ops
+from simclr_fast.ops import Implementation, library
+from simclr_fast.optim.lars_native import use_native
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.setattr(library, "_given_reasons", set())
+    check = library._triton_unusable
+    check.cache_clear()
+    yield
+    check.cache_clear()
+
+
+def pretend_gpu(monkeypatch, capability, count=1):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capability)
+    monkeypatch.setattr(library, "_triton_unusable", lambda initialized: None)
+
+
+def pretend_cuda_build(monkeypatch, architectures):
+    class Extension:
+        cuda_architectures = staticmethod(lambda: architectures)
+
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda op, key: True)
+    monkeypatch.setattr(library, "EXTENSION", Extension)
+    monkeypatch.setattr(library, "EXTENSION_ERROR", None)
+
+
+def said(device, dtype=torch.float32, on_cuda=Implementation.TRITON):
+    """What runs there, and the warnings of three questions."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        answers = {ops.implementation_for(device, dtype, on_cuda=on_cuda) for _ in range(3)}
+    (answer,) = answers
+    return answer, [str(w.message) for w in caught]
+
+
+def assert_plain(answer, *words):
+    implementation, messages = answer
+    assert implementation is Implementation.PLAIN
+    assert len(messages) == 1
+    for word in words:
+        assert word in messages[0]
+
+
+def test_cpu(monkeypatch):
+    monkeypatch.setattr(library, "EXTENSION_ERROR", None)
+    for dtype in (torch.float64, torch.bfloat16):
+        assert said(torch.device("cpu"), dtype) == (Implementation.NATIVE, [])
+    monkeypatch.setattr(library, "EXTENSION_ERROR", ImportError("no such file"))
+    assert_plain(said(torch.device("cpu")), "no such file", "pip install .")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (12, 1)])
+def test_supported_gpus(monkeypatch, capability):
+    pretend_gpu(monkeypatch, capability)
+    assert said(CUDA) == (Implementation.TRITON, [])
+    assert said(CUDA, torch.bfloat16) == (Implementation.TRITON, [])
+
+
+def test_float64_has_no_gpu_kernel(monkeypatch):
+    pretend_gpu(monkeypatch, (9, 0))
+    assert_plain(said(CUDA, torch.float64), "float64", "Use float32")
+
+
+@pytest.mark.parametrize("capability", [(6, 1), (7, 0), (7, 5)])
+def test_old_gpus(monkeypatch, capability):
+    pretend_gpu(monkeypatch, capability)
+    assert_plain(said(CUDA), "8.0", f"{capability[0]}.{capability[1]}")
+
+
+@pytest.mark.parametrize("on_cuda", [Implementation.TRITON, Implementation.CUDA])
+def test_rocm(monkeypatch, on_cuda):
+    pretend_gpu(monkeypatch, (9, 4))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert_plain(said(CUDA, on_cuda=on_cuda), "ROCm")
+
+
+@pytest.mark.parametrize("name", ["mps", "xpu", "hpu"])
+@pytest.mark.parametrize("on_cuda", [Implementation.TRITON, Implementation.CUDA])
+def test_other_devices(name, on_cuda):
+    assert_plain(said(torch.device(name), on_cuda=on_cuda), name, "NVIDIA GPUs")
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton.runtime", None)
+    assert_plain(said(CUDA), "Triton cannot be used", "ModuleNotFoundError", "pip install triton")
+
+
+def test_a_triton_that_cannot_reach_the_gpu(monkeypatch):
+    """As without a C compiler: its driver fails, not each kernel."""
+    initialized = library._triton_unusable
+    pretend_gpu(monkeypatch, (8, 0))
+    monkeypatch.setattr(library, "_triton_unusable", initialized)
+
+    class Broken:
+        @property
+        def active(self):
+            raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(pytest.importorskip("triton.runtime"), "driver", Broken())
+    assert_plain(said(CUDA), "Failed to find C compiler", "C compiler")
+
+
+def test_an_extension_without_cuda_kernels(monkeypatch):
+    pretend_gpu(monkeypatch, (8, 0))
+    pretend_cuda_build(monkeypatch, "")
+    lacking = lambda op, key: False  # noqa: E731
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lacking)
+    answer = said(CUDA, on_cuda=Implementation.CUDA)
+    assert_plain(answer, "without CUDA", "SIMCLR_FAST_CUDA=1 pip install")
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        ("sm_80,sm_90", (8, 0), True),
+        ("sm_80,sm_90", (8, 9), True),
+        ("sm_80,sm_90", (7, 5), False),
+        ("sm_80,sm_90", (10, 0), False),
+        ("sm_86", (8, 0), False),
+        ("sm_75,sm_80,compute_120", (12, 1), True),
+        ("sm_120", (12, 1), True),
+        ("sm_80,compute_80", (7, 5), False),
+        ("compute_80", (12, 0), True),
+        ("sm_90a", (9, 0), True),
+        ("compute_90a", (10, 0), False),
+        ("sm_100f", (10, 3), True),
+        ("sm_100f", (12, 0), False),
+        ("", (8, 0), False),
+    ],
+)
+def test_cuda_code_for_this_gpu(monkeypatch, architectures, capability, runs):
+    pretend_gpu(monkeypatch, capability)
+    pretend_cuda_build(monkeypatch, architectures)
+    answer = said(CUDA, on_cuda=Implementation.CUDA)
+    if runs:
+        assert answer == (Implementation.CUDA, [])
+    else:
+        dotted = f"{capability[0]}.{capability[1]}"
+        assert_plain(answer, architectures, f"TORCH_CUDA_ARCH_LIST={dotted} pip install .")
+        with FakeTensorMode():
+            p = torch.empty(2, device="cuda")
+        with pytest.raises(RuntimeError, match=r"fused=True needs .*TORCH_CUDA_ARCH_LIST"):
+            use_native({"fused": True, "foreach": None}, [p])
+
+
+FAKE_WALK = """
+import torch, warnings
+from torch._subclasses.fake_tensor import FakeTensorMode
+from simclr_fast import nt_xent_loss, ops, sup_con_loss
+torch.cuda._lazy_init = None
+with warnings.catch_warnings(), FakeTensorMode():
+    warnings.simplefilter("error")
+    z = torch.randn(6, 20, device="cuda")
+    loss, stats = nt_xent_loss(z, temperature=0.1, return_stats=True)
+    sup_con = sup_con_loss(z, torch.arange(6, device="cuda") // 2)
+    u, _ = ops.nt_xent_normalize(z, None, torch.ones((), device="cuda"))
+    assert (u.shape, u.dtype) == ((6, 32), torch.float32), (u.shape, u.dtype)
+assert sup_con.device.type == loss.device.type == "cuda"
+assert not torch.cuda.is_initialized()
+"""
+
+
+def test_fake_cuda_tensors_take_the_kernels_shapes_and_leave_cuda_alone():
+    done = subprocess.run([sys.executable, "-c", FAKE_WALK], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_unsupported_gpu_gives_plain_shapes(monkeypatch):
+    pretend_gpu(monkeypatch, (7, 5))
+    with FakeTensorMode():
+        z, temperature = torch.randn(6, 20, device="cuda"), torch.ones((), device="cuda")
+        with pytest.warns(RuntimeWarning, match="compute capability"):
+            u, _ = ops.nt_xent_normalize(z, None, temperature)
+    assert u.shape == (6, 20)
