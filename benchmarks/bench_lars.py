@@ -2,12 +2,14 @@
 
     python -m benchmarks.bench_lars [--models resnet50,vit_b_16,small,overhead] [--busy 2]
 
-All run in one process, one step each in turn, on the same parameters and gradients. The floors are
-measured in the same turns: reading weights and gradients once, and the five arrays that any SGD
-with momentum must move. `overhead` is ResNet-50 with one element per tensor: what a call costs at
-all, in turns as above ("cold": the others have had the caches) and one's own steps after each other
-("warm"), with gradients that are new tensors each time, as a backward makes them. --busy starts
-that many processes which compute beside it.
+All optimizers run in one process and take one step each in turn, on the same parameters and
+gradients. Two floors take their turn too: reading weights and gradients once, and moving the five
+arrays that any SGD with momentum must move.
+
+`overhead` is ResNet-50 with one element per tensor, so it shows the cost of a call. "cold" takes
+turns as above, so the others' data fill the caches. "warm" repeats one optimizer's steps, with new
+gradient tensors each time, as a backward pass makes them. --busy starts that many processes that
+compute at the same time.
 """
 
 import contextlib
@@ -112,7 +114,7 @@ class LarcStyle:
 
 
 def warm(steps: dict[str, Step], params: list[nn.Parameter], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of a step after steps of its own: of nine in a row, the median."""
+    """Milliseconds of a step: the median of nine in a row of the same optimizer."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
@@ -167,7 +169,7 @@ def floors(elements: int, device: torch.device) -> dict[str, Step]:
 
 @contextlib.contextmanager
 def load(processes: int) -> Iterator[None]:
-    """Other processes that compute meanwhile."""
+    """Runs other processes that compute at the same time."""
     program = "import torch\nx = torch.randn(512, 512)\nwhile True: x = (x @ x).clamp(-1, 1)"
     running = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(processes)]
     try:
@@ -184,7 +186,7 @@ def tables(
     compiled: bool = False,
     busy: int = 0,
 ) -> Iterator[Table]:
-    """A table per model. compiled: torch.compile timm's too, a minute. busy: other processes."""
+    """A table per model. compiled: also timm's under torch.compile (a minute). busy: as --busy."""
     for model in models[:1] if options.quick else models:
         shapes, notes = shapes_of(model), []
         elements = sum(torch.Size(shape).numel() for shape in shapes)
@@ -215,7 +217,7 @@ def tables(
 
 
 def prediction(elements: int) -> str:
-    """Seven arrays pass a GPU's memory, five where the last-level cache keeps p and g."""
+    """A step moves seven arrays; five where the last-level cache keeps weights and gradients."""
     low, high = 5 * 4 * elements, 7 * 4 * elements
     times = (
         f"{name} {1e6 * low / rate:.0f} to {1e6 * high / rate:.0f} µs"
@@ -230,7 +232,9 @@ def prediction(elements: int) -> str:
 def main() -> None:
     parser = harness.parser("bench lars", __doc__)
     parser.add_argument("--models", default="resnet50", help=",".join(MODELS))
-    parser.add_argument("--busy", type=int, default=0, help="processes that compute meanwhile")
+    parser.add_argument(
+        "--busy", type=int, default=0, help="processes that compute at the same time"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile timm's, a minute")
     given = parser.parse_args()
     models = tuple(given.models.split(","))

@@ -1,12 +1,12 @@
 """NT-Xent against its peers, forward and forward+backward.
 
 python -m benchmarks.bench_nt_xent --n 256,1024 --threads 2     the side-by-side table
-python -m benchmarks.bench_nt_xent --goals --n 2048 --threads 2 bounds that the CPU kernels aim at
+python -m benchmarks.bench_nt_xent --goals --n 2048 --threads 2 the goals of the CPU kernels
 pytest benchmarks/bench_nt_xent.py                              pytest-benchmark, N = 256
 
-Every loss takes its turn in each round of one process; the tables have medians over the rounds.
-MALLOC_TOP_PAD_=4294967296 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 before the command makes
-malloc reuse memory, which spares the losses that build 2N × 2N matrices their page faults.
+All losses run in one process and take turns in each round; the tables show medians over the rounds.
+With MALLOC_TOP_PAD_=4294967296 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 before the command,
+malloc reuses memory. Losses that build 2N × 2N matrices then have no page faults.
 """
 
 import ctypes
@@ -30,7 +30,7 @@ from simclr_fast.benchmarks.peers import nt_xent_peers, textbook_decoupled, text
 
 OURS, MATMUL = "simclr_fast", "torch.mm(Z, Z.T) alone"
 TEMPERATURE = 0.1
-# Beyond this the float64 reference's own matrices are too large.
+# Above this number of pairs, the matrices of the float64 reference are too large.
 LARGEST_CHECKED = 1024
 CLASSES = 10
 
@@ -40,7 +40,7 @@ def losses(n: int, notes: list[str] | None = None) -> dict[str, Callable]:
 
 
 def relatives(n: int) -> dict[str, Callable]:
-    """Our other losses and their textbook formulas, for the same 2N rows."""
+    """Our other losses beside their textbook formulas, on the same 2N rows."""
     labels, images = torch.arange(2 * n) % CLASSES, torch.arange(n // 2).repeat(4)
     by_class = f"supervised, {CLASSES} classes"
     return {
@@ -83,7 +83,7 @@ def _resident(key: str) -> float:
 
 
 def print_memory(name: str, n: int, d: int) -> None:
-    """Peak MB of forward+backward beyond what was resident before; runs in its own process."""
+    """Prints the peak MB of forward+backward above what was resident before, of this process."""
     loss, z = (losses(n) | relatives(n))[name], views(n, d)
     forward_backward(loss, *z)  # compiles, loads libraries
     ctypes.CDLL(None).malloc_trim(0)
@@ -107,7 +107,7 @@ def tables(
     others: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Table]:
-    """A table per number of pairs. memory: on Linux; others: our other losses, by ours."""
+    """A table per number of pairs. memory: measure it (Linux). others: our other losses instead."""
     for n in sizes[:1] if options.quick else sizes:
         z1, z2 = views(n, dim, options.device)
         z = torch.cat((z1, z2)).detach()
@@ -136,7 +136,8 @@ def tables(
 
 
 def goals(options: Options, n: int, dim: int = 128) -> str:
-    """What the CPU kernels aim at, N = 256 for small batches, else for large ones. Markdown."""
+    """The goals of the CPU kernels and what was measured, as Markdown; up to N = 256 those of small
+    batches, above those of large ones."""
     z1, z2 = views(n, dim)
     z = torch.cat((z1, z2)).detach()
     lines = [f"N = {n}, D = {dim}, threads {options.threads}", "", "| | goal | measured |"]
@@ -157,7 +158,7 @@ def goals(options: Options, n: int, dim: int = 128) -> str:
         "forward": partial(forward, nt_xent_loss, z1, z2),
         "both": partial(forward_backward, nt_xent_loss, z1, z2),
         MATMUL: partial(torch.mm, z, z.T),
-        # The round's own peak; its value is the time of 1e9 multiply-adds.
+        # Keeps this round's peak rate; its time is not used.
         "fma": lambda: peaks.append(fma_per_second(options.threads, isa)),
     }
     peaks: list[float] = []
@@ -193,13 +194,15 @@ def main() -> None:
     parser.add_argument("--n", default="256,1024", help="pairs, separated by commas")
     parser.add_argument("--d", type=int, default=128)
     parser.add_argument(
-        "--cpu-time", action="store_true", help="one thread's CPU time: for a busy machine"
+        "--cpu-time", action="store_true", help="time one thread's CPU time, for a busy machine"
     )
-    parser.add_argument("--no-memory", action="store_true", help="skip the subprocesses")
     parser.add_argument(
-        "--others", action="store_true", help="decoupled, supervised, 4 views alone"
+        "--no-memory", action="store_true", help="do not measure memory (a process per loss)"
     )
-    parser.add_argument("--goals", action="store_true", help="what the CPU kernels aim at")
+    parser.add_argument(
+        "--others", action="store_true", help="only the decoupled, supervised and 4-view losses"
+    )
+    parser.add_argument("--goals", action="store_true", help="the goals of the CPU kernels")
     parser.add_argument("--memory", metavar="LOSS", help="print one loss's peak memory and stop")
     given = parser.parse_args()
     if given.cpu_time:

@@ -3,13 +3,14 @@
     python -m benchmarks.bench_step [--sizes 32,64] [--model resnet10] [--batch 256] [--threads 2]
 
 The encoder (a narrow ResNet), projector, batch, images and number of threads are the same. The
-peers are loops as their users write them: lightly's transform in a DataLoader, loss and LARS; and
-solo-learn's DALI pipeline, loss formula and LARS formula. A round is an epoch of a few steps of
-each contender in turn: it begins with empty queues and ends with empty ones, so that nobody's
-prefetching runs in another's time. JPEG files cut from scikit-learn's photographs.
+peers are loops as their users write them. The lightly-style loop has lightly's transform in a
+DataLoader, its loss and its LARS. The solo-learn-style loop has its DALI pipeline and the formulas
+of its loss and its LARS. In each round every contender runs one epoch of a few steps, in turn.
+Queues are empty at the start and at the end of an epoch, so nobody prefetches in another's time.
+The images are JPEG files cut from scikit-learn's photographs.
 
-The floors are the forward and backward of our encoder on a batch in memory, in our memory format
-(channels last) and in the peers' (contiguous, view by view): what any loop must spend.
+Every loop must spend at least the floors: forward and backward of the encoder on a batch in memory,
+once in our memory format (channels last) and once in the peers' (contiguous, view by view).
 """
 
 import tempfile
@@ -45,12 +46,12 @@ _FILE_SIDE = {32: 32, 64: 96}
 
 
 def _p_blur(size: int) -> float:
-    """The paper leaves blur out on CIFAR, and so do the peers' configurations."""
+    """No blur at 32 pixels: the paper and the peers leave it out on CIFAR."""
     return 0.5 if size > 32 else 0.0
 
 
 def model(name: str) -> SimCLR:
-    """With a fourth of the channels and the demo's stem; resnet10 is the demo's encoder."""
+    """A ResNet of a quarter of the channels and the demo's stem; resnet10 is the demo's encoder."""
     torch.manual_seed(0)
     encoder, dim = build_encoder(name, width=0.25, image_size=32, stem="cifar-stride2")
     return SimCLR(encoder, build_projector("nonlinear", dim, 128))
@@ -68,8 +69,10 @@ class Case:
 
 
 class Clock:
-    """Milliseconds per part of each epoch. On a GPU of its own time line, without waiting for it:
-    a part lasts from the end of the one before to its own end."""
+    """Milliseconds per part of each epoch. A part lasts from the end of the part before to its own.
+
+    On a GPU these are CUDA events on the stream; the host does not wait for them.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -115,7 +118,7 @@ class Loop:
         self.criterion, self.optimizer = criterion, optimizer
 
     def epoch(self, clock: Clock) -> None:
-        """The loss's backward ends at z, so that the encoder's can be told from it."""
+        """The loss's backward stops at z, so that it can be timed apart from the encoder's."""
         clock.start()
         for batch in self.batches():
             clock.lap("data wait")
@@ -205,7 +208,7 @@ CONTENDERS = {
 
 
 def encoder_alone(case: Case, options: Options, ours: bool) -> Callable[[], None]:
-    """Forward and backward of both views of a batch that is there."""
+    """Forward and backward of both views of a batch that is already in memory."""
     layout = torch.channels_last if ours else torch.contiguous_format
     net = model(case.model).to(options.device, memory_format=layout)
     views = torch.randn(2 * case.batch, 3, case.size, case.size, device=options.device)
@@ -298,13 +301,13 @@ def repeat(step: Callable[[], object], times: int) -> None:
 
 
 def parts(epochs: list[dict[str, float]]) -> dict[str, float]:
-    """Shares of the time of all the epochs."""
+    """Each part's share of the time of all epochs."""
     whole = sum(sum(epoch.values()) for epoch in epochs)
     return {part: sum(epoch[part] for epoch in epochs) / whole for part in PARTS}
 
 
 def flops_per_view(case: Case) -> int:
-    """What the model's forward and backward of one view need: nothing recomputed, no loss."""
+    """Of the model's forward and backward for one view, without recomputation and loss."""
     net: nn.Module = model(case.model)
     with FlopCounterMode(display=False) as counter:
         net(torch.randn(2, 3, case.size, case.size))[1].sum().backward()
@@ -312,11 +315,11 @@ def flops_per_view(case: Case) -> int:
 
 
 def hardware_flops(loop: Loop) -> int:
-    """What a step of this loop computes: with all that is computed again, and the loss's products.
+    """Of everything that a step of this loop computes, recomputation and the loss included.
 
-    Convolutions and matrix products; our loss's kernels by the products that they form: half of
-    the 2N × 2N logits in the forward, one and a half times all of them in the backward, or once
-    where the forward kept the exponentials.
+    Convolutions and matrix products count, and the products inside our loss's kernels: the forward
+    forms half of the 2N × 2N logits; the backward needs 1.5 products of that size, or one where
+    the forward kept the exponentials.
     """
 
     def square(z_shape, *_, out_shape=None, **__) -> int:

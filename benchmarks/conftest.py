@@ -1,4 +1,4 @@
-"""Where and with what the numbers were taken goes into every pytest-benchmark result."""
+"""Adds versions and machine to every pytest-benchmark result."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Fused multiply-adds per second that this CPU reaches on registers alone: the floor of any kernel.
+"""Fused multiply-adds per second of this CPU when all operands stay in registers: its peak.
 
 Compiles a few lines of C with the system's compiler, for the widest vectors of this machine.
 """
@@ -42,7 +42,7 @@ def _library(lanes_bytes: int) -> ctypes.CDLL:
 
 
 def fma_per_second(threads: int, instruction_set: str) -> float:
-    """Multiply-adds of float32 per second, all threads together."""
+    """Float32 multiply-adds per second, summed over the threads."""
     lanes_bytes = _BYTES.get(instruction_set, 16)
     run = _library(lanes_bytes).run
     run.restype = ctypes.c_float

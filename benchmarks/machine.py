@@ -1,4 +1,4 @@
-"""What this machine can do at all, measured in the same run: the floor under every table."""
+"""The speed limits of this machine, measured in the same run as the tables that they bound."""
 
 import contextlib
 import os
@@ -15,18 +15,18 @@ from simclr_fast.benchmarks.fma_peak import fma_per_second
 from simclr_fast.benchmarks.harness import Options
 
 _ROUNDS = 5
-# Float32 elements: beyond any last-level cache, little beside any GPU's memory.
+# Float32 elements: more than any last-level cache holds, a small part of any GPU's memory.
 _CPU_ELEMENTS, _GPU_ELEMENTS = 1 << 25, 1 << 28
 _GPU_SIDE = 8192
 
 
 def floors(options: Options) -> dict[str, float]:
-    """Name with unit → rate. A copy counts the bytes read and those written."""
+    """Name with unit → rate. A copy counts the bytes read and the bytes written."""
     if options.device.type == "cuda":
         return _gpu(options.device)
     elements = _CPU_ELEMENTS // (4 if options.quick else 1)
     found = _copy_and_exp(elements, options.device)
-    # Without a C compiler there is no telling.
+    # This rate needs a C compiler; without one it is left out.
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         found = {"multiply-adds on registers, 1e9/s": multiply_adds(options.threads)} | found
     return found
@@ -50,7 +50,7 @@ def _gpu(device: torch.device) -> dict[str, float]:
 def _copy_and_exp(elements: int, device: torch.device) -> dict[str, float]:
     source = torch.rand(elements, device=device)
     target = torch.empty_like(source)
-    # Small enough for the caches, so that memory is not what is measured again.
+    # Small enough for the caches, so that exp is measured and not memory.
     few = source[: min(elements, 1 << 17 if device.type == "cpu" else 1 << 22)]
     repeats = 64
 
@@ -75,7 +75,7 @@ def _seconds(steps: dict[str, Callable[[], object]], device: torch.device) -> di
 
 
 def text(found: dict[str, float]) -> str:
-    """One line."""
+    """The rates in one line."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     rates = "; ".join(f"{name} {rate:.3g}" for name, rate in found.items())
     return f"floor of the machine ({cores} cores): {rates}"

@@ -1,4 +1,4 @@
-"""The losses that users have today, as their sources define them, for parity and for timing."""
+"""The losses of other libraries, by the formulas of their sources: to compare values and speed."""
 
 import math
 
@@ -53,7 +53,7 @@ def chunked(z1: Tensor, z2: Tensor, temperature: float, rows: int = 512) -> Tens
 
 
 class _Tiles(torch.autograd.Function):
-    """Forward keeps a row's log-sum-exp alone; backward computes every tile of logits again."""
+    """The forward keeps only each row's log-sum-exp; the backward recomputes every tile."""
 
     @staticmethod
     def forward(ctx, z: Tensor, temperature: float, side: int) -> Tensor:
@@ -87,12 +87,12 @@ def _logit_tiles(z: Tensor, temperature: float, side: int):
 
 
 def tiles(z1: Tensor, z2: Tensor, temperature: float, side: int = 1024) -> Tensor:
-    """Square tiles, recomputed in the backward: the method of Inf-CL (arXiv:2410.17243)."""
+    """Square tiles, recomputed in the backward, as Inf-CL does (arXiv:2410.17243)."""
     return _Tiles.apply(F.normalize(torch.cat((z1, z2)), dim=1), temperature, side)
 
 
 def solo_learn(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Tensor:
-    """simclr_loss_func of vturrisi/solo-learn: exponentials without a maximum."""
+    """simclr_loss_func of vturrisi/solo-learn; no maximum is subtracted before exp."""
     z = F.normalize(z, dim=-1)
     similarity = torch.exp(torch.einsum("if,jf->ij", z, z) / temperature)
     same = indexes[:, None] == indexes[None]
