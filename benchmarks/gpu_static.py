@@ -80,9 +80,13 @@ class Static:
 
 
 def compile_kernel(kernel, signature: dict, constants: dict, arch: int, aligned=(), **options):
-    """signature: the run-time arguments' types; aligned: those that are multiples of 16."""
+    """signature: the run-time arguments' types; aligned: those that are multiples of 16.
+
+    As at a launch, an argument that the kernel does not specialise on is never known to be one.
+    """
     names = kernel.arg_names
     types = {n: signature.get(n, "constexpr") for n in names}
+    aligned = [n for n in aligned if not kernel.params[names.index(n)].do_not_specialize]
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     values = {(names.index(n),): v for n, v in constants.items()}
     source = ASTSource(kernel, types, values, attributes)

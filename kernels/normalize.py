@@ -8,6 +8,21 @@ from torch import Tensor
 # One program holds BLOCK_P · BLOCK_D elements of one view.
 BLOCK_D_LIMIT = 512
 BLOCK_ELEMENTS = 2048
+# Kernel arguments that change with the batch. Triton would compile one variant for multiples of 16
+# and one for other values, and would turn an integer equal to 1 into a constant, which lacks the
+# methods of a tensor. No address of a wide load depends on these, so variants would gain nothing.
+UNSPECIALIZED = (
+    "row_offset",
+    "rows",
+    "total",
+    "slots",
+    "low_slots",
+    "splits",
+    "grad_stride",
+    "grad_ptr",
+    "scale_ptr",
+    "temperature_ptr",
+)
 
 
 @triton.jit
@@ -46,7 +61,7 @@ def _normalize_view(
         tl.store(u_rows + d[None, :], u.to(u_ptr.dtype.element_ty), mask=store_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def normalize_kernel(
     z1_ptr,  # [N, D], any strides
     z2_ptr,  # [N, D], any strides

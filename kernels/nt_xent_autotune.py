@@ -5,6 +5,7 @@ choose, and round, otherwise. The default is the table of nt_xent_configs.py.
 """
 
 import os
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -74,11 +75,24 @@ def fastest(
     launch: Callable[[Plan], object],
     milliseconds: Callable[[Callable[[], object]], float] = _milliseconds,
 ) -> Plan:
-    """The plan of least time; plans that this GPU cannot run are left out, the first excepted."""
+    """The plan of least time, among those that run with this GPU's resources and free memory.
+
+    The first plan if none could be timed, with a warning that gives the cause.
+    """
     times: dict[Plan, float] = {}
+    failure: Exception | None = None
     for plan in plans:
         try:
             times[plan] = milliseconds(partial(launch, plan))
-        except (OutOfResources, PTXASError):
-            continue
-    return min(times, key=times.__getitem__, default=plans[0])
+        except (OutOfResources, PTXASError, torch.OutOfMemoryError) as error:
+            # Without the traceback, whose frames hold the tensors of the failed launch.
+            failure = error.with_traceback(None)
+    if not times:
+        warnings.warn(
+            f"SIMCLR_FAST_AUTOTUNE=1 could not time any launch configuration ({failure}); the "
+            "table's configuration is used.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return plans[0]
+    return min(times, key=times.__getitem__)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .normalize import UNSPECIALIZED
 from .nt_xent_tiles import (
     LOG2_E,
     is_negative,
@@ -33,7 +34,7 @@ def _add_weighted(
     return tl.dot(w.to(values.dtype), values, acc, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def gradient_kernel(
     u_ptr,  # [M, D_pad], float16 or float32
     temperature_ptr,  # [], float32
@@ -110,11 +111,11 @@ def gradient_kernel(
             )  # fmt: skip
 
     d = v + tl.arange(0, BLOCK_V)
-    out = gradient_ptr + (split.to(tl.int64) * rows + r)[:, None] * padded + d[None, :]
+    out = gradient_ptr + (tl.cast(split, tl.int64) * rows + r)[:, None] * padded + d[None, :]
     tl.store(out, acc, mask=(r < rows)[:, None] & (d < padded)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def weights_kernel(
     grad_ptr,  # [M], float32, any stride
     scale_ptr,  # [], float32: max |grad|, or grad itself if all are equal
@@ -165,13 +166,13 @@ def _partial_block(
     """Sum over the splits, in their order, [BP, BD]."""
     total = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
     for split in range(splits):
-        offset = (split * rows.to(tl.int64) + row)[:, None] * padded + d[None, :]
+        offset = (split * tl.cast(rows, tl.int64) + row)[:, None] * padded + d[None, :]
         mask = inside[:, None] & (d < dim)[None, :]
         total += tl.load(partial_ptr + offset, mask=mask, other=0.0)
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def finish_gradient_kernel(
     partial_ptr,  # [SPLITS, R, D_pad], float32, from gradient_kernel
     grad_ptr,  # [M], float32, any stride
@@ -252,5 +253,5 @@ def finish_gradient_kernel(
         g_2 = k * g_2 + v[:, None] * (u_1 - u_2) - radial_2[:, None] * u_2
         dtype = grad_z_ptr.dtype.element_ty
         tl.store(out + d[None, :], (inv_1[:, None] * g_1).to(dtype), mask=mask)
-        second = out + pairs.to(tl.int64) * dim + d[None, :]
+        second = out + tl.cast(pairs, tl.int64) * dim + d[None, :]
         tl.store(second, (inv_2[:, None] * g_2).to(dtype), mask=mask)

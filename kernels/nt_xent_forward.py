@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .normalize import UNSPECIALIZED
 from .nt_xent_tiles import (
     EXPONENT_LIMIT,
     LOWEST,
@@ -26,7 +27,7 @@ def _online(x, negative, top, total):
     return new_top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def negatives_kernel(
     u_ptr,  # [M, D_pad], float16 or float32
     temperature_ptr,  # [], float32
@@ -49,7 +50,7 @@ def negatives_kernel(
     q = query_tile(u_ptr, row, row_end, padded, BLOCK_M, BLOCK_D, WHOLE, EVEN)
 
     r = first + tl.arange(0, BLOCK_M)
-    out = split.to(tl.int64) * rows + r
+    out = tl.cast(split, tl.int64) * rows + r
     sums = tl.zeros([BLOCK_M], tl.float32)
     if needs_maximum(temperature_ptr):
         top = tl.full([BLOCK_M], LOWEST, tl.float32)
@@ -84,7 +85,7 @@ def negatives_kernel(
     tl.store(sum_ptr + out, sums, mask=r < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def symmetric_kernel(
     u_ptr,  # [M, D_pad], float16 or float32
     temperature_ptr,  # [], float32
@@ -163,7 +164,7 @@ def _moments(x, top, total, moment):
     return top, total + tl.sum(p, axis=1), moment + tl.sum(p * x, axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def moments_kernel(
     u_ptr,  # [M, D_pad], float16 or float32
     temperature_ptr,  # [], float32
@@ -236,8 +237,8 @@ def moments_kernel(
 
     r = first + tl.arange(0, BLOCK_M)
     inside = 2 * r < rows
-    plane = splits.to(tl.int64) * rows
-    out = partial_ptr + 3 * own * plane + split.to(tl.int64) * rows + 2 * r + view
+    plane = tl.cast(splits, tl.int64) * rows
+    out = partial_ptr + 3 * own * plane + tl.cast(split, tl.int64) * rows + 2 * r + view
     tl.store(out, top, mask=inside)
     tl.store(out + plane, sums, mask=inside)
     tl.store(out + 2 * plane, moment, mask=inside)

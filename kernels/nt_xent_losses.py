@@ -6,6 +6,7 @@ Arrays over rows are interleaved: the positive of row i is row i ^ 1.
 import triton
 import triton.language as tl
 
+from .normalize import UNSPECIALIZED
 from .nt_xent_tiles import LOWEST, needs_maximum
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -74,7 +75,7 @@ def _store_loss(loss_ptr, lse_ptr, r, rows, negatives, positive, DECOUPLED: tl.c
     tl.store(lse_ptr + r, positive * LN_2 + loss, mask=r < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def losses_kernel(
     u_ptr,  # [M, D_pad], float16 or float32
     temperature_ptr,  # [], float32
@@ -115,7 +116,7 @@ def _entropy(top, total, moment, positive):
     return (share * (moment + (top - lse) * total) + p * (positive - lse)) * -LN_2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def statistics_kernel(
     u_ptr,  # [M, D_pad], float16 or float32
     partial_ptr,  # [2, 3, SPLITS, R], float32: other view, own view; maxima, sums, moments
@@ -132,11 +133,11 @@ def statistics_kernel(
     """
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = r < rows
-    plane = splits.to(tl.int64) * rows
+    plane = tl.cast(splits, tl.int64) * rows
     top_o = tl.full([BLOCK_R], LOWEST, tl.float32)
     top_s = tl.full([BLOCK_R], LOWEST, tl.float32)
     for split in range(splits):
-        at = partial_ptr + split * rows.to(tl.int64) + r
+        at = partial_ptr + split * tl.cast(rows, tl.int64) + r
         top_o = tl.maximum(top_o, tl.load(at, mask=inside, other=LOWEST))
         top_s = tl.maximum(top_s, tl.load(at + 3 * plane, mask=inside, other=LOWEST))
     top = tl.maximum(top_o, top_s)
@@ -146,7 +147,7 @@ def statistics_kernel(
     moment_all = tl.zeros([BLOCK_R], tl.float32)
     for split in range(splits):
         for own in tl.static_range(2):
-            at = partial_ptr + 3 * own * plane + split * rows.to(tl.int64) + r
+            at = partial_ptr + 3 * own * plane + split * tl.cast(rows, tl.int64) + r
             t = tl.load(at, mask=inside, other=LOWEST)
             total = tl.load(at + plane, mask=inside, other=0.0)
             moment = tl.load(at + 2 * plane, mask=inside, other=0.0)

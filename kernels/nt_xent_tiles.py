@@ -104,8 +104,8 @@ def share(row, row_end, total, split, splits, BLOCK_N: tl.constexpr):
     lo = row // BLOCK_N
     hi = tl.cdiv(row_end, BLOCK_N)
     plain = whole - (tl.minimum(hi, whole) - tl.minimum(lo, whole))
-    begin = (tiles.to(tl.int64) * split // splits).to(tl.int32)
-    end = (tiles.to(tl.int64) * (split + 1) // splits).to(tl.int32)
+    begin = (tl.cast(tiles, tl.int64) * split // splits).to(tl.int32)
+    end = (tl.cast(tiles, tl.int64) * (split + 1) // splits).to(tl.int32)
     return begin, end, plain, lo, hi
 
 

@@ -7,6 +7,7 @@ over all rows but the row itself, and the positives of row i are the other rows 
 import triton
 import triton.language as tl
 
+from .normalize import UNSPECIALIZED
 from .nt_xent_backward import WEIGHT_SHIFT, _add_weighted
 from .nt_xent_forward import _online
 from .nt_xent_losses import LN_2
@@ -29,7 +30,7 @@ def _positives(x, own, ids):
     return tl.sum(tl.where(own[:, None] == ids[None, :], x, 0.0), axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def class_sums_kernel(
     u_ptr,  # [M, D_pad], float16 or float32
     temperature_ptr,  # [], float32
@@ -54,7 +55,7 @@ def class_sums_kernel(
 
     r = first + tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
-    out = partial_ptr + split.to(tl.int64) * rows + r
+    out = partial_ptr + tl.cast(split, tl.int64) * rows + r
     own = tl.load(ids_ptr + row_offset + r, mask=r < rows, other=-1)
     sums = tl.zeros([BLOCK_M], tl.float32)
     positive = tl.zeros([BLOCK_M], tl.float32)
@@ -96,12 +97,12 @@ def class_sums_kernel(
             sums += tl.sum(tl.where(other, tl.exp2(x), 0.0), axis=1)
         tl.store(out, tl.zeros([BLOCK_M], tl.float32), mask=r < rows)
 
-    plane = splits.to(tl.int64) * rows
+    plane = tl.cast(splits, tl.int64) * rows
     tl.store(out + plane, sums, mask=r < rows)
     tl.store(out + 2 * plane, positive, mask=r < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def class_losses_kernel(
     partial_ptr,  # [3, SPLITS, R], float32, from class_sums_kernel
     inverse_count_ptr,  # [M], float32
@@ -112,12 +113,12 @@ def class_losses_kernel(
     """One program: BR rows; loss_i = lse_i - mean of s over the positives, 0 without any."""
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = r < rows
-    plane = splits.to(tl.int64) * rows
+    plane = tl.cast(splits, tl.int64) * rows
     top = tl.full([BLOCK_R], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     positive = tl.zeros([BLOCK_R], tl.float32)
     for split in range(splits):
-        at = partial_ptr + split * rows.to(tl.int64) + r
+        at = partial_ptr + split * tl.cast(rows, tl.int64) + r
         split_top = tl.load(at, mask=inside, other=LOWEST)
         new_top = tl.maximum(top, split_top)
         total *= tl.exp2(top - new_top)
@@ -131,7 +132,7 @@ def class_losses_kernel(
     tl.store(lse_ptr + r, lse, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def class_weights_kernel(
     grad_ptr,  # [M], float32, any stride
     scale_ptr,  # [], float32: max |grad|
@@ -166,7 +167,7 @@ def _less_shares(w, own, ids, share_i, share_j):
     return w - tl.where(positive, share_i[:, None] + share_j[None, :], 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def class_gradient_kernel(
     u_ptr,  # [M, D_pad], float16 or float32
     temperature_ptr,  # [], float32
@@ -257,7 +258,7 @@ def class_gradient_kernel(
             )  # fmt: skip
 
     d = v + tl.arange(0, BLOCK_V)
-    out = gradient_ptr + (split.to(tl.int64) * rows + r)[:, None] * padded + d[None, :]
+    out = gradient_ptr + (tl.cast(split, tl.int64) * rows + r)[:, None] * padded + d[None, :]
     tl.store(out, acc, mask=(r < rows)[:, None] & (d < padded)[None, :])
 
 
@@ -272,12 +273,12 @@ def _unit_and_gradient(
     u = tl.load(z_ptr + offset, mask=mask, other=0.0).to(tl.float32) * inv[:, None]
     g = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     for split in range(splits):
-        at = (split * rows.to(tl.int64) + row)[:, None] * padded + d[None, :]
+        at = (split * tl.cast(rows, tl.int64) + row)[:, None] * padded + d[None, :]
         g += tl.load(partial_ptr + at, mask=mask, other=0.0)
     return u, k * g
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def finish_class_gradient_kernel(
     partial_ptr,  # [SPLITS, R, D_pad], float32, from class_gradient_kernel
     scale_ptr,  # [], float32

@@ -224,6 +224,20 @@ def test_autotune_takes_the_fastest_that_runs(monkeypatch):
         return float(plans.index(chosen) != len(plans) - 1)
 
     assert nt_xent_autotune.fastest(plans, lambda p: p, milliseconds) == plans[-1]
+
+    def out_of_memory(step):
+        if step() == plans[0]:
+            return 2.0
+        raise torch.OutOfMemoryError("tried to allocate 256 MiB")
+
+    assert nt_xent_autotune.fastest(plans, lambda p: p, out_of_memory) == plans[0]
+
+    def nothing_fits(step):
+        raise torch.OutOfMemoryError("tried to allocate 256 MiB")
+
+    with pytest.warns(RuntimeWarning, match="could not time any .*tried to allocate 256 MiB"):
+        assert nt_xent_autotune.fastest(plans, lambda p: p, nothing_fits) == plans[0]
+
     gradient = plan("gradient", (8, 0), 108, SINGLE, 64, 100, 100)
     plans = nt_xent_autotune.candidates("gradient", gradient, SINGLE, 64, 100, 100, 108)
     assert not any(p.symmetric for p in plans)
