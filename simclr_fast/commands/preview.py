@@ -8,7 +8,7 @@ import numpy as np
 from simclr_fast.augment.preview import contact_sheet
 from simclr_fast.commands.pretrain import parse_pretrain
 from simclr_fast.data.datasets import named_source
-from simclr_fast.data.loader import decode_some
+from simclr_fast.data.decode import decode_some
 from simclr_fast.utils.checkpoint import write_atomic
 from simclr_fast.utils.extras import need
 

@@ -1,24 +1,31 @@
-"""Encoded images → pixels, or whole views, through one DALI pipeline that reads ahead."""
+"""Samples of a source → decoded images, on the CPU: by DALI, by Pillow, or as they lie in memory.
+
+Every decoder has `run(parts)`, which gives (part, images) in order and reads ahead of their use.
+"""
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from simclr_fast.augment.params import Augmentation, ViewParams
-from simclr_fast.augment.views import pack_params
-from simclr_fast.data.image_check import checked_size, in_common_format, try_decoding
+from simclr_fast.data.image_check import (
+    checked_size,
+    in_common_format,
+    pillow_pixels,
+    try_decoding,
+)
 from simclr_fast.data.sources import Source
-from simclr_fast.utils.extras import need
+from simclr_fast.utils.extras import need, require
 
-_READ_AHEAD = 2
+READ_AHEAD = 2
 # Data sets whose decoded images take less than this together stay in memory, decoded once.
 _KEPT_BYTES = 1 << 30
+Result = TypeVar("Result")
 
 
 class CorruptImageError(ValueError):
@@ -30,188 +37,285 @@ class CorruptImageError(ValueError):
         super().__init__(f"corrupt images: {listed}")
 
 
-@dataclass
-class Batch:
-    """A part of one step's request: sample ids int64 [n], and how to draw their parameters.
+class Part(NamedTuple):
+    """Some of one step's samples, which are decoded together.
 
-    first: its first row in the step's batch. last: whether it is the step's last part.
+    ids: int64 [n]. first: the first one's row in the step's batch. last: nothing of the step's
+    batch comes after it.
     """
 
     step: int
     ids: np.ndarray
-    draw: Callable[[np.ndarray, np.ndarray], list[ViewParams]]
     first: int = 0
     last: bool = True
 
 
+class ImageDecoder(Protocol):
+    """What gives decoded images: uint8 [H, W, 3], arrays or tensors."""
+
+    def run(self, parts: Iterable[Part]) -> Iterator[tuple[Part, list[Any]]]:
+        """The images of a part stay valid until the next part is asked for.
+
+        Raises CorruptImageError before a part with such an image; a new `run` may follow.
+        """
+
+    def describe(self) -> str: ...
+
+
+@cache
+def dali_import_error() -> ImportError | None:
+    """Why DALI cannot be used; None if it can."""
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError as error:
+        return error
+    return None
+
+
 def import_dali() -> Any:
+    """The module nvidia.dali. Raises ImportError that says what to install."""
     return need("nvidia.dali")
 
 
-class Decoder:
-    """Decodes batches on the CPU: `run` gives (batch, [uint8 [H, W, 3], …]).
+def image_decoder(source: Source, batch_size: int, num_threads: int) -> ImageDecoder:
+    """The decoder for a source: DALI's for files, Pillow's without DALI, none for pixels.
 
-    Images of small data sets are kept, as tensors; only the others of a batch, which come as
-    arrays, go through DALI again.
+    batch_size: the most samples of a part.
+    """
+    if not source.encoded:
+        return PixelReader(source, num_threads)
+    reader = FileReader(source, num_threads)
+    if dali_import_error() is None:
+        return KeepingDecoder(source, DaliDecoder(reader, batch_size))
+    _check_pillow()
+    return KeepingDecoder(source, PillowDecoder(reader))
+
+
+@cache
+def _check_pillow() -> None:
+    require(["PIL"], also=["nvidia.dali"])
+    warnings.warn(
+        f"Pillow decodes the image files, since DALI cannot be imported ({dali_import_error()})",
+        RuntimeWarning,
+        stacklevel=5,
+    )
+
+
+class PixelReader:
+    """Images of a source that holds pixels. num_threads: for DALI, if it makes the views."""
+
+    def __init__(self, source: Source, num_threads: int) -> None:
+        self.source, self.num_threads = source, num_threads
+
+    def describe(self) -> str:
+        return "pixels in memory"
+
+    def run(self, parts: Iterable[Part]) -> Iterator[tuple[Part, list[np.ndarray]]]:
+        for part in parts:
+            yield part, self.read(part.ids)[0]
+
+    def read(self, ids: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+        """The images, uint8 [H, W, 3] each, and their sizes int64 [n, 2].
+
+        Raises CorruptImageError, and TypeError for anything but such pixels.
+        """
+        images: list[np.ndarray] = []
+        corrupt: dict[int, str] = {}
+        for i in ids.tolist():
+            try:
+                image = self.source.read(i)
+            except (OSError, ValueError) as error:
+                corrupt[i] = str(error)
+                continue
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                raise TypeError(
+                    f"{self.source.name(i)} must be uint8 [H, W, 3], got {image.dtype} "
+                    f"{list(image.shape)}"
+                )
+            images.append(image)
+        if corrupt:
+            raise CorruptImageError(self.source, corrupt)
+        sizes = np.array([image.shape[:2] for image in images], dtype=np.int64)
+        return images, sizes.reshape(-1, 2)
+
+
+class FileReader:
+    """Encoded samples of a source, read and checked by several threads."""
+
+    def __init__(self, source: Source, num_threads: int) -> None:
+        self.source, self.num_threads = source, num_threads
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="read-images")
+        self._tried = np.zeros(len(source), dtype=bool)
+
+    def read(self, ids: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+        """The samples' bytes in a format that DALI reads, uint8 [k] each, and sizes int64 [n, 2].
+
+        Raises CorruptImageError.
+        """
+        checked = self.finish(ids, self.start(ids, self._checked_file))
+        sizes = np.array([size for _, size in checked], dtype=np.int64).reshape(-1, 2)
+        return [encoded for encoded, _ in checked], sizes
+
+    def start(self, ids: np.ndarray, work: Callable[[int], Result]) -> "list[Future[Result]]":
+        """Call `work` with every id, in threads."""
+        return [self._pool.submit(work, i) for i in ids.tolist()]
+
+    def finish(self, ids: np.ndarray, futures: "list[Future[Result]]") -> list[Result]:
+        """The results of `start`. Raises CorruptImageError with all the samples that failed."""
+        results, corrupt = [], {}
+        for i, future in zip(ids.tolist(), futures, strict=True):
+            try:
+                results.append(future.result())
+            except (OSError, ValueError) as error:
+                corrupt[i] = str(error) or type(error).__name__
+        if corrupt:
+            raise CorruptImageError(self.source, corrupt)
+        return results
+
+    def decoded(self, i: int) -> np.ndarray:
+        """Sample i decoded by Pillow: uint8 [H, W, 3]."""
+        encoded = self.source.read(i)
+        common = in_common_format(encoded)
+        checked_size(common)
+        return pillow_pixels(common)
+
+    def check_again(self, ids: np.ndarray) -> None:
+        """Raise CorruptImageError if Pillow cannot decode one of the samples now."""
+        self._tried[ids] = False
+        self.read(ids)
+
+    def largest_image(self, samples: int) -> int:
+        """Pixels of the largest of `samples` images, spread over the source; 0 if none is whole."""
+        count = len(self.source)
+        ids = np.unique(np.linspace(0, count - 1, min(samples, count)).astype(np.int64))
+
+        def pixels(i: int) -> int:
+            try:
+                height, width = checked_size(in_common_format(self.source.read(i)))
+            except (OSError, ValueError):
+                return 0
+            return height * width
+
+        return max(self._pool.map(pixels, ids.tolist()))
+
+    def _checked_file(self, i: int) -> tuple[np.ndarray, tuple[int, int]]:
+        encoded = in_common_format(self.source.read(i))
+        size = checked_size(encoded)
+        if not self._tried[i]:
+            try_decoding(encoded)
+            self._tried[i] = True
+        return encoded, size
+
+
+class PillowDecoder:
+    """Decodes files by Pillow, in threads, READ_AHEAD parts ahead."""
+
+    def __init__(self, reader: FileReader) -> None:
+        self.reader = reader
+
+    def describe(self) -> str:
+        return f"files decoded on the CPU by Pillow in {self.reader.num_threads} threads"
+
+    def run(self, parts: Iterable[Part]) -> Iterator[tuple[Part, list[np.ndarray]]]:
+        ahead: deque[tuple[Part, list[Future[np.ndarray]]]] = deque()
+        try:
+            for part in parts:
+                ahead.append((part, self.reader.start(part.ids, self.reader.decoded)))
+                if len(ahead) > READ_AHEAD:
+                    yield self._finish(*ahead.popleft())
+            while ahead:
+                yield self._finish(*ahead.popleft())
+        finally:
+            for _, futures in ahead:
+                for future in futures:
+                    future.cancel()
+
+    def _finish(
+        self, part: Part, futures: "list[Future[np.ndarray]]"
+    ) -> tuple[Part, list[np.ndarray]]:
+        return part, self.reader.finish(part.ids, futures)
+
+
+class DaliRunner:
+    """Feeds parts to a DALI pipeline that reads ahead, and gives its outputs part by part.
+
+    Subclasses build the pipeline: `feed` gives what its external source gets for one part.
     """
 
-    _keeps = True
-
-    def __init__(self, source: Source, batch_size: int, num_threads: int) -> None:
-        self.source, self.batch_size, self.num_threads = source, batch_size, num_threads
-        self._requests: Iterator[Batch] = iter(())
-        self._in_flight: deque[tuple[Batch, np.ndarray]] = deque()
+    def __init__(self, reader: FileReader | PixelReader, batch_size: int) -> None:
+        self.reader, self.batch_size = reader, batch_size
+        self._parts: Iterator[Part] = iter(())
+        self._in_flight: deque[Part] = deque()
         self._pipeline: Any = None
-        self._kept: dict[int, torch.Tensor] = {}
-        self._kept_bytes = 0
-        self._tried = np.zeros(len(source), dtype=bool)
-        if self._needs_dali:
-            import_dali()
 
-    @property
-    def _needs_dali(self) -> bool:
-        return self.source.encoded
+    def feed(self, part: Part) -> list[Any]:
+        raise NotImplementedError
 
-    def run(self, requests: Iterator[Batch]) -> Iterator[tuple[Batch, list[Any]]]:
-        """The outputs of one batch stay valid until the next is asked for.
+    def build(self) -> Any:
+        raise NotImplementedError
 
-        Raises CorruptImageError before a batch with such an image; a new `run` may follow.
-        """
-        if not self._needs_dali:
-            for batch in requests:
-                yield batch, self._read(batch.ids)[0]
-            return
-        self._requests, self._in_flight = requests, deque()
-        if not self._keeps:
-            self._kept = {}
-        pipeline, self._pipeline = self._pipeline or self._build(self.batch_size), None
-        while True:
-            try:
-                outputs = self._run_once(pipeline)
-            except StopIteration:
-                outputs = None
-            except RuntimeError as error:
-                if corrupt := self._find_corrupt():
-                    raise CorruptImageError(self.source, corrupt) from error
-                raise
-            # Batches without a new image did not go through the pipeline.
-            while self._in_flight and not len(self._in_flight[0][1]):
-                batch, _ = self._in_flight.popleft()
-                yield batch, self._with_kept(batch.ids, {})
-            if outputs is None:
-                break
-            batch, new = self._in_flight.popleft()
-            unpacked = self._complete(batch, new, self._unpack(outputs))
-            yield batch, unpacked
+    def unpack(self, outputs: Any) -> list[Any]:
+        raise NotImplementedError
+
+    def run(self, parts: Iterable[Part]) -> Iterator[tuple[Part, list[Any]]]:
+        self._parts, self._in_flight = iter(parts), deque()
+        pipeline, self._pipeline = self._pipeline or self.build(), None
+        while (outputs := self._next_outputs(pipeline)) is not None:
+            unpacked = self.unpack(outputs)
+            yield self._in_flight.popleft(), unpacked
             # DALI's memory must not be referred to when a failing pipeline is taken down.
             unpacked.clear()
             del outputs
         pipeline.reset()
-        # Kept only when a whole epoch went through: a half-read pipeline holds stale batches.
+        # Only after a whole epoch: a pipeline that was left halfway holds parts of the old run.
         self._pipeline = pipeline
 
-    def _complete(self, batch: Batch, new: np.ndarray, decoded: list[Any]) -> list[Any]:
-        """What `run` gives of a batch of whose images only `new` were decoded now."""
-        if not self._keeps and len(new) == len(batch.ids):
-            return decoded
-        fresh = dict(zip(new.tolist(), decoded, strict=True))
-        images = self._with_kept(batch.ids, fresh)
-        if self._keeps:
-            added = {
-                i: torch.from_numpy(image.copy())
-                for i, image in fresh.items()
-                if i not in self._kept
-            }
-            self._kept |= added
-            self._kept_bytes += sum(image.nbytes for image in added.values())
-            # By the mean of those seen; batches on their way may still need them in this run.
-            self._keeps = self._kept_bytes * len(self.source) <= _KEPT_BYTES * len(self._kept)
-        return images
+    def next_feed(self) -> list[Any]:
+        """DALI's callback. StopIteration ends the pipeline's epoch."""
+        part = next(self._parts)
+        fed = self.feed(part)
+        self._in_flight.append(part)
+        return fed
 
-    def _with_kept(self, ids: np.ndarray, fresh: dict[int, np.ndarray]) -> list[Any]:
-        return [fresh[i] if i in fresh else self._kept[i] for i in ids.tolist()]
+    def run_pipeline(self, pipeline: Any) -> Any:
+        return pipeline.run()
 
-    def _read(self, ids: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        """The samples' bytes or pixels, and their sizes [n, 2]."""
-        samples, sizes, corrupt = [], [], {}
-        for i in ids.tolist():
-            try:
-                sample = self.source.read(i)
-                if self.source.encoded:
-                    sample = in_common_format(sample)
-                    size = checked_size(sample)
-                elif sample.dtype != np.uint8 or sample.ndim != 3 or sample.shape[2] != 3:
-                    raise TypeError(
-                        f"{self.source.name(i)} must be uint8 [H, W, 3], got {sample.dtype} "
-                        f"{list(sample.shape)}"
-                    )
-                else:
-                    size = sample.shape[:2]
-            except (OSError, ValueError) as error:
-                corrupt[i] = str(error)
-                continue
-            samples.append(sample)
-            sizes.append(size)
-        if self.source.encoded:
-            whole = [i for i in ids.tolist() if i not in corrupt]
-            corrupt |= self._try(whole, samples)
-        if corrupt:
-            raise CorruptImageError(self.source, corrupt)
-        return samples, np.array(sizes).reshape(-1, 2)
-
-    def _feed(self, batch: Batch) -> list[Any]:
-        return [self._read(batch.ids)[0]]
-
-    def _next_feed(self) -> list[Any]:
-        while True:
-            batch = next(self._requests)
-            new = np.array([i for i in batch.ids.tolist() if i not in self._kept], np.int64)
-            feed = self._feed(replace(batch, ids=new)) if len(new) else []
-            self._in_flight.append((batch, new))
-            if feed:
-                return feed
-
-    def _try(self, ids: list[int], samples: list[np.ndarray]) -> dict[int, str]:
-        """What is wrong with those samples that are met for the first time."""
-        new = [(i, sample) for i, sample in zip(ids, samples, strict=True) if not self._tried[i]]
-        if not new:
-            return {}
-
-        def cause(sample: np.ndarray) -> str | None:
-            try:
-                try_decoding(sample)
-            except ValueError as error:
-                return str(error)
+    def _next_outputs(self, pipeline: Any) -> Any:
+        """None at the end. Where DALI fails, it does not say on which image: Pillow does."""
+        try:
+            return self.run_pipeline(pipeline)
+        except StopIteration:
             return None
+        except RuntimeError:
+            if isinstance(self.reader, FileReader) and self._in_flight:
+                self.reader.check_again(np.concatenate([part.ids for part in self._in_flight]))
+            raise
 
-        with ThreadPoolExecutor(self.num_threads) as pool:
-            causes = list(pool.map(cause, [sample for _, sample in new]))
-        corrupt = {i: c for (i, _), c in zip(new, causes, strict=True) if c is not None}
-        self._tried[[i for i, _ in new if i not in corrupt]] = True
-        return corrupt
 
-    def _find_corrupt(self) -> dict[int, str]:
-        """Which images of the batches under way Pillow finds damaged now: DALI does not say."""
-        corrupt: dict[int, str] = {}
-        for _, new in self._in_flight:
-            ids = new.tolist()
-            self._tried[ids] = False
-            corrupt |= self._try(ids, [self.source.read(i) for i in ids])
-        return corrupt
+class DaliDecoder(DaliRunner):
+    """Decodes files by DALI on the CPU."""
 
-    def _build(self, batch_size: int) -> Any:
+    reader: FileReader
+
+    def describe(self) -> str:
+        return f"files decoded on the CPU by DALI in {self.reader.num_threads} threads"
+
+    def feed(self, part: Part) -> list[Any]:
+        return [self.reader.read(part.ids)[0]]
+
+    def build(self) -> Any:
         dali = import_dali()
         fn, types = dali.fn, dali.types
-        # device_id=None: no CUDA context, and no driver needed.
         pipeline = dali.Pipeline(
-            batch_size,
-            self.num_threads,
+            self.batch_size,
+            self.reader.num_threads,
+            # No CUDA context, and no driver needed.
             device_id=None,
-            prefetch_queue_depth=_READ_AHEAD,
+            prefetch_queue_depth=READ_AHEAD,
         )
         with pipeline:
             (encoded,) = fn.external_source(
-                self._next_feed, num_outputs=1, dtype=[types.UINT8], ndim=[1]
+                self.next_feed, num_outputs=1, dtype=[types.UINT8], ndim=[1]
             )
             # As stored, like PIL's open and TensorFlow's decode_jpeg: EXIF is not looked at.
             images = fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False)
@@ -219,149 +323,72 @@ class Decoder:
         pipeline.build()
         return pipeline
 
-    def _run_once(self, pipeline: Any) -> Any:
-        return pipeline.run()
-
-    def _unpack(self, outputs: Any) -> list[Any]:
+    def unpack(self, outputs: Any) -> list[np.ndarray]:
         (images,) = outputs
         return [np.asarray(images.at(i)) for i in range(len(images))]
 
 
-class DaliViews(Decoder):
-    """Decodes and augments inside DALI: `run` gives (batch, [view [n, 3, size, size], …]).
+class KeepingDecoder:
+    """Keeps the decoded images of a small data set in memory, so that each is decoded once.
 
-    The views are DALI's memory: on the device, valid until the next batch is asked for, and ordered
-    after the current stream's work by then.
+    Only those images of a part that are not kept yet go to `decoder`.
     """
 
-    _needs_dali = True
-    _keeps = False
+    def __init__(self, source: Source, decoder: ImageDecoder) -> None:
+        self.source, self.decoder = source, decoder
+        self._keeps = True
+        self._kept: dict[int, torch.Tensor] = {}
+        self._kept_bytes = 0
 
-    def __init__(
-        self,
-        source: Source,
-        batch_size: int,
-        num_threads: int,
-        augmentation: Augmentation,
-        device: torch.device,
-        n_views: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        channels_last: bool = False,
-    ) -> None:
-        super().__init__(source, batch_size, num_threads)
-        self.augmentation, self.device, self.n_views = augmentation, device, n_views
-        self.dtype, self.channels_last = dtype, channels_last
+    def describe(self) -> str:
+        return self.decoder.describe()
 
-    def _feed(self, batch: Batch) -> list[Any]:
-        samples, sizes = self._read(batch.ids)
-        return [samples, *(a for p in batch.draw(batch.ids, sizes) for a in self._view_feeds(p))]
+    def run(self, parts: Iterable[Part]) -> Iterator[tuple[Part, list[Any]]]:
+        if not self._keeps:
+            self._kept = {}
+        # Parts in order, each with the part of its new images, of which there may be none.
+        waiting: deque[tuple[Part, Part]] = deque()
 
-    def _view_feeds(self, params: ViewParams) -> list[np.ndarray]:
-        """What one view's parameters are fed as, and `_view_types` the DALI types of it."""
-        from simclr_fast.augment.dali import feeds
+        def new_images() -> Iterator[Part]:
+            for part in parts:
+                ids = np.array([i for i in part.ids.tolist() if i not in self._kept], np.int64)
+                new = part._replace(ids=ids)
+                waiting.append((part, new))
+                if len(ids):
+                    yield new
 
-        return feeds(params, self.augmentation)
+        for new, decoded in self.decoder.run(new_images()):
+            while waiting[0][1] is not new:
+                part, _ = waiting.popleft()
+                yield part, self._images(part.ids, {})
+            part, _ = waiting.popleft()
+            fresh = dict(zip(new.ids.tolist(), decoded, strict=True))
+            images = self._images(part.ids, fresh)
+            if self._keeps:
+                self._keep(fresh)
+            yield part, images
+            # They may lie in the decoder's memory, which it must be free to give back.
+            fresh.clear()
+            images.clear()
+            decoded.clear()
+        for part, _ in waiting:
+            yield part, self._images(part.ids, {})
 
-    def _view_types(self) -> list[Any]:
-        from simclr_fast.augment.dali import param_types
+    def _images(self, ids: np.ndarray, fresh: dict[int, np.ndarray]) -> list[Any]:
+        return [fresh[i] if i in fresh else self._kept[i] for i in ids.tolist()]
 
-        return param_types()
-
-    def _graph(self, pixels: Any, nodes: list[Any], device: str) -> list[Any]:
-        """Decoded pixels and the nodes of `_view_feeds` → the pipeline's outputs."""
-        from simclr_fast.augment.dali import make_views
-
-        types = import_dali().types
-        return make_views(
-            pixels,
-            nodes,
-            self.augmentation,
-            device,
-            dtype=types.FLOAT16 if self.dtype == torch.float16 else types.FLOAT,
-            channels_last=self.channels_last,
-        )
-
-    def _build(self, batch_size: int) -> Any:
-        pipeline = self._define(batch_size)
-        with warnings.catch_warnings():
-            # Parameters of steps that are switched off are fed and not used.
-            warnings.filterwarnings("ignore", message=".*produces .* outputs, but")
-            pipeline.build()
-        return pipeline
-
-    def _define(self, batch_size: int) -> Any:
-        dali = import_dali()
-        fn, types = dali.fn, dali.types
-        device = "gpu" if self.device.type == "cuda" else "cpu"
-        kinds = [types.UINT8, *self._view_types() * self.n_views]
-
-        @dali.pipeline_def(enable_conditionals=True)
-        def views() -> Any:
-            pixels, *nodes = fn.external_source(
-                self._next_feed, num_outputs=len(kinds), dtype=kinds
-            )
-            if self.source.encoded:
-                pixels = fn.decoders.image(
-                    pixels,
-                    device="mixed" if device == "gpu" else "cpu",
-                    output_type=types.RGB,
-                    adjust_orientation=False,
-                    # The CPU decoder always interpolates chroma; the GPU's must be told.
-                    jpeg_fancy_upsampling=True,
-                )
-            elif device == "gpu":
-                pixels = pixels.gpu()
-            return tuple(self._graph(pixels, nodes, device))
-
-        return views(
-            batch_size=batch_size,
-            num_threads=self.num_threads,
-            device_id=(self.device.index or 0) if device == "gpu" else None,
-            prefetch_queue_depth=_READ_AHEAD,
-            # Needed for outputs in the order of a stream, without a wait on the host.
-            exec_dynamic=True,
-        )
-
-    def _run_once(self, pipeline: Any) -> Any:
-        if self.device.type == "cpu":
-            return pipeline.run()
-        return pipeline.run(torch.cuda.current_stream(self.device))
-
-    def _unpack(self, outputs: Any) -> list[Any]:
-        views = [torch.from_dlpack(view.as_tensor()) for view in outputs]
-        return [v.permute(0, 3, 1, 2) if self.channels_last else v for v in views]
+    def _keep(self, fresh: dict[int, np.ndarray]) -> None:
+        for i, image in fresh.items():
+            if i not in self._kept:
+                self._kept[i] = torch.from_numpy(image.copy())
+                self._kept_bytes += image.nbytes
+        # Judged by the mean of those seen. Parts under way may still need what is kept, so it goes
+        # when the next run starts.
+        self._keeps = self._kept_bytes * len(self.source) <= _KEPT_BYTES * len(self._kept)
 
 
-class DaliCrops(DaliViews):
-    """Decodes, cuts and resizes inside DALI: `run` gives (batch, [(crops, ints, floats), …]).
-
-    One triple per view, as `finish_crops` takes them; for how long, see `DaliViews`.
-    """
-
-    def _view_feeds(self, params: ViewParams) -> list[np.ndarray]:
-        from simclr_fast.augment.dali import crop_feeds
-
-        no_flip = np.zeros(len(params), bool)
-        return [*crop_feeds(params, self.augmentation, no_flip), *pack_params(params)]
-
-    def _view_types(self) -> list[Any]:
-        from simclr_fast.augment.dali import CROP_NAMES, param_types
-
-        types = import_dali().types
-        return [*param_types()[: len(CROP_NAMES)], types.INT32, types.FLOAT]
-
-    def _graph(self, pixels: Any, nodes: list[Any], device: str) -> list[Any]:
-        from simclr_fast.augment.dali import make_crops
-
-        outputs = []
-        count = len(self._view_types())
-        for first in range(0, len(nodes), count):
-            *crop, ints, floats = nodes[first : first + count]
-            (crops,) = make_crops(pixels, crop, self.augmentation, device)
-            outputs += [crops, ints, floats]
-        return [node.gpu() for node in outputs] if device == "gpu" else outputs
-
-    def _unpack(self, outputs: Any) -> list[Any]:
-        tensors = [torch.from_dlpack(output.as_tensor()) for output in outputs]
-        return [tuple(tensors[i : i + 3]) for i in range(0, len(tensors), 3)]
+def decode_some(source: Source, ids: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+    """The images `ids` of a source as they are stored: uint8 [H, W, 3] each."""
+    decoder = image_decoder(source, len(ids), 1)
+    part = Part(0, np.asarray(ids, dtype=np.int64))
+    return [np.array(image) for _, images in decoder.run([part]) for image in images]

@@ -10,6 +10,7 @@ import io
 import struct
 import warnings
 import zlib
+from typing import Any
 
 import numpy as np
 
@@ -39,17 +40,34 @@ def in_common_format(encoded: np.ndarray) -> np.ndarray:
     try:
         with image.open(io.BytesIO(encoded.tobytes()), formats=("TIFF", "PPM", "GIF")) as picture:
             _check_pixels(picture.height, picture.width)
-            if picture.mode == "F":
-                raise ValueError("pixels of floating point, whose range is not known")
-            eight_bit = picture
-            if picture.mode.startswith("I"):
-                gray = np.clip(np.asarray(picture), 0, 65535) / 257
-                eight_bit = image.fromarray(np.rint(gray).astype(np.uint8))
-            eight_bit.convert("RGB").save(buffer, "BMP")
+            _rgb(picture).save(buffer, "BMP")
     # Its readers of these formats raise all sorts on damaged files.
     except Exception as error:
         raise ValueError(str(error) or type(error).__name__) from error
     return np.frombuffer(buffer.getvalue(), np.uint8)
+
+
+def pillow_pixels(encoded: np.ndarray) -> np.ndarray:
+    """Decode a file of a format that `checked_size` knows, by Pillow: uint8 [H, W, 3].
+
+    As stored: the EXIF orientation is not looked at. Raises ValueError, ImportError without Pillow.
+    """
+    image = need("PIL.Image")
+    try:
+        with image.open(io.BytesIO(encoded.tobytes())) as picture:
+            return np.array(_rgb(picture))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _rgb(picture: Any) -> Any:
+    """A Pillow image in 8-bit RGB. 16-bit grayscale keeps its range; alpha is left out."""
+    if picture.mode == "F":
+        raise ValueError("pixels of floating point, whose range is not known")
+    if picture.mode.startswith("I"):
+        gray = np.clip(np.asarray(picture), 0, 65535) / 257
+        picture = need("PIL.Image").fromarray(np.rint(gray).astype(np.uint8))
+    return picture.convert("RGB")
 
 
 def checked_size(encoded: np.ndarray) -> tuple[int, int]:

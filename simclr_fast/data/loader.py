@@ -1,4 +1,4 @@
-"""Files → two views: DALI reads and decodes, once per image, and the augmentation does the rest.
+"""A source → batches of one, two or undistorted views, in an order that does not depend on how.
 
     for view1, view2, index in TwoViewLoader("photos/", batch_size=256, size=224): ...
 
@@ -9,6 +9,7 @@ number of ranks and threads, and a loader restored from its state goes on bit fo
 import logging
 import os
 from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor
 
 from simclr_fast.augment.params import Augmentation, ViewParams, draw_params, draw_views, philox
-from simclr_fast.augment.views import as_tensors, fill_views, finish_crops
 from simclr_fast.data.datasets import open_source
-from simclr_fast.data.decode import Batch, CorruptImageError, DaliCrops, DaliViews, Decoder
-from simclr_fast.data.prefetch import Made, ahead
+from simclr_fast.data.decode import CorruptImageError, Part
+from simclr_fast.data.pipelines import Backend, make_pipeline
+from simclr_fast.data.prefetch import PinnedViews, Slot, Slots, ahead
 from simclr_fast.data.sources import Source
 
 __all__ = ["CorruptImageError", "ImageLoader", "OneViewLoader", "TwoViewLoader"]
@@ -29,10 +30,9 @@ log = logging.getLogger(__name__)
 _CENTER = 224 / 256
 _SMALL = 64
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Images that go through DALI together: its memory grows with them, and a batch of thousands is made
-# of several such parts.
-_PART = 128
 _ORDER_STREAM = 0x6F726465
+# A step's number, where its views lie, how many rows they have, and its sample ids.
+_Filled = tuple[int, Slot, int, np.ndarray]
 
 
 class _Loader:
@@ -53,7 +53,7 @@ class _Loader:
         rank: int = 0,
         world_size: int = 1,
         device: str | torch.device = "cpu",
-        backend: Literal["fused", "dali"] | None = None,
+        backend: Backend | None = None,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
         on_error: Literal["raise", "skip"] = "raise",
@@ -61,8 +61,6 @@ class _Loader:
         prefetch: bool | None = None,
     ) -> None:
         self.source: Source = open_source(source, labels)
-        self.device = torch.device(device)
-        self.backend = backend or ("dali" if self.device.type == "cuda" else "fused")
         if len(self.source) == 0:
             raise ValueError("source holds no images")
         if batch_size < 1:
@@ -75,10 +73,11 @@ class _Loader:
             raise ValueError(f"batch_size {batch_size} gives {world_size} ranks less than an image")
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
-        if self.backend not in ("fused", "dali"):
-            raise ValueError(f"backend must be 'fused' or 'dali', got {backend!r}")
+        if backend not in ("fused", "dali", None):
+            raise ValueError(f"backend must be 'fused', 'dali' or None, got {backend!r}")
         if dtype not in _DTYPES:
             raise TypeError(f"dtype must be {', '.join(map(str, _DTYPES))}, got {dtype}")
+        self.device = _with_index(torch.device(device))
         self.batch_size, self.augmentation = batch_size, augmentation
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
         self.rank, self.world_size = rank, world_size
@@ -89,23 +88,31 @@ class _Loader:
         self.skipped: set[int] = set()
         self._position = 0
         self._resumed = False
-        self._buffers: list[list[Tensor]] = []
-        threads = num_threads or min(8, os.cpu_count() or 1)
-        where = (self.source, min(self.rows, _PART), threads)
-        self._decoder: Decoder
-        if self.backend == "dali":
-            self._decoder = DaliViews(
-                *where,
-                augmentation,
-                self.device,
-                self.n_views,
-                dtype=dtype,
-                channels_last=channels_last,
+        self._pipeline = make_pipeline(
+            self.source,
+            self.rows,
+            num_threads or min(8, os.cpu_count() or 1),
+            augmentation,
+            lambda ids, sizes: self._draw(ids, sizes),
+            self.device,
+            self.n_views,
+            backend,
+            dtype=dtype,
+            channels_last=channels_last,
+        )
+        self._slots = Slots(lambda: self._new_views(self.rows, self.device), self.device)
+        self._pinned: PinnedViews | None = None
+        if self._pipeline.on_host and self.device.type != "cpu":
+            self._pinned = PinnedViews(
+                lambda: self._new_views(self._pipeline.part_size, torch.device("cpu")), self.device
             )
-        elif self.device.type == "cpu":
-            self._decoder = Decoder(*where)
-        else:
-            self._decoder = DaliCrops(*where, augmentation, self.device, self.n_views)
+        self._stream: torch.cuda.Stream | None = None
+
+    def describe(self) -> str:
+        """What decodes the images and makes the views, and where: a line for a log."""
+        copied = f", copied to {self.device}" if self._pinned is not None else ""
+        early = ", one batch ahead" if self.prefetch else ""
+        return f"{self._pipeline.describe()}{copied}{early}"
 
     @property
     def rows(self) -> int:
@@ -176,38 +183,50 @@ class _Loader:
     def _draw(self, ids: np.ndarray, sizes: np.ndarray) -> list[ViewParams]:
         raise NotImplementedError
 
-    def _requests(self, order: np.ndarray, start: int) -> Iterator[Batch]:
+    def _parts(self, order: np.ndarray, start: int) -> Iterator[Part]:
+        size = self._pipeline.part_size
         for step in range(start, len(self)):
             ids = self._batch_ids(order, step)
             # A rank has no share of a last batch that is smaller than the number of ranks.
-            for first in range(0, len(ids), _PART):
-                part = ids[first : first + _PART]
-                yield Batch(step, part, self._draw, first, first + _PART >= len(ids))
+            for first in range(0, len(ids), size):
+                part = ids[first : first + size]
+                yield Part(step, part, first, first + size >= len(ids))
 
-    def _batches(self, order: np.ndarray, start: int) -> Generator[Made]:
-        """(step, views, ids) from step `start` on; the views are of two sets of tensors in turn."""
-        views: list[Tensor] = []
-        ids: list[np.ndarray] = []
-        for part, images in self._decoder.run(self._requests(order, start)):
+    def _batches(self, order: np.ndarray, start: int) -> Generator[_Filled]:
+        """The batches from step `start` on, made on the current stream."""
+        for part, outputs in self._pipeline.run(self._parts(order, start)):
             if part.first == 0:
-                views, ids = self._next_buffer(), []
+                slot, ids = self._slots.fill_next(), []
             rows = part.first + len(part.ids)
-            self._fill(part, images, [view[part.first : rows] for view in views])
+            views = [view[part.first : rows] for view in slot.views]
+            if self._pinned is None:
+                self._pipeline.write(part, outputs, views)
+            else:
+                on_host = self._pinned.next()
+                self._pipeline.write(part, outputs, [view[: len(part.ids)] for view in on_host])
+                self._pinned.send(on_host, views)
             ids.append(part.ids)
             if part.last:
-                yield part.step, [view[:rows] for view in views], np.concatenate(ids)
+                slot.end()
+                yield part.step, slot, rows, np.concatenate(ids)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         start = self._position if self._resumed else 0
         self._resumed = False
         order = self._order()
         self._position = start
+        # The loop over the epoch before may have been left while it held a batch.
+        self._slots.take_back()
         while True:
             batches = self._batches(order, self._position)
             try:
-                for step, views, ids in ahead(batches, self.device) if self.prefetch else batches:
+                for step, slot, rows, ids in (
+                    ahead(batches, self._on_own_stream) if self.prefetch else batches
+                ):
                     self._position = step + 1
-                    yield *views, torch.from_numpy(ids)
+                    views = self._slots.hand_out(slot)
+                    yield *(view[:rows] for view in views), torch.from_numpy(ids)
+                    self._slots.take_back()
                 break
             except CorruptImageError as error:
                 if self.on_error == "raise":
@@ -219,34 +238,41 @@ class _Loader:
                     raise ValueError("every image of the source is corrupt") from error
         self.epoch, self._position = self.epoch + 1, 0
 
-    def _fill(self, part: Batch, images: list[Any], out: list[Tensor]) -> None:
-        """What the decoder gave for a part of a batch → its rows of the views."""
-        if isinstance(self._decoder, DaliCrops):
-            for (crops, ints, floats), view in zip(images, out, strict=True):
-                finish_crops(crops, ints, floats, self.augmentation, view)
-        elif isinstance(self._decoder, DaliViews):
-            for made, view in zip(images, out, strict=True):
-                view.copy_(made)
-        else:
-            sizes = np.array([i.shape[:2] for i in images]).reshape(-1, 2)
-            tensors = as_tensors(images)
-            for one, view in zip(self._draw(part.ids, sizes), out, strict=True):
-                fill_views(tensors, one, self.augmentation, view)
+    def _on_own_stream(self) -> AbstractContextManager[Any]:
+        """Within it, a thread's work for the device goes to the loader's stream, if it has one.
 
-    def _next_buffer(self) -> list[Tensor]:
-        """Two sets of output tensors in turn: filling fresh memory costs more than the work."""
-        if len(self._buffers) < 2:
-            shape = (self.rows, 3, self.augmentation.size, self.augmentation.size)
-            layout = torch.channels_last if self.channels_last else torch.contiguous_format
-            self._buffers.append(
-                [
-                    torch.empty(shape, dtype=self.dtype, device=self.device, memory_format=layout)
-                    for _ in range(self.n_views)
-                ]
+        It is the same in every epoch, so that one epoch's work is ordered after the other's.
+        """
+        if self.device.type != "cuda":
+            return nullcontext()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)
+        stack = ExitStack()
+        # A new thread's current device is the first one.
+        stack.enter_context(torch.cuda.device(self.device))
+        stack.enter_context(torch.cuda.stream(self._stream))
+        return stack
+
+    def _new_views(self, rows: int, device: torch.device) -> list[Tensor]:
+        """Uninitialised views; on the CPU on their way to a GPU, in pinned memory."""
+        shape = (rows, 3, self.augmentation.size, self.augmentation.size)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        pinned = device.type == "cpu" and self.device.type == "cuda"
+        return [
+            torch.empty(
+                shape, dtype=self.dtype, device=device, memory_format=layout, pin_memory=pinned
             )
-        else:
-            self._buffers.reverse()
-        return self._buffers[-1]
+            for _ in range(self.n_views)
+        ]
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """The device with its number. "cuda" alone means the current one, of which each thread has its
+    own.
+    """
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 class TwoViewLoader(_Loader):
@@ -258,13 +284,18 @@ class TwoViewLoader(_Loader):
     source: anything that `open_source` takes: a folder, files, shards, an array, a data set.
     batch_size: images per step over all ranks; rank r of W gets its share of each batch.
     size: side of the views in pixels; or pass a whole `augmentation` instead.
-    backend: "fused" or "dali" (all of it in DALI). Fused on the CPU: DALI only decodes, one native
-        op does the rest. Fused on the GPU: DALI ends at resized uint8 crops, Triton kernels do the
-        rest on torch's current stream. The crops are rounded and clipped to 8 bits, as in an 8-bit
-        pipeline: spec="simclr"'s bicubic overshoot is cut off before the jitter, where TensorFlow
-        keeps it until the first clip. That moves a view's values by .1/255 on average, and one in
-        two thousand by more than 2/255. Default: fused on the CPU; on the GPU dali, until somebody
-        measures otherwise.
+    device: where the views are wanted. "cuda" means the current GPU, now.
+    backend: what makes the views. `describe()` says in a line what was chosen.
+        "dali": all of it DALI, on the CPU or an NVIDIA GPU.
+        "fused": files are decoded on the CPU, by DALI or, without it, by Pillow; one native op does
+        the rest there. For a GPU the views are then copied from pinned memory, asynchronously. On
+        an NVIDIA GPU with DALI and Triton, files are decoded, cut and resized to uint8 crops by
+        DALI on the GPU instead, and Triton kernels do the rest. The crops are rounded and clipped
+        to 8 bits, as in an 8-bit pipeline: spec="simclr"'s bicubic overshoot is cut off before the
+        jitter, where TensorFlow keeps it until the first clip. That moves a view's values by
+        0.1/255 on average, and one in two thousand by more than 2/255.
+        Default: "dali" on an NVIDIA GPU for files, where DALI is installed and the views have at
+        least 64 pixels; otherwise "fused".
     channels_last: memory format of the views. dtype: float32, float16 or bfloat16.
     on_error: a corrupt image raises `CorruptImageError`, which names it, or is logged, counted in
         `skipped` and replaced by another ("skip").
@@ -273,7 +304,7 @@ class TwoViewLoader(_Loader):
 
     Raises:
         ValueError, TypeError: arguments out of range. FileNotFoundError: no such path.
-        ImportError: encoded images without DALI.
+        ImportError: files without DALI and Pillow; backend="dali" without DALI.
     """
 
     n_views = 2
@@ -343,13 +374,3 @@ class ImageLoader(_Loader):
             side = sizes
         params.box = np.concatenate([(sizes - side) // 2, side], axis=1).astype(np.int32)
         return [params]
-
-
-def decode_some(source: Source, ids: np.ndarray) -> list[np.ndarray]:
-    """The images `ids` of a source as they are stored: uint8 [H, W, 3] each."""
-    requests = iter([Batch(0, np.asarray(ids), lambda *_: [])])
-    ((_, images),) = (
-        (batch, [image.copy() for image in decoded])
-        for batch, decoded in Decoder(source, len(ids), 1).run(requests)
-    )
-    return images

@@ -1,73 +1,157 @@
-"""The next batch, made by a thread while this one is in use."""
+"""The next batch, made by a thread while this one is in use, and the memory that both lie in."""
 
 import threading
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 _STOP = object()
-Made = tuple[int, list[Tensor], Any]
-"""A step's number, its views, and what else belongs to it."""
+Item = TypeVar("Item")
+# Makes one batch's tensors, uninitialised: one per view.
+NewViews = Callable[[], list[Tensor]]
 
 
-def ahead(batches: Generator[Made], device: torch.device) -> Generator[Made]:
-    """What `batches` yields, one item ahead of its use, on a CUDA stream of its own.
+class Slot:
+    """The views of one batch, filled and read in turn.
 
-    The item before last is free to be overwritten: a generator that fills two buffers in turn is
-    never ahead of its reader. On CUDA, "free" and "made" are events: neither side waits on the
-    host. An exception of `batches` is raised at the item that it prevented.
+    On CUDA, `made` is the event of the last fill and `read_by` those of its readers, which may be
+    on several streams: neither side waits on the host.
     """
-    cuda = device.type == "cuda"
+
+    def __init__(self, views: list[Tensor], device: torch.device) -> None:
+        self.views, self.device = views, device
+        self._made: torch.cuda.Event | None = None
+        self._read_by: list[torch.cuda.Event] = []
+
+    def begin(self) -> None:
+        """Let the current stream fill it once its readers are through."""
+        for event in self._read_by:
+            torch.cuda.current_stream(self.device).wait_event(event)
+        self._read_by.clear()
+
+    def end(self) -> None:
+        """The current stream has filled it."""
+        if self.device.type == "cuda":
+            self._made = torch.cuda.current_stream(self.device).record_event()
+
+    def read(self) -> None:
+        """Let the current stream read it once it is filled."""
+        if self._made is None:
+            return
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(self._made)
+        for view in self.views:
+            # The memory is the filling stream's; it must outlive its use on this one.
+            view.record_stream(stream)
+
+    def done(self) -> None:
+        """The current stream has read it."""
+        if self.device.type == "cuda":
+            self._read_by.append(torch.cuda.current_stream(self.device).record_event())
+
+
+class Slots:
+    """Two slots in turn, for a loader's life: filling fresh memory costs more than the work.
+
+    Who fills is at most one batch ahead of who reads.
+    """
+
+    def __init__(self, new_views: NewViews, device: torch.device) -> None:
+        self._new_views, self._device = new_views, device
+        self._slots: list[Slot] = []
+        self._in_hand: Slot | None = None
+
+    def fill_next(self) -> Slot:
+        """The slot to fill next, for the current stream."""
+        if len(self._slots) < 2:
+            self._slots.append(Slot(self._new_views(), self._device))
+        else:
+            self._slots.reverse()
+        slot = self._slots[-1]
+        slot.begin()
+        return slot
+
+    def hand_out(self, slot: Slot) -> list[Tensor]:
+        """The views of a filled slot, for the current stream to read until `take_back`."""
+        slot.read()
+        self._in_hand = slot
+        return slot.views
+
+    def take_back(self) -> None:
+        """What the current stream has in its queue by now is all that reads the last slot.
+
+        To be called before another batch is asked for; also between epochs, since a loop may be
+        left while it holds a batch.
+        """
+        if self._in_hand is not None:
+            self._in_hand.done()
+
+
+class PinnedViews:
+    """Views on their way from the CPU to another device, a part at a time, through pinned memory.
+
+    Two parts in turn: the CPU fills one while the other is copied.
+    """
+
+    def __init__(self, new_views: NewViews, device: torch.device) -> None:
+        self._new_views, self._device = new_views, device
+        self._parts: list[tuple[list[Tensor], torch.cuda.Event | None]] = []
+
+    def next(self) -> list[Tensor]:
+        """Memory on the CPU for the views of the next part."""
+        if len(self._parts) < 2:
+            return self._new_views()
+        views, copied = self._parts.pop(0)
+        if copied is not None:
+            copied.synchronize()
+        return views
+
+    def send(self, views: list[Tensor], targets: list[Tensor]) -> None:
+        """Copy what `next` gave into `targets`; on CUDA the current stream does, later."""
+        # Elsewhere a copy that does not block may read the memory when it holds the next part.
+        cuda = self._device.type == "cuda"
+        for view, target in zip(views, targets, strict=True):
+            target.copy_(view[: len(target)], non_blocking=cuda)
+        copied = torch.cuda.current_stream(self._device).record_event() if cuda else None
+        self._parts.append((views, copied))
+
+
+def ahead(
+    items: Generator[Item], within: Callable[[], AbstractContextManager[Any]]
+) -> Generator[Item]:
+    """What `items` yields, made by a thread one item ahead of its use, in the context `within()`.
+
+    An item is begun when the one before the last has been used. An exception of `items` is raised
+    at the item that it prevented.
+    """
     asked: SimpleQueue[Any] = SimpleQueue()
     made: SimpleQueue[Any] = SimpleQueue()
 
     def work() -> None:
         try:
-            with on_own_stream(device) as stream:
-                while (freed := asked.get()) is not _STOP:
-                    if freed is not None:
-                        stream.wait_event(freed)
-                    item = next(batches)
-                    made.put((item, None if stream is None else stream.record_event()))
-            batches.close()
+            with within():
+                while asked.get() is not _STOP:
+                    made.put(next(items))
+            items.close()
         except BaseException as error:
-            made.put((error, None))
+            made.put(error)
 
     thread = threading.Thread(target=work, name="next-batch", daemon=True)
     thread.start()
-    freed = None
     asked.put(None)
     try:
         while True:
-            item, ready = made.get()
+            item = made.get()
             if isinstance(item, StopIteration):
                 return
             if isinstance(item, BaseException):
                 raise item
-            if ready is not None:
-                stream = torch.cuda.current_stream(device)
-                stream.wait_event(ready)
-                for view in item[1]:
-                    # The memory is the other stream's; it must outlive its use on this one.
-                    view.record_stream(stream)
-            asked.put(freed)
+            asked.put(None)
             yield item
-            freed = torch.cuda.current_stream(device).record_event() if cuda else None
     finally:
         asked.put(_STOP)
         thread.join()
-
-
-@contextmanager
-def on_own_stream(device: torch.device) -> Iterator[Any]:
-    """Within it, work for `device` goes to a stream of its own, which this yields; None on CPUs."""
-    if device.type != "cuda":
-        yield None
-        return
-    stream = torch.cuda.Stream(device)
-    with torch.cuda.device(device), torch.cuda.stream(stream):
-        yield stream

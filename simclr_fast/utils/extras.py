@@ -24,7 +24,7 @@ _PACKAGES = {
     "onnx": ("onnx", "writes ONNX files"),
     "onnxscript": ("onnxscript", "translates models to ONNX"),
     "onnxruntime": ("onnxruntime", "runs ONNX files"),
-    _DALI: ("", "decodes image files; arrays of decoded images do not need it"),
+    _DALI: ("", "decodes image files on a GPU, and on the CPU in place of Pillow"),
 }
 # What is installed together: a message about one of them names all that are missing.
 _TOGETHER = [{"onnx", "onnxscript", "onnxruntime"}]
@@ -67,8 +67,7 @@ def explain(absent: list[str], cause: ImportError | None = None) -> str:
     if cause is not None and _installed(absent[0]):
         return f"{pip_name(absent[0])} is installed but cannot be imported: {cause}"
     if _DALI in absent and platform.system() != "Linux":
-        dali = "DALI, which decodes image files, is for Linux only: pass decoded images here (a "
-        dali += "uint8 array or a torchvision data set)"
+        dali = "DALI is for Linux only; Pillow decodes image files here"
         rest = [module for module in absent if module != _DALI]
         return f"{explain(rest)}; {dali}" if rest else dali
     reasons = "; ".join(f"{pip_name(m)} ({_PACKAGES[m][1]})" for m in absent)

@@ -15,7 +15,7 @@ dali = pytest.importorskip("nvidia.dali", reason="DALI is optional")
 from nvidia.dali import backend, fn, pipeline_def, types  # noqa: E402
 
 from simclr_fast.augment import dali as dali_views  # noqa: E402
-from simclr_fast.data import decode  # noqa: E402
+from simclr_fast.data import decode, pipelines  # noqa: E402
 from simclr_fast.data.datasets import open_source  # noqa: E402
 from simclr_fast.data.loader import TwoViewLoader  # noqa: E402
 from simclr_fast.data.sources import Source  # noqa: E402
@@ -109,7 +109,9 @@ def test_switched_off_steps(off):
 def crop_loader(aug, **options):
     """The loader that backend="fused" makes on the GPU, with its graph and its op on the CPU."""
     loader = TwoViewLoader(ENCODED, 6, augmentation=aug, shuffle=False, **options)
-    loader._decoder = decode.DaliCrops(ENCODED, 6, 2, aug, torch.device("cpu"), 2)
+    loader._pipeline = pipelines.DaliCrops(
+        decode.FileReader(ENCODED, 2), 6, aug, loader._draw, torch.device("cpu"), 2
+    )
     return loader
 
 
@@ -151,12 +153,14 @@ def test_crops_stay_with_their_images_through_layouts_normalisation_and_halves()
 
 
 @pytest.mark.parametrize("spec", ["simclr", "torchvision"])
-@pytest.mark.parametrize("kind", [decode.DaliViews, decode.DaliCrops])
+@pytest.mark.parametrize("kind", [pipelines.DaliViews, pipelines.DaliCrops])
 @pytest.mark.parametrize("source", [ENCODED, open_source(np.stack(IMAGES[:2]))])
 def test_the_gpu_graph_satisfies_the_operator_schemas(kind, spec, source):
     """All that needs no driver: every operator exists for its device, and takes its arguments and
     its inputs' devices."""
-    pipe = kind(source, 2, 1, Augmentation(224, spec), torch.device("cuda:0"), 2)._define(2)
+    reader = (decode.FileReader if source.encoded else decode.PixelReader)(source, 1)
+    aug, device = Augmentation(224, spec), torch.device("cuda:0")
+    pipe = kind(reader, 2, aug, lambda ids, sizes: [], device, 2).define()
     pipe._build_graph()
     registered = {
         "cpu": backend.RegisteredCPUOps(),
@@ -177,7 +181,7 @@ def test_the_gpu_graph_satisfies_the_operator_schemas(kind, spec, source):
                 assert schema.GetInputDevice(i, actual, device) == actual, (name, i)
     computing = {name for name, device in seen if device == "gpu"}
     expected = {"Slice", "Resize"}
-    if kind is decode.DaliViews:
+    if kind is pipelines.DaliViews:
         expected |= {"GaussianBlur", "Transpose", "CropMirrorNormalize"}
     assert expected <= computing
     assert (("Image", "mixed") in seen) == source.encoded

@@ -2,18 +2,26 @@
 
 import io
 import logging
+import sys
 import threading
 import time
+import warnings
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
+from fake_cuda import FakeCuda
 from PIL import Image
 
 from simclr_fast.augment.params import Augmentation
+from simclr_fast.data import decode, pipelines
 from simclr_fast.data.loader import CorruptImageError, ImageLoader, OneViewLoader, TwoViewLoader
 
-pytest.importorskip("nvidia.dali", reason="decoding needs DALI (Linux)")
+DALI = pytest.param(
+    "dali",
+    marks=pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="DALI is optional (Linux)"),
+)
 AUG = Augmentation(size=16, p_blur=0.5)
 # The jitter is most of what building a DALI graph takes; tests of order and failures do without.
 QUICK = Augmentation(size=16, p_jitter=0)
@@ -87,7 +95,7 @@ def test_views_belong_to_the_image_not_to_the_batch(folder):
     assert all(torch.equal(a, b) for i in small for a, b in zip(small[i], large[i], strict=True))
 
 
-@pytest.mark.parametrize("backend", ["fused", "dali"])
+@pytest.mark.parametrize("backend", ["fused", DALI])
 @pytest.mark.parametrize("stop", [1, 3])
 def test_resume_in_mid_epoch_is_exact(folder, backend, stop):
     def make():
@@ -120,7 +128,110 @@ def test_ranks_share_the_same_global_batch(folder):
             assert all(torch.equal(a, b) for a, b in zip(joined, batch, strict=True))
 
 
+@pytest.fixture
+def no_dali(monkeypatch):
+    """A machine without DALI."""
+
+    def forget():
+        decode.dali_import_error.cache_clear()
+        decode._check_pillow.cache_clear()
+
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    forget()
+    yield
+    monkeypatch.undo()
+    forget()
+
+
+def test_pillow_gives_what_dali_gives(folder, request):
+    pytest.importorskip("nvidia.dali", reason="DALI is optional (Linux)")
+    dali = run(TwoViewLoader(folder, 5, augmentation=AUG))
+    request.getfixturevalue("no_dali")
+    with pytest.warns(RuntimeWarning, match="Pillow decodes the image files, since DALI"):
+        loader = TwoViewLoader(folder, 5, augmentation=AUG)
+    assert "Pillow" in loader.describe()
+    assert equal(run(loader), dali)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TwoViewLoader(folder, 5, augmentation=AUG)
+
+
+@pytest.mark.filterwarnings("ignore:Pillow decodes")
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_pillow_after_failures_and_early_stops(tmp_path, no_dali, prefetch):
+    write_images(tmp_path)
+    (tmp_path / "0" / "00.jpeg").write_bytes(b"no image")
+    options = {"augmentation": QUICK, "prefetch": prefetch}
+    loader = TwoViewLoader(tmp_path, 5, on_error="skip", **options)
+    next(iter(loader))
+    loader.set_epoch(0)
+    epochs = run(loader) + run(loader)
+    assert [len(batch[2]) for batch in epochs] == [5] * 8
+    assert loader.skipped == {0}
+    again = TwoViewLoader(tmp_path, 5, on_error="skip", **options)
+    assert equal(run(again) + run(again), epochs)
+    with pytest.raises(CorruptImageError, match=r"00\.jpeg"):
+        run(TwoViewLoader(tmp_path, 5, **options))
+
+
+@pytest.mark.filterwarnings("ignore:Pillow decodes")
+def test_a_gpu_without_dali_gets_the_views_of_the_cpu(folder, no_dali):
+    pixels = np.random.default_rng(1).integers(0, 255, (23, 12, 10, 3), dtype=np.uint8)
+    for source in (folder, pixels):
+        options = {"augmentation": AUG, "channels_last": True, "dtype": torch.float16}
+        exact = run(TwoViewLoader(source, 5, **options))
+        with FakeCuda() as cuda:
+            loader = TwoViewLoader(source, 5, device="cuda", **options)
+            found = run(loader)
+        assert equal(found, exact)
+        assert not cuda.faults
+        assert loader.describe().endswith("on the CPU, copied to cuda:0, one batch ahead")
+
+
+def test_only_files_need_a_decoder(no_dali, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    pixels = np.zeros((4, 12, 10, 3), np.uint8)
+    assert len(run(TwoViewLoader(pixels, 2, augmentation=AUG))) == 2
+    with FakeCuda():
+        assert len(run(TwoViewLoader(pixels, 2, augmentation=AUG, device="cuda"))) == 2
+    with pytest.raises(ImportError, match=r"pip install nvidia-dali-cuda"):
+        TwoViewLoader(pixels, 2, augmentation=AUG, backend="dali")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        ("files", {"size": 224}, pipelines.DaliViews),
+        ("files", {"size": 64}, pipelines.DaliViews),
+        ("files", {"size": 32}, pipelines.DaliCrops),
+        ("files", {"size": 224, "backend": "fused"}, pipelines.DaliCrops),
+        ("files", {"size": 224, "device": "cpu"}, pipelines.HostViews),
+        ("files", {"size": 224, "device": "cpu", "backend": "dali"}, pipelines.DaliViews),
+        ("pixels", {"size": 224}, pipelines.HostViews),
+        ("pixels", {"size": 32, "backend": "fused"}, pipelines.HostViews),
+        ("pixels", {"size": 32, "backend": "dali"}, pipelines.DaliViews),
+    ],
+)
+def test_which_pipeline_serves_what(folder, kind, options, expected):
+    pytest.importorskip("nvidia.dali", reason="DALI is optional (Linux)")
+    source = folder if kind == "files" else np.zeros((4, 12, 10, 3), np.uint8)
+    with FakeCuda():
+        loader = TwoViewLoader(source, 4, **{"device": "cuda", **options})
+    assert type(loader._pipeline) is expected
+
+
+def test_rocm_is_served_without_dali(folder, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with FakeCuda():
+        loader = TwoViewLoader(folder, 4, 64, device="cuda")
+        assert type(loader._pipeline) is pipelines.HostViews
+        with pytest.raises(ValueError, match=r'backend="dali" needs .* NVIDIA GPU, got .*cuda:0'):
+            TwoViewLoader(folder, 4, 64, device="cuda", backend="dali")
+
+
 def test_dali_and_fused_agree(folder):
+    pytest.importorskip("nvidia.dali", reason="DALI is optional (Linux)")
     fused = run(TwoViewLoader(folder, 6, augmentation=AUG, backend="fused"))
     dali = run(TwoViewLoader(folder, 6, augmentation=AUG, backend="dali"))
     for a, b in zip(fused, dali, strict=True):
@@ -134,7 +245,7 @@ def test_memory_gives_what_files_give(folder, tmp_path):
     pixels = np.random.default_rng(1).integers(0, 255, (8, 12, 10, 3), dtype=np.uint8)
     for i, image in enumerate(pixels):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
-    for backend in ("fused", "dali"):
+    for backend in ("fused", *(["dali"] if find_spec("nvidia.dali") else [])):
         files = run(TwoViewLoader(tmp_path, 4, augmentation=AUG, backend=backend))
         memory = run(TwoViewLoader(pixels, 4, augmentation=AUG, backend=backend))
         assert equal(files, memory)
@@ -157,7 +268,7 @@ def corrupt(path, how):
     path.write_bytes({"empty": b"", "half": data[: len(data) // 2], "text": b"hello" * 99}[how])
 
 
-@pytest.mark.parametrize("backend", ["fused", "dali"])
+@pytest.mark.parametrize("backend", ["fused", DALI])
 @pytest.mark.parametrize("how", ["empty", "half", "text"])
 def test_corrupt_images(tmp_path, caplog, backend, how):
     write_images(tmp_path, 12)
@@ -223,7 +334,7 @@ def test_bad_arguments_are_named(folder, options, says):
         TwoViewLoader(folder, **{"batch_size": 4, "augmentation": AUG, **options})
 
 
-@pytest.mark.parametrize("backend", ["fused", "dali"])
+@pytest.mark.parametrize("backend", ["fused", DALI])
 def test_every_dtype(folder, backend):
     def view(dtype):
         loader = TwoViewLoader(folder, 4, augmentation=QUICK, backend=backend, dtype=dtype)
@@ -238,7 +349,7 @@ def test_every_dtype(folder, backend):
         TwoViewLoader(folder, 4, 16, backend=backend, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("backend", ["fused", "dali"])
+@pytest.mark.parametrize("backend", ["fused", DALI])
 def test_parts_and_threads_change_nothing(folder, backend, monkeypatch):
     def epochs(**options):
         loader = TwoViewLoader(
@@ -248,7 +359,7 @@ def test_parts_and_threads_change_nothing(folder, backend, monkeypatch):
 
     plain = epochs(prefetch=False)
     assert equal(epochs(prefetch=True), plain)
-    monkeypatch.setattr("simclr_fast.data.loader._PART", 3)
+    monkeypatch.setattr("simclr_fast.data.pipelines.PART", 3)
     assert equal(epochs(prefetch=False), plain)
     assert equal(epochs(prefetch=True), plain)
 

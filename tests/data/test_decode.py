@@ -1,6 +1,7 @@
 """What DALI's decoder makes of unusual files, beside Pillow, on a photograph."""
 
 import io
+from importlib.util import find_spec
 from itertools import islice
 
 import numpy as np
@@ -13,9 +14,11 @@ from simclr_fast.augment.params import Augmentation
 from simclr_fast.augment.views import SimCLRViews
 from simclr_fast.data import decode
 from simclr_fast.data.datasets import open_source
-from simclr_fast.data.loader import TwoViewLoader, decode_some
+from simclr_fast.data.decode import decode_some
+from simclr_fast.data.loader import TwoViewLoader
 
-pytest.importorskip("nvidia.dali", reason="decoding needs DALI (Linux)")
+HAS_DALI = find_spec("nvidia.dali") is not None
+needs_dali = pytest.mark.skipif(not HAS_DALI, reason="DALI is optional (Linux)")
 CHINA = Image.fromarray(load_sample_image("china.jpg"))
 GRAY = np.asarray(CHINA.convert("L"))
 TRANSPARENT = CHINA.convert("RGBA")
@@ -45,11 +48,27 @@ FILES = {
 }
 
 
+def decoded_by(decoder, source):
+    reader = decode.FileReader(source, 2)
+    decoder = decoder(reader, 1) if decoder is decode.DaliDecoder else decoder(reader)
+    ((_, (image,)),) = ((part, [i.copy() for i in x]) for part, x in decoder.run([PART]))
+    return image
+
+
+PART = decode.Part(0, np.array([0]))
+DECODERS = [
+    pytest.param(decode.DaliDecoder, marks=needs_dali, id="dali"),
+    pytest.param(decode.PillowDecoder, id="pillow"),
+]
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("name", FILES)
-def test_unusual_files_are_what_pillow_reads(name, tmp_path):
+def test_unusual_files_are_what_pillow_reads(name, decoder, tmp_path):
     image, options, expected = FILES[name]
     image.save(tmp_path / name, **options)
-    (decoded,) = decode_some(open_source(tmp_path), np.array([0]))
+    decoded = decoded_by(decoder, open_source(tmp_path))
+    assert decoded.dtype == np.uint8
     if expected is None:
         # As stored: the loader does not look at the EXIF orientation.
         expected = Image.open(tmp_path / name).convert("RGB")
@@ -61,13 +80,22 @@ def test_unusual_files_are_what_pillow_reads(name, tmp_path):
     assert difference.mean() < 0.6
 
 
-def test_a_floating_tiff_is_named(tmp_path):
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_floating_tiff_is_named(decoder, tmp_path):
     Image.fromarray(GRAY.astype(np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(decode.CorruptImageError, match=r"float\.tif: pixels of floating point"):
-        decode_some(open_source(tmp_path), np.array([0]))
+        decoded_by(decoder, open_source(tmp_path))
 
 
-@pytest.mark.parametrize("backend", ["fused", "dali"])
+def test_decode_some_gives_the_pixels_of_every_source(tmp_path):
+    pixels = np.stack([np.asarray(CHINA.resize((20, 10)))] * 2)
+    Image.fromarray(pixels[0]).save(tmp_path / "a.png")
+    (one,) = decode_some(open_source(tmp_path), [0])
+    assert np.array_equal(one, pixels[0])
+    assert np.array_equal(np.stack(decode_some(open_source(pixels), [1, 0])), pixels)
+
+
+@pytest.mark.parametrize("backend", ["fused", pytest.param("dali", marks=needs_dali)])
 def test_sizes_from_8_to_4000(backend, tmp_path):
     """Files of very different sizes in one batch, beside the same pixels given as arrays."""
     for i, size in enumerate([(8, 8), (4000, 3000), (9, 300), (640, 427), (300, 8)]):

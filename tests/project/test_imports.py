@@ -147,5 +147,5 @@ except ImportError as error:
     print(error)
 """
     printed = run(program)
-    assert "pip install nvidia-dali-cuda" in printed
+    assert "pip install pillow nvidia-dali-cuda" in printed
     assert "pip install torchvision" in printed

@@ -1,0 +1,302 @@
+"""Parts of a batch → their rows of the views. Where that happens depends on device and source.
+
+    HostViews   any decoder, the fused op on the CPU; for a GPU, then a copy from pinned memory
+    DaliCrops   DALI decodes, cuts and resizes on the GPU; Triton kernels do the rest
+    DaliViews   all of it in DALI, on the CPU or the GPU
+
+`run` gives (part, outputs), and `write` turns the outputs into rows of the views: on the device
+where the pipeline works, which is the CPU if `on_host`.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simclr_fast import ops
+from simclr_fast.augment.params import Augmentation, ViewParams
+from simclr_fast.augment.views import as_tensors, fill_views, finish_crops, pack_params
+from simclr_fast.data.decode import (
+    READ_AHEAD,
+    DaliRunner,
+    FileReader,
+    Part,
+    PixelReader,
+    dali_import_error,
+    image_decoder,
+    import_dali,
+)
+from simclr_fast.data.sources import Source
+
+Backend = Literal["fused", "dali"]
+# The parameters of each view, from sample ids [n] and image sizes [n, 2].
+Draw = Callable[[np.ndarray, np.ndarray], list[ViewParams]]
+# Images that go through a pipeline together: memory grows with them, and a batch of thousands is
+# made of several such parts.
+PART = 128
+# DALI's graph on a GPU is bound by its launches for smaller views.
+_SMALLEST_IN_DALI = 64
+# What DALI's pipeline holds, by its memory on the CPU: per view pixel of an image, and per pixel of
+# the source in each image decoded ahead and its cut-outs. The planner counts PART images of 224
+# pixels with 400 x 500 pixels decoded as _DALI_BYTES; larger ones go in smaller parts.
+_BYTES_PER_VIEW_PIXEL, _BYTES_PER_SOURCE_PIXEL = 240, 21
+_DALI_BYTES_PER_VIEW_PIXEL = 128 * 16e6 / 224**2
+_SAMPLED_IMAGES = 64
+
+
+class Pipeline(Protocol):
+    """Makes the views of one part after the other."""
+
+    on_host: bool
+    part_size: int
+
+    def run(self, parts: Iterable[Part]) -> Iterator[tuple[Part, list[Any]]]:
+        """The outputs of a part stay valid until the next part is asked for."""
+
+    def write(self, part: Part, outputs: list[Any], views: list[Tensor]) -> None:
+        """views: the part's rows, [n, 3, size, size] each."""
+
+    def describe(self) -> str: ...
+
+
+def make_pipeline(
+    source: Source,
+    rows: int,
+    num_threads: int,
+    augmentation: Augmentation,
+    draw: Draw,
+    device: torch.device,
+    n_views: int,
+    backend: Backend | None,
+    *,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Pipeline:
+    """The pipeline for a device and a source. rows: the most rows of a batch on this rank.
+
+    DALI serves a GPU if it is installed and the source holds files; everything else is made by the
+    fused op on the CPU. backend=None: DALI alone makes views of at least 64 pixels.
+    """
+    size = augmentation.size
+    dali_on_gpu = _dali_on_gpu(source, device)
+    if backend is None:
+        backend = "dali" if dali_on_gpu and size >= _SMALLEST_IN_DALI else "fused"
+    if backend == "fused" and not (dali_on_gpu and ops.why_plain(device) is None):
+        return HostViews(source, min(rows, PART), num_threads, augmentation, draw)
+    if device.type not in ("cpu", "cuda") or torch.version.hip:
+        raise ValueError(f'backend="dali" needs the CPU or an NVIDIA GPU, got device {device}')
+    import_dali()
+    reader = (FileReader if source.encoded else PixelReader)(source, num_threads)
+    where = (reader, min(rows, dali_part(reader, size)), augmentation, draw, device, n_views)
+    if backend == "fused":
+        return DaliCrops(*where)
+    return DaliViews(*where, dtype=dtype, channels_last=channels_last)
+
+
+def _dali_on_gpu(source: Source, device: torch.device) -> bool:
+    return (
+        device.type == "cuda"
+        and not torch.version.hip
+        and source.encoded
+        and dali_import_error() is None
+    )
+
+
+def dali_part(reader: FileReader | PixelReader, size: int) -> int:
+    """How many images go through DALI together, such that its memory is what the planner counts."""
+    if isinstance(reader, PixelReader):
+        return PART
+    per_image = _BYTES_PER_VIEW_PIXEL * size**2 + _BYTES_PER_SOURCE_PIXEL * reader.largest_image(
+        _SAMPLED_IMAGES
+    )
+    return int(max(1, min(PART, _DALI_BYTES_PER_VIEW_PIXEL * size**2 // per_image)))
+
+
+class HostViews:
+    """Images decoded on the CPU, and views by the fused op, on the CPU as well."""
+
+    on_host = True
+
+    def __init__(
+        self,
+        source: Source,
+        part_size: int,
+        num_threads: int,
+        augmentation: Augmentation,
+        draw: Draw,
+    ) -> None:
+        self.part_size, self.augmentation, self.draw = part_size, augmentation, draw
+        self.decoder = image_decoder(source, part_size, num_threads)
+
+    def describe(self) -> str:
+        return f"{self.decoder.describe()}; views by the fused op on the CPU"
+
+    def run(self, parts: Iterable[Part]) -> Iterator[tuple[Part, list[Any]]]:
+        return self.decoder.run(parts)
+
+    def write(self, part: Part, outputs: list[Any], views: list[Tensor]) -> None:
+        sizes = np.array([image.shape[:2] for image in outputs]).reshape(-1, 2)
+        images = as_tensors(outputs)
+        for params, view in zip(self.draw(part.ids, sizes), views, strict=True):
+            fill_views(images, params, self.augmentation, view)
+
+
+class DaliViews(DaliRunner):
+    """Decodes and augments inside DALI. The outputs are the views, [n, 3, size, size] each.
+
+    They are DALI's memory: on the device, and ordered after the current stream's work.
+    """
+
+    on_host = False
+
+    def __init__(
+        self,
+        reader: FileReader | PixelReader,
+        part_size: int,
+        augmentation: Augmentation,
+        draw: Draw,
+        device: torch.device,
+        n_views: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__(reader, part_size)
+        self.part_size = part_size
+        self.augmentation, self.draw = augmentation, draw
+        self.device, self.n_views = device, n_views
+        self.dtype, self.channels_last = dtype, channels_last
+
+    def describe(self) -> str:
+        return f"files decoded and views made by DALI on {self.device}, {self.part_size} at a time"
+
+    def write(self, part: Part, outputs: list[Any], views: list[Tensor]) -> None:
+        for made, view in zip(outputs, views, strict=True):
+            view.copy_(made)
+
+    def feed(self, part: Part) -> list[Any]:
+        samples, sizes = self.reader.read(part.ids)
+        return [samples, *(f for p in self.draw(part.ids, sizes) for f in self.view_feeds(p))]
+
+    def view_feeds(self, params: ViewParams) -> list[np.ndarray]:
+        """What one view's parameters are fed as, and `view_types` the DALI types of it."""
+        from simclr_fast.augment.dali import feeds
+
+        return feeds(params, self.augmentation)
+
+    def view_types(self) -> list[Any]:
+        from simclr_fast.augment.dali import param_types
+
+        return param_types()
+
+    def graph(self, pixels: Any, nodes: list[Any], device: str) -> list[Any]:
+        """Decoded pixels and the nodes of `view_feeds` → the pipeline's outputs."""
+        from simclr_fast.augment.dali import make_views
+
+        types = import_dali().types
+        return make_views(
+            pixels,
+            nodes,
+            self.augmentation,
+            device,
+            dtype=types.FLOAT16 if self.dtype == torch.float16 else types.FLOAT,
+            channels_last=self.channels_last,
+        )
+
+    def build(self) -> Any:
+        pipeline = self.define()
+        with warnings.catch_warnings():
+            # Parameters of steps that are switched off are fed and not used.
+            warnings.filterwarnings("ignore", message=".*produces .* outputs, but")
+            pipeline.build()
+        return pipeline
+
+    def define(self) -> Any:
+        """DALI's pipeline, not built yet."""
+        dali = import_dali()
+        fn, types = dali.fn, dali.types
+        device = "gpu" if self.device.type == "cuda" else "cpu"
+        kinds = [types.UINT8, *self.view_types() * self.n_views]
+
+        @dali.pipeline_def(enable_conditionals=True)
+        def views() -> Any:
+            pixels, *nodes = fn.external_source(self.next_feed, num_outputs=len(kinds), dtype=kinds)
+            if isinstance(self.reader, FileReader):
+                pixels = fn.decoders.image(
+                    pixels,
+                    device="mixed" if device == "gpu" else "cpu",
+                    output_type=types.RGB,
+                    adjust_orientation=False,
+                    # The CPU decoder always interpolates chroma; the GPU's must be told.
+                    jpeg_fancy_upsampling=True,
+                    # Any share in between would let an image's place in the part choose its
+                    # decoder, whose pixels differ by a little; and with them the number of ranks.
+                    hw_decoder_load=0.0,
+                )
+            elif device == "gpu":
+                pixels = pixels.gpu()
+            return tuple(self.graph(pixels, nodes, device))
+
+        return views(
+            batch_size=self.batch_size,
+            num_threads=self.reader.num_threads,
+            device_id=self.device.index if device == "gpu" else None,
+            prefetch_queue_depth=READ_AHEAD,
+            # Needed for outputs in the order of a stream, without a wait on the host.
+            exec_dynamic=True,
+        )
+
+    def run_pipeline(self, pipeline: Any) -> Any:
+        if self.device.type == "cpu":
+            return pipeline.run()
+        return pipeline.run(torch.cuda.current_stream(self.device))
+
+    def unpack(self, outputs: Any) -> list[Any]:
+        views = [torch.from_dlpack(view.as_tensor()) for view in outputs]
+        return [v.permute(0, 3, 1, 2) if self.channels_last else v for v in views]
+
+
+class DaliCrops(DaliViews):
+    """Decodes, cuts and resizes inside DALI. An output is what `finish_crops` takes for a view:
+    (crops, ints, floats), with the same lifetime as the outputs of `DaliViews`.
+    """
+
+    def describe(self) -> str:
+        return (
+            f"files decoded, cut and resized by DALI on {self.device}, {self.part_size} at a time; "
+            "the rest of the views by Triton"
+        )
+
+    def write(self, part: Part, outputs: list[Any], views: list[Tensor]) -> None:
+        for (crops, ints, floats), view in zip(outputs, views, strict=True):
+            finish_crops(crops, ints, floats, self.augmentation, view)
+
+    def view_feeds(self, params: ViewParams) -> list[np.ndarray]:
+        from simclr_fast.augment.dali import crop_feeds
+
+        no_flip = np.zeros(len(params), bool)
+        return [*crop_feeds(params, self.augmentation, no_flip), *pack_params(params)]
+
+    def view_types(self) -> list[Any]:
+        from simclr_fast.augment.dali import CROP_NAMES, param_types
+
+        types = import_dali().types
+        return [*param_types()[: len(CROP_NAMES)], types.INT32, types.FLOAT]
+
+    def graph(self, pixels: Any, nodes: list[Any], device: str) -> list[Any]:
+        from simclr_fast.augment.dali import make_crops
+
+        outputs = []
+        count = len(self.view_types())
+        for first in range(0, len(nodes), count):
+            *crop, ints, floats = nodes[first : first + count]
+            (crops,) = make_crops(pixels, crop, self.augmentation, device)
+            outputs += [crops, ints, floats]
+        return [node.gpu() for node in outputs] if device == "gpu" else outputs
+
+    def unpack(self, outputs: Any) -> list[Any]:
+        tensors = [torch.from_dlpack(output.as_tensor()) for output in outputs]
+        return [tuple(tensors[i : i + 3]) for i in range(0, len(tensors), 3)]
