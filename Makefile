@@ -3,6 +3,8 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 # Processes that run tests, one thread each.
 WORKERS ?= 2
+# The Triton of the oldest supported torch, 2.10.
+OLDEST_TRITON := 3.6.0
 RUN := .venv/bin/python
 PIP := $(RUN) -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
@@ -30,9 +32,18 @@ test: install
 test-slow: install
 	$(RUN) -m pytest -m slow --timeout=1200 $(ARGS)
 
-# Every GPU kernel configuration for every architecture, and its machine code: tens of minutes.
-test-gpu-static: install
+# Every GPU kernel configuration for every architecture, and its machine code, on the installed
+# Triton and on the oldest supported one: about an hour.
+test-gpu-static: install .venv/triton-$(OLDEST_TRITON)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) -m gpu_static --timeout=1200 $(ARGS)
+	OMP_NUM_THREADS=1 PYTHONPATH=.venv/triton-$(OLDEST_TRITON) \
+	  SIMCLR_FAST_TEST_TRITON=$(OLDEST_TRITON) $(RUN) -m pytest -n $(WORKERS) \
+	  -m "gpu_static or not gpu_static" --timeout=1200 tests/kernels/test_specialisation.py $(ARGS)
+
+.venv/triton-$(OLDEST_TRITON): .venv/.installed
+	$(RUN) -m pip install --disable-pip-version-check --no-deps --upgrade --target $@ \
+	  triton==$(OLDEST_TRITON)
+	touch $@
 
 # The CUDA kernels on the host, and the C++ CPU code, under ASan, UBSan and TSan, with planted faults:
 # tens of minutes.

@@ -32,9 +32,15 @@ from simclr_fast.kernels.sup_con_tiles import (
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-# Bytes a program may use; each also reserves 1 KB of its multiprocessor.
-SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-WARP_LIMIT = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+# Bytes a program may use; each also reserves 1 KB of its multiprocessor. 87 (Orin), 103 (B300) and
+# 121 (GB10) are not in the launch table, which serves them by their family's row.
+SHARED_LIMIT = {
+    **{80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448},
+    **{100: 232448, 103: 232448, 120: 101376, 121: 101376},
+}
+WARP_LIMIT = {80: 64, 86: 48, 87: 48, 89: 48, 90: 64, 100: 64, 103: 64, 120: 48, 121: 48}
+# Columns of tensor memory per multiprocessor, on the architectures that have it.
+TENSOR_MEMORY = 512
 MMA = re.compile(r"\b(HGMMA|UTC\w*MMA|HMMA|QGMMA)\b")
 
 
@@ -59,6 +65,7 @@ class Static:
     stack: int
     local_accesses: int
     shared: int
+    tensor_memory: int
     mma: frozenset[str]
     wide_copies: int
     narrow_copies: int
@@ -71,7 +78,9 @@ class Static:
         """Programs that fit one multiprocessor at a time."""
         allocated = -(-self.registers // 8) * 8 * 32 * self.warps
         by_shared = (SHARED_LIMIT[self.arch] + 1024) // (self.shared + 1024)
-        return min(65536 // allocated, by_shared, WARP_LIMIT[self.arch] // self.warps)
+        by_tensor_memory = TENSOR_MEMORY // max(self.tensor_memory, 1)
+        by_warps = WARP_LIMIT[self.arch] // self.warps
+        return min(65536 // allocated, by_shared, by_tensor_memory, by_warps)
 
     @property
     def main_loop(self) -> Loop:
@@ -109,6 +118,7 @@ def inspect(compiled, arch: int) -> Static:
         stack=int(re.search(r"STACK:(\d+)", usage)[1]),
         local_accesses=sum(bool(re.search(r"\b(STL|LDL)\b", line)) for line in code),
         shared=compiled.metadata.shared,
+        tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
         mma=frozenset(m[1] for line in code if (m := MMA.search(line))),
         wide_copies=sum("LDGSTS" in line and ".128" in line for line in code),
         narrow_copies=sum("LDGSTS" in line and ".128" not in line for line in code),
