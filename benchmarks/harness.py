@@ -94,6 +94,7 @@ class Table:
             "base": self.base,
             "milliseconds": self.times,
             "ratios": {c: {n: self.ratio(c, n) for n in t} for c, t in self.times.items()},
+            "floors": list(self.floors),
             "facts": self.facts,
             "notes": self.notes,
         }

@@ -1,0 +1,181 @@
+"""The tables of measurements in the documents, made from benchmarks/results/*.json.
+
+    simclr-fast bench all --out benchmarks/results                  measure
+    python -m benchmarks.tables --write README.md docs/benchmarks.md   write what was measured
+    python -m benchmarks.tables                                     print it
+
+In a document, the text between `<!-- results: NAME -->` and `<!-- end of results -->` is replaced.
+NAME is a subject of `simclr-fast bench`; `summary`, one row for each subject; or `predicted`, what
+the models of this folder predict for GPUs.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from simclr_fast.benchmarks import augment_gpu_model, bench_lars
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SUBJECTS = ("loss", "augment", "lars", "step")
+BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+
+# What a contender is called in the tables, where its name in the JSON is that of a function.
+LABELS = {
+    "fused": "simclr_fast",
+    "small_ours": "simclr_fast",
+    "dali_only": '`backend="dali"`',
+    "decode_only": "decoding alone",
+    "solo_learn": "DALI as solo-learn uses it",
+    "torchvision_pil": "torchvision v2, PIL images",
+    "torchvision_tensor": "torchvision v2, tensors",
+    "small_torchvision": "torchvision v2, tensors",
+    "textbook torch.compile": "textbook, torch.compile",
+    "textbook eager": "textbook, eager",
+}
+# Columns beside the times. The JSON has more.
+FACTS = {
+    "loss": ("peak MB", "gradient error"),
+    "augment": ("peak MB",),
+    "lars": ("peak MB",),
+    "step": ("images/s", "data wait", "forward", "loss", "backward", "optimizer"),
+}
+# Rows of the summary: subject, how the table's title begins or what it contains, column, its name.
+SUMMARY = (
+    ("loss", "NT-Xent", "forward+backward", "loss, forward and backward, N = {n}"),
+    ("augment", "denormals kept", "CPU", "two 224² views of a JPEG, CPU time"),
+    ("lars", "resnet50", "step", "LARS step, ResNet-50"),
+    ("step", "32×32", "step", "whole training step, 256 images of 32²"),
+)
+# Ours in another setting, or not the same computation: no alternatives in the summary.
+NO_ALTERNATIVES = ("simclr_fast foreach", "SGD fused", "dali_only")
+RESNET50_PARAMETERS = 25_557_032
+
+
+def load(subject: str, results: Path = RESULTS) -> dict[str, Any] | None:
+    """The results of a subject; None where none are recorded."""
+    path = results / f"{subject}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def text(name: str, results: Path = RESULTS) -> str:
+    """Markdown for a mark: the tables of a subject, or the summary."""
+    if name == "summary":
+        return summary(results)
+    if name == "predicted":
+        return predicted()
+    if name not in SUBJECTS:
+        allowed = ", ".join((*SUBJECTS, "summary", "predicted"))
+        raise ValueError(f"results must be one of {allowed}, got {name!r}")
+    found = load(name, results)
+    if found is None:
+        return f"Not recorded yet: `simclr-fast bench {name} --out benchmarks/results`.\n"
+    tables = (_table(table, FACTS[name]) for table in found["tables"])
+    return "\n".join([f"{machine(found['environment'])}\n", *tables])
+
+
+def machine(environment: dict[str, Any]) -> str:
+    """When, where, with which versions and by which command."""
+    installed = environment["versions"]
+    versions = ", ".join(f"{name} {version}" for name, version in installed.items())
+    return (
+        f"{environment['when'][:10]}, {environment['cores']} cores of {environment['cpu']} "
+        f"({environment['instruction_set']}), {environment['threads']} threads, commit "
+        f"{environment['commit']}. {versions}.\n\n```\n{environment['command']}\n```"
+    )
+
+
+def _table(table: dict[str, Any], facts: tuple[str, ...]) -> str:
+    """One table of a JSON file: contenders by the first column's median, floors last."""
+    times, ratios, floors = table["milliseconds"], table["ratios"], table["floors"]
+    shown = [fact for fact in facts if fact in table["facts"]]
+    first = next(iter(times))
+    names = sorted(times[first], key=lambda name: (name in floors, median(times[first][name])))
+    heads = [head for column in times for head in (f"{column}, ms", "× ours")]
+    lines = [f"**{table['title']}**", "", f"| | {' | '.join([*heads, *shown])} |"]
+    lines.append("|---" * (1 + len(heads) + len(shown)) + "|")
+    for name in names:
+        cells = [LABELS.get(name, name)]
+        for column in times:
+            cells += [number(median(times[column][name])), number(ratios[column][name])]
+        cells += [table["facts"][fact].get(name, "") for fact in shown]
+        lines.append(f"| {' | '.join(cells)} |")
+    # What is predicted stands apart from what was measured.
+    notes = [note for note in table["notes"] if not note.startswith("Predicted")]
+    return "\n".join([*lines, *(f"\n{note}" for note in notes)]) + "\n"
+
+
+def predicted() -> str:
+    """Microseconds of the views and of a LARS step by GPU."""
+    lines = ["| GPU | `backend` | bytes moved | µs per source image |", "|---|---|---|---|"]
+    for row in augment_gpu_model.rows():
+        moved = f"{row.bytes / 1e6:.1f} MB"
+        lines.append(f"| {row.gpu} | `{row.backend}` | {moved} | {row.microseconds:.1f} |")
+    command = "```\npython -m benchmarks.augment_gpu_model\n```"
+    lars = f"A LARS step of ResNet-50. {bench_lars.prediction(RESNET50_PARAMETERS)}"
+    return "\n".join(lines) + f"\n\n{command}\n\n{lars}\n"
+
+
+def summary(results: Path = RESULTS) -> str:
+    """One row per subject: our time, the fastest alternative's and lightly's."""
+    lines = ["| | simclr_fast | fastest alternative | lightly |", "|---|---|---|---|"]
+    for subject, wanted, column, label in SUMMARY:
+        found = load(subject, results)
+        # The largest number of pairs is the last table.
+        tables = [t for t in found["tables"] if wanted in t["title"]] if found else []
+        if not tables:
+            lines.append(f"| {label.replace(', N = {n}', '')} | not recorded yet | | |")
+            continue
+        times, ratios = tables[-1]["milliseconds"][column], tables[-1]["ratios"][column]
+        ours = tables[-1]["base"]
+        others = set(times) - {ours, *tables[-1]["floors"], *NO_ALTERNATIVES}
+        best = min(others, key=lambda name: median(times[name]))
+        lightly = next((name for name in sorted(others) if name.startswith("lightly")), None)
+        pairs = re.search(r"N = (\d+)", tables[-1]["title"])
+        cells = [
+            label.format(n=pairs[1] if pairs else ""),
+            f"**{number(median(times[ours]))} ms**",
+            f"{_cell(best, times, ratios)} ({LABELS.get(best, best)})",
+            _cell(lightly, times, ratios) if lightly else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(name: str, times: dict[str, list[float]], ratios: dict[str, float]) -> str:
+    return f"{number(median(times[name]))} ms, {number(ratios[name])}×"
+
+
+def number(value: float) -> str:
+    """Two significant digits below 10, three above; never an exponent."""
+    return (
+        f"{value:.2g}" if 0.1 <= value < 10 else f"{value:.3f}" if value < 0.1 else f"{value:,.0f}"
+    )
+
+
+def write(page: Path, results: Path = RESULTS) -> None:
+    """Replace what stands between the marks of a document."""
+    page.write_text(filled(page.read_text(), results))
+
+
+def filled(document: str, results: Path = RESULTS) -> str:
+    """The document with the recorded results between its marks."""
+    return BLOCK.sub(lambda block: block[1] + text(block[2], results) + block[3], document)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--write", nargs="+", type=Path, default=[], help="documents with marks")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of JSON files")
+    given = parser.parse_args()
+    for page in given.write:
+        write(page, given.results)
+    if not given.write:
+        for name in (*SUBJECTS, "summary"):
+            print(text(name, given.results))
+
+
+if __name__ == "__main__":
+    main()
