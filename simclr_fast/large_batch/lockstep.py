@@ -197,7 +197,7 @@ class Lockstep:
             return None
         source, norm = segment.norm.all_input_nodes[0], self.graph.module(segment.norm)
         statistics = self.statistics[segment.norm]
-        own = torch.zeros(2, len(statistics.mean)).to(statistics.mean)
+        own = statistics.mean.new_zeros(2, len(statistics.mean))
         for v, g in zip(values, gradients, strict=True):
             own += gbn.gradient_sums(g[segment.norm], self._value(source, v), statistics)
         # The parameters' gradients are this rank's share; their buckets are summed over ranks.

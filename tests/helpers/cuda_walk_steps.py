@@ -1,0 +1,162 @@
+"""Whole steps on device "cuda" without a GPU, each once: python cuda_walk_steps.py WORLD CASE...
+
+Prints JSON, per case what `cuda_walk` saw in its second step (the first one makes the state).
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import cuda_walk
+import numpy as np
+import torch
+import torch.distributed as dist
+from cuda_walk import DEVICE, PassThrough, walk
+from torch import Tensor, nn
+
+from simclr_fast.augment.params import Augmentation, draw_views
+from simclr_fast.augment.views import finish_crops, pack_params
+from simclr_fast.large_batch import LargeBatch
+from simclr_fast.losses.nt_xent import nt_xent_loss
+from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector, encode
+from simclr_fast.optim.lars import LARS, lars_param_groups
+from simclr_fast.optim.schedule import warmup_cosine
+
+ROWS, SIZE = 8, 64
+MODES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "replay": {},
+    "lockstep": {"micro_batch": ROWS},
+    "keep-every": {"memory": "lockstep", "micro_batch": ROWS, "keep_every": 2},
+    "offload": {"memory": "lockstep", "micro_batch": ROWS, "offload_gb": 0.1},
+    "grad-cache": {"micro_batch": ROWS, "allow_ghost_bn": True},
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+# Faults that a walk must see, put into the loss of a plain step.
+FAULTS: dict[str, Callable[[Tensor], Any]] = {
+    "item": lambda z: z.sum().item(),
+    "bool": lambda z: bool(z.sum() > 0),
+    "tolist": lambda z: z[0].tolist(),
+    "nonzero": lambda z: z.nonzero(),
+    "mask": lambda z: z[z[:, 0] > 0],
+    "to the CPU": lambda z: z.cpu(),
+    "from pageable memory": lambda z: z + torch.ones(1, 1).to(DEVICE, non_blocking=True),
+    "made on the CPU": lambda z: z + torch.tensor([1.0], device=DEVICE),
+    "wrong device": lambda z: z + torch.ones(len(z), 1),
+}
+
+
+def model(name: str) -> nn.Module:
+    with DEVICE:
+        encoder, dim = build_encoder(name)
+        made = SimCLR(encoder, build_projector("nonlinear", dim))
+    return made.to(memory_format=torch.channels_last).train()
+
+
+def views(dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """Two views of crops on the device, as DALI's loader makes them."""
+    augmentation = Augmentation(SIZE)
+    crops = torch.empty(ROWS, SIZE, SIZE, 3, dtype=torch.uint8, device=DEVICE)
+    sizes = np.full((ROWS, 2), SIZE)
+    made = []
+    for params in draw_views(augmentation, 0, 0, np.arange(ROWS), sizes):
+        ints, floats = (torch.from_numpy(a).pin_memory() for a in pack_params(params))
+        ints, floats = (t.to(DEVICE, non_blocking=True) for t in (ints, floats))
+        out = torch.empty(
+            (ROWS, 3, SIZE, SIZE),
+            dtype=dtype or torch.float32,
+            device=DEVICE,
+            memory_format=torch.channels_last,
+        )
+        made.append(finish_crops(crops, ints, floats, augmentation, out))
+    return made[0], made[1]
+
+
+def train(mode: str, dtype: str, world: int, fault: Callable[[Tensor], Any] | None = None) -> Any:
+    group = dist.group.WORLD if world > 1 else None
+    autocast = DTYPES[dtype]
+    trained = model("resnet18" if fault is None else "resnet10")
+    step = LargeBatch(
+        trained, **{"memory": mode, "group": group, "autocast": autocast} | MODES[mode]
+    )
+    optimizer = LARS(lars_param_groups(trained, 1e-6), lr=0.1)
+    scheduler = warmup_cosine(optimizer, 1, 10)
+    scaler = torch.amp.GradScaler("cuda", enabled=autocast is torch.float16)
+    seen: dict[str, Any] = {}
+
+    def loss_fn(outputs: Any) -> Any:
+        h, z = outputs
+        seen["outputs"] = [str(t.dtype).removeprefix("torch.") for t in (h, z)]
+        if fault is not None:
+            fault(z)
+        loss, statistics = nt_xent_loss(z, temperature=0.1, group=group, return_stats=True)
+        return scaler.scale(loss), loss.detach(), statistics
+
+    for _ in range(2 if fault is None else 1):
+        cuda_walk.RECORD.clear()
+        batch = views(autocast)
+        seen["views"] = cuda_walk.RECORD.launches
+        optimizer.zero_grad(set_to_none=True)
+        step.backward(batch, loss_fn)
+        seen["gradient"] = cuda_walk.RECORD.launches - seen["views"]
+        seen["wrong gradients"] = [
+            name
+            for name, p in trained.named_parameters()
+            if p.requires_grad and (p.grad is None or described(p.grad) != described(p))
+        ]
+        scaler.step(optimizer)
+        scaler.update()
+        scheduler.step()
+    return seen
+
+
+def described(t: Tensor) -> tuple[Any, ...]:
+    return t.dtype, t.device, t.stride()
+
+
+def evaluate() -> Any:
+    with DEVICE:
+        encoder, _ = build_encoder("resnet18")
+    cuda_walk.RECORD.clear()
+    batches = [(torch.empty(ROWS, 3, SIZE, SIZE), torch.arange(ROWS))] * 2
+    return {"features": str(encode(encoder, batches, DEVICE).device)}
+
+
+def stand_ins() -> None:
+    """For what runs below the dispatcher: DDP's reducer, and the launch of the views' kernel."""
+    import simclr_fast.kernels.augment as kernels
+    from simclr_fast.large_batch import engine, grad_cache
+    from simclr_fast.ops import library
+
+    engine.DistributedDataParallel = PassThrough  # type: ignore[misc, assignment]
+    grad_cache.DistributedDataParallel = PassThrough  # type: ignore[misc, assignment]
+    library._triton_unusable = lambda initialized: None  # type: ignore[assignment]
+    kernels.augment_crops = lambda *args: args[-1].zero_()
+
+
+def main(world: int, cases: list[str]) -> None:
+    cuda_walk.pretend(world)
+    stand_ins()
+    results = {}
+    for case in cases:
+        mode, _, dtype = case.partition(" ")
+        with walk() as record:
+            try:
+                if case == "evaluate":
+                    seen = evaluate()
+                elif case in FAULTS:
+                    seen = train("plain", "bf16", world, FAULTS[case])
+                else:
+                    seen = train(mode, dtype, world)
+            except Exception as error:
+                seen = {"error": f"{type(error).__name__}: {error}"[:500]}
+        results[case] = {name: dict(counter) for name, counter in vars(record).items()} | seen
+    print(json.dumps(results), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])
+    # torch 2.14 crashes when some fake tensors are freed at the end.
+    os._exit(0)

@@ -1,0 +1,100 @@
+"""Whole training steps on device "cuda" without a GPU: what waits, dtypes, layouts, operations."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_walk_steps import FAULTS
+
+HELPERS = Path(__file__).parents[1] / "helpers"
+pytestmark = [
+    pytest.mark.skipif(torch.version.cuda is None, reason="a torch that is built for CUDA"),
+    pytest.mark.skipif(sys.platform != "linux", reason="changes a loaded library in memory"),
+]
+DTYPE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+# Where the host may wait for the GPU in a step, by function, and why.
+MAY_WAIT = {
+    "augment/views.py:finish_crops": "six constants from pageable memory, before the step",
+}
+MAY_WAIT_OF_RANKS = {
+    "utils/distributed.py:gather_row_counts": "ranks may hold different numbers of rows",
+}
+# Copies between host and GPU that nothing waits for.
+MAY_COPY = {
+    "elsewhere": "the views' parameters",
+    "large_batch/offload.py:store": "block inputs, on a stream of their own",
+    "large_batch/offload.py:fetch": "block inputs, on a stream of their own",
+}
+# Launches of one forward and backward of ResNet-18 with its NORMS batch norms; lockstep: in two
+# micro-batches.
+NORMS = 22
+BUDGET = {"plain": 245, "replay": 985, "lockstep": 2140}
+
+
+def walked(world, *cases):
+    """What `cuda_walk_steps` saw. A process of its own, as the walk changes torch."""
+    command = [sys.executable, str(HELPERS / "cuda_walk_steps.py"), str(world), *cases]
+    paths = os.pathsep.join([str(HELPERS.parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def places(found, allowed):
+    """Of `found`, what happened in no function of `allowed`."""
+    where = {what: what.partition(" @ ")[2].split(" in ")[0] for what in found}
+    return {what: n for what, n in found.items() if where[what] not in allowed}
+
+
+def check(case, seen, world):
+    assert "error" not in seen, (case, seen["error"])
+    assert not places(seen["waits"], MAY_WAIT | (MAY_WAIT_OF_RANKS if world > 1 else {})), case
+    assert not places(seen["copies"], MAY_COPY), case
+    mode, dtype = case.split()
+    assert seen["outputs"] == [DTYPE[dtype]] * 2, case
+    assert set(seen["convolutions"]) == {f"{DTYPE[dtype]} channels_last"}, case
+    assert not seen["wrong gradients"], case
+    if world == 1:
+        assert seen["gradient"] <= BUDGET.get(mode, 1e9), case
+
+
+def check_all(found, cases, world):
+    for case in cases:
+        check(case, found[case], world)
+
+
+def test_a_step_on_one_gpu():
+    cases = "plain bf16", "replay bf16", "lockstep bf16", "plain fp16", "grad-cache bf16"
+    found = walked(1, *cases, "evaluate", *FAULTS)
+    check_all(found, cases, 1)
+    for fault in FAULTS:
+        with pytest.raises(AssertionError):
+            check("plain bf16", found[fault], 1)
+    assert "same device" in found["wrong device"]["error"]
+    evaluated = found["evaluate"]
+    assert evaluated["features"] == "cpu"
+    # Images go in, features come out.
+    assert not places(evaluated["waits"], {"models/encoders.py:encode"})
+
+
+def test_a_step_on_eight_gpus():
+    cases = "plain bf16", "replay bf16", "lockstep bf16"
+    found = walked(8, *cases)
+    check_all(found, cases, 8)
+    for case in cases:
+        collectives = found[case]["collectives"].items()
+        assert sum(n for what, n in collectives if "batch_norm.py:global_stat" in what) == NORMS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 8])
+def test_further_dtypes_and_modes(world):
+    modes = "plain", "replay", "lockstep", "keep-every", "offload", "grad-cache"
+    cases = [f"{mode} {dtype}" for mode in modes for dtype in DTYPE]
+    check_all(walked(world, *cases), cases, world)
