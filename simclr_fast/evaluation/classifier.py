@@ -127,7 +127,7 @@ def train_classifier(
         }
         save_checkpoint(folder, step, state)
 
-    bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     model.train()
     if recipe.frozen:
         encoder.eval()
