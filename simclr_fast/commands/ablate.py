@@ -7,8 +7,8 @@ from pathlib import Path
 
 from simclr_fast.commands.pretrain import parse_pretrain
 from simclr_fast.training.ablate import OPERATIONS, ablate, grid, mean_top1, plot_ablation
-from simclr_fast.utils.distributed import require_one_process
 from simclr_fast.utils.interrupts import Interrupted, exit_status, raise_sigterm
+from simclr_fast.utils.launch import require_one_process
 
 
 def run(arguments: list[str]) -> int:

@@ -18,9 +18,9 @@ from simclr_fast.evaluation.accuracy import Scores, score
 from simclr_fast.evaluation.classifier import Recipe
 from simclr_fast.evaluation.plots import plot_embedding, plot_layers
 from simclr_fast.evaluation.subsets import LabelledPair
-from simclr_fast.utils.distributed import require_one_process
 from simclr_fast.utils.extras import need
 from simclr_fast.utils.interrupts import exit_status, raise_sigterm
+from simclr_fast.utils.launch import require_one_process
 
 USAGE = """simclr-fast eval PROTOCOL --encoder FILE [--data ...] [--test ...]
   linear    logistic regression on frozen features, and a linear layer trained with random crops

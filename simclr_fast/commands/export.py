@@ -8,7 +8,7 @@ from typing import get_args
 from simclr_fast.models.encoders import Stem
 from simclr_fast.models.export import FORMATS, export_encoder
 from simclr_fast.models.weights import load_weights
-from simclr_fast.utils.distributed import require_one_process
+from simclr_fast.utils.launch import require_one_process
 
 
 def run(arguments: list[str]) -> int:

@@ -10,7 +10,7 @@ import torch
 from simclr_fast.augment.params import Augmentation
 from simclr_fast.large_batch import planner
 from simclr_fast.training.config import PretrainConfig
-from simclr_fast.training.pretrain import build_model
+from simclr_fast.training.setup import build_model
 
 _WIDTHS, _GPUS, _SIZES = (1, 2, 4), (1, 2, 4, 8), (24, 40, 80)
 

@@ -61,6 +61,14 @@ class OnlineProbe:
         """Note the features of a step's views: [2n, D], first views first."""
         self.h = h.detach()
 
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a checkpoint's `state`; an empty one begins anew."""
+        # "next" stays on the host, which reads it in every step.
+        self.state = {
+            name: value.cpu() if name == "next" else value.to(self.device)
+            for name, value in state.items()
+        }
+
     @torch.no_grad()
     def after_step(self, step: int, index: Tensor) -> dict[str, Any] | None:
         """Learn from the noted features of images `index`, int64 [n]; a report when it is due."""

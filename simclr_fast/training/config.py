@@ -44,10 +44,11 @@ class PretrainConfig:
     warmup_epochs: float = 10
     seed: int = 0
     device: str = "auto"
-    """auto: cuda if there is one, else cpu."""
+    """auto, cpu, cuda, cuda:N or mps. auto: a GPU if torch sees one, else the CPU."""
     backend: Literal["fused", "dali"] | None = None
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto: bfloat16 autocast on GPUs that have it, else float32. float16 scales the loss."""
+    """auto: autocast on GPUs, bfloat16 where they compute in it, else float16 with a scaled loss;
+    float32 on the CPU."""
     memory: Literal["auto", "plain", "replay", "lockstep", "grad-cache"] = "auto"
     """How the batch's gradient is made to fit; see simclr_fast.large_batch.LargeBatch. auto: the
     first that `simclr-fast plan` predicts to fit."""
@@ -72,6 +73,8 @@ class PretrainConfig:
     needs labels, which train only the probe."""
     checkpoint_every: int = 500
     """Steps between checkpoints; the newest two are kept."""
+    checkpoint_minutes: float = 15
+    """A checkpoint is also written when the last one is older than this many minutes."""
     timeout: float = 600
     """Seconds without progress after which a run of several ranks ends and names who stalled."""
     resume: bool = False
@@ -106,6 +109,8 @@ class PretrainConfig:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         if self.lr is not None and self.lr <= 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
+        if self.checkpoint_minutes <= 0:
+            raise ValueError(f"checkpoint_minutes must be positive, got {self.checkpoint_minutes}")
         if self.timeout <= 0:
             raise ValueError(f"timeout must be positive, got {self.timeout}")
         if self.warmup_epochs < 0:

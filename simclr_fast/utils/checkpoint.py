@@ -19,6 +19,8 @@ _KEEP = 2
 _PART = ".simclr-part"
 # Keys that an error names before it counts the rest.
 _NAMED = 5
+# The parts of a checkpoint that training cannot go on from once they are NaN or infinite.
+_TRAINED = ("loss", "model", "optimizer")
 # What torch says of a class or function that weights_only refuses.
 _FOREIGN = re.compile(r"GLOBAL ([\w.]+)")
 
@@ -70,12 +72,43 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write folder/step-NNNNNNNN.pt and delete all but the newest two."""
+    """Write folder/step-NNNNNNNN.pt and delete all but the newest two.
+
+    Raises:
+        FloatingPointError: the loss, a weight or a tensor of the optimizer is not finite. Nothing
+            is written or deleted then.
+    """
     path = folder / f"step-{step:08d}.pt"
+    if bad := not_finite({name: state[name] for name in _TRAINED if name in state}):
+        kept = checkpoints(folder)
+        last = f"the last checkpoint is {kept[-1]}" if kept else "no checkpoint was written before"
+        raise FloatingPointError(
+            f"{_some(bad)} is NaN or infinite at step {step}, which is not saved: lower the "
+            f"learning rate (--lr); {last}"
+        )
     write_atomic(path, lambda temporary: torch.save(state, temporary))
     for old in checkpoints(folder)[:-_KEEP]:
         old.unlink()
     return path
+
+
+def not_finite(state: dict[Any, Any]) -> list[str]:
+    """Names of the tensors in nested dicts that hold NaN or infinity; a single wait for a GPU."""
+    found: dict[str, Tensor] = {}
+
+    def walk(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, part in value.items():
+                walk(f"{name}.{key}" if name else str(key), part)
+        elif isinstance(value, Tensor) and value.is_floating_point():
+            found[name] = value.detach().isfinite().all()
+
+    walk("", state)
+    if not found:
+        return []
+    device = next(iter(found.values())).device
+    flags = torch.stack([flag.to(device) for flag in found.values()]).tolist()
+    return [name for name, good in zip(found, flags, strict=True) if not good]
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -99,14 +132,13 @@ def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dic
         raise ValueError(f"not a readable checkpoint: {path}: {cause}") from error
 
 
-def restore(path: Path, map_location: torch.device | str, **parts: Any) -> dict[str, Any]:
-    """Give each part (model, optimizer, …) its state in the checkpoint; returns the whole of it.
+def restore(state: dict[str, Any], path: Path, **parts: Any) -> None:
+    """Give each part (model, optimizer, …) its state in the checkpoint `state`, read from `path`.
 
     Raises:
         ValueError: naming `path` and what is missing or does not fit; `model` is unchanged then.
     """
-    state = load_checkpoint(path, map_location)
-    if missing := [name for name in (*parts, "step", "rng") if name not in state]:
+    if missing := [name for name in (*parts, "step") if name not in state]:
         raise ValueError(f"{path} is no checkpoint of this kind of run: missing {_some(missing)}")
     if problems := misfits(parts["model"], state["model"]):
         raise ValueError(f"{path} does not fit this model: {'; '.join(problems)}")
@@ -119,7 +151,6 @@ def restore(path: Path, map_location: torch.device | str, **parts: Any) -> dict[
             parts[name].load_state_dict(state[name])
         except (KeyError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} does not fit this run: {name}: {error}") from error
-    return state
 
 
 def load_strictly(module: nn.Module, state: dict[str, Any], path: Path) -> None:

@@ -1,18 +1,31 @@
-"""Ranks: joining them, and gathers that allow each a different number of rows."""
+"""Ranks: joining them, what they decide together, and gathers of uneven numbers of rows."""
 
+import io
+import logging
 import os
-from collections.abc import Iterator, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _abort_process_group
 from torch.distributed.rendezvous import rendezvous
 
+from simclr_fast.utils.device import resolve_device
+from simclr_fast.utils.launch import launched
 from simclr_fast.utils.rank_watch import RankFailure, RankWatch
+
+log = logging.getLogger(__name__)
+# Bytes per message of World.share.
+_CHUNK = 64 << 20
+# Seconds that aborting the process group may take.
+_ABORT = 5.0
 
 
 def gather_row_counts(rows: int, device: torch.device, group: dist.ProcessGroup) -> list[int]:
@@ -47,20 +60,17 @@ def all_gather_rows(
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that torchrun started; rank 0 of 1 without it."""
+    """This process among those that a launcher started; rank 0 of 1 without one."""
 
     rank: int
     size: int
     device: torch.device
     watch: RankWatch | None = None
 
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is set on any rank."""
-        if self.size == 1:
-            return flag
-        flags = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        return bool(flags.item())
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """All ranks; None for a single process."""
+        return dist.group.WORLD if self.size > 1 else None
 
     def least(self, value: float) -> float:
         """The smallest `value` of all ranks."""
@@ -70,10 +80,71 @@ class World:
         dist.all_reduce(values, op=dist.ReduceOp.MIN)
         return values.item()
 
+    def share(self, make: Callable[[], Any]) -> Any:
+        """make() of rank 0, on every rank; where it raises, every rank raises.
+
+        The value is what torch.load reads with weights_only: tensors, numbers, text, containers.
+        No other rank needs the files that rank 0 reads.
+        """
+        if self.size == 1:
+            return make()
+        value: Any = None
+        error: Exception | None = None
+        packed = io.BytesIO()
+        if self.rank == 0:
+            try:
+                value = make()
+            except Exception as raised:
+                error = raised
+            torch.save({"value": value, "error": None if error is None else str(error)}, packed)
+        size = torch.tensor(packed.getbuffer().nbytes, device=self.device)
+        dist.broadcast(size, 0)
+        if self.rank != 0:
+            packed = io.BytesIO(bytes(int(size)))
+        message = torch.frombuffer(packed.getbuffer(), dtype=torch.uint8)
+        for part in message.split(_CHUNK):
+            sent = part.to(self.device)
+            dist.broadcast(sent, 0)
+            if self.rank != 0:
+                part.copy_(sent)
+        if error is not None:
+            raise error
+        if self.rank == 0:
+            return value
+        received = torch.load(packed, weights_only=True)
+        if received["error"] is not None:
+            raise RankFailure(f"rank 0 ended: {received['error']}")
+        return received["value"]
+
+    def check_alike(self, model: nn.Module, step: int) -> None:
+        """RankFailure unless every rank holds the same weights at the same step."""
+        if self.size == 1:
+            return
+        own = torch.tensor([step, fingerprint(model)], device=self.device)
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(found, own)
+        first = found[0].tolist()
+        if others := [rank for rank, one in enumerate(found) if one.tolist() != first]:
+            steps = ", ".join(f"rank {rank}: step {int(one[0])}" for rank, one in enumerate(found))
+            raise RankFailure(
+                f"rank {', '.join(map(str, others))} has other weights than rank 0, so this would "
+                f"train several models as one ({steps}): do all ranks run the same versions?"
+            )
+
     def mark(self, step: int, doing: str) -> None:
         """Tell the other ranks where this one is: `doing` in `step`, counted from 1."""
         if self.watch is not None:
             self.watch.mark(step, doing)
+
+    def stop_signal(self, step: int, caught: Sequence[int]) -> int | None:
+        """The signal that ends the run after `step`, on all ranks at once; None: it goes on.
+
+        caught: what `catch_signals` noted on this rank. Waits for nobody unless a signal arrived,
+        and never for the GPU.
+        """
+        if self.watch is None:
+            return caught[0] if caught else None
+        return self.watch.stop_signal(step, caught)
 
     def leave(self) -> None:
         """Tell the other ranks that this one's end is meant."""
@@ -81,72 +152,84 @@ class World:
             self.watch.leave()
 
 
-def require_one_process() -> None:
-    """ValueError under a launcher that started several: each would do, and write, the same."""
-    if (size := int(os.environ.get("WORLD_SIZE", 1))) > 1:
-        raise ValueError(f"this command is one process, and {size} were started: no torchrun here")
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that this process may still use: of the GPU, or its share of the host's memory."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    share = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-        return kib * 1024 / share
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / share
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> int:
+    """A 63-bit number that changes with the weights' bits: exact on any device, in any order."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    total = 0
+    for place, tensor in enumerate(model.state_dict().values(), 1):
+        bits = tensor.detach().contiguous().reshape(-1)
+        # Memory formats differ in order only, which a sum does not see.
+        bits = bits.view(integers[bits.element_size()])
+        total += place * int(bits.sum(dtype=torch.int64))
+    return total % (1 << 63)
 
 
 @contextmanager
 def join_world(device: str, timeout: float = 600) -> Iterator[World]:
-    """Join torchrun's process group (NCCL on GPUs, gloo on CPUs), and leave it at the end.
+    """Join the launcher's process group (NCCL on GPUs, gloo on CPUs), and leave it at the end.
 
-    device: "auto" (a GPU of one's own if torch sees any, else the CPU), "cpu" or "cuda".
+    device: as `resolve_device` takes it.
     timeout: seconds without progress, a collective included, that end the run.
 
     Raises:
         RankFailure: another rank died, stalled, raised an error or never joined; it is named. A
             rank that hangs cannot raise: its process prints the same and ends with status 1.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    chosen = torch.device(device)
-    if chosen.type == "cuda" and chosen.index is None:
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(chosen)
+    launch, chosen = launched(), resolve_device(device)
+    rank, size = launch.rank, launch.size
     if size == 1:
         yield World(0, 1, chosen)
         return
     try:
-        store, *_ = next(rendezvous("env://", rank, size, timeout=timedelta(seconds=timeout)))
+        meeting = rendezvous(launch.url, rank, size, timeout=timedelta(seconds=timeout))
+        store, *_ = next(meeting)
     except dist.DistError as error:
         raise RankFailure(f"not all {size} ranks joined within {timeout:g} s: {error}") from error
     watch = RankWatch(store, rank, size, timeout)
-    lost = False
+    nccl = chosen.type == "cuda"
     try:
         dist.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo",
+            "nccl" if nccl else "gloo",
             store=dist.PrefixStore("default_pg", store),
             rank=rank,
             world_size=size,
             # The watch is first to end the run, and says whose fault it was.
             timeout=timedelta(seconds=timeout + 60),
+            device_id=chosen if nccl else None,
         )
         assert dist.group.WORLD is not None
         watch.watch(dist.group.WORLD)
         yield World(rank, size, chosen, watch)
-    except Exception as error:
-        explained = watch.explain(error)
-        lost = explained is not error
-        if lost:
-            raise explained from error
-        raise
-    finally:
+    except BaseException as error:
+        meant = watch.left
+        explained = error if meant else watch.explain(error)
+        if not meant:
+            # Before anything that may wait: a process that hangs has then said why.
+            print(f"simclr-fast: rank {rank}: {watch.where}: {explained}", file=sys.stderr)
+            sys.stderr.flush()
         watch.leave()
-        # NCCL would wait for the lost rank.
-        if dist.is_initialized() and not (lost and chosen.type == "cuda"):
-            dist.destroy_process_group()
+        _abort()
+        if explained is error:
+            raise
+        raise explained from error
+    watch.leave()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _abort() -> None:
+    """Drop the process group without waiting for collectives that other ranks never join.
+
+    destroy_process_group would wait for them, with NCCL until the timeout.
+    """
+    if not dist.is_initialized():
+        return
+    thread = threading.Thread(target=_abort_process_group, name="abort", daemon=True)
+    thread.start()
+    thread.join(_ABORT)
+    if thread.is_alive():
+        print(
+            "simclr-fast: the process group does not end: leaving it", file=sys.stderr, flush=True
+        )
+        os._exit(1)

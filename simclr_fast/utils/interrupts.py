@@ -1,4 +1,8 @@
-"""SIGINT and SIGTERM: noted until a step ends, or raised at once."""
+"""Signals that ask a process to end: noted until a step ends, or raised at once.
+
+SIGINT is Ctrl-C; SIGTERM comes from launchers and schedulers; SIGUSR1 is what SLURM is told to send
+some time before it ends a job (`#SBATCH --signal=USR1@90`).
+"""
 
 import signal
 from collections.abc import Iterator
@@ -6,9 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+# Windows has no SIGUSR1.
+_ENDING = [signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM ended a run after it wrote a checkpoint. signal_number: which of them."""
+    """A signal ended a run after it wrote a checkpoint. signal_number: which."""
 
     def __init__(self, signal_number: int, folder: Path) -> None:
         super().__init__(f"interrupted; {folder} holds a checkpoint: go on with --resume")
@@ -16,17 +23,21 @@ class Interrupted(Exception):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived."""
+    """SIGTERM or SIGUSR1 arrived. number: which."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 @contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are noted in the list that this yields, instead of ending the process."""
+    """Signals that ask to end are noted in the list that this yields; the process goes on."""
     caught: list[int] = []
     try:
         before = {
             s: signal.signal(s, lambda number, _: caught.append(number))
-            for s in (signal.SIGINT, signal.SIGTERM)
+            for s in (signal.SIGINT, *_ENDING)
         }
     except ValueError:
         # Only the main thread may set handlers; elsewhere the caller keeps its own.
@@ -40,22 +51,23 @@ def catch_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def raise_sigterm() -> Iterator[None]:
-    """SIGTERM raises Terminated, as Ctrl-C raises KeyboardInterrupt."""
+    """SIGTERM and SIGUSR1 raise Terminated, as Ctrl-C raises KeyboardInterrupt."""
     try:
-        before = signal.signal(signal.SIGTERM, _terminate)
+        before = {s: signal.signal(s, _terminate) for s in _ENDING}
     except ValueError:
-        yield
-        return
+        # Not the main thread.
+        before = {}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def exit_status(stop: KeyboardInterrupt) -> int:
     """The exit status that a shell reports for a process that this signal ended."""
-    return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+    return 128 + (stop.number if isinstance(stop, Terminated) else signal.SIGINT)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated
+    raise Terminated(number)

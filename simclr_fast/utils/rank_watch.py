@@ -5,6 +5,11 @@ store once a second and whenever it turns to something else. When a rank dies, t
 collectives fail (gloo: at once) or hang (NCCL; under either if a rank stalls). The survivors then
 look for the rank whose beats stopped or, if all beat, the one that has begun the fewest
 collectives. The first verdict stands for all; every rank ends with it.
+
+The threads also agree on the step after which a signal stops the run. Ranks are not in the same
+step: on a GPU the host runs ahead. So each rank's thread promises the step that its main thread is
+in, the main thread does not pass that step before all have promised, and the largest promise is
+where all stop. Threads never wait for a main thread, so this ends, and no step costs a message.
 """
 
 import json
@@ -15,6 +20,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -25,7 +31,9 @@ _BEAT = 1.0
 # Beats without which a rank counts as gone, once there is reason to look.
 _MISSED = 4
 # Seconds that the main thread has to end by itself after a verdict.
-_GRACE = 10.0
+_GRACE = 4.0
+# Seconds after which a rank that did not answer a signal to stop is looked for.
+_ANSWER = 5.0
 _ADVICE = "; --resume goes on from the last checkpoint"
 
 
@@ -51,6 +59,15 @@ class RankWatch:
         self._mark = (0, "starting")
         self._group: dist.ProcessGroup | None = None
         self._stopped = threading.Event()
+        # Guards what the two threads say to each other about stopping.
+        self._turn = threading.Condition()
+        # The main thread's last step; the step before which this rank does not stop; what was
+        # agreed: the last step of all ranks, and the signal.
+        self._finished = 0
+        self._promised: int | None = None
+        self._stop: tuple[int, int] | None = None
+        self._verdict = ""
+        self._asked_at = 0.0
         self._beat()
         self._await_all()
         self._wake, wakened = socket.socketpair()
@@ -74,6 +91,43 @@ class RankWatch:
         if not self._stopped.is_set():
             self._beat()
 
+    @property
+    def left(self) -> bool:
+        """Whether this rank's end is meant."""
+        return self._stopped.is_set()
+
+    @property
+    def where(self) -> str:
+        """The step of this rank, counted from 1, and what it does there."""
+        step, doing = self._mark
+        return f"step {step} ({doing})"
+
+    def stop_signal(self, step: int, caught: Sequence[int]) -> int | None:
+        """The signal that ends the run after `step`, the same step on all ranks; None: go on.
+
+        The main thread asks after each of its steps, counted from 1, but the run's last.
+        caught: signals that arrived on this rank.
+
+        Raises:
+            RankFailure: another rank ended before it answered.
+        """
+        with self._turn:
+            self._finished = step
+            if caught and self._promised is None:
+                self._store.compare_set("stop", "", str(caught[0]))
+                self._promised = step
+                with suppress(OSError):
+                    # The thread looks around now, not at its next beat.
+                    self._wakened.send(b"\0")
+            if self._promised is None or step < self._promised:
+                return None
+            while self._stop is None and not self._verdict:
+                self._turn.wait(_BEAT)
+            if self._stop is None:
+                raise RankFailure(self._verdict + _ADVICE)
+            last, number = self._stop
+            return number if step >= last else None
+
     def leave(self) -> None:
         """This rank is done: from now on neither is it missed nor does it look for others."""
         if self._stopped.is_set():
@@ -90,13 +144,14 @@ class RankWatch:
         self._wake.close()
         self._wakened.close()
 
-    def explain(self, error: Exception) -> Exception:
+    def explain(self, error: BaseException) -> BaseException:
         """What ended this rank: RankFailure if another's end caused `error`, else `error` itself.
 
         The others are told either way.
         """
-        step, doing = self._mark
-        own = f"rank {self.rank} ended in step {step} ({doing}): {type(error).__name__}: {error}"
+        if isinstance(error, RankFailure):
+            return error
+        own = f"rank {self.rank} ended in {self.where}: {type(error).__name__}: {error}"
         try:
             # The backends raise RuntimeError for a lost peer; anything else is this rank's own.
             verdict = isinstance(error, RuntimeError) and (self._told() or self._missing())
@@ -169,17 +224,43 @@ class RankWatch:
         host = (
             "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
         )
-        step, doing = self._mark
-        return f"{host}, which hosts the store, died or left; here it was step {step} ({doing})"
+        return f"{host}, which hosts the store, died or left; here it was {self.where}"
+
+    def _agree(self) -> bool:
+        """Answer a signal to stop, of whatever rank; whether answers of others are awaited."""
+        if self._stop is not None or not self._store.check(["stop"]):
+            return False
+        with self._turn:
+            if self._promised is None:
+                self._promised = self._finished + 1
+            promised = self._promised
+        self._store.set(f"stop/{self.rank}", str(promised))
+        self._asked_at = self._asked_at or time.monotonic()
+        answers = []
+        for rank, (_, _, doing, _) in enumerate(self._read()):
+            if self._store.check([f"stop/{rank}"]):
+                answers.append(int(self._store.get(f"stop/{rank}")))
+            elif doing == "done":
+                # It had nothing left to stop, so nobody stops before the end.
+                answers.append(sys.maxsize)
+            else:
+                if time.monotonic() - self._asked_at > _ANSWER and (verdict := self._missing()):
+                    self._end(self._tell(verdict))
+                return True
+        with self._turn:
+            self._stop = (max(answers), int(self._store.get("stop")))
+            self._turn.notify_all()
+        return False
 
     def _run(self) -> None:
         progress: Any = None
-        signalled = False
+        signalled = waiting = False
         while not self._stopped.is_set():
             try:
                 self._beat()
                 if verdict := self._told():
                     self._end(verdict)
+                waiting = self._agree()
                 now = (self._mark, self._collectives())
                 if now != progress:
                     progress, since = now, time.monotonic()
@@ -190,11 +271,14 @@ class RankWatch:
                     self._end(self._tell(verdict))
             except dist.DistError:
                 self._end(self._store_lost())
-            if select.select([self._wake], [], [], _BEAT)[0]:
+            if select.select([self._wake], [], [], _BEAT / 10 if waiting else _BEAT)[0]:
                 signalled |= signal.SIGTERM in self._wake.recv(64)
 
     def _end(self, verdict: str) -> None:
         """End the process, unless its main thread does so itself."""
+        with self._turn:
+            self._verdict = verdict
+            self._turn.notify_all()
         if self._stopped.wait(_GRACE):
             return
         print(f"simclr-fast: rank {self.rank}: {verdict}{_ADVICE}", file=sys.stderr, flush=True)

@@ -11,8 +11,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from simclr_fast.large_batch import LargeBatch, pieces, planner
-from simclr_fast.training import pretrain as train
 from simclr_fast.training.config import PretrainConfig
+from simclr_fast.training.setup import choose_memory
 from simclr_fast.utils.distributed import World
 
 COMPILE = torch.compile
@@ -150,6 +150,6 @@ def test_only_lockstep_compiles(monkeypatch, caplog):
         LargeBatch(simclr("resnet10"), memory="plain", compile=True)
     monkeypatch.setattr(planner, "choose", lambda *_: planner.Setting("plain", None, 1))
     config = PretrainConfig(compile=True)
-    chosen = train.choose_memory(config, World(0, 1, torch.device("cpu")), None)
+    chosen, _ = choose_memory(config, World(0, 1, torch.device("cpu")), None)
     assert chosen["compile"] is False
     assert "plain, which is not compiled" in caplog.text

@@ -223,7 +223,7 @@ def test_auto_takes_plain_for_a_small_batch_on_the_cpu(config, arrays, monkeypat
         taken.append(options["memory"])
         return LargeBatch(model, **options)
 
-    monkeypatch.setattr("simclr_fast.training.pretrain.LargeBatch", note)
+    monkeypatch.setattr("simclr_fast.training.loop.LargeBatch", note)
     assert config.memory == "auto"
     pretrain(config)
     assert taken == ["plain"]

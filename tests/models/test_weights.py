@@ -11,7 +11,7 @@ from torch import nn
 from simclr_fast.augment.params import Augmentation
 from simclr_fast.models.weights import IMAGENET_MEAN, _resnet_of, load_weights
 from simclr_fast.training.config import PretrainConfig
-from simclr_fast.training.pretrain import build_model, describe
+from simclr_fast.training.setup import build_model, describe
 from simclr_fast.utils.checkpoint import load_strictly, save_checkpoint, save_encoder
 
 

@@ -23,7 +23,7 @@ from simclr_fast.data.sources import ArraySource
 from simclr_fast.models.encoders import SimCLR
 from simclr_fast.models.weights import load_weights
 from simclr_fast.training import supervised
-from simclr_fast.training.pretrain import build_model
+from simclr_fast.training.setup import build_model
 from simclr_fast.training.supervised import build_classifier, supervise
 from simclr_fast.utils.checkpoint import checkpoints, load_checkpoint
 

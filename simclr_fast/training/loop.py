@@ -1,0 +1,250 @@
+"""The one training loop: load → backward → step → log → probe → save → stop, and resume.
+
+`pretrain` and `supervise` bring a model, a loader and a loss; everything else is here.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simclr_fast import __version__
+from simclr_fast.data.loader import OneViewLoader, TwoViewLoader
+from simclr_fast.evaluation.online import OnlineProbe
+from simclr_fast.large_batch import LargeBatch, planner
+from simclr_fast.models.encoders import SimCLR
+from simclr_fast.optim.schedule import warmup_cosine
+from simclr_fast.training.config import PretrainConfig
+from simclr_fast.training.metrics import Metrics
+from simclr_fast.training.setup import (
+    build_optimizer,
+    choose_memory,
+    describe,
+    output_folder,
+    workload,
+    write_config,
+)
+from simclr_fast.utils import checkpoint
+from simclr_fast.utils.device import autocast_dtype
+from simclr_fast.utils.distributed import World
+from simclr_fast.utils.interrupts import Interrupted, catch_signals
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained.
+
+    loss: called once per step with the model's outputs for this rank's views and the images'
+        numbers, int64 [n] on the CPU. Returns the loss, whose gradient averaged over ranks is the
+        step's, and what metrics.jsonl shows: detached 0-dim tensors, alike on all ranks, the loss
+        and an accuracy among them.
+    """
+
+    name: str
+    model: SimCLR
+    loader: TwoViewLoader | OneViewLoader
+    loss: Callable[[Any, Tensor], tuple[Tensor, dict[str, Tensor]]]
+
+
+def train(config: PretrainConfig, world: World, task: Task) -> Path:
+    """Train `task` to its end and return the output folder.
+
+    Raises:
+        FileExistsError, BlockingIOError: the output folder is in use. Interrupted: a signal ended
+            the run. OutOfMemory: with the flags to try next. FloatingPointError: the loss or a
+            weight is no longer finite; the last checkpoint is from before that.
+    """
+    model, loader = task.model.to(world.device), task.loader
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    dtype = autocast_dtype(config.precision, world.device)
+    work = workload(config, world, loader.n_views)
+    memory, predicted = choose_memory(config, world, work)
+    large_batch = LargeBatch(model, group=world.group, autocast=dtype, **memory)
+    total_steps = config.steps or config.epochs * len(loader)
+    optimizer = build_optimizer(model, config)
+    warmup = min(round(config.warmup_epochs * len(loader)), total_steps - 1)
+    scheduler = warmup_cosine(optimizer, warmup, total_steps)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=dtype is torch.float16)
+    probe = None
+    if config.probe_every and world.rank == 0:
+        probe = OnlineProbe(loader.source.labels, config.probe_every, world.device)
+    step = 0
+
+    def where() -> str:
+        return f"rank {world.rank}, step {step + 1}"
+
+    # The folder comes after everything that a wrong argument stops.
+    with ExitStack() as stack:
+        out = stack.enter_context(output_folder(config, world))
+        folder = out / "checkpoints"
+        parts = {
+            "model": model,
+            "loader": loader,
+            "optimizer": optimizer,
+            "scheduler": scheduler,
+            "scaler": scaler,
+        }
+        if config.resume:
+            step = resume(folder, world, parts, probe)
+        world.check_alike(model, step)
+        metrics = None
+        if world.rank == 0:
+            write_config(config, out)
+            log.info("%s", summary(config, world, task, memory, predicted, total_steps, out))
+            metrics = stack.enter_context(
+                Metrics(task.name, out / "metrics.jsonl", config, step, total_steps)
+            )
+        if probe is not None:
+            probe.open(out / "online_probe.jsonl", step)
+
+        caught = stack.enter_context(catch_signals())
+        stack.enter_context(planner.out_of_memory(work, memory, where))
+        model.train()
+        batches = endless(loader)
+        saved_at = time.monotonic()
+        while step < total_steps:
+            world.mark(step + 1, "loading its batch")
+            waiting = time.perf_counter()
+            *views, index = next(batches)
+            if metrics is not None:
+                metrics.waited += time.perf_counter() - waiting
+
+            world.mark(step + 1, "training")
+            seed_step(config.seed, step, world)
+
+            def loss_fn(
+                outputs: tuple[Tensor, Tensor], index: Tensor = index
+            ) -> tuple[Tensor, dict[str, Tensor]]:
+                loss, shown = task.loss(outputs, index)
+                if probe is not None:
+                    probe.take(outputs[0])
+                return scaler.scale(loss), shown
+
+            optimizer.zero_grad(set_to_none=True)
+            _, shown = large_batch.backward(views, loss_fn)
+            lr = optimizer.param_groups[0]["lr"]
+            # Averaged gradients are the same on all ranks, and so is an overflow in them.
+            scaler.step(optimizer)
+            scaler.update()
+            scheduler.step()
+            step += 1
+
+            if metrics is not None:
+                metrics.after_step(step, shown, lr)
+            if probe is not None:
+                probe.after_step(step, index)
+
+            last = step == total_steps
+            stop = None if last else world.stop_signal(step, caught)
+            late = time.monotonic() - saved_at > 60 * config.checkpoint_minutes
+            due = late or last or stop is not None or step % config.checkpoint_every == 0
+            if due and world.rank == 0:
+                world.mark(step, "saving a checkpoint")
+                state = {name: part.state_dict() for name, part in parts.items()}
+                state |= {"step": step, "loss": shown["loss"], "encoder": describe(config)}
+                state |= {"probe": probe and probe.state, "version": __version__}
+                checkpoint.save_checkpoint(folder, step, state)
+                saved_at = time.monotonic()
+            if stop is not None:
+                world.leave()
+                raise Interrupted(stop, out)
+
+        if loader.skipped:
+            log.warning("%d corrupt images were replaced by others", len(loader.skipped))
+        if world.rank == 0:
+            checkpoint.save_encoder(out / "encoder.safetensors", model.encoder, describe(config))
+    return out
+
+
+def endless(loader: TwoViewLoader | OneViewLoader) -> Iterator[tuple[Tensor, ...]]:
+    """The batches of one epoch after the other."""
+    while True:
+        yield from loader
+
+
+def resume(
+    folder: Path, world: World, parts: dict[str, Any], probe: OnlineProbe | None = None
+) -> int:
+    """Give `parts` their states of the newest checkpoint that rank 0 finds; the step, 0 if none.
+
+    The other ranks get the state from rank 0, so their machines need not see the file.
+    """
+
+    def newest() -> dict[str, Any]:
+        saved = checkpoint.checkpoints(folder)
+        if not saved:
+            return {"path": "", "state": None}
+        return {"path": str(saved[-1]), "state": checkpoint.load_checkpoint(saved[-1])}
+
+    found = world.share(newest)
+    state, path = found["state"], Path(found["path"])
+    if state is None:
+        return 0
+    checkpoint.restore(state, path, **parts)
+    if probe is not None:
+        probe.load_state_dict(state.get("probe") or {})
+    if world.rank == 0:
+        log.info("resuming at step %d from %s", state["step"], path)
+    return state["step"]
+
+
+def seed_step(seed: int, step: int, world: World) -> None:
+    """Seed what the model draws in a step, such as dropout: another on each rank and step.
+
+    So a resumed run draws what the uninterrupted one would have, without saved generators.
+    """
+    mixed = seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + world.rank * 0x94D049BB133111EB
+    mixed ^= mixed >> 31
+    mixed = mixed * 0xD6E8FEB86659FD93 % (1 << 63)
+    # The generators themselves: torch.manual_seed would seed those of all GPUs.
+    torch.default_generator.manual_seed(mixed ^ mixed >> 32)
+    if world.device.type == "cuda":
+        torch.cuda.default_generators[world.device.index].manual_seed(mixed)
+
+
+def summary(
+    config: PretrainConfig,
+    world: World,
+    task: Task,
+    memory: dict[str, Any],
+    predicted: float | None,
+    total_steps: int,
+    out: Path,
+) -> str:
+    """What a run is about to do, in a few lines."""
+    loader = task.loader
+    source = loader.source
+    classes = f", {len(source.classes)} classes" if source.classes else ""
+    weights = sum(p.numel() for p in task.model.parameters())
+    mode = memory["memory"]
+    if predicted is not None and predicted < float("inf"):
+        mode += f" (predicted {predicted / 1e9:.1f} GB per rank)"
+    precision = autocast_dtype(config.precision, world.device)
+    ranks = f" over {world.size} ranks" if world.size > 1 else ""
+    epochs = total_steps / len(loader)
+    if world.device.type == "cuda":
+        device = f"{torch.cuda.get_device_name(world.device)} ({world.device})"
+    else:
+        device = f"{world.device}, {torch.get_num_threads()} threads"
+    lines = {
+        "data": f"{config.data}: {len(source):,} images{classes}",
+        "model": f"{config.model}, {weights / 1e6:.1f} million weights",
+        "batch": f"{config.batch_size:,} images{ranks}",
+        "length": f"{total_steps:,} steps, {epochs:.4g} epochs",
+        "memory": mode,
+        "precision": "float32" if precision is None else str(precision).partition(".")[2],
+        "device": device,
+        "views": f"{loader.backend} backend",
+        "folder": f"{out}; checkpoints every {config.checkpoint_every} steps or "
+        f"{config.checkpoint_minutes:g} minutes in {out / 'checkpoints'}",
+    }
+    return f"{task.name}\n" + "\n".join(f"  {name:<10} {text}" for name, text in lines.items())

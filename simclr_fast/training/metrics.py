@@ -1,0 +1,111 @@
+"""What a run shows while it trains: the progress bar, and lines of metrics.jsonl."""
+
+import json
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from simclr_fast.training.config import PretrainConfig
+from simclr_fast.utils.extras import need
+
+log = logging.getLogger(__name__)
+# Percent of the time spent waiting for data above which a run says what to try.
+_SLOW_DATA = 5.0
+# Seconds that a measurement of the waiting time must last to be believed.
+_MEASURED = 1.0
+
+
+class Metrics:
+    """The progress bar, and a line of metrics.jsonl every `log_every` steps; for rank 0.
+
+    first: the last step of the run that this one resumes, 0 for a new one. total: the run's steps.
+    """
+
+    def __init__(
+        self, name: str, path: Path, config: PretrainConfig, first: int, total: int
+    ) -> None:
+        self.name, self.path, self.config = name, path, config
+        self.first, self.total = first, total
+        # Seconds that were spent waiting for data since the last line.
+        self.waited = 0.0
+        self._advised = False
+
+    def __enter__(self) -> "Metrics":
+        # A resumed run repeats the steps after its checkpoint, and their lines.
+        old = self.path.read_text().splitlines() if self.first and self.path.exists() else []
+        kept = [line for line in old if json.loads(line)["step"] <= self.first]
+        self.path.write_text("".join(line + "\n" for line in kept))
+        self._file = self.path.open("a")
+        images = self.config.batch_size
+        self._bar: Any = need("tqdm").tqdm(
+            total=self.total * images,
+            initial=self.first * images,
+            unit="images",
+            unit_scale=True,
+            desc=self.name,
+            smoothing=0.05,
+            # A log file wants a line now and then, not a screen that moves.
+            mininterval=0.5 if sys.stderr.isatty() else 20,
+            dynamic_ncols=True,
+        )
+        self._since, self._logged = time.perf_counter(), self.first
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        self._file.close()
+
+    def after_step(self, step: int, shown: dict[str, Tensor], lr: float) -> None:
+        """Note a step. Every `log_every` steps reads `shown` from the device.
+
+        shown: 0-dim tensors, the loss and an accuracy among them.
+
+        Raises:
+            FloatingPointError: the loss is NaN or infinite.
+        """
+        self._bar.update(self.config.batch_size)
+        if step % self.config.log_every and step != self.total:
+            return
+        values = {name: value.item() for name, value in shown.items()}
+        now = time.perf_counter()
+        seconds = now - self._since
+        row = {
+            "step": step,
+            **values,
+            "lr": float(lr),
+            "images_per_second": (step - self._logged) * self.config.batch_size / seconds,
+            "data_wait_percent": 100 * self.waited / seconds,
+        }
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        self._bar.set_postfix(
+            loss=f"{row['loss']:.3f}",
+            acc=f"{next(row[name] for name in row if name.endswith('accuracy')):.0%}",
+            wait=f"{row['data_wait_percent']:.0f}%",
+            refresh=False,
+        )
+        if not math.isfinite(row["loss"]):
+            raise FloatingPointError(
+                f"the loss is {row['loss']} at step {step}: lower the learning rate (--lr)"
+            )
+        # The first line also measures the start.
+        if self._logged != self.first and seconds > _MEASURED:
+            self._advise(row["data_wait_percent"])
+        self._since, self._logged, self.waited = now, step, 0.0
+
+    def _advise(self, waited: float) -> None:
+        """Say once what to try when the data are slow."""
+        if waited > _SLOW_DATA and not self._advised:
+            self._advised = True
+            log.warning("%.0f%% of the time goes into waiting for data. %s", waited, _REMEDIES)
+
+
+_REMEDIES = (
+    "Try --workers with the number of free cores; smaller image files (a side of 256 pixels is "
+    "enough for views of 224); shards (.tar) instead of many files on a network disk."
+)

@@ -1,0 +1,155 @@
+"""What a PretrainConfig describes, built: model, optimizer, memory mode, output folder."""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from simclr_fast.large_batch import planner
+from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector
+from simclr_fast.models.weights import about_encoder
+from simclr_fast.optim.lars import LARS, lars_param_groups
+from simclr_fast.optim.schedule import scaled_lr
+from simclr_fast.training.config import PretrainConfig, to_json
+from simclr_fast.utils.checkpoint import write_atomic
+from simclr_fast.utils.device import autocast_dtype, free_memory
+from simclr_fast.utils.distributed import World
+from simclr_fast.utils.locks import locked
+
+log = logging.getLogger(__name__)
+# Adam's, for runs too small for LARS.
+_ADAM_LR = 2e-3
+_LOCK = ".lock"
+
+
+def build_model(config: PretrainConfig) -> SimCLR:
+    """The untrained encoder and projector of `config`, from torch's current random state."""
+    encoder, dim = build_encoder(
+        config.model, width=config.width, image_size=config.augmentation.size, stem=config.stem
+    )
+    projector = build_projector(config.projector, dim, config.projector_dim, config.projector_depth)
+    return SimCLR(encoder, projector)
+
+
+def build_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.Optimizer:
+    """LARS as in the paper, or Adam; biases and norm layers are neither decayed nor adapted."""
+    groups = lars_param_groups(model, config.weight_decay)
+    if config.optimizer == "lars":
+        return LARS(
+            groups,
+            lr=config.lr or scaled_lr(config.batch_size, config.lr_rule),
+            momentum_order="tf",
+            norm="joint",
+            eps=0.0,
+        )
+    for group in groups:
+        group.pop("adapt", None)
+    return torch.optim.Adam(groups, lr=config.lr or _ADAM_LR, fused=True)
+
+
+def loader_options(config: PretrainConfig, world: World) -> dict[str, Any]:
+    """A loader's arguments beside its source and batch size."""
+    return {
+        "augmentation": config.augmentation,
+        "seed": config.seed,
+        "rank": world.rank,
+        "world_size": world.size,
+        "device": world.device,
+        "backend": config.backend,
+        "channels_last": config.channels_last,
+        # What autocast would round the views to.
+        "dtype": autocast_dtype(config.precision, world.device) or torch.float32,
+        "on_error": config.on_error,
+        "num_threads": config.workers,
+    }
+
+
+def workload(config: PretrainConfig, world: World, n_views: int) -> planner.Workload:
+    """The planner's view of a run with `n_views` views per image; the planner's own are two."""
+    images = max(world.size, -(-config.batch_size * n_views // 2))
+    return planner.Workload(
+        partial(build_model, config),
+        config.augmentation.size,
+        images,
+        world.size,
+        autocast_dtype(config.precision, world.device),
+        2 if config.optimizer == "adam" else 1,
+        cuda=world.device.type == "cuda",
+    )
+
+
+def choose_memory(
+    config: PretrainConfig, world: World, work: planner.Workload
+) -> tuple[dict[str, Any], float | None]:
+    """`LargeBatch`'s options, alike on all ranks, and the predicted bytes per rank.
+
+    The options are those of `config`; the planner chooses for memory "auto" and predicts.
+    """
+    chosen = {
+        "memory": config.memory,
+        "micro_batch": config.micro_batch,
+        "keep_every": config.keep_every,
+        "offload_gb": config.offload_gb,
+        "compile": config.compile,
+        "allow_ghost_bn": config.allow_ghost_bn,
+    }
+    if config.memory != "auto":
+        return chosen, None
+    free = world.least(free_memory(world.device))
+    setting = planner.choose(work, free)
+    if config.compile and setting.memory != "lockstep":
+        log.warning("memory 'auto' takes %s, which is not compiled", setting.memory)
+    return chosen | {
+        "memory": setting.memory,
+        "micro_batch": config.micro_batch or setting.micro_batch,
+        "keep_every": setting.keep_every,
+        "compile": config.compile and setting.memory == "lockstep",
+    }, setting.device_bytes
+
+
+def describe(config: PretrainConfig) -> dict[str, str]:
+    """Metadata of encoder.safetensors: what builds the encoder again, and what its images were."""
+    return about_encoder(config.model, config.width, config.stem, config.augmentation)
+
+
+@contextmanager
+def output_folder(config: PretrainConfig, world: World) -> Iterator[Path]:
+    """The run's folder, on rank 0 made and locked until the run ends; only rank 0 writes there.
+
+    Raises:
+        FileExistsError: it is not empty, without resume or overwrite. BlockingIOError: another run
+            is at work in it. ValueError: several ranks and no `out`.
+    """
+    if config.out is None and world.size > 1:
+        raise ValueError("out must be given when several ranks run")
+    name = Path(config.data).stem or "run"
+    out = config.out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    if world.rank != 0:
+        yield out
+        return
+    if _contents(out) and not (config.resume or config.overwrite):
+        raise FileExistsError(f"{out} is not empty: pass --resume, --overwrite or another --out")
+    with locked(out / _LOCK, f"another run is at work in {out}: wait for its end, or end it"):
+        if config.overwrite:
+            for path in _contents(out):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+        yield out
+
+
+def write_config(config: PretrainConfig, out: Path) -> None:
+    """Write config.json, for what reads the folder later."""
+    write_atomic(out / "config.json", lambda part: part.write_text(to_json(config)))
+
+
+def _contents(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name != _LOCK] if folder.is_dir() else []
