@@ -243,7 +243,7 @@ def summary(
         "memory": mode,
         "precision": "float32" if precision is None else str(precision).partition(".")[2],
         "device": device,
-        "views": f"{loader.backend} backend",
+        "views": loader.describe(),
         "folder": f"{out}; checkpoints every {config.checkpoint_every} steps or "
         f"{config.checkpoint_minutes:g} minutes in {out / 'checkpoints'}",
     }
