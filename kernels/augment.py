@@ -20,11 +20,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .augment_color import clip, jitter_step, luma, steps_before_contrast, store_sums
+from .augment_color import (
+    UNSPECIALIZED,
+    clip,
+    jitter_step,
+    luma,
+    sized,
+    steps_before_contrast,
+    store_sums,
+)
 from .augment_resize import resize_kernel
 
 # Four pixels per thread: with eight, registers halve the warps that hide the memory's latency.
 BLOCK, WARPS = 1024, 8
+# Partial sums that one step of a program's loop adds: all of a view up to 256 pixels wide.
+SUMS = 64
 
 
 @triton.jit
@@ -37,7 +47,7 @@ def _crop_pixel(crops, i, y, x, size, mask):
     return r, g, b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def mean_kernel(
     crops,  # uint8 [n, S, S, 3]
     ints,
@@ -47,8 +57,10 @@ def mean_kernel(
     blocks,
     SIMCLR: tl.constexpr,
     ADDITIVE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    size = sized(size, ALIGNED)
     i = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     ints += i * 11
@@ -68,7 +80,7 @@ def _radius(sigma, most):
     return tl.minimum(tl.ceil(4.0 * sigma).to(tl.int32), most)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def color_kernel(
     crops,  # uint8 [n, S, S, 3], read with CROPS
     ints,
@@ -87,20 +99,28 @@ def color_kernel(
     SIMCLR: tl.constexpr,
     ADDITIVE: tl.constexpr,
     CROPS: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SUMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    size = sized(size, ALIGNED)
     i = (tl.program_id(0) // blocks).to(tl.int64)
     pixel = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     mask = pixel < size * size
     ints += i * 11
     floats += i * 5
-    every = tl.arange(0, BLOCKS)  # [BLOCKS]
+    every = tl.arange(0, SUMS)  # [SUMS]
     sums = partial + i * blocks * 3 + every * 3
+    sum_r = tl.zeros([SUMS], tl.float32)
+    sum_g = tl.zeros([SUMS], tl.float32)
+    sum_b = tl.zeros([SUMS], tl.float32)
+    for first in range(0, blocks, SUMS):
+        inside = first + every < blocks
+        sum_r += tl.load(sums + first * 3, mask=inside, other=0.0)
+        sum_g += tl.load(sums + first * 3 + 1, mask=inside, other=0.0)
+        sum_b += tl.load(sums + first * 3 + 2, mask=inside, other=0.0)
     count = 1.0 * size * size
-    mean_r = tl.sum(tl.load(sums, mask=every < blocks, other=0.0)) / count
-    mean_g = tl.sum(tl.load(sums + 1, mask=every < blocks, other=0.0)) / count
-    mean_b = tl.sum(tl.load(sums + 2, mask=every < blocks, other=0.0)) / count
+    mean_r, mean_g, mean_b = tl.sum(sum_r) / count, tl.sum(sum_g) / count, tl.sum(sum_b) / count
     if not SIMCLR:
         mean_r = luma(mean_r, mean_g, mean_b)
         mean_g = mean_r
@@ -145,7 +165,7 @@ def color_kernel(
         tl.store(at + 2 * stride_c, b.to(kind), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def blur_kernel(
     floats,
     source,  # float32 [n, 3, S, S]
@@ -160,8 +180,10 @@ def blur_kernel(
     most_radius,
     VERTICAL: tl.constexpr,
     REFLECT: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    size = sized(size, ALIGNED)
     plane = tl.program_id(0) // blocks
     i = (plane // 3).to(tl.int64)
     c = (plane % 3).to(tl.int64)
@@ -196,7 +218,8 @@ def blur_kernel(
 
 
 def augment_views(
-    images: list[Tensor],
+    where: Tensor,
+    as_bytes: bool,
     ints: Tensor,
     floats: Tensor,
     normalize: Tensor,
@@ -208,7 +231,8 @@ def augment_views(
 ) -> None:
     """Launch the kernels on torch's current stream; arguments are on `out`'s device.
 
-    images: n of [H, W, 3] with stride (any, 3, 1), all uint8 or all float32.
+    where: int64 [2, n], contiguous: each image's address and the stride of its rows in elements.
+    The images are [H, W, 3] with stride (any, 3, 1), all uint8 (as_bytes) or all float32.
     ints: int32 [n, 11], floats: float32 [n, 5], normalize: float32 [6]: contiguous, as in the
     kernels.
     out: [n, 3, S, S] of any strides.
@@ -216,8 +240,6 @@ def augment_views(
     n, _, size, _ = out.shape
     if n == 0:
         return
-    where = torch.tensor([[i.data_ptr(), i.stride(0)] for i in images], dtype=torch.int64)
-    where = where.T.contiguous().to(out.device, non_blocking=True)
     planes, partial, blocks = _scratch(out)
     with torch.cuda.device_of(out):
         resize_kernel[(n * blocks,)](
@@ -232,7 +254,8 @@ def augment_views(
             SIMCLR=simclr_spec,
             ADDITIVE=additive_brightness,
             BILINEAR=bilinear,
-            BYTES=images[0].dtype == torch.uint8,
+            BYTES=as_bytes,
+            ALIGNED=size % 16 == 0,
             BLOCK=BLOCK,
             num_warps=WARPS,
         )
@@ -268,6 +291,7 @@ def augment_crops(
             blocks,
             SIMCLR=simclr_spec,
             ADDITIVE=additive_brightness,
+            ALIGNED=size % 16 == 0,
             BLOCK=BLOCK,
             num_warps=WARPS,
         )
@@ -312,7 +336,8 @@ def _finish(
         SIMCLR=simclr_spec,
         ADDITIVE=additive_brightness,
         CROPS=crops is not None,
-        BLOCKS=triton.next_power_of_2(blocks),
+        ALIGNED=size % 16 == 0,
+        SUMS=SUMS,
         BLOCK=BLOCK,
         num_warps=WARPS,
     )
@@ -331,6 +356,7 @@ def _finish(
             blur_radius,
             VERTICAL=vertical,
             REFLECT=not simclr_spec,
+            ALIGNED=size % 16 == 0,
             BLOCK=BLOCK,
             num_warps=WARPS,
         )

@@ -3,6 +3,32 @@
 import triton
 import triton.language as tl
 
+# Arguments that a launch must not turn into other kernels. An integer of 1 would become a constant,
+# and a multiple of 16 or an aligned address each make a variant. What counts for speed, a size
+# divisible by 16, is the flag ALIGNED: two variants over all batches and sizes.
+UNSPECIALIZED = (
+    "address",
+    "row_stride",
+    "crops",
+    "ints",
+    "floats",
+    "normalize",
+    "out",
+    "stride_n",
+    "stride_c",
+    "stride_y",
+    "stride_x",
+    "size",
+    "blocks",
+    "most_radius",
+)
+
+
+@triton.jit
+def sized(size, ALIGNED: tl.constexpr):
+    """The view's side, known to the compiler as a multiple of 16 if ALIGNED."""
+    return tl.multiple_of(size, 16) if ALIGNED else size
+
 
 @triton.jit
 def clip(x):

@@ -7,7 +7,7 @@ source pixels through the cache.
 import triton
 import triton.language as tl
 
-from .augment_color import clip, steps_before_contrast, store_sums
+from .augment_color import UNSPECIALIZED, clip, sized, steps_before_contrast, store_sums
 
 
 @triton.jit
@@ -22,7 +22,11 @@ def _filter(x, BILINEAR: tl.constexpr):
 
 @triton.jit
 def _window(position, extent, size, SIMCLR: tl.constexpr, BILINEAR: tl.constexpr):
-    """Centre, first sample, number of samples and stretch of the resize filter along one axis."""
+    """Centre, first sample, number of samples and stretch of the resize filter along one axis.
+
+    The filter is zero from `support` on, so at most ceil(2 support) samples have weight: 4 of a
+    bicubic filter that is not stretched.
+    """
     scale = extent.to(tl.float32) / size
     stretch = scale * 0.0 + 1.0
     if not SIMCLR:
@@ -30,7 +34,7 @@ def _window(position, extent, size, SIMCLR: tl.constexpr, BILINEAR: tl.constexpr
     support = stretch * (1.0 if BILINEAR else 2.0)
     center = (position.to(tl.float32) + 0.5) * scale
     first = tl.floor(center - support + 0.5).to(tl.int32)
-    return center, first, (2.0 * support + 1.0).to(tl.int32) + 1, stretch
+    return center, first, tl.ceil(2.0 * support).to(tl.int32), stretch
 
 
 @triton.jit
@@ -40,7 +44,7 @@ def _tap(first, k, center, stretch, extent, BILINEAR: tl.constexpr):
     return sample, tl.where((sample >= 0) & (sample < extent), weight, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def resize_kernel(
     address,  # int64 [n]: of each image's first element
     row_stride,  # int64 [n], in elements
@@ -54,8 +58,10 @@ def resize_kernel(
     ADDITIVE: tl.constexpr,
     BILINEAR: tl.constexpr,
     BYTES: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    size = sized(size, ALIGNED)
     i = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     pixel = block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]

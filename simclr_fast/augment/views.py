@@ -36,7 +36,7 @@ def apply_views(
     n = len(images)
     if len(params) != n:
         raise ValueError(f"params are for {len(params)} images, got {n} images")
-    extents = np.array([i.shape[:2] for i in images], dtype=np.int64).reshape(n, 2)
+    extents = image_sizes(images)
     corner, extent = params.box[:, :2], params.box[:, 2:]
     outside = (corner < 0) | (extent < 1) | (corner.astype(np.int64) + extent > extents)
     if outside.any():
@@ -79,9 +79,22 @@ def as_tensors(images: Tensor | Sequence[Tensor | np.ndarray]) -> Tensor | list[
         _check_image(images, 4)
         return images
     tensors = [i if isinstance(i, Tensor) else _from_numpy(i) for i in images]
-    for tensor in tensors:
+    for i, tensor in enumerate(tensors):
         _check_image(tensor, 3)
+        # The kernels read all of them as the first one.
+        if tensor.dtype != tensors[0].dtype or tensor.device != tensors[0].device:
+            raise ValueError(
+                f"images must have one dtype and device, got {tensors[0].dtype} on "
+                f"{tensors[0].device} first and {tensor.dtype} on {tensor.device} at {i}"
+            )
     return tensors
+
+
+def image_sizes(images: Tensor | list[Tensor]) -> np.ndarray:
+    """int64 [n, 2]: height and width of each of the [n, H, W, 3] or n of [H, W, 3]."""
+    if isinstance(images, Tensor):
+        return np.tile(np.array(images.shape[1:3], dtype=np.int64), (len(images), 1))
+    return np.array([i.shape[:2] for i in images], dtype=np.int64).reshape(-1, 2)
 
 
 def _from_numpy(array: np.ndarray) -> Tensor:
@@ -132,16 +145,15 @@ def _apply_triton(
 ) -> Tensor:
     from simclr_fast.kernels import augment as kernels
 
-    ints, floats = (torch.from_numpy(a) for a in pack_params(params))
-    if out.is_cuda:
-        # From pinned memory the copy waits for nothing.
-        ints, floats = (t.pin_memory().to(out.device, non_blocking=True) for t in (ints, floats))
-    scale, shift = aug.normalization
+    # Named, so that copies of images without dense rows live until the launch.
+    dense = _dense_rows(images) if isinstance(images, Tensor) else [_dense_rows(i) for i in images]
+    ints, floats = pack_params(params)
     kernels.augment_views(
-        [_dense_rows(i) for i in images],
-        ints,
-        floats,
-        torch.tensor(scale + shift, dtype=torch.float32).to(out.device, non_blocking=True),
+        _upload(_addresses(dense), out.device),
+        dense[0].dtype == torch.uint8,
+        _upload(ints, out.device),
+        _upload(floats, out.device),
+        _upload(_constants(aug), out.device),
         aug.spec == "simclr",
         aug.brightness == "additive",
         aug.interpolation == "bilinear",
@@ -149,6 +161,29 @@ def _apply_triton(
         out,
     )
     return out
+
+
+def _addresses(images: Tensor | list[Tensor]) -> np.ndarray:
+    """int64 [2, n]: each image's address, and the stride of its rows in elements."""
+    if isinstance(images, Tensor):
+        step = images.stride(0) * images.element_size()
+        address = images.data_ptr() + step * np.arange(len(images), dtype=np.int64)
+        return np.stack([address, np.full_like(address, images.stride(1))])
+    return np.array([[i.data_ptr() for i in images], [i.stride(0) for i in images]], dtype=np.int64)
+
+
+def _constants(aug: Augmentation) -> np.ndarray:
+    """float32 [6]: scale of R, G, B, then shift."""
+    scale, shift = aug.normalization
+    return np.array(scale + shift, dtype=np.float32)
+
+
+def _upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy on the device that the host does not wait for: from pinned memory on CUDA."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def finish_crops(
@@ -162,12 +197,11 @@ def finish_crops(
     if len(crops) and ops.implementation_for(crops.device) is ops.Implementation.TRITON:
         from simclr_fast.kernels import augment as kernels
 
-        scale, shift = aug.normalization
         kernels.augment_crops(
             crops,
             ints,
             floats,
-            torch.tensor(scale + shift, dtype=torch.float32).to(out.device, non_blocking=True),
+            _upload(_constants(aug), out.device),
             aug.spec == "simclr",
             aug.brightness == "additive",
             aug.blur_radius,
@@ -271,7 +305,7 @@ class SimCLRViews:
             numbers = np.atleast_1d(np.asarray(ids))
             if len(numbers) != n:
                 raise ValueError(f"ids must hold one per image, got {len(numbers)} for {n} images")
-        sizes = np.array([i.shape[:2] for i in batch], dtype=np.int64).reshape(n, 2)
+        sizes = image_sizes(batch)
         first, second = (
             apply_views(batch, params, self.aug, dtype=self.dtype, channels_last=self.channels_last)
             for params in draw_views(self.aug, self.seed, epoch, numbers, sizes)

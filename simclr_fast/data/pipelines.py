@@ -18,7 +18,13 @@ from torch import Tensor
 
 from simclr_fast import ops
 from simclr_fast.augment.params import Augmentation, ViewParams
-from simclr_fast.augment.views import as_tensors, fill_views, finish_crops, pack_params
+from simclr_fast.augment.views import (
+    as_tensors,
+    fill_views,
+    finish_crops,
+    image_sizes,
+    pack_params,
+)
 from simclr_fast.data.decode import (
     READ_AHEAD,
     DaliRunner,
@@ -138,9 +144,9 @@ class HostViews:
         return self.decoder.run(parts)
 
     def write(self, part: Part, outputs: list[Any], views: list[Tensor]) -> None:
-        sizes = np.array([image.shape[:2] for image in outputs]).reshape(-1, 2)
         images = as_tensors(outputs)
-        for params, view in zip(self.draw(part.ids, sizes), views, strict=True):
+        params_of_views = self.draw(part.ids, image_sizes(images))
+        for params, view in zip(params_of_views, views, strict=True):
             fill_views(images, params, self.augmentation, view)
 
 

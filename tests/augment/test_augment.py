@@ -279,6 +279,12 @@ def test_bad_input_is_named():
         apply_views([image.double()], p, aug)
     with pytest.raises(ValueError, match=r"\[H, W, 3\]"):
         apply_views([image[..., :2]], p, aug)
+    mixed = [torch.zeros(4, 4, 3), torch.zeros(4, 4, 3, dtype=torch.uint8)]
+    with pytest.raises(ValueError, match=r"one dtype and device, .*float32 .*uint8 on cpu at 1"):
+        apply_views(mixed, p, aug)
+    elsewhere = [torch.zeros(4, 4, 3), torch.zeros(4, 4, 3, device="meta")]
+    with pytest.raises(ValueError, match=r"on cpu first .* on meta at 1"):
+        apply_views(elsewhere, p, aug)
     with pytest.raises(ValueError, match="params are for 1"):
         apply_views([image, image], p, aug)
     with pytest.raises(ValueError, match="out must be"):

@@ -14,6 +14,7 @@ HELPERS = ROOT / "tests" / "helpers"
 INTERPRETED = """
 import numpy as np, torch
 from kernel_memory import checked_memory
+from triton.runtime import interpreter
 from simclr_fast.augment.views import apply_views, pack_params, _apply_triton
 from simclr_fast.augment.params import Augmentation, draw_params
 from simclr_fast.kernels import augment as kernels
@@ -54,6 +55,41 @@ for size, spec, floating, layout, dtype, options in (
         kernels.augment_crops(crops, *given, normalize, *steps, out)
     assert launches == ["mean_kernel", "color_kernel", "blur_kernel", "blur_kernel"]
     assert close(out, apply_views(crops, p, aug)), ("crops", size, spec, dtype, options)
+
+
+class Counter:
+    def __init__(self, native):
+        self.native, self.pixels = native, 0
+
+    def __getattr__(self, name):
+        return getattr(self.native, name)
+
+    def load(self, pointers, mask, other, dtype):
+        self.pixels += pointers.size == kernels.BLOCK and dtype == np.uint8
+        return self.native.load(pointers, mask, other, dtype)
+
+
+# Three channels of 4 x 4 taps of a bicubic filter, of 2 x 2 of a bilinear one; one block a view.
+native = interpreter._interpreter
+for interpolation, taps in (("bicubic", 4), ("bilinear", 2)):
+    aug = Augmentation(24, interpolation=interpolation)
+    p = draw_params(aug, 1, 0, np.arange(4), 0, np.array(shapes))
+    out = torch.full((4, 3, 24, 24), float("nan"))
+    interpreter._interpreter = counter = Counter(native)
+    _apply_triton(images, p, aug, out)
+    interpreter._interpreter = native
+    assert counter.pixels == 4 * 3 * taps**2, (interpolation, counter.pixels)
+    assert close(out, apply_views(images, p, aug))
+
+# A batch in one tensor, whose rows and images are further apart than they are long; 1 x 1 views.
+batch = photograph.unfold(0, 40, 60).unfold(1, 50, 90).flatten(0, 1).permute(0, 2, 3, 1)
+for given, size in ((batch, 17), (batch.contiguous()[:, :33, :41], 24), (batch[:1], 1)):
+    aug = Augmentation(size)
+    n = len(given)
+    p = draw_params(aug, 2, 0, np.arange(n), 1, np.array([given.shape[1:3]] * n))
+    out = torch.full((n, 3, size, size), float("nan"))
+    _apply_triton(given, p, aug, out)
+    assert close(out, apply_views(given, p, aug)), (given.shape, given.stride())
 """
 
 
