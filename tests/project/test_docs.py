@@ -268,3 +268,42 @@ def test_the_site_builds_without_warnings(tmp_path):
     ):
         assert word in (reference / page / "index.html").read_text(), page
     assert not list((tmp_path / "site").rglob("hooks.py"))
+
+
+def test_parameters_become_lists(monkeypatch):
+    pytest.importorskip("griffe")
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    as_lists = import_module("parameter_lists").as_lists
+    docstring = """A step::
+
+    step(a, b)
+
+It takes a and
+b: they are numbers.
+a, *b: the first
+    and the second.
+mode:
+    "x": one.
+    "y": two.
+Both differ.
+Raises:
+    ValueError: no."""
+    assert as_lists(docstring).split("\n") == [
+        "A step:",
+        "",
+        "    step(a, b)",
+        "",
+        "It takes a and",
+        "b: they are numbers.",
+        "",
+        "- **a, *b**: the first",
+        "    and the second.",
+        "- **mode**:",
+        "",
+        '    - "x": one.',
+        '    - "y": two.',
+        "",
+        "Both differ.",
+        "Raises:",
+        "    ValueError: no.",
+    ]
