@@ -109,13 +109,44 @@ def _key(func) -> torch._C.DispatchKey:
 
 
 @contextmanager
+def cuda_route(arch: int) -> Iterator[None]:
+    """CPU tensors take the route of CUDA tensors, planned for compute capability arch / 10."""
+    properties = SimpleNamespace(
+        major=arch // 10,
+        minor=arch % 10,
+        multi_processor_count=PROCESSORS.get(arch, 48),
+        name="pretended",
+    )
+
+    def same(tensor, *args, **kwargs):
+        return tensor
+
+    def as_on_cuda(device, dtype=torch.float32, *, on_cuda=library.Implementation.TRITON):
+        return choose(torch.device("cuda"), dtype, on_cuda=on_cuda)
+
+    choose = library.implementation_for
+    users = [m for name, m in sys.modules.items() if name.startswith("simclr_fast.")]
+    users = [m for m in users if getattr(m, "implementation_for", None) is choose]
+    patches = [
+        *((module, "implementation_for", as_on_cuda) for module in users),
+        (library, "_triton_unusable", lambda initialized: None),
+        (torch.Tensor, "is_cuda", True),
+        (torch.Tensor, "pin_memory", same),
+        (torch.cuda, "get_device_properties", lambda device=None: properties),
+        (torch.cuda, "get_device_capability", lambda device=None: divmod(arch, 10)),
+        (torch.cuda, "current_device", lambda: 0),
+        (torch.cuda, "device_of", lambda tensor: nullcontext()),
+        (torch.cuda, "device", lambda device: nullcontext()),
+        (torch.cuda, "is_current_stream_capturing", lambda: False),
+    ]
+    with _patched(patches), _CudaRoute():
+        yield
+
+
+@contextmanager
 def pretended_gpu(arch: int) -> Iterator[list[Launch]]:
     """List what the launchers inside would run on a GPU of compute capability arch / 10."""
     launches: list[Launch] = []
-    processors = PROCESSORS.get(arch, 48)
-    properties = SimpleNamespace(
-        major=arch // 10, minor=arch % 10, multi_processor_count=processors, name="pretended"
-    )
     run, grids = JITFunction.run, []
 
     def record_grid(self, *args, grid, warmup, **options):
@@ -127,36 +158,21 @@ def pretended_gpu(arch: int) -> Iterator[list[Launch]]:
         launches.append(Launch(self, grids[-1], signature, constexprs, attrs, options, target))
         # Without a compiled kernel Triton's run returns before the launch.
 
-    def same(tensor, *args, **kwargs):
-        return tensor
-
-    def as_on_cuda(device, dtype=torch.float32, *, on_cuda=library.Implementation.TRITON):
-        return choose(torch.device("cuda"), dtype, on_cuda=on_cuda)
-
-    choose = library.implementation_for
-    users = [m for name, m in sys.modules.items() if name.startswith("simclr_fast.")]
-    users = [m for m in users if getattr(m, "implementation_for", None) is choose]
-
     patches = [
-        *((module, "implementation_for", as_on_cuda) for module in users),
-        (library, "_triton_unusable", lambda initialized: None),
         (driver, "_active", _Driver(arch)),
         (JITFunction, "run", record_grid),
         (JITFunction, "_do_compile", record_launch),
-        (torch.Tensor, "is_cuda", True),
-        (torch.Tensor, "pin_memory", same),
-        (torch.cuda, "get_device_properties", lambda device=None: properties),
-        (torch.cuda, "get_device_capability", lambda device=None: divmod(arch, 10)),
-        (torch.cuda, "current_device", lambda: 0),
-        (torch.cuda, "device_of", lambda tensor: nullcontext()),
-        (torch.cuda, "device", lambda device: nullcontext()),
-        (torch.cuda, "is_current_stream_capturing", lambda: False),
     ]
+    with _patched(patches), cuda_route(arch):
+        yield launches
+
+
+@contextmanager
+def _patched(patches: list[tuple[Any, str, Any]]) -> Iterator[None]:
     with ExitStack() as stack:
         for owner, name, value in patches:
             stack.enter_context(mock.patch.object(owner, name, value))
-        stack.enter_context(_CudaRoute())
-        yield launches
+        yield
 
 
 def other_launches(step: Callable[[], object]) -> list[str]:
