@@ -17,6 +17,7 @@ has, and flushed to zero (torch.set_flush_denormal), in the peers' favour.
 import io
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -313,6 +314,9 @@ def tables(
                     steps[case.__name__] = case(data)
                 except ImportError as error:
                     notes.append(f"{case.__name__} left out: {error}")
+            if ours.__name__ not in steps:
+                yield Table(title, ours.__name__, notes=notes)
+                continue
             times = measure(steps, len(data), options.rounds)
             memory = harness.memory_column(steps, options.device)
         finally:
@@ -320,15 +324,20 @@ def tables(
         yield Table(title, ours.__name__, times, memory, ("decode_only",), notes)
 
 
+@dataclass(frozen=True)
+class CommandLine(harness.CommandLine):
+    images: int = 24
+    """Images in a round."""
+    only: tuple[str, ...] = ()
+    """Names of the cases to time; by default all."""
+    flush: bool = False
+    """Time only with denormal numbers flushed to zero."""
+
+
 def main() -> None:
-    parser = harness.parser("bench augment", __doc__)
-    parser.add_argument("--images", type=int, default=24)
-    parser.add_argument("--only", default="", help="comma-separated names of cases")
-    parser.add_argument("--flush", action="store_true", help="only with denormals flushed")
-    given = parser.parse_args()
-    only = frozenset(given.only.split(",")) - {""}
+    given = harness.parse(CommandLine, "bench_augment", __doc__)
     modes = (True,) if given.flush else (False, True)
-    for table in tables(harness.options(given), given.images, only, modes):
+    for table in tables(given.options(), given.images, frozenset(given.only), modes):
         print(table.text(), "\n", flush=True)
 
 

@@ -10,7 +10,6 @@ step, in which compiled modes compile; the loss of each step. lockstep/2 keeps e
 input. grad-cache has micro-batches' own batch statistics, so its loss is another.
 """
 
-import argparse
 import json
 import os
 import socket
@@ -18,12 +17,14 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import distributed as dist
 
+from simclr_fast.benchmarks import harness
 from simclr_fast.large_batch import LargeBatch
 from simclr_fast.losses.nt_xent import nt_xent_loss
 from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector
@@ -41,7 +42,35 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def one(mode: str, given: argparse.Namespace) -> dict:
+@dataclass(frozen=True)
+class CommandLine:
+    batch_size: int = 4096
+    """Images over all ranks."""
+    ranks: int = 2
+    """Processes that share the batch."""
+    micro_batch: int = 256
+    """Views at a time in lockstep and grad-cache."""
+    steps: int = 3
+    """Steps of each mode; the first is not among those whose median is printed."""
+    model: str = "resnet34"
+    """A ResNet."""
+    width: float = 0.25
+    """Channel multiplier of the ResNet."""
+    modes: tuple[Literal["plain", "replay", "lockstep", "lockstep/2", "grad-cache"], ...] = (
+        "plain",
+        "replay",
+        "lockstep",
+        "lockstep/2",
+        "grad-cache",
+    )
+    """What to run."""
+    compile: bool = False
+    """Run lockstep's modes compiled as well."""
+    mode: str | None = None
+    """Run one rank of this mode in this process and print JSON; for internal use."""
+
+
+def one(mode: str, given: "CommandLine") -> dict:
     """Run `steps` steps in this process, one rank."""
     with join_world("cpu") as world:
         torch.manual_seed(0)
@@ -87,7 +116,7 @@ def _reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(mode: str, given: argparse.Namespace) -> dict:
+def measure(mode: str, given: "CommandLine") -> dict:
     """`one` in `ranks` processes: the largest memory and time, and the ranks' common losses."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -111,18 +140,7 @@ def measure(mode: str, given: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch-size", type=int, default=4096, help="images over all ranks")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--micro-batch", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--model", default="resnet34")
-    parser.add_argument("--width", type=float, default=0.25)
-    usual = [mode for mode in MODES if not mode.endswith("compiled")]
-    parser.add_argument("--modes", nargs="+", choices=usual, default=usual)
-    parser.add_argument("--compile", action="store_true", help="lockstep's modes also compiled")
-    parser.add_argument("--mode", choices=MODES, help="one rank of this mode: prints JSON")
-    given = parser.parse_args()
+    given = harness.parse(CommandLine, "bench_large_batch", __doc__)
     if given.mode:
         print(json.dumps(one(given.mode, given)))
         return

@@ -1,6 +1,6 @@
 """NT-Xent against its peers, forward and forward+backward.
 
-python -m benchmarks.bench_nt_xent --n 256,1024 --threads 2     the side-by-side table
+python -m benchmarks.bench_nt_xent --n 256 1024 --threads 2     the side-by-side table
 python -m benchmarks.bench_nt_xent --goals --n 2048 --threads 2 the goals of the CPU kernels
 pytest benchmarks/bench_nt_xent.py                              pytest-benchmark, N = 256
 
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -94,7 +95,7 @@ def print_memory(name: str, n: int, d: int) -> None:
 
 
 def peak_memory(name: str, n: int, d: int) -> float:
-    command = [sys.executable, "-m", "simclr_fast.benchmarks.bench_nt_xent", "--memory", name]
+    command = [sys.executable, "-m", "simclr_fast.benchmarks.bench_nt_xent", "--memory-of", name]
     command += ["--n", str(n), "--d", str(d), "--threads", str(torch.get_num_threads())]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
@@ -189,34 +190,36 @@ def goals(options: Options, n: int, dim: int = 128) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class CommandLine(harness.CommandLine):
+    n: tuple[int, ...] = (256, 1024)
+    """Pairs of views."""
+    d: int = 128
+    """Features of each view."""
+    cpu_time: bool = False
+    """Time one thread's CPU time: for a busy machine."""
+    memory: bool = True
+    """Measure memory too, in subprocesses."""
+    others: bool = False
+    """Time the decoupled, supervised and four-view losses alone."""
+    goals: bool = False
+    """Print what the CPU kernels aim at."""
+    memory_of: str | None = None
+    """Print the peak memory of this loss, and nothing else."""
+
+
 def main() -> None:
-    parser = harness.parser("bench loss", __doc__)
-    parser.add_argument("--n", default="256,1024", help="pairs, separated by commas")
-    parser.add_argument("--d", type=int, default=128)
-    parser.add_argument(
-        "--cpu-time", action="store_true", help="time one thread's CPU time, for a busy machine"
-    )
-    parser.add_argument(
-        "--no-memory", action="store_true", help="do not measure memory (a process per loss)"
-    )
-    parser.add_argument(
-        "--others", action="store_true", help="only the decoupled, supervised and 4-view losses"
-    )
-    parser.add_argument("--goals", action="store_true", help="the goals of the CPU kernels")
-    parser.add_argument("--memory", metavar="LOSS", help="print one loss's peak memory and stop")
-    given = parser.parse_args()
-    if given.cpu_time:
-        given.threads = 1
-    options, sizes = harness.options(given), tuple(map(int, given.n.split(",")))
+    given = harness.parse(CommandLine, "bench_nt_xent", __doc__)
+    options = (replace(given, threads=1) if given.cpu_time else given).options()
     clock = time.thread_time if given.cpu_time else time.perf_counter
-    if given.memory:
-        print_memory(given.memory, sizes[0], given.d)
+    if given.memory_of:
+        print_memory(given.memory_of, given.n[0], given.d)
         return
     if given.goals:
-        for n in sizes:
+        for n in given.n:
             print(goals(options, n, given.d), "\n", flush=True)
         return
-    for table in tables(options, sizes, given.d, not given.no_memory, given.others, clock):
+    for table in tables(options, given.n, given.d, given.memory, given.others, clock):
         print(table.text(), "\n", flush=True)
 
 

@@ -1,6 +1,6 @@
 """Whole pretraining steps: load → augment → forward → loss → backward → LARS, ours and two peers.
 
-    python -m benchmarks.bench_step [--sizes 32,64] [--model resnet10] [--batch 256] [--threads 2]
+    python -m benchmarks.bench_step [--sizes 32 64] [--model resnet10] [--batch 256] [--threads 2]
 
 The encoder (a narrow ResNet), projector, batch, images and number of threads are the same. The
 peers are loops as their users write them. The lightly-style loop has lightly's transform in a
@@ -254,6 +254,12 @@ def _table(case: Case, options: Options) -> Table:
             loops[name] = build(case, options)
         except ImportError as error:
             notes.append(f"{name} left out: {error}")
+    title = (
+        f"pretraining step, {case.model}, width 1/4, batch {batch}, {case.size}×{case.size}, "
+        f"{options.device.type}, threads {options.threads}"
+    )
+    if OURS not in loops:
+        return Table(title, OURS, notes=notes)
     clocks = {name: Clock(options.device) for name in loops}
     epochs: dict[str, Callable[[], object]] = {
         name: partial(loop.epoch, clocks[name]) for name, loop in loops.items()
@@ -275,13 +281,7 @@ def _table(case: Case, options: Options) -> Table:
     }
     facts["loading alone ms"] = {n: f"{median(v) / steps:.3g}" for n, v in loading.items()}
     facts |= harness.memory_column(epochs, options.device)
-    title = (
-        f"pretraining step, {case.model}, width 1/4, batch {batch}, {case.size}×{case.size}, "
-        f"{options.device.type}, threads"
-    )
-    table = Table(
-        f"{title} {options.threads}", OURS, {"step": per_step}, facts, (FLOOR, PEERS_FLOOR), notes
-    )
+    table = Table(title, OURS, {"step": per_step}, facts, (FLOOR, PEERS_FLOOR), notes)
     for name, loop in loops.items():
         seconds = table.median("step", name) / 1e3
         facts["images/s"][name] = f"{batch / seconds:.0f}"
@@ -340,15 +340,21 @@ def hardware_flops(loop: Loop) -> int:
     return total
 
 
+@dataclass(frozen=True)
+class CommandLine(harness.CommandLine):
+    sizes: tuple[int, ...] = (32, 64)
+    """Pixels of a view: a table for each."""
+    batch: int = 256
+    """Images in a step."""
+    model: str = "resnet10"
+    """resnet10, resnet18, ..., with a fourth of the channels."""
+
+
 def main() -> None:
-    parser = harness.parser("bench step", __doc__)
-    parser.add_argument("--sizes", default="32,64")
-    parser.add_argument("--batch", type=int, default=256, help="images a step")
-    parser.add_argument("--model", default="resnet10", help="resnet10, resnet18, ...")
-    given = parser.parse_args()
-    options = harness.options(given)
+    given = harness.parse(CommandLine, "bench_step", __doc__)
+    options = given.options()
     print(machine.text(machine.floors(options)), "\n")
-    for table in tables(options, tuple(map(int, given.sizes.split(","))), given.batch, given.model):
+    for table in tables(options, given.sizes, given.batch, given.model):
         print(table.text(), "\n", flush=True)
 
 

@@ -8,14 +8,15 @@ the larger of exponentials and issue. Both times the tiles of the busiest multip
 row-wise kernels count their bytes at the memory's bandwidth, and every launch 1.5 µs.
 """
 
-import argparse
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import triton
 
+from simclr_fast.benchmarks import harness
 from simclr_fast.benchmarks.gpu_static import ARCHITECTURES, Static, nt_xent_static
 from simclr_fast.kernels.normalize import padded_dim
 from simclr_fast.kernels.nt_xent_configs import VALUE_BLOCK, Plan, plan, table_config
@@ -165,15 +166,19 @@ def _row(arch: int, rows: int, dim: int, statics: dict) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
+@dataclass(frozen=True)
+class CommandLine:
+    arch: tuple[int, ...] = tuple(ARCHITECTURES)
+    """Compute capabilities, such as 90."""
+    rows: tuple[int, ...] = ROWS
+    """Rows of z: two for each image."""
+    dim: tuple[int, ...] = DIMS
+    """Features of z."""
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, choices=ARCHITECTURES)
-    parser.add_argument("--rows", type=int)
-    parser.add_argument("--dim", type=int)
-    chosen = parser.parse_args()
-    archs = (chosen.arch,) if chosen.arch else ARCHITECTURES
-    rows = (chosen.rows,) if chosen.rows else ROWS
-    print(table(archs, rows, (chosen.dim,) if chosen.dim else DIMS))
+    given = harness.parse(CommandLine, "gpu_model", __doc__)
+    print(table(given.arch, given.rows, given.dim))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What every benchmark shares: interleaved timing, tables, the machine they were taken on."""
 
-import argparse
 import contextlib
 import ctypes
 import gc
@@ -17,7 +16,7 @@ from datetime import datetime, timezone
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -32,6 +31,9 @@ _PACKAGES = (
 )
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
 class Options:
     """How a benchmark runs. device: cpu or cuda; threads: torch's; rounds: calls of each step."""
@@ -42,18 +44,55 @@ class Options:
     quick: bool
 
 
+@dataclass(frozen=True)
+class CommandLine:
+    """The options that all benchmarks have."""
+
+    quick: bool = False
+    """Smaller cases: at most two minutes for each."""
+    device: str | None = None
+    """cpu or cuda; by default cuda if torch sees a GPU."""
+    threads: int | None = None
+    """Of torch on the CPU; by default as many as torch takes by itself."""
+    rounds: int | None = None
+    """How often every contender is timed, in turns; by default 9, or 3 with --quick."""
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "rounds"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+    def options(self) -> Options:
+        """The same, checked and without None; sets torch's number of threads."""
+        gpu = torch.cuda.is_available()
+        device = torch.device(self.device or ("cuda" if gpu else "cpu"))
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"device must be cpu or cuda, got {device}")
+        if device.type == "cuda" and not gpu:
+            raise ValueError("device cuda: torch sees no GPU")
+        threads = self.threads or torch.get_num_threads()
+        torch.set_num_threads(threads)
+        return Options(device, threads, self.rounds or (3 if self.quick else 9), self.quick)
+
+
+def parse(kind: type[T], module: str, about: str | None) -> T:
+    """The command line of `python -m benchmarks.MODULE` as `kind`, a dataclass."""
+    return need("tyro").cli(kind, prog=f"python -m benchmarks.{module}", description=about)
+
+
 @dataclass
 class Table:
     """Contenders side by side.
 
-    times: column → contender → milliseconds of each round, the rounds of one column interleaved.
+    times: column → contender → milliseconds of each round, the rounds of one column interleaved;
+        empty where `base` could not be timed, for a reason among the notes.
     facts: column → contender → text, beside the times. base: the contender that ratios refer to.
     floors: contenders that are no peers but bounds of the machine.
     """
 
     title: str
     base: str
-    times: dict[str, dict[str, list[float]]]
+    times: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     facts: dict[str, dict[str, str]] = field(default_factory=dict)
     floors: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
@@ -72,7 +111,10 @@ class Table:
         return sorted(self.times[first], key=lambda n: (n in self.floors, self.median(first, n)))
 
     def text(self) -> str:
-        """Markdown."""
+        """Markdown. The column "× ours" is the median of each round's ratio, not the quotient of
+        the medians: a round in which everything was slow does not change it."""
+        if not self.times:
+            return "\n".join([self.title, "", "not timed", *(f"\n{note}" for note in self.notes)])
         heads = [h for c in self.times for h in (f"{c} ms", "× ours")]
         lines = [
             self.title,
@@ -237,49 +279,71 @@ def save(tables: Iterable[Table], where: dict[str, Any], path: Path) -> None:
 
 
 def draw(tables: list[Table], path: Path) -> None:
-    """One panel of bars per table and column: times as multiples of the base's."""
+    """A panel of bars per table and column: the median milliseconds of each contender, from 0."""
+    panels = [
+        Panel(
+            f"{table.title} · {column}",
+            {name: table.median(column, name) for name in table.names()},
+            table.base,
+            table.floors,
+        )
+        for table in tables
+        for column in table.times
+    ]
+    draw_bars(panels, path)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Bars from top to bottom. values: name → milliseconds. ours: the name to compare with;
+    floors: names of bounds, which are no contenders."""
+
+    title: str
+    values: dict[str, float]
+    ours: str
+    floors: tuple[str, ...] = ()
+
+
+def draw_bars(panels: list[Panel], path: Path, heading: str = "", footer: str = "") -> None:
+    """One column of panels, each with a linear axis from 0 and the value at each bar."""
     need("matplotlib")
     from matplotlib.figure import Figure
 
-    panels = [(table, column) for table in tables for column in table.times]
-    heights = [0.6 + 0.24 * len(table.times[column]) for table, column in panels]
-    figure = Figure(figsize=(8, sum(heights) + 0.4 * len(panels)), layout="constrained")
+    heights = [0.7 + 0.26 * len(panel.values) for panel in panels]
+    figure = Figure(figsize=(8, sum(heights) + 0.5 * bool(heading or footer)), layout="constrained")
     axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
-    for axis, (table, column) in zip(axes, panels, strict=True):
-        names = table.names()[::-1]
-        ratios = [table.ratio(column, name) for name in names]
-        colours = [
-            "tab:blue" if n == table.base else "0.8" if n in table.floors else "0.55" for n in names
+    for axis, panel in zip(axes, panels, strict=True):
+        names, values = list(panel.values), list(panel.values.values())
+        ours = panel.values[panel.ours]
+        colours = [_colour(panel, name) for name in names]
+        bars = axis.barh(names, values, color=colours, height=0.72)
+        labels = [
+            _milliseconds_text(value) + ("" if name == panel.ours else f"  ({value / ours:.2g}×)")
+            for name, value in panel.values.items()
         ]
-        bars = axis.barh(names, ratios, color=colours)
-        axis.bar_label(bars, [f"{ratio:.2f}×" for ratio in ratios], padding=3, fontsize=8)
-        axis.set_title(f"{table.title} · {column}", fontsize=9, loc="left")
-        axis.set_xscale("log")
-        axis.margins(x=0.15)
-        axis.tick_params(labelsize=8, which="both")
+        axis.bar_label(bars, labels, padding=4, fontsize=8)
+        axis.set_title(panel.title, fontsize=9, loc="left")
+        axis.set_xlim(0, 1.22 * max(values))
+        axis.invert_yaxis()
+        axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    axes[-1].set_xlabel("milliseconds, median; (times simclr_fast's)", fontsize=8)
+    if heading:
+        figure.suptitle(heading, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    if footer:
+        figure.text(0.01, -0.01, footer, fontsize=7, va="top", color="0.3")
+    write_atomic(
+        path,
+        lambda part: figure.savefig(part, format="png", dpi=120, bbox_inches="tight"),
+    )
 
 
-def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
-    """The options that all benchmarks have."""
-    own = argparse.ArgumentParser(prog=prog, description=(description or "").split("\n")[0])
-    own.add_argument("--quick", action="store_true", help="smaller cases: at most two minutes")
-    own.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    own.add_argument("--threads", type=int, default=torch.get_num_threads())
-    own.add_argument("--rounds", type=int, help="of turns: 9, or 3 when quick")
-    return own
+def _colour(panel: Panel, name: str) -> str:
+    """Blue for ours, grey for the others, light grey for bounds: told apart without colour too."""
+    if name == panel.ours:
+        return "#0072B2"
+    return "0.85" if name in panel.floors else "0.6"
 
 
-def options(given: argparse.Namespace) -> Options:
-    """Checked options; sets torch's number of threads."""
-    if given.rounds is None:
-        given.rounds = 3 if given.quick else 9
-    for name in ("threads", "rounds"):
-        if getattr(given, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(given, name)}")
-    device = torch.device(given.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda: torch sees no GPU")
-    torch.set_num_threads(given.threads)
-    return Options(device, given.threads, given.rounds, given.quick)
+def _milliseconds_text(value: float) -> str:
+    return f"{value:.3g} ms" if value < 1000 else f"{value:,.0f} ms"

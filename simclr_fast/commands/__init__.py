@@ -1,1 +1,1 @@
-"""The commands of simclr-fast: each module's `run(arguments)` returns the exit status."""
+"""The commands of simclr-fast, one module each: a frozen dataclass of options, and `run`."""

@@ -1,56 +1,111 @@
-"""simclr-fast bench: ours beside the peers, in one process and turn by turn."""
+"""simclr-fast bench."""
 
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
+import tyro
 
 from simclr_fast.benchmarks import harness, machine
 from simclr_fast.commands.selfcheck import selfcheck
+from simclr_fast.utils.extras import explain, missing, require
 
-# What is measured → its module, and the self-checks that must pass before it is timed.
+
+class Subject(NamedTuple):
+    """module: of simclr_fast.benchmarks. checks: how the names of the self-checks begin that must
+    pass before it is timed. needs, also: optional packages that it must and may have."""
+
+    module: str
+    checks: str
+    needs: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+
+
 SUBJECTS = {
-    "loss": ("bench_nt_xent", "NT-Xent"),
-    "augment": ("bench_augment", "views"),
-    "lars": ("bench_lars", "LARS"),
-    "step": ("bench_step", ""),
+    "loss": Subject("bench_nt_xent", "NT-Xent", also=("lightly",)),
+    "augment": Subject(
+        "bench_augment", "views", ("PIL", "sklearn", "torchvision"), ("nvidia.dali", "lightly")
+    ),
+    "lars": Subject("bench_lars", "LARS", ("torchvision",), ("lightly", "timm")),
+    "step": Subject(
+        "bench_step",
+        "",
+        ("PIL", "sklearn", "torchvision", "nvidia.dali"),
+        ("lightly",),
+    ),
 }
 
 
+@dataclass(frozen=True)
+class Bench(harness.CommandLine):
+    """Time each part beside other libraries, in one process and in turns.
+
+    loss: NT-Xent. augment: the two views. lars: the optimizer's step. step: a whole pretraining
+    step. Prints a table for each case, and writes a JSON file and a picture for each subject. A
+    part whose result is wrong is not timed, a library that is not installed is left out. Nothing
+    else should run on the machine meanwhile.
+    """
+
+    what: tyro.conf.Positional[Literal["loss", "augment", "lars", "step", "all"]] = "all"
+    """The part to time."""
+    out: Path = Path("bench")
+    """Folder for the JSON files and pictures."""
+
+
 def run(arguments: list[str]) -> int:
-    """A table, a JSON file and a picture per subject; nothing is timed that is not right."""
-    parser = harness.parser("simclr-fast bench", __doc__)
-    parser.add_argument("what", choices=[*SUBJECTS, "all"])
-    parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of JSON and PNG")
-    given = parser.parse_args(arguments)
-    options = harness.options(given)
+    """Time the subjects; 1 if one of them could not be timed at all."""
+    given = tyro.cli(Bench, args=arguments, prog="simclr-fast bench")
+    options = given.options()
+    names = list(SUBJECTS) if given.what == "all" else [given.what]
+    # Before anything is measured, and for all subjects at once.
+    asked = [m for name in names for m in (*SUBJECTS[name].needs, *SUBJECTS[name].also)]
+    absent = missing(dict.fromkeys([*asked, "matplotlib"]))
+    if absent:
+        print(f"{explain(absent)}\nWhat needs them is left out.\n", flush=True)
     limits = machine.floors(options)
     print(f"{machine.text(limits)}\n", flush=True)
-    for name in SUBJECTS if given.what == "all" else [given.what]:
-        module, checks = SUBJECTS[name]
-        _refuse_wrong_results(name, checks, options.device)
+    failed = []
+    for name in names:
         # The subject before may have changed it.
         torch.set_num_threads(options.threads)
         tables = []
-        for table in _tables(module, options):
+        for table in _tables(name, options):
             print(table.text(), "\n", flush=True)
-            tables.append(table)
+            tables += [table] if table.times else []
+        if not tables:
+            failed.append(name)
+            continue
         where = harness.environment(options.device) | {"floor": limits}
-        harness.save(tables, where, given.out / f"{name}.json")
-        harness.draw(tables, given.out / f"{name}.png")
-        print(f"written        {given.out / name}.json, {given.out / name}.png\n", flush=True)
-    return 0
+        written = [given.out / f"{name}.json"]
+        harness.save(tables, where, written[0])
+        if "matplotlib" not in absent:
+            written.append(given.out / f"{name}.png")
+            harness.draw(tables, written[1])
+        print(f"written        {', '.join(map(str, written))}\n", flush=True)
+    print("× ours: the median over all rounds of (time of the contender / our time).")
+    if failed:
+        print(f"simclr-fast bench: not timed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def _tables(name: str, options: harness.Options) -> Iterator[harness.Table]:
+    """The subject's tables; one without times that says why if it cannot run at all."""
+    subject = SUBJECTS[name]
+    try:
+        require(subject.needs)
+        module = import_module(f"simclr_fast.benchmarks.{subject.module}")
+    except ImportError as error:
+        yield harness.Table(name, "", notes=[str(error)])
+        return
+    _refuse_wrong_results(name, subject.checks, options.device)
+    yield from module.tables(options)
 
 
 def _refuse_wrong_results(name: str, checks: str, device: torch.device) -> None:
     for outcome in selfcheck(device, checks):
         if outcome.status == "FAIL":
             raise ValueError(f"{name} is not timed, as its result is wrong: {outcome}")
-
-
-def _tables(module: str, options: harness.Options) -> Iterator[harness.Table]:
-    try:
-        return import_module(f"simclr_fast.benchmarks.{module}").tables(options)
-    except ImportError as error:
-        raise ImportError(f'{error}: pip install "simclr-fast[bench,train,dali]"') from error

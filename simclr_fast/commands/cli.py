@@ -1,66 +1,172 @@
-"""The command line. One module of simclr_fast.commands per command, its `run(arguments)`."""
+"""The command line: finds the command's module, and turns how it ended into an exit status.
 
+0: done. 1: an expected error, in one line. 2: wrong usage. 128 + n: ended by signal n.
+"""
+
+import contextlib
 import logging
 import os
+import signal
 import sys
+import warnings
+from collections.abc import Iterator
 from importlib import import_module
-
-import torch
+from typing import Any, NamedTuple
 
 from simclr_fast import __version__
+from simclr_fast.utils.extras import require
+from simclr_fast.utils.interrupts import Interrupted, exit_status, raise_sigterm
+from simclr_fast.utils.rank_watch import RankFailure
 
-# Name → what `simclr-fast --help` says of it.
+log = logging.getLogger(__name__)
+
+_FILES = ("nvidia.dali", "PIL")
+_RUN = ("tyro", "tqdm", "torchvision", "safetensors")
+_PICTURES = ("matplotlib", "sklearn")
+_GO_ON = "the same command goes on where it stopped"
+
+
+class Command(NamedTuple):
+    """about: its line of `simclr-fast --help`. needs: optional packages that it cannot do without;
+    also: those that it may use. interrupted: what to do after Ctrl-C."""
+
+    about: str
+    needs: tuple[str, ...] = ("tyro",)
+    also: tuple[str, ...] = ()
+    interrupted: str = ""
+
+
 COMMANDS = {
-    "pretrain": """[--preset demo|cifar10|imagenet100|imagenet] [--data ...] [options]
-                       an encoder from images without labels; --help: all options, with
-                       the preset's values""",
-    "plan": """[--model resnet50] [--width 1] [--batch-size 4096] [--gpus 1]
-                       [--gpu-memory 80GB] [--host-memory 128GB] [options]
-                       what a batch needs in each mode (predicted), and the flags to use""",
-    "eval": """linear|knn|finetune|layers|embed --encoder FILE [--data ...] [options]
-                       what an encoder has learnt: tables, JSON and pictures""",
-    "preview": """[--data ...] [--images 8] [--to preview.png] [options]
-                       what the augmentation does to some of the images""",
-    "ablate": """[--operations crop colour blur flip] [--batch-sizes ...]
-                       [--temperatures ...] [--projectors ...] [--seeds ...] [options]
-                       a grid of pretrained and probed runs: one JSONL and a heat map""",
-    "supervised": """[--preset ...] [--data ...] [options of pretrain]
-                       the baseline with labels: same encoder, data, views and optimizer""",
-    "export": """--encoder FILE --to DIR --format torchvision|timm|safetensors|torch-export|onnx
-                       an encoder (ours, torchvision's, timm's, lightly's, solo-learn's) for
-                       other programs, written once its outputs there equal ours""",
-    "bench": """{loss,augment,lars,step,all} [--quick] [--device cuda] [--threads 2]
-                       ours beside the peers: tables, JSON, pictures""",
-    "selfcheck": """[--device cuda]
-                       every op on this machine against float64: a report to paste""",
+    "pretrain": Command(
+        "train an encoder on images without labels", (*_RUN, *_PICTURES), also=_FILES
+    ),
+    "eval": Command(
+        "measure what an encoder has learnt: linear, k-NN, fine-tuning, pictures",
+        (*_RUN, *_PICTURES),
+        also=_FILES,
+        interrupted=_GO_ON,
+    ),
+    "preview": Command(
+        "draw some images beside their random views", ("tyro", "PIL"), also=("nvidia.dali",)
+    ),
+    "plan": Command(
+        "predict which batch fits which GPU, and print the command to use", ("tyro", "torchvision")
+    ),
+    "ablate": Command(
+        "pretrain and evaluate a grid of settings, and draw a heat map",
+        (*_RUN, *_PICTURES),
+        also=_FILES,
+        interrupted=_GO_ON,
+    ),
+    "supervised": Command(
+        "train the baseline: the same encoder, with labels",
+        _RUN,
+        also=_FILES,
+        interrupted="--resume goes on from the last checkpoint",
+    ),
+    "export": Command(
+        "write an encoder for torchvision, timm, torch.export or ONNX",
+        ("tyro", "torchvision", "safetensors"),
+    ),
+    "bench": Command("time each part beside other libraries, on this machine", ("tyro",)),
+    "selfcheck": Command("check every part on this machine against float64", ("tyro",)),
 }
 
-# What a command's message says better than a traceback.
-_SAID = (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError)
+# Errors whose message is for the user; all others are faults of this program and keep a traceback.
+EXPECTED_ERRORS = (
+    ValueError,
+    TypeError,
+    OSError,
+    ImportError,
+    FloatingPointError,
+    MemoryError,
+    RankFailure,
+)
 
 
 def usage() -> str:
     """What `simclr-fast --help` prints."""
-    commands = "".join(f"  simclr-fast {name} {text}\n" for name, text in COMMANDS.items())
-    return f"simclr-fast: SimCLR in PyTorch\n\n{commands}  simclr-fast --version\n"
+    width = max(map(len, COMMANDS))
+    lines = "".join(f"  {name:<{width}}  {command.about}\n" for name, command in COMMANDS.items())
+    return (
+        "usage: simclr-fast COMMAND [OPTIONS]\n\n"
+        "SimCLR in PyTorch: train an image encoder without labels.\n\n"
+        f"commands:\n{lines}\n"
+        "simclr-fast COMMAND --help   the command's options\n"
+        "simclr-fast --version        the versions of simclr_fast and torch\n"
+    )
 
 
 def run(arguments: list[str]) -> int:
     """Run one command; the process's exit status."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage(), end="")
+        print(usage(), end="", file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
-    if arguments[0] == "--version":
+    name, *rest = arguments
+    if name == "--version":
+        import torch
+
         print(f"simclr_fast {__version__}, torch {torch.__version__}")
         return 0
-    if arguments[0] not in COMMANDS:
-        print(f"simclr-fast: no command {arguments[0]!r}\n\n{usage()}", end="", file=sys.stderr)
+    if name not in COMMANDS:
+        print(f"simclr-fast: no command {name!r}\n\n{usage()}", end="", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with _plain_warnings():
+        return _run(name, rest)
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    command = COMMANDS[name]
     try:
-        return import_module(f"simclr_fast.commands.{arguments[0]}").run(arguments[1:])
-    except _SAID as error:
+        require(command.needs, command.also)
+        module = import_module(f"simclr_fast.commands.{name}")
+        # A pretraining run handles signals itself, between two steps.
+        with contextlib.nullcontext() if name == "pretrain" else raise_sigterm():
+            status: int = module.run(arguments)
+            return status
+    except SystemExit as end:
+        # How tyro ends after --help (0) and wrong options (2).
+        return end.code if isinstance(end.code, int) else 0
+    except (Interrupted, KeyboardInterrupt) as stop:
+        said = f"interrupted; {command.interrupted}" if command.interrupted else "interrupted"
+        # The runs of an ablation are not resumed one by one.
+        if isinstance(stop, Interrupted) and command.interrupted != _GO_ON:
+            said = str(stop)
+        _complain(name, said)
+        return 128 + stop.signal_number if isinstance(stop, Interrupted) else exit_status(stop)
+    except BrokenPipeError:
+        # The reader of our output is gone, as after `| head`. Nothing more can be printed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except EXPECTED_ERRORS as error:
         if os.environ.get("SIMCLR_FAST_TRACEBACK"):
             raise
-        print(f"simclr-fast {arguments[0]}: {error or 'out of memory'}", file=sys.stderr)
+        _complain(name, str(error) or "out of memory")
+        if isinstance(error, RankFailure):
+            _leave_lost_ranks()
         return 1
+
+
+def _complain(name: str, message: str) -> None:
+    print(f"simclr-fast {name}: {message}", file=sys.stderr, flush=True)
+
+
+def _leave_lost_ranks() -> None:
+    """End this process now if NCCL is in use: its threads may still wait for the lost rank."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        os._exit(1)
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings are logged as their message alone, without a file name and a line of source."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        log.warning("warning: %s", message)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield

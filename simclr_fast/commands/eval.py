@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+import tyro
 
 from simclr_fast.commands.protocol import Options
 from simclr_fast.data.sources import subset
@@ -18,17 +19,20 @@ from simclr_fast.evaluation.accuracy import Scores, score
 from simclr_fast.evaluation.classifier import Recipe
 from simclr_fast.evaluation.plots import plot_embedding, plot_layers
 from simclr_fast.evaluation.subsets import LabelledPair
-from simclr_fast.utils.extras import need
-from simclr_fast.utils.interrupts import exit_status, raise_sigterm
 from simclr_fast.utils.launch import require_one_process
 
-USAGE = """simclr-fast eval PROTOCOL --encoder FILE [--data ...] [--test ...]
+USAGE = """usage: simclr-fast eval PROTOCOL --encoder FILE [OPTIONS]
+
+Measure what an encoder has learnt: a table, a JSON file, pictures.
+
+protocols:
   linear    logistic regression on frozen features, and a linear layer trained with random crops
   knn       weighted k nearest neighbours by cosine similarity
   finetune  the whole network on 1%, 10% and 100% of the labels
   layers    h, each projector layer and z of a run beside each other
   embed     pictures of the features, and a page to browse nearest neighbours
-simclr-fast eval PROTOCOL --help: all options
+
+simclr-fast eval PROTOCOL --help   the protocol's options
 """
 
 
@@ -39,20 +43,10 @@ def run(arguments: list[str]) -> int:
         print(USAGE, end="", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     name = arguments[0]
-    options = need("tyro").cli(
-        PROTOCOLS[name],
-        args=arguments[1:],
-        prog=f"simclr-fast eval {name}",
-        description=PROTOCOLS[name].__doc__,
-    )
+    options = tyro.cli(PROTOCOLS[name], args=arguments[1:], prog=f"simclr-fast eval {name}")
     require_one_process()
-    try:
-        with raise_sigterm():
-            for line in options.lines():
-                print(line, flush=True)
-    except KeyboardInterrupt as stop:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return exit_status(stop)
+    for line in options.lines():
+        print(line, flush=True)
     return 0
 
 
@@ -61,14 +55,17 @@ class Linear(Options):
     """Linear evaluation of a frozen encoder (arXiv:2002.05709, B.6 and B.8.1)."""
 
     logistic: bool = True
-    """L2-regularised logistic regression, 45 strengths of the penalty."""
+    """Fit an L2-regularised logistic regression; the penalty is chosen among 45."""
     sgd: bool = True
-    """A linear layer trained with random crops and flips."""
+    """Train a linear layer with random crops and flips."""
     optimizer: Literal["sgd", "lars"] = "sgd"
+    """What trains the linear layer."""
     epochs: int = 90
+    """Of the linear layer."""
     batch_size: int = 4096
+    """Of the linear layer."""
     lr: float = 0.1
-    """Per 256 images of the batch."""
+    """Learning rate per 256 images of the batch, for sgd."""
 
     protocol: ClassVar[str] = "linear"
 
@@ -115,7 +112,9 @@ class Knn(Options):
     """Weighted k nearest neighbours by cosine similarity (arXiv:1805.01978, 3.4)."""
 
     k: tuple[int, ...] = knn.K
+    """Numbers of neighbours: a result for each."""
     tau: float = knn.TAU
+    """Temperature: a neighbour's vote has the weight exp(similarity / tau)."""
 
     protocol: ClassVar[str] = "knn"
 
@@ -146,14 +145,16 @@ class Finetune(Options):
     """The whole network trained on a part of the labels (arXiv:2002.05709, B.5)."""
 
     labels: tuple[float, ...] = (0.01, 0.1, 1.0)
-    """Shares of every class's training images."""
+    """Shares of each class's training images: a result for each."""
     subset: Path | None = None
-    """A list of file names, one per line, instead: such as google-research/simclr's."""
+    """Train on the images that this file lists instead, one file name per line, such as
+    google-research/simclr's 1percent.txt."""
     epochs: int | None = None
-    """By default 60 up to 2% of the images, else 30."""
+    """By default 60 for at most 2% of the images, else 30."""
     batch_size: int = 4096
+    """Images per step."""
     lr: float = 0.05
-    """Per 256 images of the batch."""
+    """Learning rate per 256 images of the batch."""
 
     protocol: ClassVar[str] = "finetune"
 
@@ -183,7 +184,7 @@ class Finetune(Options):
 class Layers(Options):
     """Logistic regression on h, on each projector layer and on z of a run (--encoder: its folder).
 
-    The penalty is chosen among every fourth of the 45 values, for each layer alone.
+    The penalty is chosen among 12 values (every fourth of the 45), for each layer alone.
     """
 
     protocol: ClassVar[str] = "layers"
@@ -217,19 +218,21 @@ class Layers(Options):
 
 @dataclass(frozen=True)
 class Embed(Options):
-    """Features in two dimensions, nearest neighbours as a picture and as a page.
+    """Draw the features in two dimensions, and nearest neighbours as a picture and as a page.
 
-    Of the test images where there are some, else of --data's; labels only colour them.
+    The images are those of --test, else the test images of --data, else --data itself. Labels are
+    only used to colour them.
     """
 
     methods: tuple[embed.Method, ...] = ()
-    """By default pca and tsne, and umap where umap-learn is installed."""
+    """How to reduce the features to two dimensions; by default by pca and tsne, and by umap if
+    umap-learn is installed."""
     images: int = 1000
-    """At most so many, spread over the data."""
+    """At most this many images are shown, spread over the data."""
     queries: int = 10
-    """Rows of the picture of neighbours."""
+    """Rows in the picture of neighbours."""
     thumb: int = 64
-    """Pixels of an image in picture and page."""
+    """Pixels of a small image in the picture and on the page."""
 
     protocol: ClassVar[str] = "embed"
 

@@ -1,27 +1,41 @@
 """simclr-fast export."""
 
-import argparse
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+
+import tyro
 
 from simclr_fast.models.encoders import Stem
-from simclr_fast.models.export import FORMATS, export_encoder
+from simclr_fast.models.export import Format, export_encoder
 from simclr_fast.models.weights import load_weights
 from simclr_fast.utils.launch import require_one_process
 
 
+@dataclass(frozen=True)
+class Export:
+    """Write an encoder in another library's format, after checking that its outputs there are the
+    same, and print how to load it."""
+
+    encoder: str
+    """A file of weights (ours, torchvision's, timm's, lightly's, solo-learn's), or the folder of a
+    run."""
+    to: Path
+    """The folder to write to."""
+    format: Format
+    """What to write."""
+    model: str | None = None
+    """The encoder's model, if its file does not say: resnet50, ..."""
+    width: float | None = None
+    """The encoder's width, if its file does not say."""
+    stem: Stem | None = None
+    """The encoder's first layers, if its file does not say."""
+    image_size: int | None = None
+    """Pixels, for torch-export and onnx; by default those of the training."""
+
+
 def run(arguments: list[str]) -> int:
     """Write an encoder in another library's format, and say how it is loaded there."""
-    parser = argparse.ArgumentParser(prog="simclr-fast export", allow_abbrev=False)
-    parser.add_argument("--encoder", required=True, help="a checkpoint of any library, or a run")
-    parser.add_argument("--to", type=Path, required=True, help="the folder to write to")
-    parser.add_argument("--format", choices=FORMATS, required=True)
-    parser.add_argument("--model", help="what the encoder is, if its file does not tell")
-    parser.add_argument("--width", type=float)
-    parser.add_argument("--stem", choices=get_args(Stem))
-    parser.add_argument("--image-size", type=int, help="of torch-export and onnx")
-    given = parser.parse_args(arguments)
+    given = tyro.cli(Export, args=arguments, prog="simclr-fast export")
     require_one_process()
     weights = load_weights(given.encoder, model=given.model, width=given.width, stem=given.stem)
     if given.image_size:

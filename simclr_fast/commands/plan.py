@@ -1,88 +1,187 @@
 """simclr-fast plan."""
 
-import argparse
+import json
+import shlex
+import sys
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any, Literal
 
 import torch
+import tyro
 
 from simclr_fast.augment.params import Augmentation
+from simclr_fast.commands.run_options import DEMO_DATA
 from simclr_fast.large_batch import planner
+from simclr_fast.large_batch.planner import Gpu, Setting, Workload
 from simclr_fast.training.config import PretrainConfig
 from simclr_fast.training.setup import build_model
 
-_WIDTHS, _GPUS, _SIZES = (1, 2, 4), (1, 2, 4, 8), (24, 40, 80)
+GpuName = Literal[
+    "l4", "rtx3090", "rtx4090", "a100-40gb", "l40s", "a100-80gb", "h100", "h200", "b200"
+]
+# Memory in GB; peak bfloat16 FLOP/s without sparsity, and bytes/s, of NVIDIA's data sheets.
+GPUS: dict[GpuName, tuple[int, Gpu]] = {
+    "l4": (24, Gpu("L4", 121e12, 0.3e12)),
+    "rtx3090": (24, Gpu("RTX 3090", 71e12, 0.936e12)),
+    "rtx4090": (24, Gpu("RTX 4090", 165.2e12, 1.008e12)),
+    "a100-40gb": (40, Gpu("A100 40GB", 312e12, 1.555e12)),
+    "l40s": (48, Gpu("L40S", 362e12, 0.864e12)),
+    "a100-80gb": (80, planner.A100_80GB),
+    "h100": (80, Gpu("H100 80GB SXM", 989.4e12, 3.35e12)),
+    "h200": (141, Gpu("H200", 989.4e12, 4.8e12)),
+    "b200": (180, Gpu("B200", 2250e12, 7.7e12)),
+}
+_WIDTHS, _COUNTS, _SIZES = (1, 2, 4), (1, 2, 4, 8), (24, 40, 80)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predict what a batch needs in each memory mode, and print the pretrain command to use.
+
+    Nothing runs on a GPU: memory and time are computed from the model's operations.
+    """
+
+    model: str = "resnet50"
+    """A torchvision or timm model."""
+    width: float = 1
+    """Channel multiplier of ResNets."""
+    stem: Literal["imagenet", "cifar", "cifar-stride2"] | None = None
+    """First layers of ResNets; by default by the image size."""
+    projector_dim: int = 128
+    """Size of z."""
+    projector_depth: int = 2
+    """2: SimCLR, 3: SimCLR v2."""
+    image_size: int = 224
+    """Pixels of a view."""
+    batch_size: int = 4096
+    """Images per step over all GPUs; each has two views."""
+    gpus: int = 1
+    """Number of GPUs, of one machine."""
+    gpu: GpuName | None = None
+    """The GPU; its memory and speed are known."""
+    gpu_memory: str | None = None
+    """Memory of each GPU, such as 80GB or 24GiB; by default that of --gpu, else 80GB."""
+    host_memory: str | None = None
+    """Memory of the machine that may hold parts of the batch, such as 128GB; by default none."""
+    precision: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """What autocast computes in."""
+    optimizer: Literal["lars", "adam"] = "lars"
+    """Its state takes memory too."""
+    data: str = "photos"
+    """Goes into the command that is printed."""
+    fits: bool = False
+    """Print a table for several widths, numbers of GPUs and sizes of their memory instead."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    @property
+    def config(self) -> PretrainConfig:
+        return PretrainConfig(
+            data=self.data,
+            model=self.model,
+            width=self.width,
+            stem=self.stem,
+            projector_dim=self.projector_dim,
+            projector_depth=self.projector_depth,
+            augmentation=Augmentation(size=self.image_size),
+            batch_size=self.batch_size,
+            precision=self.precision,
+            optimizer=self.optimizer,
+        )
+
+    @property
+    def memory(self) -> str:
+        """Of one GPU, as text."""
+        return self.gpu_memory or (f"{GPUS[self.gpu][0]}GB" if self.gpu else "80GB")
 
 
 def run(arguments: list[str]) -> int:
-    """Every way of computing the batch's gradient, what it needs, and the flags of the best."""
-    given = _parser().parse_args(arguments)
-    config = PretrainConfig(
-        model=given.model,
-        width=given.width,
-        stem=given.stem,
-        projector_dim=given.projector_dim,
-        projector_depth=given.projector_depth,
-        augmentation=Augmentation(size=given.image_size),
-        batch_size=given.batch_size,
-        precision=given.precision,
-        optimizer=given.optimizer,
-    )
+    """Predict every mode; 1 if none that gives the gradient of the whole batch fits."""
+    given = tyro.cli(Plan, args=arguments, prog="simclr-fast plan")
+    config = given.config
     host = planner.parse_size(given.host_memory) if given.host_memory else 0.0
+    limit = planner.parse_size(given.memory)
     if given.fits:
         _print_fits(config, host)
         return 0
-    limit = planner.parse_size(given.gpu_memory)
-    work = workload(config, given.gpus, limit)
-    # Builds the model: what it cannot be ends here, not in every row.
+    gpu = GPUS[given.gpu][1] if given.gpu else planner.gpu_of(limit)
+    work = workload(config, given.gpus, gpu)
+    # Builds the model: a wrong model or width ends here, with one message.
     ghost = work.has_batch_norms
-    print(
-        f"{config.model} ×{config.width:g}, {config.batch_size} images in two views of "
-        f"{given.image_size}², {config.precision}: {work.rows} views on each of {given.gpus} GPUs "
-        f"of {given.gpu_memory}"
+    title = (
+        f"{config.model}, width {config.width:g}, {config.batch_size} images in two views of "
+        f"{given.image_size}×{given.image_size}, {config.precision}, {given.gpus} × {gpu.name} "
+        f"with {given.memory}"
     )
-    print(f"predicted, not measured; step times for {work.gpu.name}\n")
-    print("mode         micro-batch  GPU GB host GB compute  step s")
-    found = []
-    for setting in planner.settings(work, limit, host / given.gpus):
+    if given.json:
+        print(f"predicting {title}: about a minute", file=sys.stderr, flush=True)
+    else:
+        print(f"{title}\nEverything here is predicted; nothing was measured on a GPU.")
+        print("Each row takes some seconds to compute.\n")
+        print("mode         micro-batch  GPU GB host GB compute  step s", flush=True)
+    found: list[Setting] = []
+    for setting in _settings(work, limit, host / given.gpus):
         found.append(setting)
-        print(_row(setting, planner.fits(setting, limit), given.gpus), flush=True)
-    if ghost:
-        print("\ngrad-cache: each micro-batch its own batch statistics, another gradient")
+        if not given.json:
+            print(_row(setting, _verdict(work, setting, limit), given.gpus), flush=True)
     best = _best(work, found, limit)
-    if best is None:
-        exact = [s for s in found if planner.exact(work, s)]
-        least = min(exact, key=lambda s: s.device_bytes)
+    command = None if best is None else _command(given, best)
+    if given.json:
+        print(_to_json(given, gpu, work, found, limit, command))
+        return int(best is None)
+    if ghost:
         print(
-            f"\nnothing fits {given.gpu_memory}: the least is {least.device_bytes / 1e9:.1f} GB; "
-            "more GPUs, more --host-memory or a smaller batch would do"
+            "\ngrad-cache normalises each micro-batch by its own statistics, so its gradient is "
+            "not that of the batch: it is only taken with --allow-ghost-bn"
         )
+    if command is None:
+        print(f"\n{_nothing_fits(given, work, found)}")
         return 1
-    print(f"\nsimclr-fast pretrain {best.flags}")
+    print(f"\n{command}")
     return 0
 
 
-def workload(config: PretrainConfig, ranks: int, limit: float) -> planner.Workload:
-    return planner.Workload(
+def workload(config: PretrainConfig, ranks: int, gpu: Gpu) -> Workload:
+    """The planner's view of a run on `ranks` GPUs."""
+    return Workload(
         partial(build_model, config),
         config.augmentation.size,
         config.batch_size,
         ranks,
         None if config.precision == "float32" else getattr(torch, config.precision),
         2 if config.optimizer == "adam" else 1,
-        gpu=planner.gpu_of(limit),
+        gpu=gpu,
     )
 
 
-def _best(
-    work: planner.Workload, ways: Iterable[planner.Setting], limit: float
-) -> planner.Setting | None:
+def _settings(work: Workload, limit: float, host: float) -> Iterable[Setting]:
+    """The planner's settings; on a terminal, the seconds before each one show what is computed."""
+    ways = iter(planner.settings(work, limit, host))
+    while True:
+        if sys.stderr.isatty():
+            print("computing the next row ...", end="\r", file=sys.stderr, flush=True)
+        setting = next(ways, None)
+        if sys.stderr.isatty():
+            print(end="\x1b[2K\r", file=sys.stderr, flush=True)
+        if setting is None:
+            return
+        yield setting
+
+
+def _best(work: Workload, ways: Iterable[Setting], limit: float) -> Setting | None:
     """The first that fits and gives the whole batch's gradient."""
     return next((s for s in ways if planner.fits(s, limit) and planner.exact(work, s)), None)
 
 
-def _row(s: planner.Setting, fits: bool, gpus: int) -> str:
+def _verdict(work: Workload, setting: Setting, limit: float) -> str:
+    if not planner.fits(setting, limit):
+        return "does not fit"
+    return "fits" if planner.exact(work, setting) else "fits, but another gradient"
+
+
+def _row(s: Setting, verdict: str, gpus: int) -> str:
     size = "" if s.micro_batch is None else str(s.micro_batch)
     name = _name(s)
     if s.refusal:
@@ -90,21 +189,76 @@ def _row(s: planner.Setting, fits: bool, gpus: int) -> str:
     return (
         f"{name:<12} {size:>11} {s.device_bytes / 1e9:7.1f} "
         f"{s.offload_bytes * gpus / 1e9:7.1f} "
-        f"{s.compute:6.2f}× {s.seconds:7.2f}  {'fits' if fits else 'does not fit'}"
+        f"{s.compute:6.2f}× {s.seconds:7.2f}  {verdict}"
     )
+
+
+def _command(given: Plan, setting: Setting) -> str:
+    """What to type: every option that the prediction depends on and that is not a default."""
+    config, plain = given.config, PretrainConfig()
+    start = "simclr-fast pretrain"
+    parts = []
+    if given.gpus > 1:
+        start = f"torchrun --nproc-per-node {given.gpus} -m simclr_fast pretrain"
+        # Several processes must agree on the folder.
+        parts.append("--out runs/pretrain")
+    data = shlex.quote(config.data) + (" --preset imagenet" if config.data in DEMO_DATA else "")
+    parts = [f"--data {data}", f"--model {config.model}", *parts]
+    parts.append(f"--batch-size {config.batch_size}")
+    for name in ("width", "stem", "projector_dim", "projector_depth", "optimizer"):
+        if (value := getattr(config, name)) != getattr(plain, name):
+            parts.append(f"--{name.replace('_', '-')} {value}")
+    if config.augmentation.size != plain.augmentation.size:
+        parts.append(f"--augmentation.size {config.augmentation.size}")
+    # "auto" takes bfloat16 where the GPU has it.
+    if config.precision != "bfloat16":
+        parts.append(f"--precision {config.precision}")
+    return " ".join([start, *parts, setting.flags])
+
+
+def _nothing_fits(given: Plan, work: Workload, found: list[Setting]) -> str:
+    """Why, and what is nearest."""
+    exact = [s for s in found if planner.exact(work, s)]
+    least = min(exact, key=lambda s: s.device_bytes)
+    return (
+        f"No mode with the gradient of the whole batch fits {given.gpus} × {given.memory}: "
+        f"{_name(least)} needs the least, {least.device_bytes / 1e9:.1f} GB. Use more GPUs, a "
+        "smaller batch or a smaller model"
+        + ("." if given.host_memory else ", or say with --host-memory how much RAM may be used.")
+    )
+
+
+def _to_json(
+    given: Plan, gpu: Gpu, work: Workload, found: list[Setting], limit: float, command: str | None
+) -> str:
+    def row(setting: Setting) -> dict[str, Any]:
+        numbers = {k: v for k, v in asdict(setting).items() if v not in (float("inf"), "")}
+        fits = planner.fits(setting, limit)
+        return {**numbers, "fits": fits, "exact_gradient": planner.exact(work, setting)}
+
+    content = {
+        "predicted": True,
+        "options": asdict(given),
+        "gpu": asdict(gpu),
+        "gpu_bytes": limit,
+        "rows": [row(setting) for setting in found],
+        "command": command,
+    }
+    return json.dumps(content, indent=1)
 
 
 def _print_fits(config: PretrainConfig, host: float) -> None:
     """A Markdown table: the first setting that fits, by width, number and memory of GPUs."""
+    print("Predicting 36 cases: several minutes.", file=sys.stderr, flush=True)
     sizes = " | ".join(f"{size} GB" for size in _SIZES)
     print(f"| width | GPUs | plain needs | {sizes} |")
-    print("|---" * (3 + len(_SIZES)) + "|")
+    print("|---" * (3 + len(_SIZES)) + "|", flush=True)
     for width in _WIDTHS:
         wide = replace(config, width=width)
-        for gpus in _GPUS:
+        for gpus in _COUNTS:
             cells = []
-            # No times are shown, so one GPU's do for all.
-            work = workload(wide, gpus, _SIZES[-1] * 1e9)
+            # No times are shown, so any GPU does.
+            work = workload(wide, gpus, GPUS["h100"][1])
             for size in _SIZES:
                 limit = size * 1e9
                 ways = planner.settings(work, limit, host / gpus)
@@ -114,36 +268,10 @@ def _print_fits(config: PretrainConfig, host: float) -> None:
             print(f"| {width}× | {gpus} | {plain} | " + " | ".join(cells) + " |", flush=True)
 
 
-def _name(s: planner.Setting) -> str:
+def _name(s: Setting) -> str:
     return s.memory if s.keep_every == 1 else f"{s.memory}/{s.keep_every}"
 
 
-def _cell(s: planner.Setting, gpus: int) -> str:
+def _cell(s: Setting, gpus: int) -> str:
     host = f" + {s.offload_bytes * gpus / 1e9:.0f} host" if s.offload_bytes else ""
     return f"{_name(s)} {s.device_bytes / 1e9:.0f}{host}"
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="simclr-fast plan",
-        allow_abbrev=False,
-        description=run.__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--model", default="resnet50", help="of torchvision or timm")
-    add("--width", type=float, default=1, help="channel multiplier of ResNets")
-    stems = ("imagenet", "cifar", "cifar-stride2")
-    add("--stem", choices=stems, help="of ResNets; None: by the image size")
-    add("--projector-dim", type=int, default=128, help="size of z")
-    add("--projector-depth", type=int, default=2, help="2: SimCLR, 3: SimCLR v2")
-    add("--image-size", type=int, default=224, help="pixels")
-    add("--batch-size", type=int, default=4096, help="images over all GPUs")
-    add("--gpus", type=int, default=1, help="one rank each")
-    add("--gpu-memory", default="80GB", help="of each: 80GB, 24GiB")
-    add("--host-memory", help="of the machine, for block inputs: 128GB")
-    precisions = ("bfloat16", "float16", "float32")
-    add("--precision", choices=precisions, default="bfloat16", help="of autocast")
-    add("--optimizer", choices=("lars", "adam"), default="lars", help="its state counts")
-    add("--fits", action="store_true", help="a table over widths, numbers and memory of GPUs")
-    return parser

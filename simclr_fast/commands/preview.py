@@ -1,36 +1,43 @@
 """simclr-fast preview."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from simclr_fast.augment.preview import contact_sheet
-from simclr_fast.commands.pretrain import parse_pretrain
+from simclr_fast.commands.run_options import RunOptions, parse_run
 from simclr_fast.data.datasets import named_source
 from simclr_fast.data.decode import decode_some
 from simclr_fast.utils.checkpoint import write_atomic
 from simclr_fast.utils.extras import need
 
 
+@dataclass(frozen=True)
+class Preview(RunOptions):
+    """Draw some images of --data beside their two random views and each step of the augmentation.
+
+    Of the options of pretrain, --data, --seed and those of the augmentation matter here.
+    """
+
+    images: int = 8
+    """How many images, spread over the data."""
+    to: Path = Path("preview.png")
+    """The picture to write."""
+
+
 def run(arguments: list[str]) -> int:
     """A contact sheet of a run's first images, originals beside views, and the parameters drawn."""
-    image = need("PIL.Image")
-    own = argparse.ArgumentParser(
-        prog="simclr-fast preview",
-        epilog="Every other option is pretrain's: --data, --augmentation.size, ...",
-        allow_abbrev=False,
-    )
-    own.add_argument("--images", type=int, default=8)
-    own.add_argument("--to", type=Path, default=Path("preview.png"))
-    given, rest = own.parse_known_args(arguments)
-    config = parse_pretrain(rest)
+    given = parse_run(Preview, arguments, "preview")
+    if given.images < 1:
+        raise ValueError(f"images must be at least 1, got {given.images}")
+    config = given.config
     source = named_source(config.data)
     # Spread over the source: folders hold one class after another.
     ids = np.linspace(0, len(source) - 1, min(given.images, len(source))).astype(np.int64)
     images = decode_some(source, ids)
     sheet, lines = contact_sheet(images, config.augmentation, seed=config.seed, ids=ids)
     print("\n".join(lines))
-    write_atomic(given.to, lambda path: image.fromarray(sheet).save(path, "PNG"))
+    write_atomic(given.to, lambda path: need("PIL.Image").fromarray(sheet).save(path, "PNG"))
     print(f"contact sheet  {given.to}")
     return 0

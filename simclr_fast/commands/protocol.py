@@ -1,4 +1,4 @@
-"""What every protocol of simclr-fast eval has: options, features, a trained classifier, JSON."""
+"""What all protocols of simclr-fast eval share: options, features, a trained classifier, JSON."""
 
 import json
 from collections.abc import Iterator
@@ -23,30 +23,39 @@ from simclr_fast.utils.checkpoint import write_atomic
 
 @dataclass(frozen=True)
 class Options:
+    """The options that all protocols have."""
+
     encoder: Path
-    """A file of weights of any library (.safetensors, .pth, .pt, .ckpt), or a run's folder."""
+    """A file of weights of any library (.safetensors, .pth, .pt, .ckpt), or the folder of a run."""
     data: str = "demo"
-    """Training images with labels: a folder, shards, "demo", or NAME:ROOT, where torchvision's
-    aircraft, cars, cifar10, cifar100, dtd, flowers102, food101, pets, stl10 or svhn is."""
+    """Training images with labels: "demo", a folder with one folder per class, shards, or NAME:ROOT
+    for a data set of torchvision in the folder ROOT: aircraft, cars, cifar10, cifar100, dtd,
+    flowers102, food101, pets, stl10 or svhn."""
     test: str | None = None
-    """Test images with labels; demo and torchvision's data sets have their own."""
+    """Test images with labels, named as for --data; the demo and torchvision's data sets have their
+    own."""
     out: Path | None = None
     """Output folder; by default "eval" beside the encoder."""
     cache: Path | None = None
-    """Folder of extracted features."""
+    """Folder for the features, which are computed once; by default in the cache of the demo data
+    ($SIMCLR_FAST_CACHE, ~/.cache/simclr_fast)."""
     model: str | None = None
-    """A torchvision or timm model, where the file does not say."""
+    """The encoder's torchvision or timm model, if its file does not say."""
     width: float | None = None
+    """The encoder's width, if its file does not say."""
     stem: Stem | None = None
+    """The encoder's first layers, if its file does not say."""
     device: str = "auto"
+    """cpu, cuda or cuda:1; auto: cuda if torch sees a GPU."""
     workers: int | None = None
-    """Threads that decode."""
+    """Threads that decode images; by default as many as cores, at most 8."""
     seed: int = 0
+    """Of subsets, crops and bootstrap intervals."""
 
     protocol: ClassVar[str]
 
     def lines(self) -> Iterator[str]:
-        """What to print, as it becomes known."""
+        """The lines to print; each comes as soon as it is known."""
         raise NotImplementedError
 
     @property
@@ -109,7 +118,10 @@ class Options:
     def sweep(
         self, name: str, x: Tensor, pair: LabelledPair, values: tuple[float, ...] = linear.SWEEP
     ) -> linear.Sweep:
-        """Of the training images' features `x`; what is done is kept until `write`."""
+        """`linear.sweep_logistic` on the training images' features `x`.
+
+        Its progress is kept on disk until `write`.
+        """
         return linear.sweep_logistic(
             x,
             pair.train_labels,
@@ -121,7 +133,7 @@ class Options:
         )
 
     def write(self, results: dict[str, Any]) -> str:
-        """Write PROTOCOL.json, delete the protocol's sweeps; the line that says so."""
+        """Write PROTOCOL.json and delete the progress of the sweeps; the line to print about it."""
         path = self.folder / f"{self.protocol}.json"
         text = json.dumps({"options": asdict(self), "results": results}, indent=2, default=str)
         write_atomic(path, lambda temporary: temporary.write_text(text + "\n"))

@@ -1,28 +1,20 @@
 """simclr-fast supervised."""
 
 import os
-import sys
+from dataclasses import dataclass
 
-from simclr_fast.commands.pretrain import parse_pretrain, rank_failed
+from simclr_fast.commands.run_options import RunOptions, parse_run
 from simclr_fast.training.supervised import supervise
-from simclr_fast.utils.interrupts import Interrupted, exit_status, raise_sigterm
-from simclr_fast.utils.rank_watch import RankFailure
+
+
+@dataclass(frozen=True)
+class Supervised(RunOptions):
+    """Train the baseline with labels: the encoder, data, views and optimizer of pretrain."""
 
 
 def run(arguments: list[str]) -> int:
     """Train the supervised baseline, and print its accuracy on the test images."""
-    config = parse_pretrain(arguments, "supervised")
-    try:
-        with raise_sigterm():
-            out, scores = supervise(config)
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        return 128 + stop.signal_number
-    except KeyboardInterrupt as stop:
-        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
-        return exit_status(stop)
-    except RankFailure as failure:
-        return rank_failed("supervised", failure)
+    out, scores = supervise(parse_run(Supervised, arguments, "supervised").config)
     if int(os.environ.get("RANK", 0)) == 0:
         if scores:
             print(scores.row("supervised"))

@@ -350,11 +350,12 @@ def test_configurations_are_refused_by_name_or_survive_json(preset, aug, name, d
 )
 def test_options_of_the_command_line_arrive(batch, temperature, size, model):
     pytest.importorskip("tyro")
-    from simclr_fast.commands.pretrain import parse_pretrain
+    from simclr_fast.commands.pretrain import Pretrain
+    from simclr_fast.commands.run_options import parse_run
 
     options = ["--preset", "cifar10", "--batch-size", batch, "--temperature", temperature]
     options += ["--augmentation.size", size, "--model", model]
-    config = parse_pretrain([str(option) for option in options])
+    config = parse_run(Pretrain, [str(option) for option in options], "pretrain").config
     wanted = replace(
         PRESETS["cifar10"](),
         batch_size=batch,

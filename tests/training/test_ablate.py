@@ -180,7 +180,7 @@ def test_sigterm_ends_it_and_the_same_command_goes_on(base, tmp_path, capsys, mo
     with monkeypatch.context() as patch:
         patch.setattr(module, "features", stopped_features)
         assert run(command) == 128 + signal.SIGTERM
-    assert capsys.readouterr().err.count(f"goes on in {out}") == 2
+    assert capsys.readouterr().err.count("the same command goes on") == 2
     assert len(results.read_text().splitlines()) == 1
     assert len(losses) == 6
     assert run(command) == 0

@@ -161,7 +161,7 @@ def test_sigterm_ends_it_and_resume_goes_on(config, tmp_path, capsys, monkeypatc
     whole, _ = supervise(config)
     cut = replace(config, out=tmp_path / "cut", resume=True, memory="plain")
     monkeypatch.setattr(SimCLR, "forward", counted)
-    monkeypatch.setattr(command, "parse_pretrain", lambda *_: cut)
+    monkeypatch.setattr(command, "parse_run", lambda *_: command.Supervised(cut))
     for says in ("holds a checkpoint: go on with --resume", "interrupted; --resume"):
         assert run(["supervised"]) == 128 + signal.SIGTERM
         assert says in capsys.readouterr().err

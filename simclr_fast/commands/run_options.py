@@ -1,0 +1,60 @@
+"""The options of a run: those of pretrain, which ablate, preview and supervised have too."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeVar, cast, get_args
+
+import tyro
+
+from simclr_fast.training.config import PRESETS, PretrainConfig
+
+Preset = Literal["demo", "cifar10", "imagenet100", "imagenet"]
+DEMO_DATA = ("demo", "demo-grain")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a subclass adds to pretrain's options are the command's own."""
+
+    config: Annotated[PretrainConfig, tyro.conf.arg(name="")]
+    preset: Preset = "demo"
+    """The recipe that all other options start from. By default: demo for the demo data, imagenet
+    for other data."""
+
+
+T = TypeVar("T", bound=RunOptions)
+
+
+def parse_run(kind: type[T], arguments: Sequence[str], command: str) -> T:
+    """Options over a preset: --preset's, else demo for the demo data and imagenet for others."""
+    given = _value(arguments, "--preset")
+    data = _value(arguments, "--data") or "demo"
+    preset = given if given in PRESETS else "demo" if data in DEMO_DATA else "imagenet"
+    own = "\n\n".join(" ".join(part.split()) for part in (kind.__doc__ or "").split("\n\n"))
+    about = (
+        f"{own}\n\nThe defaults shown are those of --preset {preset}"
+        f"{'' if given else f', which is taken for --data {data}'}. Without --preset, the demo "
+        f"data take demo, all other data imagenet. To see another preset's defaults: "
+        f"simclr-fast {command} --preset {_another(preset)} --help"
+    )
+    return tyro.cli(
+        kind,
+        args=arguments,
+        default=kind(PRESETS[preset](), cast(Preset, preset)),
+        prog=f"simclr-fast {command}",
+        description=about,
+    )
+
+
+def _another(preset: str) -> str:
+    return next(name for name in reversed(get_args(Preset)) if name != preset)
+
+
+def _value(arguments: Sequence[str], option: str) -> str | None:
+    """What `arguments` give to `option`, in either of its two forms; the last one counts."""
+    found = None
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        name, equals, value = argument.partition("=")
+        if name == option:
+            found = value if equals else following
+    return found

@@ -1,0 +1,106 @@
+"""simclr-fast plan: the command that it prints, its JSON, and that it never contradicts itself."""
+
+import json
+import shlex
+import sys
+
+import pytest
+
+from simclr_fast.commands import plan
+from simclr_fast.commands.cli import run
+from simclr_fast.commands.pretrain import Pretrain
+from simclr_fast.commands.run_options import parse_run
+from simclr_fast.large_batch import planner
+from simclr_fast.large_batch.planner import Setting
+
+SMALL = ["--model", "resnet18", "--width", "0.25", "--image-size", "32", "--batch-size", "64"]
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    """Replaces the simulation: gives it the settings that a test wants."""
+
+    def use(*ways):
+        monkeypatch.setattr(planner, "settings", lambda *_: iter(ways))
+
+    return use
+
+
+def test_the_printed_command_is_the_run_that_was_planned(settings, capsys):
+    settings(Setting("plain", None, 90e9), Setting("lockstep", 64, 20e9, keep_every=2))
+    options = ["--data", "my photos", "--gpus", "4", "--projector-depth", "3", "--precision"]
+    assert run(["plan", *SMALL, *options, "float16"]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert words[:6] == ["torchrun", "--nproc-per-node", "4", "-m", "simclr_fast", "pretrain"]
+    config = parse_run(Pretrain, words[6:], "pretrain").config
+    assert (config.data, config.model, config.width) == ("my photos", "resnet18", 0.25)
+    assert (config.batch_size, config.augmentation.size, config.projector_depth) == (64, 32, 3)
+    assert (config.memory, config.micro_batch, config.keep_every) == ("lockstep", 64, 2)
+    assert config.precision == "float16"
+    assert config.out is not None
+
+
+def test_the_command_for_one_gpu_and_the_demo(settings, capsys):
+    settings(Setting("plain", None, 1e9))
+    assert run(["plan", "--data", "demo"]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert words[:2] == ["simclr-fast", "pretrain"]
+    config = parse_run(Pretrain, words[2:], "pretrain").config
+    assert (config.data, config.model, config.width) == ("demo", "resnet50", 1)
+    assert (config.batch_size, config.stem, config.augmentation.size) == (4096, None, 224)
+
+
+def test_grad_cache_is_not_called_a_fit(settings, capsys):
+    settings(Setting("plain", None, 900e9), Setting("grad-cache", 256, 5e9))
+    assert run(["plan", *SMALL]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = (line for line in lines if line.startswith("grad-cache  "))
+    assert row.endswith("fits, but another gradient")
+    assert "No mode with the gradient of the whole batch fits 1 × 80GB" in lines[-1]
+    assert "plain needs the least, 900.0 GB" in lines[-1]
+
+
+@pytest.mark.parametrize(("name", "memory"), [(n, m) for n, (m, _) in plan.GPUS.items()])
+def test_gpus_by_name(settings, capsys, name, memory):
+    settings(Setting("plain", None, 0.9 * memory * 1e9))
+    assert run(["plan", *SMALL, "--gpu", name]) == 0
+    assert f"{plan.GPUS[name][1].name} with {memory}GB" in capsys.readouterr().out
+    settings(Setting("plain", None, 1.1 * memory * 1e9))
+    assert run(["plan", *SMALL, "--gpu", name]) == 1
+
+
+def test_memory_of_its_own(settings, capsys):
+    settings(Setting("plain", None, 30e9))
+    assert run(["plan", *SMALL, "--gpu", "h100", "--gpu-memory", "24GiB"]) == 1
+    assert "H100 80GB SXM with 24GiB" in capsys.readouterr().out
+
+
+def test_it_says_what_it_does_before_it_computes(monkeypatch, capsys):
+    def slow(*_):
+        shown.append(capsys.readouterr().out)
+        yield Setting("plain", None, 1e9)
+
+    shown = []
+    monkeypatch.setattr(planner, "settings", slow)
+    assert run(["plan", *SMALL]) == 0
+    assert "Each row takes some seconds" in shown[0]
+
+
+def test_a_terminal_shows_that_the_next_row_is_computed(settings, monkeypatch, capsys):
+    settings(Setting("plain", None, 1e9))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert run(["plan", *SMALL]) == 0
+    assert "computing the next row" in capsys.readouterr().err
+
+
+def test_json(settings, capsys):
+    refused = Setting("replay", None, float("inf"), float("inf"), float("inf"), refusal="no")
+    settings(Setting("plain", None, 90e9), refused, Setting("lockstep", 64, 20e9))
+    assert run(["plan", *SMALL, "--gpu", "a100-80gb", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["predicted"] is True
+    assert [row["fits"] for row in found["rows"]] == [False, False, True]
+    assert found["rows"][1]["refusal"] == "no"
+    assert "device_bytes" not in found["rows"][1]
+    assert found["command"].endswith("--memory lockstep --micro-batch 64")
+    assert found["gpu"]["name"] == "A100 80GB SXM"
