@@ -1,7 +1,15 @@
-"""simclr_fast: the parts of SimCLR, each fast, exact and usable alone.
+"""SimCLR in PyTorch: learn an image encoder without labels, or use one part in your own loop.
 
-The names below are imported when they are first used, so `import simclr_fast` costs little more
-than `import torch`.
+nt_xent_loss, NTXentLoss: the loss, as a function and as a module.
+sup_con_loss, multi_view_nt_xent_loss: the loss with labels, and with more than two views.
+TwoViewLoader: batches of two random views from image files or arrays.
+SimCLRViews: two random views of an image or a batch, for your own data set.
+LARS: the optimizer of the SimCLR paper.
+LargeBatch: the gradient of a batch that does not fit in memory.
+load_weights: an encoder from a checkpoint of this or another library.
+
+Each name is imported when it is first used, so `import simclr_fast` costs little more than
+`import torch`. The command `simclr-fast` trains and evaluates.
 """
 
 from importlib import import_module

@@ -1,1 +1,1 @@
-"""Other libraries' signatures over simclr_fast, one module for each."""
+"""The parts of simclr_fast under the names and arguments of other libraries, a module for each."""

@@ -1,4 +1,4 @@
-"""From image files, arrays or data sets to batches of views."""
+"""Image files, arrays and data sets, and the loaders that make batches of views of them."""
 
 from simclr_fast.data.datasets import named_source, open_source
 from simclr_fast.data.decode import CorruptImageError

@@ -1,1 +1,1 @@
-"""What an encoder has learnt: the protocols by which SimCLR's encoders are judged."""
+"""What an encoder has learned: k-NN, linear probes, fine-tuning, pictures of its features."""

@@ -1,4 +1,4 @@
-"""The whole batch's gradient in less memory than its activations need."""
+"""The gradient of a whole batch in less memory than its activations take."""
 
 from simclr_fast.large_batch.engine import LargeBatch, Memory
 

@@ -1,4 +1,4 @@
-"""Encoders and projection heads, and their weights in and out."""
+"""Encoders and projectors; reading weights of any library, and writing them for others."""
 
 from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector
 from simclr_fast.models.weights import Weights, load_weights

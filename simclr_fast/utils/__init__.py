@@ -1,1 +1,1 @@
-"""What every part leans on: checkpoints, ranks, signals, file locks, optional packages."""
+"""What every part uses: checkpoints, groups of processes, signals, locks, optional packages."""
