@@ -4,18 +4,20 @@ import contextlib
 import io
 import os
 import re
+import textwrap
 from typing import Any
 
 from simclr_fast.commands.cli import run
 
 _MARK = re.compile(r"<!-- help: ([a-z ]*) -->")
+_WIDTH = 90
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def help_of(command: str) -> str:
-    """What `simclr-fast COMMAND --help` prints, without colours, 90 columns wide."""
+    """What `simclr-fast COMMAND --help` prints, without colours."""
     printed, before = io.StringIO(), os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "90"
+    os.environ["COLUMNS"] = str(_WIDTH)
     try:
         with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
             run([*command.split(), "--help"])
@@ -24,10 +26,13 @@ def help_of(command: str) -> str:
             del os.environ["COLUMNS"]
         else:
             os.environ["COLUMNS"] = before
-    text = _COLOUR.sub("", printed.getvalue()).strip()
-    if not text:
+    lines = _COLOUR.sub("", printed.getvalue()).strip().splitlines()
+    if not lines:
         raise ValueError(f"simclr-fast {command} --help prints nothing")
-    return text
+    # Descriptions come in one line each.
+    return "\n".join(
+        textwrap.fill(line, _WIDTH) if len(line) > _WIDTH else line.rstrip() for line in lines
+    )
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
