@@ -19,6 +19,7 @@ from simclr_fast.evaluation.subsets import LabelledPair
 from simclr_fast.models.encoders import Stem
 from simclr_fast.models.weights import Weights, load_weights
 from simclr_fast.utils.checkpoint import write_atomic
+from simclr_fast.utils.device import resolve_device
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,7 @@ class Options:
 
     @property
     def torch_device(self) -> torch.device:
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        return resolve_device(self.device)
 
     @property
     def folder(self) -> Path:

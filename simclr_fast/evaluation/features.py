@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,42 @@ from simclr_fast.augment.params import Augmentation
 from simclr_fast.data.demo import cache_folder
 from simclr_fast.data.loader import ImageLoader
 from simclr_fast.data.sources import Source, subset
-from simclr_fast.models.encoders import encode
 from simclr_fast.utils.checkpoint import write_atomic
+from simclr_fast.utils.device import autocast_dtype
 from simclr_fast.utils.extras import need
 from simclr_fast.utils.locks import locked
 
+log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_SAVES = 10.0
+# Features are computed under autocast if they stay within this of 1 in cosine similarity.
+_COSINE_ERROR = 1e-3
+
+
+class Inference:
+    """An encoder in eval mode: images [N, 3, H, W] → float32 features [N, feature_dim].
+
+    On GPUs it computes under autocast, unless the first batch shows that this encoder's features
+    then turn away from those in float32: by more than 1e-3 in cosine similarity for any image.
+    """
+
+    def __init__(self, encoder: nn.Module, device: torch.device) -> None:
+        self.encoder, self.device = encoder.to(device).eval(), device
+        self.dtype = autocast_dtype("auto", device)
+        self.checked = self.dtype is None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        images = images.to(self.device, non_blocking=True)
+        if not self.checked:
+            self.checked = True
+            exact = self.encoder(images).float()
+            cosine = nn.functional.cosine_similarity(exact, self(images), dim=1)
+            # Not "<": features that are not finite have no cosine.
+            if not bool((1 - cosine <= _COSINE_ERROR).all()):
+                log.info("features in float32: %s turns them by more than 1e-3", self.dtype)
+                self.dtype = None
+            return exact
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            return self.encoder(images).float()
 
 
 def features(
@@ -31,10 +62,12 @@ def features(
     batch_size: int = 256,
 ) -> Tensor:
     """h of every image, undistorted: float32 [n, feature_dim] on the CPU, in the source's order."""
-    was_training = encoder.training
-    loader = ImageLoader(source, batch_size, augmentation, channels_last=True)
+    was_training, device = encoder.training, torch.device(device)
+    loader = ImageLoader(source, batch_size, augmentation, channels_last=True, device=device)
+    infer = Inference(encoder, device)
     try:
-        return encode(encoder, loader, torch.device(device))
+        with torch.no_grad():
+            return torch.cat([infer(images).cpu() for images, _ in loader])
     finally:
         encoder.train(was_training)
 
@@ -59,14 +92,18 @@ def cached_features(
     """`features` kept on disk: float32 [n, feature_dim], mapped read-only into memory.
 
     folder: of the files; by default "features" in the cache folder of the embedded data. A file's
-        name is the fingerprint of weights, images and preprocessing: nothing else is ever read.
+        name is the fingerprint of weights, images and preprocessing, with autocast's dtype on a
+        GPU: nothing else is ever read.
     name: on the progress bar.
 
     An interrupted extraction goes on where it stopped. Two processes that want the same features
     take turns. Raises ValueError if a feature is not finite: nothing is kept then.
     """
     folder = folder or cache_folder() / "features"
-    path = folder / f"{fingerprint(encoder, source, augmentation)}.npy"
+    name_of_file = fingerprint(encoder, source, augmentation)
+    if dtype := autocast_dtype("auto", torch.device(device)):
+        name_of_file += f"-{str(dtype).removeprefix('torch.')}"
+    path = folder / f"{name_of_file}.npy"
     if not path.exists():
         with locked(path.with_suffix(".lock")):
             if not path.exists():
@@ -101,7 +138,7 @@ def _extract(
     done = json.loads(progress.read_text())["rows"] if progress.exists() else 0
     n, device = len(source), torch.device(device)
     was_training = encoder.training
-    encoder.eval()
+    infer = Inference(encoder, device)
     rows = np.load(partial, mmap_mode="r+") if done else None
     rest = subset(source, np.arange(done, n)) if done else source
     loader = ImageLoader(
@@ -111,7 +148,7 @@ def _extract(
     try:
         with torch.inference_mode(), _bar(name, n, done) as bar:
             for images, _ in loader:
-                h = encoder(images).float().cpu().numpy()
+                h = infer(images).cpu().numpy()
                 if not np.isfinite(h).all():
                     raise ValueError("the features are not finite: the encoder has diverged")
                 if rows is None:

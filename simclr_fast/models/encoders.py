@@ -1,9 +1,7 @@
 """Encoders and projection heads: images → h, what evaluation uses → z, what the loss sees."""
 
-from collections.abc import Iterable
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from simclr_fast.utils.extras import need
@@ -166,12 +164,3 @@ class SimCLR(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         h = self.encoder(images)
         return h, self.projector(h)
-
-
-@torch.no_grad()
-def encode(
-    encoder: nn.Module, batches: Iterable[tuple[Tensor, ...]], device: torch.device
-) -> Tensor:
-    """Features [n, feature_dim], float32 on the CPU, of an iterable of (images, index)."""
-    encoder.eval()
-    return torch.cat([encoder(images.to(device)).float().cpu() for images, _ in batches])

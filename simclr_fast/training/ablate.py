@@ -26,6 +26,7 @@ from simclr_fast.models.weights import load_weights
 from simclr_fast.training.config import PretrainConfig, to_json
 from simclr_fast.training.pretrain import pretrain
 from simclr_fast.utils import checkpoint
+from simclr_fast.utils.device import resolve_device
 from simclr_fast.utils.extras import need
 from simclr_fast.utils.locks import locked
 
@@ -171,13 +172,12 @@ def _run_cells(
         if not (out / "encoder.safetensors").exists():
             pretrain(config)
         seconds = time.perf_counter() - start
-        encoder, plain = load_weights(out).encoder, config.augmentation
-        accuracy = linear_probe(
-            features(encoder, train, plain),
-            train.labels,
-            features(encoder, test, plain),
-            test.labels,
+        device, encoder = resolve_device(config.device), load_weights(out).encoder
+        h_train, h_test = (
+            features(encoder, source, config.augmentation, device=device)
+            for source in (train, test)
         )
+        accuracy = linear_probe(h_train, train.labels, h_test, test.labels, device=device)
         last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
         row = {
             "cell": str(cell),

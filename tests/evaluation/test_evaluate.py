@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import weakref
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from sklearn.linear_model import LogisticRegression
 from simclr_fast.augment.params import Augmentation
 from simclr_fast.data.datasets import open_source
 from simclr_fast.data.sources import ArraySource, FileSource, subset
+from simclr_fast.evaluation import features as module
+from simclr_fast.evaluation import linear
 from simclr_fast.evaluation.accuracy import bootstrap, score, true_class_rank
 from simclr_fast.evaluation.features import cached_features, features, fingerprint, pixels
 from simclr_fast.evaluation.linear import (
@@ -274,3 +277,103 @@ def test_subset_lists(tmp_path):
         listing.write_text(text)
         with pytest.raises(ValueError, match=says):
             listed_subset(source, listing)
+
+
+def standardised(n=600, dim=40, classes=7):
+    """Classes that overlap, and components of very different variance, as real features have."""
+    generator = torch.Generator().manual_seed(5)
+    labels = torch.arange(n) % classes
+    x = torch.randn(classes, dim, generator=generator)[labels]
+    x = (x + 2 * torch.randn(n, dim, generator=generator)) * torch.logspace(-3, 1, dim) + 3
+    return x, labels
+
+
+@pytest.mark.parametrize("l2", [1e5, 1.0, 1e-3])
+def test_float32_products_find_the_same_minimum(l2):
+    """What the exploratory fits on GPUs compute in. Their tolerance is that of the gradient."""
+    x, labels = standardised()
+    fits = [
+        linear._Problem(x, labels, 7, "cpu", dtype).fit(l2, None, 1e-4, 2000)
+        for dtype in (torch.float64, torch.float32)
+    ]
+    assert all(fit.converged for fit in fits)
+    assert fits[1].iterations <= fits[0].iterations + 2
+    logits = [(x - fit.mean) / fit.std @ fit.weight.float().T + fit.bias.float() for fit in fits]
+    agree = (logits[0].argmax(1) == logits[1].argmax(1)).double().mean()
+    assert agree > 0.99
+
+
+def test_a_sweep_with_float32_products_chooses_the_same(monkeypatch):
+    assert linear._rough_products("cuda:1") == torch.float32
+    assert linear._rough_products("cpu") == torch.float64
+    x, labels = standardised()
+    exact = sweep_logistic(x, labels, n_classes=7, values=SWEEP[::4])
+    monkeypatch.setattr(linear, "_rough_products", lambda device: torch.float32)
+    rough = sweep_logistic(x, labels, n_classes=7, values=SWEEP[::4])
+    assert rough.fit.l2 == exact.fit.l2
+    # At most one of the 119 held-out images is told differently.
+    assert max(abs(rough.validation[v] - exact.validation[v]) for v in exact.validation) < 1.5 / 119
+    # The final fit is in float64 either way.
+    assert torch.allclose(rough.fit.weight, exact.fit.weight, atol=1e-6)
+
+
+def test_the_final_fit_begins_without_the_sweeps_copy(monkeypatch):
+    x, labels = standardised(70)
+    made, alive = [], []
+    real = linear._Problem
+
+    def watched(*given):
+        made.append(weakref.ref(problem := real(*given)))
+        return problem
+
+    def final(*given, **options):
+        alive.append(made[0]() is not None)
+        return fit_logistic(*given, **options)
+
+    monkeypatch.setattr(linear, "_Problem", watched)
+    monkeypatch.setattr(linear, "fit_logistic", final)
+    sweep_logistic(x, labels, n_classes=7, values=(1.0, 0.1))
+    assert alive == [False]
+
+
+class Encoder(torch.nn.Module):
+    """Features that `coarse` autocast turns, or does not."""
+
+    def __init__(self, coarse):
+        super().__init__()
+        self.coarse = coarse
+        self.seen = []
+
+    def forward(self, images):
+        cast = torch.is_autocast_enabled("cpu")
+        self.seen.append(cast)
+        h = images.flatten(1)[:, :6].clone()
+        if cast:
+            h[0] += self.coarse * h[0].flip(0)
+            h = h.bfloat16()
+        return h
+
+
+@pytest.mark.parametrize(("coarse", "casts"), [(1e-3, True), (0.3, False), (torch.nan, False)])
+def test_autocast_only_where_the_features_stay(monkeypatch, coarse, casts):
+    monkeypatch.setattr(module, "autocast_dtype", lambda *_: torch.bfloat16)
+    encoder = Encoder(coarse)
+    infer = module.Inference(encoder, torch.device("cpu"))
+    images = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    exact = images.flatten(1)[:, :6]
+    # The first batch is computed twice and kept in float32.
+    assert torch.equal(infer(images), exact)
+    second = infer(images)
+    assert second.dtype == torch.float32
+    assert encoder.seen == [False, True, casts]
+    assert torch.nn.functional.cosine_similarity(second, exact).min() > 1 - 1e-3
+
+
+def test_cached_features_of_another_precision_are_not_read(tmp_path, monkeypatch):
+    source = ArraySource(small_images())
+    encoder, augmentation = Encoder(0), Augmentation(size=8)
+    cached_features(encoder, source, augmentation, folder=tmp_path)
+    monkeypatch.setattr(module, "autocast_dtype", lambda *_: torch.bfloat16)
+    cached_features(encoder, source, augmentation, folder=tmp_path)
+    assert len(list(tmp_path.glob("*.npy"))) == 2
+    assert len(list(tmp_path.glob("*-bfloat16.npy"))) == 1

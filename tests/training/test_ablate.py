@@ -171,9 +171,9 @@ def test_sigterm_ends_it_and_the_same_command_goes_on(base, tmp_path, capsys, mo
             os.kill(os.getpid(), signal.SIGTERM)
         return loss(*given, **options)
 
-    def stopped_features(*given):
+    def stopped_features(*given, **options):
         os.kill(os.getpid(), signal.SIGTERM)
-        return real(*given)
+        return real(*given, **options)
 
     monkeypatch.setattr(train, "nt_xent_loss", stopped_loss)
     assert run(command) == 128 + signal.SIGTERM
