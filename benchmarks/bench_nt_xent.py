@@ -102,7 +102,7 @@ def peak_memory(name: str, n: int, d: int) -> float:
 
 def tables(
     options: Options,
-    sizes: tuple[int, ...] = (256, 1024),
+    sizes: tuple[int, ...] = (256, 1024, 4096),
     dim: int = 128,
     memory: bool = True,
     others: bool = False,

@@ -82,7 +82,7 @@ def machine(environment: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in installed.items())
     return (
         f"{environment['when'][:10]}, {environment['cores']} cores of {environment['cpu']} "
-        f"({environment['instruction_set']}), {environment['threads']} threads, commit "
+        f"({environment['instruction_set']}), threads: {environment['threads']}, commit "
         f"{environment['commit']}. {versions}.\n\n```\n{environment['command']}\n```"
     )
 

@@ -165,7 +165,7 @@ def results(folder, title="NT-Xent, N = 64, D = 8", column="forward+backward"):
 def test_a_table_of_results(tmp_path):
     results(tmp_path)
     lines = tables.text("loss", tmp_path).splitlines()
-    assert lines[0] == "2026-01-02, 2 cores of CPU (avx2), 1 threads, commit abc. torch 2."
+    assert lines[0] == "2026-01-02, 2 cores of CPU (avx2), threads: 1, commit abc. torch 2."
     assert lines[3] == "simclr-fast bench loss"
     start = lines.index("| | forward+backward, ms | × ours | peak MB |")
     assert lines[start + 2 :] == [
