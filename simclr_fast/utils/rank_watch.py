@@ -157,8 +157,10 @@ class RankWatch:
             verdict = isinstance(error, RuntimeError) and (self._told() or self._missing())
             if not verdict:
                 self._tell(own)
+                self._let_others_read()
                 return error
             verdict = self._tell(verdict)
+            self._let_others_read()
         except dist.DistError:
             verdict = self._store_lost()
         return error if verdict == own else RankFailure(verdict + _ADVICE)
@@ -219,11 +221,18 @@ class RankWatch:
             for r, (_, step, doing, _) in late.items()
         )
 
+    def _let_others_read(self) -> None:
+        """The store ends with the rank that hosts it, so that rank stays for two beats."""
+        if self.rank == 0 and not self._hosted_by_launcher:
+            time.sleep(2 * _BEAT)
+
+    @property
+    def _hosted_by_launcher(self) -> bool:
+        """torchrun's agent hosts the store of its ranks; without torchrun, rank 0 does."""
+        return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
     def _store_lost(self) -> str:
-        # torchrun's agent hosts the store of its ranks; without torchrun, rank 0 does.
-        host = (
-            "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
-        )
+        host = "the launcher" if self._hosted_by_launcher else "rank 0"
         return f"{host}, which hosts the store, died or left; here it was {self.where}"
 
     def _agree(self) -> bool:

@@ -6,7 +6,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,9 +53,18 @@ def _rank(
 
 
 class Run:
-    """`config` on `size` ranks; plan(rank) runs first in each and may patch the package."""
+    """`config` on `size` ranks; plan(rank) runs first in each and may patch the package.
 
-    def __init__(self, config: PretrainConfig, size: int, plan: Callable | None = None) -> None:
+    outs: an output folder for each rank, as on machines without a shared disk.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        size: int,
+        plan: Callable | None = None,
+        outs: Sequence[Path] | None = None,
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -63,7 +73,8 @@ class Run:
         for rank in range(size):
             name = f"{config.out.name}-{time.monotonic_ns()}-{rank}.txt"
             self.errors.append(config.out.parent / name)
-            arguments = (rank, size, port, config, self.errors[-1], plan)
+            own = config if outs is None else replace(config, out=outs[rank])
+            arguments = (rank, size, port, own, self.errors[-1], plan)
             self.processes.append(_context.Process(target=_rank, args=arguments))
             self.processes[-1].start()
 

@@ -8,12 +8,16 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from rank_runs import Run
 from tiny_runs import TINY
 
+from simclr_fast.models.encoders import SimCLR
+from simclr_fast.optim.lars import LARS
 from simclr_fast.training import pretrain as train
 from simclr_fast.utils.checkpoint import checkpoints, load_checkpoint
 from simclr_fast.utils.distributed import World
@@ -167,6 +171,73 @@ def test_the_others_end_and_name_rank_and_step(config, begin, action, who, size,
         assert says in run.says(who)
 
 
+@dataclass
+class AsNccl:
+    """Memory runs out on rank `who` in its third step, in `place`; the rest is as with NCCL.
+
+    Collectives never return once a rank is lost, and destroy_process_group waits for them.
+    """
+
+    who: int
+    place: str
+    folder: Path
+
+    def __call__(self, rank):
+        dist.destroy_process_group = hang
+        for name in ("all_gather", "all_reduce"):
+            setattr(dist, name, self.hanging(getattr(dist, name)))
+        if rank == self.who:
+            kind, name = {
+                "loader": (train.TwoViewLoader, "_batch_ids"),
+                "forward": (SimCLR, "forward"),
+                "loss": (train, "nt_xent_loss"),
+                "optimizer": (LARS, "step"),
+            }[self.place]
+            self.exhaust_third(kind, name)
+
+    def hanging(self, collective):
+        def patched(*arguments, **options):
+            try:
+                return collective(*arguments, **options)
+            except RuntimeError:
+                hang()
+
+        return patched
+
+    def exhaust_third(self, kind, name):
+        calls, original = [], getattr(kind, name)
+
+        def patched(*arguments, **options):
+            calls.append(1)
+            if len(calls) == 3:
+                (self.folder / "failed").write_text("")
+                exhaust()
+            return original(*arguments, **options)
+
+        setattr(kind, name, patched)
+
+
+@pytest.mark.parametrize(
+    ("who", "place"),
+    [
+        (1, "loss"),
+        (0, "optimizer"),
+        pytest.param(1, "loader", marks=slow),
+        pytest.param(0, "forward", marks=slow),
+    ],
+)
+def test_a_failure_is_said_and_ends_all_at_once(config, begin, tmp_path, who, place):
+    run = begin(config, 2, AsNccl(who, place, tmp_path))
+    assert run.wait() == [1, 1], [run.says(0), run.says(1)]
+    # Half of it is what a rank may take to end by itself.
+    assert time.time() - (tmp_path / "failed").stat().st_mtime < 15
+    first = run.says(who).splitlines()
+    assert any(line.startswith(f"simclr-fast: rank {who}: step 3") for line in first), first
+    assert "out of memory with --memory plain" in run.says(who)
+    assert f"rank {who} " in run.says(1 - who)
+    assert "step 3" in run.says(1 - who)
+
+
 def absent(rank):
     if rank == 1:
         hang()
@@ -226,3 +297,77 @@ def test_resume_with_other_numbers_of_ranks(config, begin):
         assert found == pytest.approx(losses, rel=1e-12)
         for key, value in last["model"].items():
             torch.testing.assert_close(end["model"][key], value, rtol=1e-9, atol=1e-11, msg=key)
+
+
+def test_resume_without_a_shared_disk(config, begin, tmp_path, uninterrupted):
+    """Rank 1's machine has an older checkpoint only; then none at all. Rank 0's counts."""
+    outs = [config.out, tmp_path / "other"]
+    assert begin(config, 2, InStep(6, die), outs).wait() == [-signal.SIGKILL] * 2
+    assert load_checkpoint(checkpoints(config.out / "checkpoints")[-1])["step"] == 4
+    (outs[1] / "checkpoints").mkdir(parents=True)
+    shutil.copy(checkpoints(config.out / "checkpoints")[0], outs[1] / "checkpoints")
+    assert begin(replace(config, resume=True), 2, None, outs).wait() == [0, 0]
+    losses, last = finished(config.out)
+    assert losses == uninterrupted[0]
+    assert not (outs[1] / "encoder.safetensors").exists()
+    for key, value in uninterrupted[1]["model"].items():
+        assert torch.equal(value, last["model"][key]), key
+
+
+def test_a_bad_checkpoint_ends_every_rank(config, begin):
+    folder = config.out / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "step-00000002.pt").write_bytes(b"not one")
+    run = begin(replace(config, resume=True), 2)
+    assert run.wait() == [1, 1]
+    for rank in range(2):
+        assert "not a readable checkpoint" in run.says(rank)
+
+
+def with_another_seed_on_rank_1(rank):
+    seed = torch.manual_seed
+    torch.manual_seed = lambda number: seed(number + rank)
+
+
+def test_ranks_with_other_weights_are_named(config, begin):
+    # Lockstep: DistributedDataParallel would hand out rank 0's.
+    config = replace(config, memory="lockstep", micro_batch=4)
+    run = begin(config, 2, with_another_seed_on_rank_1)
+    assert run.wait() == [1, 1]
+    for rank in range(2):
+        assert "rank 1 has other weights than rank 0" in run.says(rank)
+
+
+def as_srun_starts_it(rank):
+    for name, value in {"PROCID": rank, "LOCALID": rank, "STEP_ID": 0, "NTASKS": 2}.items():
+        os.environ[f"SLURM_{name}"] = str(value)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        del os.environ[name]
+
+
+def test_srun_tasks_are_one_run(config, begin, uninterrupted):
+    assert begin(config, 2, as_srun_starts_it).wait() == [0, 0]
+    assert finished(config.out)[0] == uninterrupted[0]
+
+
+@pytest.mark.parametrize(
+    ("number", "who"), [(signal.SIGTERM, 1), pytest.param(signal.SIGUSR1, 0, marks=slow)]
+)
+def test_a_signal_on_one_rank_stops_all_and_saves(config, begin, number, who):
+    """Without a line of the log in sight, at which the ranks would meet."""
+    config = replace(config, steps=100_000, log_every=100_000, checkpoint_every=100_000)
+    run = begin(config, 2)
+    end = time.monotonic() + 60
+    while not (config.out / "metrics.jsonl").exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    time.sleep(1)
+    os.kill(run.processes[who].pid, number)
+    sent = time.monotonic()
+    assert run.wait() == [1, 1]
+    assert time.monotonic() - sent < 10
+    for rank in range(2):
+        assert "Interrupted" in run.says(rank)
+        assert "--resume" in run.says(rank)
+    (saved,) = checkpoints(config.out / "checkpoints")
+    assert load_checkpoint(saved)["step"] >= 1
