@@ -5,6 +5,7 @@ Finished cells are lines of results.jsonl and are never run again.
 """
 
 import dataclasses
+import gc
 import itertools
 import json
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from simclr_fast.augment.params import Augmentation
 from simclr_fast.data.datasets import named_source
@@ -193,6 +195,10 @@ def _run_cells(
         rows.append(row)
         _write(results, "".join(json.dumps(row) + "\n" for row in rows))
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        # The next cell's memory mode is chosen by what is free.
+        del encoder
+        gc.collect()
+        torch.cuda.empty_cache()
         bar.write(f"{cell!s:<48} {accuracy}")
     return rows
 

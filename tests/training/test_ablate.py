@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_runs import TINY
 
@@ -106,6 +107,16 @@ def test_finished_cells_are_never_run_again(base, tmp_path, monkeypatch):
     (tmp_path / "mine" / "notes.txt").write_text("")
     with pytest.raises(FileExistsError, match="no ablation"):
         ablate(base, cells, tmp_path / "mine")
+
+
+def test_each_cell_finds_the_memory_of_the_one_before_free(base, tmp_path, monkeypatch):
+    """torch's allocator would keep it, and the next cell choose a slower way to fit its batch."""
+    done = []
+    real = train.pretrain
+    monkeypatch.setattr(module, "pretrain", lambda config: (done.append("run"), real(config)))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
+    ablate(base, grid(base, seeds=[0, 1]), tmp_path / "ablation")
+    assert done == ["run", "emptied"] * 2
 
 
 def result(augmentation, top1, batch=8, tau=0.5, projector="nonlinear", seed=0):
