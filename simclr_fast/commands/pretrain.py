@@ -1,6 +1,5 @@
 """simclr-fast pretrain."""
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,8 @@ from simclr_fast.commands.run_options import RunOptions, parse_run
 from simclr_fast.evaluation.plots import plot_loss
 from simclr_fast.training.config import PretrainConfig
 from simclr_fast.training.pretrain import pretrain
-from simclr_fast.training.report import probe_report
+from simclr_fast.training.report import next_steps, probe_report
+from simclr_fast.utils.launch import launched
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,18 @@ def run(arguments: list[str]) -> int:
     config = parse_run(Pretrain, arguments, "pretrain").config
     start = time.perf_counter()
     out = pretrain(config)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if launched().rank == 0:
         print(f"trained in {time.perf_counter() - start:.0f} s")
         _report(config, out)
     return 0
 
 
 def _report(config: PretrainConfig, out: Path) -> None:
-    """The loss curve, and where there are test labels the linear probe beside its baselines."""
+    """The loss curve, the linear probe if there are test labels, and what to type next."""
     plot_loss(out / "metrics.jsonl", out / "loss.png")
     for line in probe_report(config, out):
         print(line)
     print(f"loss curve     {out / 'loss.png'}")
     print(f"encoder        {out / 'encoder.safetensors'}")
+    for line in next_steps(config, out):
+        print(line)

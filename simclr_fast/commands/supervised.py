@@ -1,10 +1,11 @@
 """simclr-fast supervised."""
 
-import os
 from dataclasses import dataclass
 
 from simclr_fast.commands.run_options import RunOptions, parse_run
+from simclr_fast.training.report import next_steps
 from simclr_fast.training.supervised import supervise
+from simclr_fast.utils.launch import launched
 
 
 @dataclass(frozen=True)
@@ -14,9 +15,12 @@ class Supervised(RunOptions):
 
 def run(arguments: list[str]) -> int:
     """Train the supervised baseline, and print its accuracy on the test images."""
-    out, scores = supervise(parse_run(Supervised, arguments, "supervised").config)
-    if int(os.environ.get("RANK", 0)) == 0:
+    config = parse_run(Supervised, arguments, "supervised").config
+    out, scores = supervise(config)
+    if launched().rank == 0:
         if scores:
             print(scores.row("supervised"))
         print(f"encoder        {out / 'encoder.safetensors'}")
+        for line in next_steps(config, out):
+            print(line)
     return 0

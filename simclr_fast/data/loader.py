@@ -66,7 +66,11 @@ class _Loader:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if drop_last and batch_size > len(self.source):
-            raise ValueError(f"batch_size {batch_size} is more than the {len(self.source)} images")
+            n = len(self.source)
+            raise ValueError(
+                f"batch_size {batch_size} is more than the {n} images: choose at most {n}, such as "
+                f"--batch-size {1 << n.bit_length() - 1}, or add images"
+            )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, world_size={world_size}), got {rank}")
         if batch_size < world_size:
