@@ -14,7 +14,7 @@ from simclr_fast.evaluation.embed import project
 from simclr_fast.evaluation.features import features, pixels
 from simclr_fast.evaluation.linear import linear_probe
 from simclr_fast.evaluation.plots import plot_embedding
-from simclr_fast.models.encoders import build_encoder
+from simclr_fast.models.encoders import RESNETS, build_encoder, default_stem
 from simclr_fast.training.config import PretrainConfig
 from simclr_fast.utils import checkpoint
 from simclr_fast.utils.device import resolve_device
@@ -69,7 +69,13 @@ def probe_report(config: PretrainConfig, out: Path) -> Iterator[str]:
 
 def next_steps(config: PretrainConfig, out: Path) -> Iterator[str]:
     """Commands that go on from a finished run, to be typed as they are."""
-    labelled = f" --data {config.data}" if config.data != "demo" else ""
+    data = f" --data {config.data}" if config.data != "demo" else ""
+    # Only data with test images of its own can be evaluated without another folder.
+    protocol = "embed" if named_source(config.data, "test") is None else "linear"
+    stem = config.stem or default_stem(config.augmentation.size)
+    # What torchvision can hold; torch.export takes any encoder.
+    plain = config.model in RESNETS and config.model != "resnet10" and stem == "imagenet"
+    form = "torchvision" if plain and config.width == 1 else "torch-export"
     yield "next:"
-    yield f"  simclr-fast eval linear --encoder {out}{labelled}"
-    yield f"  simclr-fast export --encoder {out} --to {out / 'torchvision'} --format torchvision"
+    yield f"  simclr-fast eval {protocol} --encoder {out}{data}"
+    yield f"  simclr-fast export --encoder {out} --to {out / form} --format {form}"

@@ -15,6 +15,7 @@ from simclr_fast.evaluation.online import OnlineProbe
 from simclr_fast.models.encoders import SimCLR
 from simclr_fast.training import loop, metrics, report
 from simclr_fast.training import pretrain as module
+from simclr_fast.training.config import PRESETS
 from simclr_fast.training.pretrain import pretrain
 from simclr_fast.utils.checkpoint import checkpoints, load_checkpoint
 from simclr_fast.utils.distributed import World
@@ -221,3 +222,19 @@ def test_the_report_shrinks_large_images(config, monkeypatch):
     assert list(report.next_steps(config, config.out))[1].split()[:5] == [
         *("simclr-fast", "eval", "linear", "--encoder", str(config.out))
     ]
+
+
+def test_the_next_steps_can_be_typed(config):
+    """Their arguments are accepted: test images where none are asked for, a format that fits."""
+    narrow = replace(PRESETS["demo"](), out=config.out)
+    photos = replace(PRESETS["imagenet"](), data="photos", out=config.out)
+    small = replace(photos, augmentation=replace(photos.augmentation, size=32))
+    for run, protocol, form in (
+        (narrow, "linear", "torch-export"),
+        (photos, "embed", "torchvision"),
+        (small, "embed", "torch-export"),
+    ):
+        _, evaluate, export = report.next_steps(run, config.out)
+        assert f"eval {protocol} --encoder {config.out}" in evaluate
+        assert ("--data photos" in evaluate) == (run.data == "photos")
+        assert export.endswith(f"--format {form}")
