@@ -11,6 +11,8 @@ import griffe
 
 _NAME = r"\*{0,2}[a-z_]\w*"
 _ITEM = re.compile(rf"({_NAME}(?:, {_NAME})*):(?: +(\S.*))?$")
+# A star of a file name or of keys, where Markdown sees emphasis.
+_STAR = re.compile(r"(?<=[.\-])\*|\*(?=\.)")
 _CHOICE = re.compile(r"    (\"[\w-]+\": .*)")
 
 
@@ -18,7 +20,8 @@ def as_lists(text: str) -> str:
     """The docstring with Markdown lists; code after `::` stays as it is."""
     lines: list[str] = []
     inside = code = False
-    for line in text.split("\n"):
+    for raw in text.split("\n"):
+        line = raw if code and raw[:1] in ("", " ") else _STAR.sub(r"\\*", raw)
         code = line.endswith("::") or (code and line[:1] in ("", " "))
         last = lines[-1] if lines else ""
         # Within a sentence such a line is no item.
@@ -46,5 +49,9 @@ class ParameterLists(griffe.Extension):
     """griffe calls this with each object that it reads."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        if obj.docstring is not None and not re.search(r"^Args:$", obj.docstring.value, re.M):
-            obj.docstring.value = as_lists(obj.docstring.value)
+        if obj.docstring is None:
+            return
+        text = obj.docstring.value
+        # mkdocstrings itself makes a list of "Args:".
+        has_list = re.search(r"^Args:$", text, re.M)
+        obj.docstring.value = re.sub(r"::$", ":", text, flags=re.M) if has_list else as_lists(text)

@@ -42,16 +42,14 @@ class LARS(Optimizer):
 
     Arguments that give the semantics of other implementations:
 
-    ======================== ================ ======= ===== =============== ====================
-    implementation           momentum_order   norm    eps   when_zero       else
-    ======================== ================ ======= ===== =============== ====================
-    google-research/simclr   "tf"             "joint" 0     either          the paper's; optax's
-    moco-v3, VISSL           "torch"          "joint" 0     either          adapt=False if 1-d
-    lightly                  "torch"          "split" 1e-8  "skip"          adapt=False if λ = 0
-    solo-learn               "torch"          "split" 1e-8  "skip"          trust_clip=clip_lr
-    timm                     "torch"          "split" 1e-8  "decay"         adapt=False if λ = 0
-    apex LARC over SGD       "torch"          "split" 1e-8  "skip"          η = 0.02, trust_clip
-    ======================== ================ ======= ===== =============== ====================
+    | implementation         | momentum_order | norm    | eps  | when_zero | else                  |
+    |------------------------|----------------|---------|------|-----------|-----------------------|
+    | google-research/simclr | "tf"           | "joint" | 0    | either    | the paper's; optax's  |
+    | moco-v3, VISSL         | "torch"        | "joint" | 0    | either    | adapt=False if 1-d    |
+    | lightly                | "torch"        | "split" | 1e-8 | "skip"    | adapt=False if λ = 0  |
+    | solo-learn             | "torch"        | "split" | 1e-8 | "skip"    | trust_clip=clip_lr    |
+    | timm                   | "torch"        | "split" | 1e-8 | "decay"   | adapt=False if λ = 0  |
+    | apex LARC over SGD     | "torch"        | "split" | 1e-8 | "skip"    | η = 0.02, trust_clip  |
 
     Args:
         params: parameters or groups. Any strided float16, bfloat16, float32 or float64 tensors, on

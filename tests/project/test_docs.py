@@ -274,7 +274,7 @@ def test_parameters_become_lists(monkeypatch):
 
     step(a, b)
 
-It takes a and
+It takes keys a.* and
 b: they are numbers.
 a, *b: the first
     and the second.
@@ -289,7 +289,7 @@ Raises:
         "",
         "    step(a, b)",
         "",
-        "It takes a and",
+        r"It takes keys a.\* and",
         "b: they are numbers.",
         "",
         "- **a, *b**: the first",
