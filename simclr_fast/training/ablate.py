@@ -25,7 +25,7 @@ from simclr_fast.evaluation.features import features
 from simclr_fast.evaluation.linear import linear_probe
 from simclr_fast.evaluation.plots import plot_heat_maps
 from simclr_fast.models.weights import load_weights
-from simclr_fast.training.config import PretrainConfig, to_json
+from simclr_fast.training.config import APART, PretrainConfig, to_json
 from simclr_fast.training.pretrain import pretrain
 from simclr_fast.utils import checkpoint
 from simclr_fast.utils.device import resolve_device
@@ -44,8 +44,6 @@ _FIELDS = {
 }
 OPERATIONS = ("crop", *_FIELDS)
 RECIPE = "recipe"
-# Where a run is and what it prints and keeps: no part of what is compared.
-_APART = ("out", "resume", "overwrite", "log_every", "checkpoint_every", "workers", "device")
 
 
 @dataclass(frozen=True)
@@ -207,7 +205,7 @@ def _claim(folder: Path, base: PretrainConfig) -> None:
     """Make the folder for ablations of `base`, or check that it is."""
     about = folder / "base.json"
     values = json.loads(to_json(base))
-    text = json.dumps({k: v for k, v in values.items() if k not in _APART}, indent=2) + "\n"
+    text = json.dumps({k: v for k, v in values.items() if k not in APART}, indent=2) + "\n"
     if about.exists():
         if (before := about.read_text()) != text:
             old, new = json.loads(before), json.loads(text)

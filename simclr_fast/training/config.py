@@ -159,6 +159,11 @@ def demo() -> PretrainConfig:
     )
 
 
+# How a run is carried out and what it prints and keeps: not what it computes.
+APART = (
+    *("out", "resume", "overwrite", "device", "workers", "timeout"),
+    *("log_every", "probe_every", "checkpoint_every", "checkpoint_minutes"),
+)
 PRESETS = {"demo": demo, "cifar10": cifar10, "imagenet100": imagenet100, "imagenet": imagenet}
 
 
@@ -173,3 +178,10 @@ def from_json(text: str) -> PretrainConfig:
     augmentation = augmentation_from(values.pop("augmentation"))
     out = values.pop("out")
     return PretrainConfig(**values, augmentation=augmentation, out=Path(out) if out else None)
+
+
+def differences(before: str, after: str) -> list[str]:
+    """What differs between two JSON texts of `to_json`, apart from `APART`: "lr: 2.0 → 1.0"."""
+    old, new = json.loads(before), json.loads(after)
+    names = [name for name in new if name not in APART and old.get(name) != new[name]]
+    return [f"{name}: {old.get(name)} → {new[name]}" for name in names]

@@ -155,6 +155,8 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
                 checkpoint.save_checkpoint(folder, step, state)
                 saved_at = time.monotonic()
             if stop is not None:
+                # A launcher kills the others once a rank is gone, and rank 0 is still saving.
+                world.meet()
                 world.leave()
                 raise Interrupted(stop, out)
 
@@ -189,7 +191,19 @@ def resume(
     state, path = found["state"], Path(found["path"])
     if state is None:
         return 0
+    optimizer, scheduler = parts["optimizer"], parts["scheduler"]
+    options = [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
+    peaks = list(scheduler.base_lrs)
     checkpoint.restore(state, path, **parts)
+    # Learning rate, decay and momentum are those of this run, also where the checkpoint's differ.
+    scheduler.base_lrs = peaks
+    for group, given, peak, factor in zip(
+        optimizer.param_groups, options, peaks, scheduler.lr_lambdas, strict=True
+    ):
+        group.update(given, lr=peak * factor(scheduler.last_epoch))
     if probe is not None:
         probe.load_state_dict(state.get("probe") or {})
     if world.rank == 0:

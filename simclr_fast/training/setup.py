@@ -17,7 +17,7 @@ from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector
 from simclr_fast.models.weights import about_encoder
 from simclr_fast.optim.lars import LARS, lars_param_groups
 from simclr_fast.optim.schedule import scaled_lr
-from simclr_fast.training.config import PretrainConfig, to_json
+from simclr_fast.training.config import PretrainConfig, differences, to_json
 from simclr_fast.utils.checkpoint import write_atomic
 from simclr_fast.utils.device import autocast_dtype, free_memory
 from simclr_fast.utils.distributed import World
@@ -147,8 +147,11 @@ def output_folder(config: PretrainConfig, world: World) -> Iterator[Path]:
 
 
 def write_config(config: PretrainConfig, out: Path) -> None:
-    """Write config.json, for what reads the folder later."""
-    write_atomic(out / "config.json", lambda part: part.write_text(to_json(config)))
+    """Write config.json; a resumed run says first what differs from the one that is there."""
+    path, text = out / "config.json", to_json(config)
+    if path.exists() and (changed := differences(path.read_text(), text)):
+        log.warning("goes on with other settings than before: %s", "; ".join(changed))
+    write_atomic(path, lambda part: part.write_text(text))
 
 
 def _contents(folder: Path) -> list[Path]:

@@ -106,6 +106,20 @@ def test_a_refused_resume_leaves_the_folder_as_it_was(config):
     assert {p: p.read_bytes() for p in sorted(config.out.rglob("*")) if p.is_file()} == before
 
 
+def test_a_resumed_run_takes_this_runs_settings_and_says_so(config, caplog):
+    """A lower learning rate is what a diverged run is told to take."""
+    config = replace(config, warmup_epochs=0, lr=1.0, weight_decay=1e-4)
+    pretrain(replace(config, steps=3))
+    pretrain(replace(config, lr=0.5, weight_decay=1e-3, resume=True, log_every=2))
+    said = "other settings than before: steps: 3 → 6; lr: 1.0 → 0.5; weight_decay: 0.0001 → 0.001"
+    assert said in caplog.text
+    groups = load_checkpoint(checkpoints(config.out / "checkpoints")[-1])["optimizer"]
+    assert groups["param_groups"][0]["weight_decay"] == 1e-3
+    rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
+    expected = [0.5 * (1 + np.cos(np.pi * (row["step"] - 1) / 6)) / 2 for row in rows[-2:]]
+    assert [row["lr"] for row in rows[-2:]] == pytest.approx(expected)
+
+
 def test_overwrite_deletes_all_but_the_lock(config):
     pretrain(config)
     (config.out / "notes").mkdir()
