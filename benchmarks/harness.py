@@ -23,6 +23,7 @@ import torch
 import simclr_fast
 from simclr_fast import ops
 from simclr_fast.utils.checkpoint import write_atomic
+from simclr_fast.utils.device import resolve_device
 from simclr_fast.utils.extras import need
 
 _PACKAGES = (
@@ -64,12 +65,9 @@ class CommandLine:
 
     def options(self) -> Options:
         """The same, checked and without None; sets torch's number of threads."""
-        gpu = torch.cuda.is_available()
-        device = torch.device(self.device or ("cuda" if gpu else "cpu"))
-        if device.type not in ("cpu", "cuda"):
+        device = resolve_device(self.device or "auto")
+        if device.type == "mps":
             raise ValueError(f"device must be cpu or cuda, got {device}")
-        if device.type == "cuda" and not gpu:
-            raise ValueError("device cuda: torch sees no GPU")
         threads = self.threads or torch.get_num_threads()
         torch.set_num_threads(threads)
         return Options(device, threads, self.rounds or (3 if self.quick else 9), self.quick)

@@ -80,6 +80,10 @@ class World:
         dist.all_reduce(values, op=dist.ReduceOp.MIN)
         return values.item()
 
+    def meet(self) -> None:
+        """Wait until every rank is here."""
+        self.least(0.0)
+
     def share(self, make: Callable[[], Any]) -> Any:
         """make() of rank 0, on every rank; where it raises, every rank raises.
 

@@ -350,13 +350,23 @@ def test_srun_tasks_are_one_run(config, begin, uninterrupted):
     assert finished(config.out)[0] == uninterrupted[0]
 
 
+def save_slowly(rank):
+    save = torch.save
+
+    def patched(state, path):
+        time.sleep(2)
+        save(state, path)
+
+    torch.save = patched
+
+
 @pytest.mark.parametrize(
     ("number", "who"), [(signal.SIGTERM, 1), pytest.param(signal.SIGUSR1, 0, marks=slow)]
 )
 def test_a_signal_on_one_rank_stops_all_and_saves(config, begin, number, who):
     """Without a line of the log in sight, at which the ranks would meet."""
     config = replace(config, steps=100_000, log_every=100_000, checkpoint_every=100_000)
-    run = begin(config, 2)
+    run = begin(config, 2, save_slowly)
     end = time.monotonic() + 60
     while not (config.out / "metrics.jsonl").exists():
         assert time.monotonic() < end
@@ -364,10 +374,12 @@ def test_a_signal_on_one_rank_stops_all_and_saves(config, begin, number, who):
     time.sleep(1)
     os.kill(run.processes[who].pid, number)
     sent = time.monotonic()
+    assert run.wait([1]) == [1]
+    # A launcher ends the other ranks as soon as one is gone.
+    (saved,) = checkpoints(config.out / "checkpoints")
     assert run.wait() == [1, 1]
     assert time.monotonic() - sent < 10
     for rank in range(2):
         assert "Interrupted" in run.says(rank)
         assert "--resume" in run.says(rank)
-    (saved,) = checkpoints(config.out / "checkpoints")
     assert load_checkpoint(saved)["step"] >= 1
