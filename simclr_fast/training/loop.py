@@ -241,14 +241,15 @@ def summary(
     weights = sum(p.numel() for p in task.model.parameters())
     mode = memory["memory"]
     if predicted is not None and predicted < float("inf"):
-        mode += f" (predicted {predicted / 1e9:.1f} GB per rank)"
+        mode += f" (predicted {predicted / 1e9:.3g} GB per rank)"
     precision = autocast_dtype(config.precision, world.device)
     ranks = f" over {world.size} ranks" if world.size > 1 else ""
     epochs = total_steps / len(loader)
     if world.device.type == "cuda":
         device = f"{torch.cuda.get_device_name(world.device)} ({world.device})"
     else:
-        device = f"{world.device}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        device = f"{world.device}, {threads} thread{'s' * (threads > 1)}"
     lines = {
         "data": f"{config.data}: {len(source):,} images{classes}",
         "model": f"{config.model}, {weights / 1e6:.1f} million weights",
