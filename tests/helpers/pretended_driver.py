@@ -45,6 +45,17 @@ class Launch:
     def name(self) -> str:
         return self.kernel.fn.__name__
 
+    def __str__(self) -> str:
+        """Types and constants; D16 marks what is a multiple of 16."""
+        names = self.kernel.arg_names
+        values = {names[path[0]]: value for path, value in self.constants.items()}
+        aligned = {names[path[0]] for path, value in self.attributes.items() if value}
+        given = [
+            f"{n}={values[n]}" if n in values else f"{n}:{t}{'D16' if n in aligned else ''}"
+            for n, t in self.signature.items()
+        ]
+        return f"{self.name}[sm_{self.target.arch}]({', '.join(given)})"
+
     @property
     def variant(self) -> str:
         """What Triton compiles anew for, the architecture included."""

@@ -248,7 +248,7 @@ def faulty_code(launches: list[Launch]) -> set[str]:
                 continue
             arch = launch.target.arch
             _CODE[launch.variant] = faults(inspect(compiled, arch), launch.options.maxnreg)
-    return {f"{x.name} {fault}" for x in launches for fault in _CODE[x.variant]}
+    return {f"{x} {fault}" for x in launches for fault in _CODE[x.variant]}
 
 
 def faults(code: Static, register_limit: int | None) -> list[str]:
