@@ -119,10 +119,11 @@ Negatives both(const Negatives& a, const Negatives& b) {
           more.highest > less.highest ? more.highest : less.highest};
 }
 
+// compared: the positive as the negatives' maximum is computed; positive: more exactly.
 template <class T>
-void top1_and_entropy(const Negatives& negatives, double positive, T* out) {
+void top1_and_entropy(const Negatives& negatives, double positive, T compared, T* out) {
   const Negatives all = both(negatives, {positive, positive, positive});
-  out[0] = positive > negatives.highest ? T(1) : T(0);
+  out[0] = double(compared) > negatives.highest ? T(1) : T(0);
   const double entropy = (all.log2_sum - all.mean) / kLog2E;
   out[1] = T(entropy > 0 ? entropy : 0);
 }
@@ -135,7 +136,7 @@ double softplus_of_bits(double bits) {
 
 template <class T>
 void finish_row(const NtXentForward<T>& p, const Sums& sums, const T* references,
-                const ClassSums<T>* classes, double positive, int64_t row) {
+                const ClassSums<T>* classes, double positive, T compared, int64_t row) {
   Negatives all{__builtin_log2(sums.sum[2 * row] + sums.sum[2 * row + 1]), 0, 0};
   if (references || p.stats) {
     Negatives negatives[2];
@@ -150,8 +151,8 @@ void finish_row(const NtXentForward<T>& p, const Sums& sums, const T* references
     }
     all = both(negatives[0], negatives[1]);
     if (p.stats) {
-      top1_and_entropy(negatives[1], positive, p.stats + 4 * row);
-      top1_and_entropy(all, positive, p.stats + 4 * row + 2);
+      top1_and_entropy(negatives[1], positive, compared, p.stats + 4 * row);
+      top1_and_entropy(all, positive, compared, p.stats + 4 * row + 2);
     }
   }
   if (p.classes.ids) {
@@ -206,8 +207,9 @@ void forward(const NtXentForward<T>& p) {
   parallel_rows(p.workers, (p.rows + 1) / 2, [&](int64_t pair) {
     const T* u = p.u + (p.row_offset + 2 * pair) * p.dim;
     const double positive = p.classes.ids ? 0 : dot(u, u + p.dim, p.dim);
+    const T compared = p.stats ? similarity(u, u + p.dim, p.dim) : T(0);
     for (int64_t row = 2 * pair; row < smaller(2 * pair + 2, p.rows); ++row)
-      finish_row(p, sums, references, &classes, positive, row);
+      finish_row(p, sums, references, &classes, positive, compared, row);
   });
 }
 

@@ -30,6 +30,18 @@ SIMCLR_INLINE void similarities(const T* rows, const T* columns, int64_t dim, Ti
   }
 }
 
+// One such x, to the last bit: a positive is compared with the negatives, and equal rows must tie.
+// In vectors, as a compiler may multiply and add scalars in two roundings.
+template <class T>
+T similarity(const T* row, const T* column, int64_t dim) {
+  Vec<T> x{};
+  for (int64_t k = 0; k < dim; ++k) {
+    const Vec<T> factor = in_register<T>(broadcast<T>(row[k]));
+    x = in_register<T>(x + factor * broadcast<T>(column[k]));
+  }
+  return x[0];
+}
+
 // Whether a register tile holds a pair (self or positive) or rows that only fill up a panel.
 template <class T>
 SIMCLR_INLINE bool needs_mask(const Block<T>& I, int64_t i, const Block<T>& J, int64_t j) {

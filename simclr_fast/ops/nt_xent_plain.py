@@ -59,6 +59,8 @@ def forward(
     for start in range(row_offset, row_offset + rows, BLOCK_ROWS):
         i = columns[start : min(start + BLOCK_ROWS, row_offset + rows)]
         s = _matmul(u_all[i], u_all.T) * math.log(2)
+        # Compared with its negatives as it was multiplied with them: equal rows must tie.
+        compared = s.gather(1, (i ^ 1)[:, None])[:, 0]
         s[columns[None, :] // 2 == i[:, None] // 2] = -math.inf
         positive = (u_all[i].double() * u_all[i ^ 1].double()).sum(1) * math.log(2)
         highest = s.amax(1).clamp_min(-LARGEST_LOGIT)
@@ -73,7 +75,11 @@ def forward(
             same_view = (columns[None, :] ^ i[:, None]) & 1 == 0
             other = s.masked_fill(same_view, -math.inf)
             positive = positive.to(s.dtype)
-            stats.append(torch.stack(_statistics(other, positive) + _statistics(s, positive), 1))
+            stats.append(
+                torch.stack(
+                    _statistics(other, positive, compared) + _statistics(s, positive, compared), 1
+                )
+            )
     return torch.cat(losses), torch.cat(lses), torch.cat(stats)
 
 
@@ -131,9 +137,12 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
         return a @ b
 
 
-def _statistics(negatives: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether the positive wins, and the entropy of softmax, of logits [B, M] and positives [B]."""
+def _statistics(negatives: Tensor, positive: Tensor, compared: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether the positive wins, and the entropy of softmax, of logits [B, M] and positives [B].
+
+    compared: the positive as the negatives were computed.
+    """
     logits = torch.cat((positive[:, None], negatives), 1)
     log_p = logits.log_softmax(1)
     entropy = -torch.where(logits == -math.inf, 0, log_p.exp() * log_p).sum(1)
-    return (positive > negatives.amax(1)).to(positive.dtype), entropy
+    return (compared > negatives.amax(1)).to(positive.dtype), entropy

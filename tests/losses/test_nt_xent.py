@@ -1,11 +1,13 @@
 """NT-Xent on the CPU against the float64 reference: values, gradients, dtypes, contract, errors."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
 from simclr_fast import NTXentLoss, nt_xent_loss, ops, reference
+from simclr_fast.ops import nt_xent_plain
 
 # One pair; fewer rows than any tile; odd rows and features; several blocks of either.
 SHAPES = [(1, 1), (1, 7), (2, 3), (5, 16), (37, 20), (131, 129), (300, 64)]
@@ -374,3 +376,18 @@ def test_bad_options():
         NTXentLoss(group=object())
     with pytest.raises(RuntimeError, match="init_process_group"):
         NTXentLoss(gather_distributed=True)(Z, Z)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [0.001, 0.1])
+def test_a_tie_for_the_first_place_counts_as_wrong(dtype, temperature):
+    """A collapsed encoder: all rows equal. Its accuracy must not be 1."""
+    for pairs, dim in itertools.product((2, 3, 40), (1, 2, 7, 16, 33, 100, 128)):
+        row = torch.randn(1, dim, generator=torch.Generator().manual_seed(dim)).to(dtype)
+        z = row.repeat(2 * pairs, 1)
+        _, stats = nt_xent_loss(z, None, temperature, return_stats=True)
+        assert (stats.contrastive_accuracy, stats.accuracy) == (0, 0), (pairs, dim)
+        tau = torch.tensor(temperature, dtype=nt_xent_plain.statistics_dtype(dtype))
+        u, _ = nt_xent_plain.normalize(z, None, tau)
+        *_, rows = nt_xent_plain.forward(u, tau, 0, len(u), False, True)
+        assert not rows[:, [0, 2]].any(), (pairs, dim)
