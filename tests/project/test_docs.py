@@ -1,5 +1,6 @@
 """The documents: examples run, commands exist, links lead somewhere, the site builds."""
 
+import ast
 import json
 import re
 import subprocess
@@ -30,7 +31,6 @@ EXAMPLES = [
 
 @pytest.mark.parametrize("code", EXAMPLES)
 def test_example(code, tmp_path, monkeypatch):
-    pytest.importorskip("nvidia.dali", reason="decoding needs DALI (Linux)")
     for name in ("lightly", "timm", "pytorch_metric_learning"):
         if name in code and "compat" not in code:
             pytest.importorskip(name)
@@ -129,6 +129,29 @@ def test_links_lead_somewhere():
 def _anchor(heading):
     """As GitHub and mkdocs make it of plain words."""
     return re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-")
+
+
+def messages():
+    """Every text in the package, what is filled into it as …"""
+    for path in (ROOT / "simclr_fast").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(
+                    getattr(part, "value", "…") if isinstance(part, ast.Constant) else "…"
+                    for part in node.values
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_troubleshooting_quotes_messages_that_exist():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    quoted = re.findall(r'^\| "(.+?)" \|', page, re.MULTILINE)
+    assert len(quoted) > 8
+    texts = list(messages())
+    for message in quoted:
+        pattern = ".*".join(re.escape(part.strip()) for part in message.split("…"))
+        assert any(re.search(pattern, text) for text in texts), message
 
 
 def test_every_page_is_in_the_navigation():
