@@ -18,10 +18,12 @@ from simclr_fast.benchmarks import harness, tables
 from simclr_fast.commands.cli import COMMANDS, run
 from simclr_fast.models.encoders import build_encoder
 from simclr_fast.models.weights import about_encoder
+from simclr_fast.training.config import PRESETS
 from simclr_fast.utils.checkpoint import save_encoder
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RESULTS_PAGE = ROOT / "benchmarks" / "results" / "README.md"
 EXAMPLES = [
     pytest.param(code, id=f"{page.stem}-{number}")
     for page in PAGES
@@ -74,7 +76,7 @@ def test_text_for_users_writes_numbers_in_full():
 WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
 
 
-@pytest.mark.parametrize("page", [*PAGES, WORKFLOW], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, RESULTS_PAGE, WORKFLOW], ids=lambda page: page.stem)
 def test_commands_exist(page):
     for command in re.findall(r"simclr-fast ([a-z]+)", page.read_text()):
         assert command in COMMANDS, f"{page.name}: simclr-fast {command}"
@@ -88,7 +90,7 @@ def test_commands_exist(page):
 def lines_of_commands():
     """command (with eval's protocol) → the options that the documents give it, but for make's."""
     found = {}
-    for page in [*PAGES, WORKFLOW]:
+    for page in [*PAGES, RESULTS_PAGE, WORKFLOW]:
         for line in page.read_text().splitlines():
             for words in re.findall(r"(?:simclr-fast|-m simclr_fast) ([a-z][^`#|;]*)", line):
                 name, *rest = words.split()
@@ -326,3 +328,19 @@ Raises:
         "Raises:",
         "    ValueError: no.",
     ]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_table_of_presets(name):
+    page = (ROOT / "docs" / "pretrain.md").read_text()
+    (row,) = re.findall(rf"^\| `{name}` \|(.*)\|$", page, re.MULTILINE)
+    encoder, views, batch, length, temperature, lr = (cell.strip() for cell in row.split("|"))
+    config = PRESETS[name]()
+    assert encoder.lower().replace("-", "").startswith(config.model)
+    assert views.startswith(f"{config.augmentation.size}²")
+    assert batch == f"{config.batch_size:,}"
+    steps = f"{config.steps or 0:,} steps"
+    assert length == (steps if config.steps else f"{config.epochs:,} epochs")
+    assert temperature == f"{config.temperature:g}"
+    rules = {"linear": "0.3 · batch / 256", "sqrt": "0.075 · √batch"}
+    assert lr == (f"{config.lr:g}" if config.lr else rules[config.lr_rule])
