@@ -149,9 +149,10 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
             due = late or last or stop is not None or step % config.checkpoint_every == 0
             if due and world.rank == 0:
                 world.mark(step, "saving a checkpoint")
-                state = {name: part.state_dict() for name, part in parts.items()}
-                state |= {"step": step, "loss": shown["loss"], "encoder": describe(config)}
-                state |= {"probe": probe and probe.state, "version": __version__}
+                state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
+                state |= {"step": step, "loss": shown["loss"], "version": __version__}
+                state["probe"] = None if probe is None else probe.state
+                state["encoder"] = describe(config)
                 checkpoint.save_checkpoint(folder, step, state)
                 saved_at = time.monotonic()
             if stop is not None:

@@ -206,12 +206,19 @@ def join_world(device: str, timeout: float = 600) -> Iterator[World]:
         watch.watch(dist.group.WORLD)
         yield World(rank, size, chosen, watch)
     except BaseException as error:
-        meant = watch.left
-        explained = error if meant else watch.explain(error)
-        if not meant:
-            # Before anything that may wait: a process that hangs has then said why.
-            print(f"simclr-fast: rank {rank}: {watch.where}: {explained}", file=sys.stderr)
-            sys.stderr.flush()
+        if watch.left:
+            # Meant, after a signal: the others end as well.
+            dist.destroy_process_group()
+            raise
+        explained = watch.explain(error)
+        cause = "" if explained is not error else f"{type(error).__name__}: "
+        # Before anything that may wait: a process that hangs has then said why.
+        print(
+            f"simclr-fast: rank {rank}: {watch.where}: {cause}{explained}",
+            file=sys.stderr,
+            flush=True,
+        )
+        watch.let_others_read()
         watch.leave()
         _abort()
         if explained is error:

@@ -1,7 +1,7 @@
 """Which rank failed, and in what step: one thread per rank that outlives a hung collective.
 
-Every rank writes a beat (count, step, what it does, collectives begun) to the process group's
-store once a second and whenever it turns to something else. When a rank dies, the others'
+Every rank writes its state to the process group's store once a second and whenever it turns to
+something else: a beat. When a rank dies, the others'
 collectives fail (gloo: at once) or hang (NCCL; under either if a rank stalls). The survivors then
 look for the rank whose beats stopped or, if all beat, the one that has begun the fewest
 collectives. The first verdict stands for all; every rank ends with it.
@@ -23,7 +23,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -41,8 +41,22 @@ class RankFailure(RuntimeError):
     """Another rank died or stalled; the message names it and the step."""
 
 
+class _State(NamedTuple):
+    """What a rank writes at each beat.
+
+    beats: how many so far. step, doing: where its main thread is. collectives: how many it has
+    begun. promised: the step before which it does not stop, once a signal asked it.
+    """
+
+    beats: int
+    step: int
+    doing: str
+    collectives: int
+    promised: int | None
+
+
 class RankWatch:
-    """Beats for this rank, looks at the others'.
+    """Writes this rank's beats and looks at the others'.
 
     store: the process group's, which every rank reaches. timeout: seconds without progress (a step,
     a phase or a collective) after which the run ends.
@@ -53,21 +67,20 @@ class RankWatch:
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: float) -> None:
         self.rank, self.size, self.timeout = rank, size, timeout
-        # A client of one's own: the main thread may sit in a store operation.
+        # A connection of its own: the main thread may wait in an operation of the other one.
         self._store = dist.PrefixStore("rank_watch", store.clone())
         self._beats = 0
         self._mark = (0, "starting")
         self._group: dist.ProcessGroup | None = None
         self._stopped = threading.Event()
-        # Guards what the two threads say to each other about stopping.
+        # Guards what the two threads tell each other about stopping: the main thread's last step,
+        # this rank's promise, and what was agreed: the last step of all ranks, and the signal.
         self._turn = threading.Condition()
-        # The main thread's last step; the step before which this rank does not stop; what was
-        # agreed: the last step of all ranks, and the signal.
         self._finished = 0
         self._promised: int | None = None
         self._stop: tuple[int, int] | None = None
-        self._verdict = ""
         self._asked_at = 0.0
+        self._verdict = ""
         self._beat()
         self._await_all()
         self._wake, wakened = socket.socketpair()
@@ -129,7 +142,7 @@ class RankWatch:
             return number if step >= last else None
 
     def leave(self) -> None:
-        """This rank is done: from now on neither is it missed nor does it look for others."""
+        """This rank is done: from now on it looks for no other, and no other looks for it."""
         if self._stopped.is_set():
             return
         self._stopped.set()
@@ -144,6 +157,11 @@ class RankWatch:
         self._wake.close()
         self._wakened.close()
 
+    def let_others_read(self) -> None:
+        """Stay for two beats if this rank hosts the store: what it told is lost with it."""
+        if self.rank == 0 and not self._hosted_by_launcher:
+            time.sleep(2 * _BEAT)
+
     def explain(self, error: BaseException) -> BaseException:
         """What ended this rank: RankFailure if another's end caused `error`, else `error` itself.
 
@@ -157,17 +175,15 @@ class RankWatch:
             verdict = isinstance(error, RuntimeError) and (self._told() or self._missing())
             if not verdict:
                 self._tell(own)
-                self._let_others_read()
                 return error
             verdict = self._tell(verdict)
-            self._let_others_read()
         except dist.DistError:
             verdict = self._store_lost()
         return error if verdict == own else RankFailure(verdict + _ADVICE)
 
     def _beat(self) -> None:
         self._beats += 1
-        state = [self._beats, *self._mark, self._collectives()]
+        state = _State(self._beats, *self._mark, self._collectives(), self._promised)
         self._store.set(str(self.rank), json.dumps(state))
 
     def _collectives(self) -> int:
@@ -175,8 +191,10 @@ class RankWatch:
         count = getattr(self._group, "_get_sequence_number_for_group", None)
         return count() if count else 0
 
-    def _read(self) -> list[list[Any]]:
-        return [json.loads(v) for v in self._store.multi_get([str(r) for r in range(self.size)])]
+    def _read(self) -> list[_State]:
+        """The states of all ranks, in rank order."""
+        found = self._store.multi_get([str(rank) for rank in range(self.size)])
+        return [_State(*json.loads(state)) for state in found]
 
     def _await_all(self) -> None:
         try:
@@ -203,28 +221,23 @@ class RankWatch:
             if told := self._told():
                 return told
             after = self._read()
-            silent = [r for r in range(self.size) if after[r][0] == before[r][0]]
-            silent = [r for r in silent if r != self.rank and after[r][2] != "done"]
+            silent = [r for r in range(self.size) if after[r].beats == before[r].beats]
+            silent = [r for r in silent if r != self.rank and after[r].doing != "done"]
             if not silent:
                 return ""
         return "; ".join(
-            f"rank {r} died or froze in step {after[r][1]} ({after[r][2]})" for r in silent
+            f"rank {r} died or froze in step {after[r].step} ({after[r].doing})" for r in silent
         )
 
     def _behind(self) -> str:
         """Names the ranks that have begun the fewest collectives, all of them beating."""
-        states = {r: state for r, state in enumerate(self._read()) if state[2] != "done"}
-        fewest = min(state[3] for state in states.values())
-        late = {r: state for r, state in states.items() if state[3] == fewest}
+        states = {r: state for r, state in enumerate(self._read()) if state.doing != "done"}
+        fewest = min(state.collectives for state in states.values())
         return "; ".join(
-            f"rank {r} stalled in step {step} ({doing}) for {self.timeout:g} s"
-            for r, (_, step, doing, _) in late.items()
+            f"rank {r} stalled in step {state.step} ({state.doing}) for {self.timeout:g} s"
+            for r, state in states.items()
+            if state.collectives == fewest
         )
-
-    def _let_others_read(self) -> None:
-        """The store ends with the rank that hosts it, so that rank stays for two beats."""
-        if self.rank == 0 and not self._hosted_by_launcher:
-            time.sleep(2 * _BEAT)
 
     @property
     def _hosted_by_launcher(self) -> bool:
@@ -236,28 +249,24 @@ class RankWatch:
         return f"{host}, which hosts the store, died or left; here it was {self.where}"
 
     def _agree(self) -> bool:
-        """Answer a signal to stop, of whatever rank; whether answers of others are awaited."""
+        """Answer a signal to stop, on whatever rank; True while others' answers are awaited."""
         if self._stop is not None or not self._store.check(["stop"]):
             return False
         with self._turn:
             if self._promised is None:
                 self._promised = self._finished + 1
-            promised = self._promised
-        self._store.set(f"stop/{self.rank}", str(promised))
+        self._beat()
         self._asked_at = self._asked_at or time.monotonic()
-        answers = []
-        for rank, (_, _, doing, _) in enumerate(self._read()):
-            if self._store.check([f"stop/{rank}"]):
-                answers.append(int(self._store.get(f"stop/{rank}")))
-            elif doing == "done":
-                # It had nothing left to stop, so nobody stops before the end.
-                answers.append(sys.maxsize)
-            else:
-                if time.monotonic() - self._asked_at > _ANSWER and (verdict := self._missing()):
-                    self._end(self._tell(verdict))
-                return True
+        states = self._read()
+        if any(state.promised is None and state.doing != "done" for state in states):
+            if time.monotonic() - self._asked_at > _ANSWER and (verdict := self._missing()):
+                self._end(self._tell(verdict))
+            return True
+        # A rank that was done before it was asked lets nobody stop before the end.
+        last = max(sys.maxsize if s.promised is None else s.promised for s in states)
+        number = int(self._store.get("stop"))
         with self._turn:
-            self._stop = (max(answers), int(self._store.get("stop")))
+            self._stop = (last, number)
             self._turn.notify_all()
         return False
 

@@ -19,6 +19,7 @@ from tiny_runs import TINY
 from simclr_fast.models.encoders import SimCLR
 from simclr_fast.optim.lars import LARS
 from simclr_fast.training import pretrain as train
+from simclr_fast.utils import distributed
 from simclr_fast.utils.checkpoint import checkpoints, load_checkpoint
 from simclr_fast.utils.distributed import World
 
@@ -238,6 +239,37 @@ def test_a_failure_is_said_and_ends_all_at_once(config, begin, tmp_path, who, pl
     assert "step 3" in run.says(1 - who)
 
 
+@dataclass
+class Gathering:
+    """Eight ranks gather rows, of which rank 3 has none; rank 5 then runs out of memory."""
+
+    folder: Path
+
+    def __call__(self, rank):
+        AsNccl(-1, "", self.folder)(rank)
+        train.pretrain = lambda config: self.gather(rank)
+
+    def gather(self, rank):
+        with distributed.join_world("cpu", 60) as world:
+            rows = torch.full((0 if rank == 3 else 2, 4), float(rank))
+            found = distributed.all_gather_rows(rows, world.group)
+            assert found[:, 0].tolist() == [r for r in range(8) if r != 3 for _ in range(2)]
+            if rank == 5:
+                (self.folder / "failed").write_text("")
+                exhaust()
+            distributed.all_gather_rows(rows, world.group)
+
+
+@pytest.mark.slow
+def test_eight_ranks_one_without_rows_one_without_memory(config, begin, tmp_path):
+    run = begin(config, 8, Gathering(tmp_path))
+    assert run.wait() == [1] * 8, [run.says(rank) for rank in range(8)]
+    assert time.time() - (tmp_path / "failed").stat().st_mtime < 20
+    for rank in range(8):
+        assert "CUDA out of memory" in run.says(rank), (rank, run.says(rank))
+        assert ("rank 5 ended" in run.says(rank)) == (rank != 5)
+
+
 def absent(rank):
     if rank == 1:
         hang()
@@ -299,6 +331,10 @@ def test_resume_with_other_numbers_of_ranks(config, begin):
             torch.testing.assert_close(end["model"][key], value, rtol=1e-9, atol=1e-11, msg=key)
 
 
+def in_small_messages(rank):
+    distributed._CHUNK = 10_000
+
+
 def test_resume_without_a_shared_disk(config, begin, tmp_path, uninterrupted):
     """Rank 1's machine has an older checkpoint only; then none at all. Rank 0's counts."""
     outs = [config.out, tmp_path / "other"]
@@ -306,7 +342,7 @@ def test_resume_without_a_shared_disk(config, begin, tmp_path, uninterrupted):
     assert load_checkpoint(checkpoints(config.out / "checkpoints")[-1])["step"] == 4
     (outs[1] / "checkpoints").mkdir(parents=True)
     shutil.copy(checkpoints(config.out / "checkpoints")[0], outs[1] / "checkpoints")
-    assert begin(replace(config, resume=True), 2, None, outs).wait() == [0, 0]
+    assert begin(replace(config, resume=True), 2, in_small_messages, outs).wait() == [0, 0]
     losses, last = finished(config.out)
     assert losses == uninterrupted[0]
     assert not (outs[1] / "encoder.safetensors").exists()
