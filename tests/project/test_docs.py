@@ -82,6 +82,8 @@ def test_commands_exist(page):
         assert command in COMMANDS, f"{page.name}: simclr-fast {command}"
     for module in re.findall(r"python -m (benchmarks\.\w+)", page.read_text()):
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), f"{page.name}: {module}"
+    for test in re.findall(r"`(?:pytest )?(tests/[\w/.]+)`", page.read_text()):
+        assert (ROOT / test).exists(), f"{page.name}: {test}"
     targets = (ROOT / "Makefile").read_text()
     for target in re.findall(r"(?:run: |`)make ([a-z-]+)", page.read_text()):
         assert f"\n{target}:" in targets, f"{page.name}: make {target}"
