@@ -5,7 +5,6 @@
 #include <stdexcept>
 
 #include "isa.h"
-#include "lars_python.h"
 
 namespace {
 
@@ -32,7 +31,6 @@ PyObject* cuda_architectures(PyObject*, PyObject*) {
 PyMethodDef methods[] = {
     {"instruction_set", instruction_set, METH_NOARGS, "The set that the CPU kernels use."},
     {"cuda_architectures", cuda_architectures, METH_NOARGS, "GPU code in this binary."},
-    {"lars_gradients", lars_gradients, METH_VARARGS, "The gradients, if nothing else changed."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

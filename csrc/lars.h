@@ -22,7 +22,7 @@ namespace simclr {
 
 enum class LarsType : int32_t { f32, f64, f16, bf16 };
 
-// Bits of LarsGroup::flags; simclr_fast/ops/__init__.py has the same numbers.
+// Bits of LarsGroup::flags; simclr_fast/ops/lars.py has the same numbers.
 enum LarsFlag : int32_t {
   lars_nesterov = 1,
   lars_maximize = 2,

@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -19,15 +18,6 @@
 namespace simclr {
 
 using torch::stable::Tensor;
-
-// Parameters and momentum buffers that the next steps update too: to hand over hundreds of handles
-// through the dispatcher takes longer than updating a small model.
-struct LarsHeld {
-  std::vector<Tensor> params, buffers;
-};
-
-// Throws where no lars_hold returned this number, or lars_release has had it since.
-std::shared_ptr<const LarsHeld> lars_held(int64_t number);
 
 class LarsArguments {
  public:

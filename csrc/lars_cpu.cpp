@@ -12,9 +12,7 @@
 #include <cmath>
 #include <deque>
 #include <memory>
-#include <mutex>
 #include <thread>
-#include <unordered_map>
 
 #include "lars_binding.h"
 
@@ -224,57 +222,7 @@ void lars_cpu(const std::vector<Tensor>& params, const std::vector<Tensor>& grad
   arguments.finish();
 }
 
-bool lars_held_cpu(int64_t number, const std::vector<Tensor>& grads,
-                   const std::vector<int64_t>& group_sizes, const std::vector<int64_t>& flags,
-                   const std::vector<double>& hyper, const std::vector<Tensor>& rates,
-                   const std::optional<Tensor>& grad_scale,
-                   const std::optional<Tensor>& found_inf) {
-  const auto held = lars_held(number);
-  const auto on_cpu = [](const Tensor& t) { return t.is_cpu(); };
-  for (const auto* list : {&held->params, &held->buffers})
-    if (!std::all_of(list->begin(), list->end(), on_cpu)) return false;
-  lars_cpu(held->params, grads, held->buffers, group_sizes, flags, hyper, rates, grad_scale,
-           found_inf);
-  return true;
-}
-
-struct Registry {
-  std::mutex mutex;
-  std::unordered_map<int64_t, std::shared_ptr<const LarsHeld>> held;
-  int64_t next = 0;
-};
-
-// Never destroyed: at exit torch may be gone before it.
-Registry& registry() {
-  static Registry* const all = new Registry;
-  return *all;
-}
-
-int64_t lars_hold(std::vector<Tensor> params, std::vector<Tensor> buffers) {
-  auto held = std::make_shared<const LarsHeld>(LarsHeld{std::move(params), std::move(buffers)});
-  const std::lock_guard<std::mutex> lock(registry().mutex);
-  registry().held.emplace(registry().next, std::move(held));
-  return registry().next++;
-}
-
-void lars_release(int64_t number) {
-  std::shared_ptr<const LarsHeld> last;
-  const std::lock_guard<std::mutex> lock(registry().mutex);
-  const auto found = registry().held.find(number);
-  if (found == registry().held.end()) return;
-  last = std::move(found->second);
-  registry().held.erase(found);
-}
-
 }  // namespace
-
-std::shared_ptr<const LarsHeld> lars_held(int64_t number) {
-  const std::lock_guard<std::mutex> lock(registry().mutex);
-  const auto found = registry().held.find(number);
-  STD_TORCH_CHECK(found != registry().held.end(), "lars_held_: nothing is held as ", number);
-  return found->second;
-}
-
 }  // namespace simclr
 
 STABLE_TORCH_LIBRARY_FRAGMENT(simclr_fast, m) {
@@ -282,25 +230,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(simclr_fast, m) {
       "lars_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
       "int[] group_sizes, int[] flags, float[] hyper, Tensor[] lrs, Tensor? grad_scale, "
       "Tensor? found_inf) -> ()");
-  // The same with params and momentum_buffers kept here from call to call; false, having changed
-  // nothing, where they are no longer on the gradients' device.
-  m.def("lars_hold(Tensor[] params, Tensor[] momentum_buffers) -> int");
-  m.def("lars_release(int held) -> ()");
-  m.def(
-      "lars_held_(int held, Tensor[] grads, int[] group_sizes, int[] flags, float[] hyper, "
-      "Tensor[] lrs, Tensor? grad_scale, Tensor? found_inf) -> bool");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(simclr_fast, CompositeExplicitAutograd, m) {
-  m.impl("lars_hold", TORCH_BOX(&simclr::lars_hold));
-  m.impl("lars_release", TORCH_BOX(&simclr::lars_release));
-}
 STABLE_TORCH_LIBRARY_IMPL(simclr_fast, CPU, m) {
   m.impl("lars_", TORCH_BOX(&simclr::lars_cpu));
-  m.impl("lars_held_", TORCH_BOX(&simclr::lars_held_cpu));
 }
 // With a sparse gradient the dispatcher comes here, where the arguments' check names the reason.
 STABLE_TORCH_LIBRARY_IMPL(simclr_fast, SparseCPU, m) {
   m.impl("lars_", TORCH_BOX(&simclr::lars_cpu));
-  m.impl("lars_held_", TORCH_BOX(&simclr::lars_held_cpu));
 }

@@ -52,31 +52,13 @@ void lars_cuda(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
   arguments.finish();
 }
 
-bool lars_held_cuda(int64_t number, const std::vector<Tensor>& grads,
-                    const std::vector<int64_t>& group_sizes, const std::vector<int64_t>& flags,
-                    const std::vector<double>& hyper, const std::vector<Tensor>& rates,
-                    const std::optional<Tensor>& grad_scale,
-                    const std::optional<Tensor>& found_inf) {
-  const auto held = lars_held(number);
-  if (grads.empty()) return false;
-  const int32_t device = grads[0].get_device_index();
-  for (const auto* list : {&held->params, &grads, &held->buffers})
-    for (const Tensor& t : *list)
-      if (!t.is_cuda() || t.get_device_index() != device) return false;
-  lars_cuda(held->params, grads, held->buffers, group_sizes, flags, hyper, rates, grad_scale,
-            found_inf);
-  return true;
-}
-
 }  // namespace
 }  // namespace simclr
 
 STABLE_TORCH_LIBRARY_IMPL(simclr_fast, CUDA, m) {
   m.impl("lars_", TORCH_BOX(&simclr::lars_cuda));
-  m.impl("lars_held_", TORCH_BOX(&simclr::lars_held_cuda));
 }
 STABLE_TORCH_LIBRARY_IMPL(simclr_fast, SparseCUDA, m) {
   m.impl("lars_", TORCH_BOX(&simclr::lars_cuda));
-  m.impl("lars_held_", TORCH_BOX(&simclr::lars_held_cuda));
 }
 #endif  // SIMCLR_WITH_CUDA

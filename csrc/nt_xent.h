@@ -40,8 +40,8 @@ struct NtXentNormalize {
 };
 
 // The forward pass keeps 2^x of the negatives for the backward pass where that is no more than a
-// few times u; returns the number of elements, for block pairs of csrc/nt_xent_blocks.h, or 0.
-// simclr_fast/ops/__init__.py has the same formula.
+// few times u; returns the number of elements, for block pairs of csrc/nt_xent_schedule.h, or 0.
+// simclr_fast/ops/nt_xent.py has the same formula.
 inline int64_t kept_size(int64_t total, int64_t dim) {
   const int64_t block = total / 10 + 49 < 192 ? total / 10 + 49 : 192;
   return total > 4 * dim ? 0 : (total + block) * (total + 2 * block) / 2;

@@ -1,7 +1,7 @@
 // Positives by class on the CPU: sums over a class's rows forward, a mask over W's tiles backward.
 #pragma once
 
-#include "nt_xent_blocks.h"
+#include "nt_xent_schedule.h"
 
 namespace simclr::SIMCLR_ISA {
 namespace {

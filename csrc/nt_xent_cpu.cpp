@@ -1,5 +1,5 @@
 // NT-Xent's ops on the CPU: tensors in, csrc/nt_xent*_kernel.cpp, tensors out. The schemas are in
-// simclr_fast/ops/__init__.py, which also serves them without this extension.
+// simclr_fast/ops/nt_xent.py, which also serves them without this extension.
 #include "nt_xent_binding.h"
 
 namespace simclr {
@@ -21,7 +21,7 @@ struct Views {
 };
 
 Views make_views(const Tensor& z1, const std::optional<Tensor>& z2) {
-  STD_TORCH_CHECK(z1.dim() == 2 && z1.numel() > 0, "z1 must be [rows, features], not empty");
+  STD_TORCH_CHECK(z1.dim() == 2 && z1.size(1) > 0, "z1 must be [rows, features]");
   const ScalarType dtype = statistics_dtype(z1);
   const Tensor first = dense(z1, dtype);
   if (!z2) {
@@ -51,16 +51,17 @@ std::tuple<Tensor, Tensor> normalize(const Tensor& z1, std::optional<Tensor> z2,
 
 // kept: [kept_size] or empty.
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& u_all, const Tensor& temperature,
-                                           int64_t row_offset, int64_t rows, bool decoupled,
+                                           int64_t row_offset, int64_t num_rows, bool decoupled,
                                            bool statistics, Tensor kept) {
   const int64_t total = u_all.size(0);
-  STD_TORCH_CHECK(row_offset >= 0 && row_offset % 2 == 0 && rows > 0 && rows % 2 == 0 &&
-                      row_offset + rows <= total,
+  STD_TORCH_CHECK(row_offset >= 0 && row_offset % 2 == 0 && num_rows >= 0 && num_rows % 2 == 0 &&
+                      row_offset + num_rows <= total,
                   "rows must be pairs of u_all's rows");
   const ScalarType dtype = u_all.scalar_type();
   const Tensor u = dense(u_all, dtype);
-  Tensor loss = empty({rows}, dtype), lse = empty({rows}, ScalarType::Double);
-  Tensor stats = empty({statistics ? rows : 0, 4}, dtype);
+  Tensor row_loss = empty({num_rows}, dtype), lse = empty({num_rows}, ScalarType::Double);
+  Tensor stats = empty({statistics ? num_rows : 0, 4}, dtype);
+  if (num_rows == 0) return {row_loss, lse, stats};
   Memory memory;
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
@@ -68,10 +69,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& u_all, const Tensor& te
                          total,
                          u.size(1),
                          row_offset,
-                         rows,
+                         num_rows,
                          value(temperature),
                          decoupled,
-                         mutable_data<T>(loss),
+                         mutable_data<T>(row_loss),
                          mutable_data<double>(lse),
                          statistics ? mutable_data<T>(stats) : nullptr,
                          workers(),
@@ -79,33 +80,34 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& u_all, const Tensor& te
                          {},
                          kept.numel() ? mutable_data<T>(kept) : nullptr});
   });
-  return {loss, lse, stats};
+  return {row_loss, lse, stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor> rows(const Tensor& u_all, const Tensor& temperature,
-                                        int64_t row_offset, int64_t rows, bool decoupled,
-                                        bool statistics) {
-  return forward(u_all, temperature, row_offset, rows, decoupled, statistics,
+std::tuple<Tensor, Tensor, Tensor> row_loss(const Tensor& u_all, const Tensor& temperature,
+                                            int64_t row_offset, int64_t num_rows, bool decoupled,
+                                            bool statistics) {
+  return forward(u_all, temperature, row_offset, num_rows, decoupled, statistics,
                  empty({0}, u_all.scalar_type()));
 }
 
-// Numbered as torch's own losses do.
+// Numbered as torch's own losses do; simclr_fast/ops/nt_xent.py has the same numbers.
 enum Reduction : int64_t { kNone, kMean, kSum };
 
 // [2N], view 1's rows first, or their sum or mean, from interleaved rows.
 template <class T>
-Tensor reduce(const Tensor& loss, int64_t reduction) {
-  const int64_t rows = loss.size(0);
-  const T* row = data<T>(loss);
+Tensor reduce(const Tensor& row_loss, int64_t reduction) {
+  const int64_t num_rows = row_loss.size(0);
+  const T* row = data<T>(row_loss);
   if (reduction == kNone) {
-    Tensor out = empty({rows}, loss.scalar_type());
-    for (int64_t i = 0; i < rows; ++i) mutable_data<T>(out)[i % 2 * (rows / 2) + i / 2] = row[i];
+    Tensor out = empty({num_rows}, row_loss.scalar_type());
+    T* view_major = mutable_data<T>(out);
+    for (int64_t i = 0; i < num_rows; ++i) view_major[i % 2 * (num_rows / 2) + i / 2] = row[i];
     return out;
   }
   double sum = 0;
-  for (int64_t i = 0; i < rows; ++i) sum += double(row[i]);
-  Tensor out = empty({}, loss.scalar_type());
-  *mutable_data<T>(out) = T(reduction == kMean ? sum / double(rows) : sum);
+  for (int64_t i = 0; i < num_rows; ++i) sum += double(row[i]);
+  Tensor out = empty({}, row_loss.scalar_type());
+  *mutable_data<T>(out) = T(reduction == kMean ? sum / double(num_rows) : sum);
   return out;
 }
 
@@ -113,37 +115,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> nt_xent(
     const Tensor& z1, std::optional<Tensor> z2, const Tensor& temperature, int64_t reduction,
     bool decoupled, bool statistics, bool keep) {
   auto [u, inv_norm] = normalize(z1, z2, temperature);
-  Tensor kept = empty({keep ? kept_size(u.size(0), u.size(1)) : 0}, u.scalar_type());
-  auto [loss, lse, stats] = forward(u, temperature, 0, u.size(0), decoupled, statistics, kept);
-  Tensor total;
-  with_type(u.scalar_type(), [&](auto type) { total = reduce<decltype(type)>(loss, reduction); });
-  return {total, loss, lse, stats, u, inv_norm, kept};
+  const int64_t num_rows = u.size(0);
+  Tensor kept = empty({keep ? kept_size(num_rows, u.size(1)) : 0}, u.scalar_type());
+  auto [row_loss, lse, stats] = forward(u, temperature, 0, num_rows, decoupled, statistics, kept);
+  Tensor loss;
+  with_type(u.scalar_type(),
+            [&](auto type) { loss = reduce<decltype(type)>(row_loss, reduction); });
+  return {loss, row_loss, lse, stats, u, inv_norm, kept};
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& grad, bool mean, const Tensor& u_all,
-                                    const Tensor& lse_all, const Tensor& loss,
+                                    const Tensor& lse_all, const Tensor& row_loss,
                                     const Tensor& inv_norm, const Tensor& z1,
                                     std::optional<Tensor> z2, const Tensor& temperature,
                                     int64_t row_offset, bool decoupled,
                                     std::optional<Tensor> kept) {
   const Views z = make_views(z1, z2);
-  const int64_t rows = 2 * z.pairs, total = u_all.size(0);
+  const int64_t num_rows = 2 * z.pairs, total = u_all.size(0);
   const ScalarType dtype = u_all.scalar_type();
   STD_TORCH_CHECK(dtype == statistics_dtype(z1) && u_all.size(1) == z.dim && row_offset >= 0 &&
-                      row_offset + rows <= total && (grad.dim() == 0 || grad.numel() == total) &&
-                      lse_all.numel() == total && loss.numel() == rows && inv_norm.numel() == rows,
+                      row_offset + num_rows <= total &&
+                      (grad.dim() == 0 || grad.numel() == total) && lse_all.numel() == total &&
+                      row_loss.numel() == num_rows && inv_norm.numel() == num_rows,
                   "the arguments of nt_xent_backward do not belong together");
   const bool has_kept = kept && kept->numel();
-  STD_TORCH_CHECK(!has_kept || (rows == total && kept->scalar_type() == dtype &&
+  STD_TORCH_CHECK(!has_kept || (num_rows == total && kept->scalar_type() == dtype &&
                                 kept->numel() == kept_size(total, z.dim)),
                   "kept does not belong to these rows");
-  const Tensor u = dense(u_all, dtype), own = dense(loss, dtype);
+  const Tensor u = dense(u_all, dtype), own_loss = dense(row_loss, dtype);
   const Tensor lse = dense(lse_all, ScalarType::Double);
   const Tensor g = grad.scalar_type() == dtype ? grad : torch::stable::to(grad, dtype);
-  Tensor grad_z = empty({rows, z.dim}, dtype), grad_temperature = empty({}, dtype);
+  Tensor grad_z = empty({num_rows, z.dim}, dtype), grad_temperature = empty({}, dtype);
   Memory memory;
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
+    *mutable_data<T>(grad_temperature) = 0;
+    if (num_rows == 0) return;
     run(NtXentBackward<T>{data<T>(g),
                           g.dim() ? g.stride(0) : 0,
                           mean ? 1 / double(total) : 1.0,
@@ -152,9 +159,9 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, bool mean, const Tensor&
                           z.dim,
                           data<double>(lse),
                           row_offset,
-                          rows,
+                          num_rows,
                           decoupled,
-                          data<T>(own),
+                          data<T>(own_loss),
                           z.z1<T>(),
                           z.z2<T>(),
                           value(temperature),
@@ -178,6 +185,6 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, bool mean, const Tensor&
 STABLE_TORCH_LIBRARY_IMPL(simclr_fast, CPU, m) {
   m.impl("nt_xent", TORCH_BOX(&simclr::nt_xent));
   m.impl("nt_xent_normalize", TORCH_BOX(&simclr::normalize));
-  m.impl("nt_xent_rows", TORCH_BOX(&simclr::rows));
+  m.impl("nt_xent_row_loss", TORCH_BOX(&simclr::row_loss));
   m.impl("nt_xent_backward", TORCH_BOX(&simclr::backward));
 }

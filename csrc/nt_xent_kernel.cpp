@@ -1,5 +1,5 @@
 // NT-Xent's normalisation and forward pass on the CPU, compiled once per instruction set.
-#include "nt_xent_blocks.h"
+#include "nt_xent_schedule.h"
 #include "nt_xent_classes.h"
 #include "nt_xent_tiles.h"
 

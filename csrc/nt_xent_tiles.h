@@ -3,7 +3,7 @@
 // A register tile takes its columns from one panel as vectors, its rows from another as broadcasts.
 #pragma once
 
-#include "nt_xent_blocks.h"
+#include "nt_xent_schedule.h"
 
 namespace simclr::SIMCLR_ISA {
 namespace {

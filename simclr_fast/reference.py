@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
@@ -78,15 +79,17 @@ def resize_matrix(n_in: int, n_out: int, antialias: bool, bilinear: bool, like: 
     """
     scale = n_in / n_out
     stretch = max(scale, 1.0) if antialias else 1.0
-    center = (torch.arange(n_out, dtype=torch.float64) + 0.5) * scale
-    x = ((torch.arange(n_in, dtype=torch.float64) + 0.5 - center[:, None]) / stretch).abs()
+    # In numpy: torch may have no float64 on the device, or another default device.
+    outputs, inputs = np.arange(n_out) + 0.5, np.arange(n_in) + 0.5
+    x = np.abs(inputs - outputs[:, None] * scale) / stretch
     if bilinear:
-        weight = (1 - x).clamp(min=0)
+        weight = np.maximum(1 - x, 0)
     else:
         inner = (1.5 * x - 2.5) * x * x + 1
         outer = ((-0.5 * x + 2.5) * x - 4) * x + 2
-        weight = torch.where(x < 1, inner, torch.where(x < 2, outer, torch.zeros_like(x)))
-    return (weight / weight.sum(1, keepdim=True)).to(like)
+        weight = np.where(x < 1, inner, np.where(x < 2, outer, 0))
+    weight /= weight.sum(1, keepdims=True)
+    return torch.tensor(weight, dtype=like.dtype, device=like.device)
 
 
 def rgb_to_hsv(image: Tensor) -> Tensor:
@@ -114,9 +117,8 @@ def gaussian_blur(image: Tensor, sigma: float, *, reflect: bool) -> Tensor:
     radius = image.shape[-1] // 10 // 2
     if sigma <= 0 or radius == 0:
         return image
-    x = torch.arange(-radius, radius + 1, dtype=torch.float64)
-    kernel = (-0.5 * (x / sigma) ** 2).exp()
-    kernel = (kernel / kernel.sum()).to(image)
+    weight = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    kernel = torch.tensor(weight / weight.sum(), dtype=image.dtype, device=image.device)
     padded = pad(image[:, None], [radius] * 4, mode="reflect" if reflect else "constant")
     blurred = conv2d(conv2d(padded, kernel[None, None, None, :]), kernel[None, None, :, None])
     return blurred[:, 0]

@@ -123,7 +123,7 @@ def _apply_native(
     target = out if dense else torch.empty_like(out, memory_format=torch.contiguous_format)
     scale, shift = aug.normalization
     switches = np.stack([params.flip, params.jitter, params.gray], axis=1).astype(np.uint8)
-    ops.augment_views(
+    ops.augment.augment_views(
         [_dense_rows(i) for i in ([images] if isinstance(images, Tensor) else images)],
         torch.from_numpy(np.ascontiguousarray(params.box, dtype=np.int32)),
         torch.from_numpy(switches),

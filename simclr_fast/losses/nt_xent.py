@@ -2,17 +2,20 @@
 
 import math
 from functools import lru_cache
+from numbers import Real
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from simclr_fast import ops
-from simclr_fast.ops.nt_xent_plain import LOG2E, statistics_dtype
-from simclr_fast.utils.distributed import all_gather_rows, gather_row_counts
+from simclr_fast.losses.ranks import RankRows
+from simclr_fast.ops import nt_xent
+from simclr_fast.ops.nt_xent_plain import LOG2E, statistics_dtype, wide
 
-_REDUCTIONS = {"none": ops.NONE, "mean": ops.MEAN, "sum": ops.SUM}
+_REDUCTIONS = {"none": nt_xent.NONE, "mean": nt_xent.MEAN, "sum": nt_xent.SUM}
+# Outside, float32 holds too few digits of a logit's differences, or none.
+_TEMPERATURES = (1e-6, 1e6)
 _NO_NEGATIVES = "decoupled=True needs at least two pairs: a single one has no negatives"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -86,8 +89,8 @@ def nt_xent_loss(
     z1, z2: [N, D], any strides; or z1 is [2N, D], view 1's rows first, and z2 is None.
         float64, float32, bfloat16 or float16; arithmetic and loss are float32 or wider. A zero
         row's gradient is about 1e12, infinite in float16, as with normalize there.
-    temperature: a positive number, or a 0-dim tensor, which receives a gradient. The value of a
-        CUDA tensor is not checked, as that would wait for the device.
+    temperature: a number from 1e-6 to 1e6, or a 0-dim tensor, which receives a gradient. The value
+        of a CUDA tensor is not checked, as that would wait for the device.
     reduction: "mean" or "sum" over the 2N rows, or "none": [2N], view 1's rows first.
     decoupled: leave the positive out of the denominator (Yeh et al. 2022, "Decoupled Contrastive
         Learning", equation 5); needs at least two pairs.
@@ -101,14 +104,18 @@ def nt_xent_loss(
     code = _reduction_code(reduction, group)
     tau = _temperature_tensor(temperature, z1)
     if group is not None:
-        loss, stats = _GroupNTXent.apply(z1, z2, tau, group, code, decoupled, return_stats)
+        ranks = RankRows.exchange(z1.size(0) * (1 if z2 is None else 2), z1.device, group)
+        if decoupled and ranks.total == 2:
+            raise ValueError(_NO_NEGATIVES)
+        loss, stats = _GroupNTXent.apply(z1, z2, tau, ranks, code, decoupled, return_stats)
         return (loss, NTXentStats(*stats.unbind())) if return_stats else loss
     if decoupled and z1.size(0) == (2 if z2 is None else 1):
         raise ValueError(_NO_NEGATIVES)
-    loss, rows, lse, row_stats, u, *_ = ops.nt_xent(z1, z2, tau, code, decoupled, return_stats)
+    out = nt_xent.LossOutput(*nt_xent.loss(z1, z2, tau, code, decoupled, return_stats))
     if not return_stats:
-        return loss
-    return loss, NTXentStats(*_mean_stats(rows, lse, row_stats, u, tau.detach()).unbind())
+        return out.loss
+    stats = _mean_stats(out.row_loss, out.lse, out.stats, out.u, tau.detach())
+    return out.loss, NTXentStats(*stats.unbind())
 
 
 class NTXentLoss(nn.Module):
@@ -130,13 +137,11 @@ class NTXentLoss(nn.Module):
         decoupled: bool = False,
     ):
         super().__init__()
-        _check_temperature(temperature)
+        value = _check_temperature(temperature)
         if group is not None and not gather_distributed:
             raise ValueError("group is given, so gather_distributed must be True, got False")
-        self.temperature = float(temperature)
-        self.log_temperature = (
-            nn.Parameter(torch.tensor(math.log(temperature))) if learnable else None
-        )
+        self.temperature = value
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(value))) if learnable else None
         self.gather_distributed, self.group = gather_distributed, group
         self.reduction, self.decoupled = reduction, decoupled
 
@@ -157,9 +162,11 @@ class NTXentLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        learnable = self.log_temperature is not None
+        learnable, temperature = self.log_temperature is not None, self.temperature
+        if self.log_temperature is not None and not self.log_temperature.is_meta:
+            temperature = self.log_temperature.detach().exp().item()
         return (
-            f"temperature={self.temperature:g}, {learnable=}, reduction={self.reduction!r}, "
+            f"{temperature=:g}, {learnable=}, reduction={self.reduction!r}, "
             f"decoupled={self.decoupled}, gather_distributed={self.gather_distributed}"
         )
 
@@ -173,8 +180,24 @@ class NTXentLoss(nn.Module):
         return self.group or dist.group.WORLD
 
 
+class _Saved(NamedTuple):
+    """What the backward pass needs of the forward pass. "all": of every rank's rows."""
+
+    u_all: Tensor
+    lse_all: Tensor
+    row_loss: Tensor
+    inv_norm: Tensor
+    z1: Tensor
+    z2: Tensor | None
+    temperature: Tensor
+
+
 class _GroupNTXent(torch.autograd.Function):
-    """The loss of every rank's rows together: two gathers forward, none backward."""
+    """The loss of every rank's rows together: two gathers forward, none backward.
+
+    A rank's rows enter the loss of other ranks' rows as negatives. Each rank computes that part of
+    its gradient itself, from the gathered rows and the denominators of their losses.
+    """
 
     @staticmethod
     def forward(
@@ -182,74 +205,75 @@ class _GroupNTXent(torch.autograd.Function):
         z1: Tensor,
         z2: Tensor | None,
         temperature: Tensor,
-        group: dist.ProcessGroup,
+        ranks: RankRows,
         reduction: int,
         decoupled: bool,
         return_stats: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        # A rank without rows still takes part in the gathers.
-        empty = not z1.size(0)
-        given = (z1.new_ones(2, z1.size(1)), None) if empty else (z1, z2)
-        u, inv_norm = ops.nt_xent_normalize(*given, temperature)
-        u, inv_norm = (u[:0], inv_norm[:0]) if empty else (u, inv_norm)
-        counts = gather_row_counts(u.size(0), u.device, group)
-        row_offset = sum(counts[: dist.get_rank(group)])
-        if decoupled and sum(counts) == 2:
-            raise ValueError(_NO_NEGATIVES)
-        u_all = all_gather_rows(u, group, counts)
-        row_offset, rows = (0, 2) if empty else (row_offset, u.size(0))
-        loss, lse, row_stats = (
-            column[: u.size(0)]
-            for column in ops.nt_xent_rows(
-                u_all, temperature, row_offset, rows, decoupled, return_stats
-            )
+        u, inv_norm = nt_xent.normalize(z1, z2, temperature)
+        u_all = ranks.gather(u)
+        row_loss, lse, row_stats = nt_xent.row_loss(
+            u_all, temperature, ranks.offset, u.size(0), decoupled, return_stats
         )
-        per_row = (
-            torch.cat((torch.stack((loss, lse), 1), row_stats), 1)
-            if return_stats
-            else (torch.stack((loss, lse), 1))
-        )
-        loss_all, lse_all, *stats_all = all_gather_rows(per_row, group, counts).unbind(1)
-        ctx.save_for_backward(u_all, lse_all.contiguous(), loss, inv_norm, z1, z2, temperature)
-        ctx.row_offset, ctx.decoupled, ctx.ranks = row_offset, decoupled, len(counts)
-        ctx.mean = reduction == ops.MEAN
+        # One gather for all values of a row: [M, 2], or [M, 6] with statistics.
+        values = torch.stack((row_loss, lse), 1)
+        if return_stats:
+            values = torch.cat((values, row_stats), 1)
+        values_all = ranks.gather(values)
+        row_loss_all, lse_all = values_all[:, 0], values_all[:, 1].contiguous()
+
+        ctx.save_for_backward(*_Saved(u_all, lse_all, row_loss, inv_norm, z1, z2, temperature))
+        ctx.ranks, ctx.decoupled, ctx.mean = ranks, decoupled, reduction == nt_xent.MEAN
         stats = None
         if return_stats:
-            stats = _mean_stats(loss_all, lse_all, torch.stack(stats_all, 1), u_all, temperature)
+            stats = _mean_stats(row_loss_all, lse_all, values_all[:, 2:], u_all, temperature)
             ctx.mark_non_differentiable(stats)
-        total = loss_all.mean() if ctx.mean else loss_all.sum()
-        return total.to(loss.dtype), stats
+        loss = row_loss_all.mean() if ctx.mean else row_loss_all.sum()
+        return loss.to(row_loss.dtype), stats
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        if not saved[4].size(0):
-            empty = tuple(None if z is None else torch.zeros_like(z) for z in saved[4:6])
-            return *empty, torch.zeros_like(saved[6]), None, None, None, None
-        grad_z, grad_temperature = ops.nt_xent_backward(
-            grad_loss * ctx.ranks, ctx.mean, *saved, ctx.row_offset, ctx.decoupled
+        saved = _Saved(*ctx.saved_tensors)
+        # Every rank's loss is that of the whole batch, and averaging divides by their number.
+        grad_z, grad_temperature = nt_xent.backward(
+            grad_loss * len(ctx.ranks.counts),
+            ctx.mean,
+            saved.u_all,
+            saved.lse_all,
+            saved.row_loss,
+            saved.inv_norm,
+            saved.z1,
+            saved.z2,
+            saved.temperature,
+            ctx.ranks.offset,
+            ctx.decoupled,
         )
-        grads = (grad_z, None) if saved[5] is None else grad_z.chunk(2)
-        return *grads, grad_temperature, None, None, None, None
+        grad_z1, grad_z2 = (grad_z, None) if saved.z2 is None else grad_z.tensor_split(2)
+        return grad_z1, grad_z2, grad_temperature, None, None, None, None
 
 
-def _mean_stats(loss: Tensor, lse: Tensor, stats: Tensor, u: Tensor, temperature: Tensor) -> Tensor:
+def _mean_stats(
+    row_loss: Tensor, lse: Tensor, row_stats: Tensor, u: Tensor, temperature: Tensor
+) -> Tensor:
     """The six values of `NTXentStats`, [6], from interleaved rows."""
-    contrastive = stats[0::2, :2].mean(0)
-    both_views = stats[:, 2:].mean(0)
-    positive = (lse - loss).double().mean() * temperature
-    u, rows = u.double(), u.size(0)
+    contrastive = row_stats[0::2, :2].mean(0)
+    both_views = row_stats[:, 2:].mean(0)
+    positive = wide(lse - row_loss).mean() * temperature
+    u, num_rows = wide(u), u.size(0)
     total = (u.sum(0).square().sum() - u.square().sum()) * temperature / LOG2E
-    negative = (total - rows * positive) / (rows * (rows - 2)) if rows > 2 else total * math.nan
+    if num_rows > 2:
+        negative = (total - num_rows * positive) / (num_rows * (num_rows - 2))
+    else:
+        negative = total * math.nan
     similarities = torch.stack((positive, negative))
-    return torch.cat((contrastive, both_views, similarities)).to(loss.dtype)
+    return torch.cat((contrastive, both_views, similarities)).to(row_loss.dtype)
 
 
 def _reduction_code(reduction: str, group: dist.ProcessGroup | None) -> int:
     code = _REDUCTIONS.get(reduction)
     if code is None:
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if group is not None and code == ops.NONE:
+    if group is not None and code == nt_xent.NONE:
         raise ValueError(
             "reduction='none' cannot be used with a group: the gradient of a row needs the other "
             "ranks' upstream gradients; use 'mean' or 'sum'"
@@ -285,19 +309,28 @@ def _check_matrix(name: str, z: Tensor, least: int = 1) -> None:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {z.dtype}")
 
 
-def _check_temperature(temperature: float) -> None:
-    if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
+def _check_temperature(temperature: Any) -> float:
+    """Its value as Python's float. Numbers of numpy are numbers too."""
+    value = float(temperature) if isinstance(temperature, Real) else math.nan
+    if not 0 < value < math.inf:
         raise ValueError(f"temperature must be a positive finite number, got {temperature!r}")
+    smallest, largest = _TEMPERATURES
+    # A float32 or bfloat16 tensor of either limit is a little beside it.
+    if not 0.99 * smallest <= value <= 1.01 * largest:
+        raise ValueError(
+            f"temperature must be from {smallest:g} to {largest:g}, got {temperature!r}"
+        )
+    return value
 
 
 def _temperature_tensor(temperature: float | Tensor, z: Tensor) -> Tensor:
     """On z's device, float32 or wider."""
     dtype = statistics_dtype(z.dtype)
     if not isinstance(temperature, Tensor):
-        _check_temperature(temperature)
-        if z.device.type == "cpu" and type(z) is Tensor and not torch.compiler.is_compiling():
-            return _cpu_scalar(temperature, dtype)
-        return torch.full((), temperature, dtype=dtype, device=z.device)
+        value = _check_temperature(temperature)
+        if z.device.type == "cpu" and type(z) is Tensor and not _has_ambient_state():
+            return _cpu_scalar(value, dtype)
+        return torch.full((), value, dtype=dtype, device=z.device)
     if temperature.dim() != 0 or not temperature.dtype.is_floating_point:
         raise ValueError(
             "a temperature tensor must be 0-dim and of a floating dtype, got shape "
@@ -308,8 +341,22 @@ def _temperature_tensor(temperature: float | Tensor, z: Tensor) -> Tensor:
     return temperature.to(z.device, dtype)
 
 
+def _has_ambient_state() -> bool:
+    """Whether a tensor made now may be more than a plain one, so that it must not be kept.
+
+    Modes (FakeTensorMode, a default device), torch.func's transforms and torch.compile change what
+    torch's functions return for as long as they are active.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 @lru_cache(maxsize=64)
 def _cpu_scalar(value: float, dtype: torch.dtype) -> Tensor:
     # A tensor of inference mode could not be saved for a later backward pass.
     with torch.inference_mode(False):
-        return torch.tensor(value, dtype=dtype)
+        return torch.tensor(value, dtype=dtype, device="cpu")

@@ -1,20 +1,20 @@
 """Contrastive losses with several positives per row: by class, and by more than two views."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from simclr_fast import ops
 from simclr_fast.losses.nt_xent import (
     _check_matrix,
     _reduction_code,
     _temperature_tensor,
     nt_xent_loss,
 )
-from simclr_fast.utils.distributed import all_gather_rows, gather_row_counts
+from simclr_fast.losses.ranks import RankRows
+from simclr_fast.ops import nt_xent, sup_con
 
 
 def sup_con_loss(
@@ -37,7 +37,7 @@ def sup_con_loss(
     temperature, group: as in `nt_xent_loss`; positives of other ranks count.
     reduction: "mean" or "sum" over the M rows, or "none": [M].
     """
-    _check_matrix("z", z)
+    _check_matrix("z", z, least=1 if group is None else 0)
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
     if labels.shape != z.shape[:1]:
@@ -53,10 +53,10 @@ def sup_con_loss(
     tau = _temperature_tensor(temperature, z)
     if group is None:
         ids, inverse_count = _classes(labels, tau.dtype)
-        return _SupCon.apply(z, tau, ids, inverse_count, code, None, (len(z),))
-    counts = gather_row_counts(len(z), z.device, group)
-    ids, inverse_count = _classes(all_gather_rows(labels, group, counts), tau.dtype)
-    return _SupCon.apply(z, tau, ids, inverse_count, code, group, tuple(counts))
+        return _SupCon.apply(z, tau, ids, inverse_count, code, None)
+    ranks = RankRows.exchange(z.size(0), z.device, group)
+    ids, inverse_count = _classes(ranks.gather(labels), tau.dtype)
+    return _SupCon.apply(z, tau, ids, inverse_count, code, ranks)
 
 
 def multi_view_nt_xent_loss(
@@ -88,7 +88,7 @@ def multi_view_nt_xent_loss(
         if any(shape != shapes[0] for shape in shapes):
             raise ValueError(f"views must have one shape, got {shapes}")
         n_views, z = len(views), torch.cat(tuple(views))
-    _check_matrix("views", z)
+    _check_matrix("views", z, least=1 if group is None else 0)
     if z.size(0) % n_views:
         raise ValueError(f"views must hold n_views={n_views} views, got {z.size(0)} rows")
     if n_views == 2:
@@ -109,8 +109,20 @@ def _classes(labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return first.to(torch.int32), inverse
 
 
+class _Saved(NamedTuple):
+    """What the backward pass needs of the forward pass. "all": of every rank's rows."""
+
+    u_all: Tensor
+    lse_all: Tensor
+    ids: Tensor
+    inverse_count: Tensor
+    inv_norm: Tensor
+    z: Tensor
+    temperature: Tensor
+
+
 class _SupCon(torch.autograd.Function):
-    """With a group: gathers of embeddings and of lse forward, none backward."""
+    """With ranks: gathers of embeddings and of losses forward, none backward."""
 
     @staticmethod
     def forward(
@@ -120,26 +132,38 @@ class _SupCon(torch.autograd.Function):
         ids: Tensor,
         inverse_count: Tensor,
         reduction: int,
-        group: dist.ProcessGroup | None,
-        counts: tuple[int, ...],
+        ranks: RankRows | None,
     ) -> Tensor:
-        u, inv_norm = ops.sup_con_normalize(z, temperature)
-        offset = 0 if group is None else sum(counts[: dist.get_rank(group)])
-        u_all = u if group is None else all_gather_rows(u, group, counts)
-        rows, lse = ops.sup_con_rows(u_all, ids, inverse_count, temperature, offset, u.size(0))
-        if group is not None:
-            per_row = all_gather_rows(torch.stack((rows, lse), 1), group, counts)
-            rows, lse = per_row[:, 0].to(rows.dtype), per_row[:, 1].contiguous()
-        ctx.save_for_backward(u_all, lse, ids, inverse_count, inv_norm, z, temperature)
-        ctx.offset, ctx.ranks, ctx.mean = offset, len(counts), reduction == ops.MEAN
-        if reduction == ops.NONE:
-            return rows
-        return rows.mean() if ctx.mean else rows.sum()
+        u, inv_norm = sup_con.normalize(z, temperature)
+        u_all = u if ranks is None else ranks.gather(u)
+        ctx.row_offset = 0 if ranks is None else ranks.offset
+        row_loss, lse = sup_con.row_loss(
+            u_all, ids, inverse_count, temperature, ctx.row_offset, u.size(0)
+        )
+        if ranks is not None:
+            values = ranks.gather(torch.stack((row_loss, lse), 1))  # [M, 2]
+            row_loss, lse = values[:, 0].to(row_loss.dtype), values[:, 1].contiguous()
+        ctx.save_for_backward(*_Saved(u_all, lse, ids, inverse_count, inv_norm, z, temperature))
+        ctx.num_ranks = 1 if ranks is None else len(ranks.counts)
+        ctx.mean = reduction == nt_xent.MEAN
+        if reduction == nt_xent.NONE:
+            return row_loss
+        return row_loss.mean() if ctx.mean else row_loss.sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        total = saved[0].size(0)
-        grad = grad * (ctx.ranks / total if ctx.mean else ctx.ranks)
-        grad_z, grad_temperature = ops.sup_con_backward(grad.expand(total), *saved, ctx.offset)
-        return grad_z, grad_temperature, None, None, None, None, None
+        saved = _Saved(*ctx.saved_tensors)
+        total = saved.u_all.size(0)
+        grad = grad * (ctx.num_ranks / total if ctx.mean else ctx.num_ranks)
+        grad_z, grad_temperature = sup_con.backward(
+            grad.expand(total),
+            saved.u_all,
+            saved.lse_all,
+            saved.ids,
+            saved.inverse_count,
+            saved.inv_norm,
+            saved.z,
+            saved.temperature,
+            ctx.row_offset,
+        )
+        return grad_z, grad_temperature, None, None, None, None

@@ -1,11 +1,12 @@
-"""The native extension, the operator library, and the rule for which implementation runs where."""
+"""The native extension, the registration of ops, and the rule for which implementation runs."""
 
 import re
 import warnings
+from collections.abc import Callable
 from enum import Enum
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -16,7 +17,9 @@ try:
 except ImportError as error:
     EXTENSION_ERROR = error
 
-LIBRARY = torch.library.Library("simclr_fast", "FRAGMENT")
+_LIBRARY = torch.library.Library("simclr_fast", "FRAGMENT")
+# Devices on which torch cannot make a float64 tensor.
+_WITHOUT_FLOAT64 = {"mps"}
 
 # Below it tl.dot becomes scalar multiply-adds, and Triton itself promises nothing.
 TRITON_CAPABILITY = (8, 0)
@@ -27,6 +30,55 @@ class Implementation(Enum):
     TRITON = "Triton kernels"
     CUDA = "the extension's CUDA kernels"
     PLAIN = "plain torch operations"
+
+
+def define_op(
+    schema: str,
+    *,
+    kernel: Callable[..., Any],
+    shapes: Callable[..., Any],
+    autograd: Callable[..., Any] | None = None,
+) -> Any:
+    """Register an op of torch.ops.simclr_fast and return it.
+
+    kernel: computes on every device for which the extension has registered no kernel of its own.
+    shapes: makes the outputs without values, from arguments of which only metadata is read.
+    autograd: called instead, on every device, when gradients may be wanted.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"simclr_fast::{name}", shapes, lib=_LIBRARY)
+    if autograd is not None:
+        _LIBRARY.impl(name, autograd, "Autograd")
+    return getattr(torch.ops.simclr_fast, name).default
+
+
+def refuse_gradient_of(name: str) -> None:
+    """Make a gradient through this op, which computes a gradient itself, an error."""
+    torch.library.register_autograd(
+        f"simclr_fast::{name}",
+        _no_double_backward,
+        setup_context=lambda ctx, inputs, output: None,
+        lib=_LIBRARY,
+    )
+
+
+def _no_double_backward(ctx: Any, *_: Any) -> NoReturn:
+    raise NotImplementedError(
+        "the contrastive losses have no double backward (create_graph=True); those of "
+        "simclr_fast.reference are plain torch and have one"
+    )
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 on devices that have no float64."""
+    if device.type in _WITHOUT_FLOAT64:
+        return torch.float32
+    if device.type == "xpu" and torch.xpu.is_available():
+        has_float64 = torch.xpu.get_device_properties(device).has_fp64
+        return torch.float64 if has_float64 else torch.float32
+    return torch.float64
 
 
 def has_extension() -> bool:

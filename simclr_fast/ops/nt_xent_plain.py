@@ -1,7 +1,12 @@
-"""NT-Xent's ops in plain torch, for devices and dtypes without a kernel; by blocks of rows, O(M·D).
+"""NT-Xent's ops in plain torch, by blocks of rows in O(M·D) memory.
 
-Same arguments, results and row order as the kernels (`simclr_fast.ops`): rows are interleaved,
-2k is view 1 of pair k and 2k+1 its view 2, so the positive of row i is row i ^ 1.
+They serve the devices and dtypes without a kernel. Arguments, results and the order of rows are
+those of the kernels (see nt_xent.py): row 2k is view 1 of pair k and row 2k+1 its view 2, so the
+positive of row i is row i ^ 1.
+
+What would lose digits is computed in the widest dtype of the device: float64, except where there
+is none (`widest_float`). There the denominators are rounded to float32, which moves gradients by
+about 6e-8 / temperature, relative.
 """
 
 import math
@@ -9,7 +14,10 @@ import math
 import torch
 from torch import Tensor
 
+from simclr_fast.ops.library import widest_float
+
 LOG2E = math.log2(math.e)
+LN2 = math.log(2)
 NORM_EPS = 1e-12
 BLOCK_ROWS = 512
 LARGEST_LOGIT = 1e30
@@ -19,52 +27,64 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """In float64, or in float32 on a device without float64."""
+    return tensor.to(widest_float(tensor.device))
+
+
 def interleave(z1: Tensor, z2: Tensor | None) -> Tensor:
     """[N, D] twice, or [2N, D] with view 1 first -> [2N, D] with the rows of a pair adjacent."""
     pairs = z1.unflatten(0, (2, -1)) if z2 is None else torch.stack((z1, z2))
     return pairs.transpose(0, 1).flatten(0, 1)
 
 
-def unit_rows(z1: Tensor, z2: Tensor | None) -> tuple[Tensor, Tensor]:
-    """z/|z| [2N, D] and max(|z|, 1e-12) [2N], interleaved, float64."""
-    z = interleave(z1, z2).double()
-    norm = torch.linalg.vector_norm(z, dim=1).clamp_min(NORM_EPS)
-    return z / norm[:, None], norm
+def unit_rows(z: Tensor) -> tuple[Tensor, Tensor]:
+    """z/|z| [M, D] and max(|z|, 1e-12) [M, 1], wide."""
+    z = wide(z)
+    norm = torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp_min(NORM_EPS)
+    return z / norm, norm
 
 
 def normalize(z1: Tensor, z2: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """sqrt(log2(e)/temperature)·z/|z| [2N, D] and 1/max(|z|, 1e-12) [2N], interleaved."""
-    u, norm = unit_rows(z1, z2)
-    dtype = statistics_dtype(z1.dtype)
-    return (u * (LOG2E / temperature.double()).sqrt()).to(dtype), norm.reciprocal().to(dtype)
+    return scaled_unit_rows(interleave(z1, z2), temperature)
+
+
+def scaled_unit_rows(z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    u, norm = unit_rows(z)
+    dtype = statistics_dtype(z.dtype)
+    scale = (LOG2E / wide(temperature)).sqrt()
+    return (u * scale).to(dtype), norm[:, 0].reciprocal().to(dtype)
 
 
 def forward(
     u_all: Tensor,
     temperature: Tensor,
     row_offset: int,
-    rows: int,
+    num_rows: int,
     decoupled: bool,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [rows] of rows row_offset.. against all M rows, log of its denominator in float64.
+    """Loss [R] of rows row_offset.. against all M rows, and log of its denominator, wide [R].
 
     decoupled: the positive is left out of the denominator (Yeh et al. 2022, equation 5).
 
-    Also [rows, 4] (else [0, 4]): whether the positive wins, and the entropy in nats, against the
+    Also [R, 4] (else [0, 4]): whether the positive wins, and the entropy in nats, against the
     other view's rows, and the same two against all rows.
     """
     columns = torch.arange(u_all.size(0), device=u_all.device)
     losses, lses, stats = [], [], [u_all.new_empty(0, 4)]
-    for start in range(row_offset, row_offset + rows, BLOCK_ROWS):
-        i = columns[start : min(start + BLOCK_ROWS, row_offset + rows)]
-        s = _matmul(u_all[i], u_all.T) * math.log(2)
+    for start in range(row_offset, row_offset + num_rows, BLOCK_ROWS):
+        i = columns[start : min(start + BLOCK_ROWS, row_offset + num_rows)]
+        # In bits, as in the backward pass: x must be the same number in both.
+        x = matmul(u_all[i], u_all.T)
         # Compared with its negatives as it was multiplied with them: equal rows must tie.
-        compared = s.gather(1, (i ^ 1)[:, None])[:, 0]
-        s[columns[None, :] // 2 == i[:, None] // 2] = -math.inf
-        positive = (u_all[i].double() * u_all[i ^ 1].double()).sum(1) * math.log(2)
-        highest = s.amax(1).clamp_min(-LARGEST_LOGIT)
-        negatives = highest + (s - highest[:, None]).exp().sum(1).double().log()
+        compared = x.gather(1, (i ^ 1)[:, None])[:, 0] * LN2
+        x[columns[None, :] // 2 == i[:, None] // 2] = -math.inf
+        positive = (wide(u_all[i]) * wide(u_all[i ^ 1])).sum(1) * LN2
+        highest = x.amax(1).clamp_min(-LARGEST_LOGIT)
+        sums = (x - highest[:, None]).exp2().sum(1)
+        negatives = wide(highest) * LN2 + wide(sums).log()
         # log(pos + neg) - log(pos) without the cancellation of that difference.
         loss = negatives - positive
         if not decoupled:
@@ -72,14 +92,12 @@ def forward(
         losses.append(loss.to(u_all.dtype))
         lses.append(positive + loss)
         if statistics:
+            s = x * LN2
             same_view = (columns[None, :] ^ i[:, None]) & 1 == 0
             other = s.masked_fill(same_view, -math.inf)
             positive = positive.to(s.dtype)
-            stats.append(
-                torch.stack(
-                    _statistics(other, positive, compared) + _statistics(s, positive, compared), 1
-                )
-            )
+            contrastive = _statistics(other, positive, compared)
+            stats.append(torch.stack(contrastive + _statistics(s, positive, compared), 1))
     return torch.cat(losses), torch.cat(lses), torch.cat(stats)
 
 
@@ -88,7 +106,7 @@ def backward(
     mean: bool,
     u_all: Tensor,
     lse_all: Tensor,
-    loss: Tensor,
+    row_loss: Tensor,
     inv_norm: Tensor,
     z1: Tensor,
     z2: Tensor | None,
@@ -100,38 +118,38 @@ def backward(
 
     grad: [M], or [] for all rows; mean: divided by M.
     """
-    count = inv_norm.numel()
+    num_rows = inv_norm.numel()
     grad_all = (grad / u_all.size(0) if mean else grad).expand(u_all.size(0))
     columns = torch.arange(u_all.size(0), device=u_all.device)
-    grad_u = u_all.new_empty(count, u_all.size(1))
-    # In the dtype of u, and what that rounds off in a factor.
+    grad_u = u_all.new_empty(num_rows, u_all.size(1))
+    # Round lse to u's dtype and fold the rounding error into the gradient's factor.
     lse2 = (lse_all * LOG2E).to(u_all.dtype)
-    grad = (grad_all * (lse2 - lse_all * LOG2E).exp2()).to(u_all.dtype)
-    for start in range(row_offset, row_offset + count, BLOCK_ROWS):
-        i = columns[start : min(start + BLOCK_ROWS, row_offset + count)]
-        x = _matmul(u_all[i], u_all.T)
-        w = (x - lse2[i][:, None]).exp2() * grad[i][:, None] + (x - lse2).exp2() * grad
+    factor = (grad_all * (lse2 - lse_all * LOG2E).exp2()).to(u_all.dtype)
+    for start in range(row_offset, row_offset + num_rows, BLOCK_ROWS):
+        i = columns[start : min(start + BLOCK_ROWS, row_offset + num_rows)]
+        x = matmul(u_all[i], u_all.T)
+        w = (x - lse2[i][:, None]).exp2() * factor[i][:, None] + (x - lse2).exp2() * factor
         w[columns[None, :] // 2 == i[:, None] // 2] = 0
-        grad_u[i - row_offset] = _matmul(w, u_all)
+        grad_u[i - row_offset] = matmul(w, u_all)
     grad_u /= (LOG2E * temperature).sqrt()
     # The projection below removes u, so the positive's term may be q·(u - its positive): for
-    # aligned views this difference is small, and taking it in float64 keeps its leading digits.
-    u, norm = unit_rows(z1, z2)
-    local = torch.arange(count, device=u.device)
-    q = torch.full_like(loss, -1) if decoupled else torch.expm1(-loss.double())
-    q = q * grad_all[row_offset : row_offset + count] / temperature
+    # aligned views this difference is small, and taking it wide keeps its leading digits.
+    u, norm = unit_rows(interleave(z1, z2))
+    local = torch.arange(num_rows, device=u.device)
+    q = torch.full_like(row_loss, -1) if decoupled else torch.expm1(-wide(row_loss))
+    q = q * grad_all[row_offset : row_offset + num_rows] / temperature
     q = (q + q[local ^ 1])[:, None]
-    grad_u = grad_u.double() + q * (u[local ^ 1] - u)
+    grad_u = wide(grad_u) + q * (u[local ^ 1] - u)
     along = (grad_u * u).sum(1, keepdim=True)
     # A clamped norm is a constant: no projection, and the u that the difference left out is back.
-    radial = torch.where(norm[:, None] > NORM_EPS, along, -q)
-    grad_z = (grad_u - radial * u) / norm[:, None]
+    radial = torch.where(norm > NORM_EPS, along, -q)
+    grad_z = (grad_u - radial * u) / norm
     grad_temperature = (along + q * (u * u).sum(1, keepdim=True)).sum() / (-2 * temperature)
     grad_z = grad_z.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
     return grad_z.to(z1.dtype).contiguous(), grad_temperature.to(temperature.dtype)
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
+def matmul(a: Tensor, b: Tensor) -> Tensor:
     # Autocast would round to 16 bits.
     with torch.autocast(a.device.type, enabled=False):
         return a @ b

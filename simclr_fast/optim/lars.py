@@ -7,14 +7,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import (
-    Optimizer,
-    _global_optimizer_post_hooks,
-    _global_optimizer_pre_hooks,
-)
+from torch.optim.optimizer import Optimizer
 
 from simclr_fast import ops
-from simclr_fast.optim.lars_native import Held, native_step, use_native, wants_native
+from simclr_fast.optim.lars_native import native_step, use_native, wants_native
 from simclr_fast.optim.lars_torch import Batch, foreach_step
 
 _NORM_LAYERS = (
@@ -68,8 +64,8 @@ class LARS(Optimizer):
         foreach: True: plain torch's multi-tensor operations; False: one tensor at a time.
         fused: True: the native kernels, an error where there are none; False: plain torch;
             None: native where there is a kernel.
-        capturable: keeps each lr in a float64 tensor on its group's device, so that schedulers
-            reach a captured CUDA graph.
+        capturable: keeps each lr in a tensor on its group's device (float64 where there is one), so
+            that schedulers reach a captured CUDA graph.
 
     The state of a parameter is ``momentum_buffer``, exchangeable with ``torch.optim.SGD`` (and,
     for momentum_order="torch", the optimizers of the table). A ``GradScaler`` hands its scale and
@@ -83,7 +79,6 @@ class LARS(Optimizer):
     _step_supports_amp_scaling = True
     # Keys of another library's parameter groups and what they are called here: simclr_fast.compat.
     _other_names: ClassVar[dict[str, str]] = {}
-    _held: Held | None = None
 
     def __init__(
         self,
@@ -128,7 +123,6 @@ class LARS(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._held = None
         for group in self.param_groups:
             self._rename(group)
             for name, value in self.defaults.items():
@@ -151,43 +145,30 @@ class LARS(Optimizer):
             self.param_groups.pop()
             raise
         if group["capturable"] and group["params"]:
-            lr = torch.as_tensor(group["lr"], dtype=torch.float64, device=group["params"][0].device)
+            device = group["params"][0].device
+            lr = torch.as_tensor(group["lr"], dtype=ops.widest_float(device), device=device)
             group["lr"] = lr.clone()
 
+    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient; returns what ``closure`` returned."""
-        step = _hooked_step if _is_watched(self) else LARS._step
-        return step(self) if closure is None else step(self, closure)
-
-    # torch wraps the step of every optimizer without this mark, for hooks and profilers: a third of
-    # the time of a whole call here. So its wrapper is used only when one of them is there.
-    step.hooked = True  # type: ignore[attr-defined]
-
-    @torch.no_grad()
-    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        scale = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if torch.compiler.is_compiling() and ops.has_extension() and self._wants_native():
-            _untraced_update(self, *scale)
+            _untraced_update(self, grad_scale, found_inf)
         else:
-            self._update(*scale)
+            self._update(grad_scale, found_inf)
         return loss
 
     def _wants_native(self) -> bool:
         return any(wants_native(group) for group in self.param_groups)
 
     def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        compiling = torch.compiler.is_compiling()
-        if self._held is not None and not compiling:
-            if self._held.step(self, self._rule, grad_scale, found_inf):
-                return
-            self._held = None
-        batches = self._batches(found_inf)
         native: dict[torch.device, list[Batch]] = {}
-        for batch in batches:
+        for batch in self._batches(found_inf):
             device = batch.params[0].device
             if use_native(batch.group, batch.params):
                 native.setdefault(device, []).append(batch)
@@ -198,11 +179,9 @@ class LARS(Optimizer):
                 foreach_step(batch, grad_scale, found_inf)
         for device, on_device in native.items():
             native_step(device, on_device, grad_scale, found_inf)
-            if len(on_device) == len(batches) and Held.can(batches):
-                self._held = Held(self, batches)
 
-    # What a subclass may treat apart within a group, and the rule of either part.
     def _apart(self, p: Tensor) -> bool:
+        """Whether a subclass gives this tensor another rule than the others of its group."""
         return False
 
     def _rule(self, group: dict[str, Any], apart: bool) -> tuple[float, bool]:
@@ -229,9 +208,9 @@ class LARS(Optimizer):
     ) -> list[Batch]:
         grads = [p.grad for p in params if p.grad is not None]
         dampening, state = group["dampening"], self.state
-        rule = self._rule(group, apart)
+        weight_decay, adapt = self._rule(group, apart)
         if group["momentum"] == 0:
-            return [Batch(params, grads, [], group, apart, 0.0, *rule)]
+            return [Batch(params, grads, [], group, 0.0, weight_decay, adapt)]
         buffers = [state[p].get("momentum_buffer") for p in params]
         fresh = [i for i, buffer in enumerate(buffers) if buffer is None]
         # The first step is undampened, so a skipped one must not count: the one flag read here.
@@ -240,7 +219,7 @@ class LARS(Optimizer):
         for i in fresh:
             buffers[i] = torch.zeros_like(params[i], memory_format=torch.preserve_format)
             state[params[i]]["momentum_buffer"] = buffers[i]
-        batch = Batch(params, grads, buffers, group, apart, dampening, *rule)
+        batch = Batch(params, grads, buffers, group, dampening, weight_decay, adapt)
         if not fresh or dampening == 0:
             return [batch]
         older = sorted(set(range(len(params))) - set(fresh))
@@ -248,24 +227,9 @@ class LARS(Optimizer):
         return [first, batch.select(older)] if older else [first]
 
 
-_hooked_step = Optimizer.profile_hook_step(LARS._step)
-# The native part is one operator already; traced, the look at each tensor would become a guard.
+# Excluded from torch.compile: tracing would add a guard per parameter, and the native step is one
+# operator already.
 _untraced_update = torch.compiler.disable(LARS._update)
-
-
-def _is_watched(optimizer: LARS) -> bool:
-    """Whether hooks or a profiler wait for a step, and no subclass's own step has served them."""
-    if type(optimizer).step is not LARS.step:
-        return False
-    hooks = (
-        optimizer._optimizer_step_pre_hooks
-        or optimizer._optimizer_step_post_hooks
-        or _global_optimizer_pre_hooks
-        or _global_optimizer_post_hooks
-    )
-    if torch.compiler.is_compiling():
-        return bool(hooks)
-    return bool(hooks) or torch.autograd._profiler_enabled()
 
 
 def lars_param_groups(model: nn.Module, weight_decay: float = 1e-6) -> list[dict[str, Any]]:

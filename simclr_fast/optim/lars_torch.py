@@ -1,10 +1,15 @@
-"""LARS in plain torch operations: every device, no extension. The definition is in optim.LARS."""
+"""LARS in plain torch operations, for every device and without the extension.
+
+The definition is in optim.LARS.
+"""
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from simclr_fast.ops import widest_float
 
 
 class Batch(NamedTuple):
@@ -14,7 +19,6 @@ class Batch(NamedTuple):
     grads: list[Tensor]
     buffers: list[Tensor]  # empty when momentum is 0
     group: dict[str, Any]
-    apart: bool  # of the tensors that a subclass of LARS treats otherwise than the group's others
     dampening: float
     weight_decay: float
     adapt: bool
@@ -28,6 +32,7 @@ class Batch(NamedTuple):
 
 
 def foreach_step(batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    """Updates the parameters and momentum buffers in place; leaves the gradients as they are."""
     for g in batch.grads:
         if g.layout is not torch.strided:
             raise ValueError(f"LARS needs strided gradients, got layout {g.layout}")
@@ -39,86 +44,110 @@ def foreach_step(batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | No
     for i, (p, g) in enumerate(zip(batch.params, batch.grads, strict=True)):
         by_dtype.setdefault((p.dtype, g.dtype), []).append(i)
     for (dtype, grad_dtype), indices in by_dtype.items():
-        lists = [[tensors[i] for i in indices] for tensors in batch[:3] if tensors]
-        wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-        work, own_grads = lists, wide != grad_dtype
-        if wide != dtype or found_inf is not None:
-            work, own_grads = [[t.to(wide, copy=True) for t in ts] for ts in lists], True
-        elif own_grads:
-            work = [lists[0], [g.to(wide) for g in lists[1]], *lists[2:]]
-        _update(work, own_grads, batch, grad_scale)
-        if work[0] is lists[0]:
+        part = batch.select(indices)
+        arithmetic = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+        if arithmetic != dtype or found_inf is not None:
+            _update_copies(part, arithmetic, grad_scale, found_inf)
             continue
-        for old, new in zip([lists[0], *lists[2:]], [work[0], *work[2:]], strict=True):
-            if found_inf is not None:
-                skip = found_inf.to(old[0].device) != 0
-                new = [torch.where(skip, o, n.to(o)) for o, n in zip(old, new, strict=True)]
-            torch._foreach_copy_(old, new)
+        other_grads = grad_dtype != arithmetic
+        if other_grads:
+            part = part._replace(grads=[g.to(arithmetic) for g in part.grads])
+        _update(part, grad_scale, own_grads=other_grads)
 
 
-def _update(work: list[Any], own: bool, batch: Batch, grad_scale: Tensor | None) -> None:
-    """Updates work = [params, grads, buffers] in place, in their own dtype; grads only if own."""
-    params, updates = work[:2]
-    group, lr, decay = batch.group, batch.group["lr"], batch.weight_decay
+def _update_copies(
+    batch: Batch, dtype: torch.dtype, grad_scale: Tensor | None, found_inf: Tensor | None
+) -> None:
+    """`_update` of copies in `dtype`, which are written back unless the gradients overflowed.
+
+    The overflow flag is on a device, so that Python cannot branch on it without waiting.
+    """
+    copies = batch._replace(
+        params=[t.to(dtype, copy=True) for t in batch.params],
+        grads=[t.to(dtype, copy=True) for t in batch.grads],
+        buffers=[t.to(dtype, copy=True) for t in batch.buffers],
+    )
+    _update(copies, grad_scale, own_grads=True)
+    for old, new in ((batch.params, copies.params), (batch.buffers, copies.buffers)):
+        if not old:
+            continue
+        if found_inf is not None:
+            skip = found_inf.to(old[0].device) != 0
+            new = [torch.where(skip, o, n.to(o)) for o, n in zip(old, new, strict=True)]
+        torch._foreach_copy_(old, new)
+
+
+class _Vectors:
+    """Tensors to compute with. They are copied at the first change unless they are `own`."""
+
+    def __init__(self, tensors: list[Tensor], own: bool):
+        self.tensors, self._own = tensors, own
+
+    def scale(self, factors: float | Tensor | list[Tensor]) -> None:
+        if self._own:
+            torch._foreach_mul_(self.tensors, factors)
+        else:
+            self.tensors, self._own = list(torch._foreach_mul(self.tensors, factors)), True
+
+    def add(self, others: list[Tensor], alpha: float) -> None:
+        if self._own:
+            torch._foreach_add_(self.tensors, others, alpha=alpha)
+        else:
+            new = torch._foreach_add(self.tensors, others, alpha=alpha)
+            self.tensors, self._own = list(new), True
+
+
+def _update(batch: Batch, grad_scale: Tensor | None, *, own_grads: bool) -> None:
+    """Updates params and buffers in place, all in one dtype; grads too if they are `own_grads`."""
+    params, group, lr = batch.params, batch.group, batch.group["lr"]
     device, dtype = params[0].device, params[0].dtype
+    wide = widest_float(device)
     if isinstance(lr, Tensor):
-        lr = lr.to(device, torch.float64).reshape(())
+        lr = lr.to(device, wide).reshape(())
+    update = _Vectors(batch.grads, own_grads)
     sign = -1.0 if group["maximize"] else 1.0
     if grad_scale is not None:
-        factor = (sign / grad_scale.to(device).double()).to(dtype)
-        updates, own = _scaled(updates, factor, own), True
+        update.scale((sign / grad_scale.to(device, wide)).to(dtype))
     elif sign < 0:
-        updates, own = _scaled(updates, sign, own), True
+        update.scale(sign)
+
     joint = group["norm"] == "joint"
     ratios = None
     if batch.adapt and not joint:
-        ratios = _trust(params, updates, batch, lr)
-    if decay:
-        updates, own = _added(updates, params, decay, own), True
+        ratios = _trust_ratios(params, update.tensors, batch, lr)
+    if batch.weight_decay:
+        update.add(params, batch.weight_decay)
     if batch.adapt and joint:
-        ratios = _trust(params, updates, batch, lr)
-    inside = group["momentum_order"] == "tf"
+        ratios = _trust_ratios(params, update.tensors, batch, lr)
+
+    lr_in_momentum = group["momentum_order"] == "tf"
     if ratios is not None:
-        factors = list((ratios * lr if inside else ratios).to(dtype).unbind())
-        updates, own = _scaled(updates, factors, own), True
-    elif inside:
-        updates, own = _scaled(updates, _as(lr, dtype), own), True
-    if len(work) == 3:
-        buffers = work[2]
-        torch._foreach_mul_(buffers, group["momentum"])
-        torch._foreach_add_(buffers, updates, alpha=1 - batch.dampening)
+        factors = ratios * lr if lr_in_momentum else ratios
+        update.scale(list(factors.to(dtype).unbind()))
+    elif lr_in_momentum:
+        update.scale(lr.to(dtype) if isinstance(lr, Tensor) else lr)
+
+    if batch.buffers:
+        torch._foreach_mul_(batch.buffers, group["momentum"])
+        torch._foreach_add_(batch.buffers, update.tensors, alpha=1 - batch.dampening)
         if group["nesterov"]:
-            updates, own = _added(updates, buffers, group["momentum"], own), True
+            update.add(batch.buffers, group["momentum"])
         else:
-            updates, own = buffers, False
-    if inside:
-        torch._foreach_sub_(params, updates)
+            update = _Vectors(batch.buffers, own=False)
+
+    if lr_in_momentum:
+        torch._foreach_sub_(params, update.tensors)
     elif isinstance(lr, Tensor):
-        torch._foreach_sub_(params, _scaled(updates, _as(lr, dtype), own))
+        update.scale(lr.to(dtype))
+        torch._foreach_sub_(params, update.tensors)
     else:
-        torch._foreach_add_(params, updates, alpha=-lr)
+        torch._foreach_add_(params, update.tensors, alpha=-lr)
 
 
-def _scaled(tensors: list[Tensor], factor: Any, in_place: bool) -> Any:
-    if in_place:
-        torch._foreach_mul_(tensors, factor)
-        return tensors
-    return torch._foreach_mul(tensors, factor)
-
-
-def _added(tensors: list[Tensor], others: list[Tensor], alpha: float, in_place: bool) -> Any:
-    if in_place:
-        torch._foreach_add_(tensors, others, alpha=alpha)
-        return tensors
-    return torch._foreach_add(tensors, others, alpha=alpha)
-
-
-def _as(lr: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    return lr.to(dtype) if isinstance(lr, Tensor) else lr
-
-
-def _trust(params: list[Tensor], vectors: list[Tensor], batch: Batch, lr: float | Tensor) -> Tensor:
-    """Trust ratio of each tensor, float64  # [len(params)]."""
+def _trust_ratios(
+    params: list[Tensor], vectors: list[Tensor], batch: Batch, lr: float | Tensor
+) -> Tensor:
+    """Trust ratio of each tensor, [len(params)], in the widest dtype of the device."""
     group = batch.group
     joint = group["norm"] == "joint"
     w, g = _norms(params), _norms(vectors)
@@ -136,7 +165,9 @@ def _trust(params: list[Tensor], vectors: list[Tensor], batch: Batch, lr: float 
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:
-    """Norm of each tensor, float64  # [len(tensors)]."""
+    """Norm of each tensor, [len(tensors)], in the widest dtype of the device."""
+    if widest_float(tensors[0].device) != torch.float64:
+        return _float32_norms(tensors)
     if not _on_host(tensors[0]):
         return torch.stack(torch._foreach_norm(tensors, dtype=torch.float64))
     norms = torch.stack(torch._foreach_norm(tensors)).double()
@@ -145,6 +176,16 @@ def _norms(tensors: list[Tensor]) -> Tensor:
     for i in doubtful.nonzero().flatten().tolist():
         norms[i] = torch.linalg.vector_norm(tensors[i], dtype=torch.float64)
     return norms
+
+
+def _float32_norms(tensors: list[Tensor]) -> Tensor:
+    """Norms whose squares stay in float32's range: each tensor is divided by its largest element
+    first, without a look at its value."""
+    largest = [t.abs().amax() if t.numel() else t.new_zeros(()) for t in tensors]
+    # 0, infinity and NaN divide nothing, and give a norm of 0, infinity and NaN.
+    divisors = [torch.where((m > 0) & m.isfinite(), m, 1.0) for m in largest]
+    norms = torch._foreach_norm(torch._foreach_div(tensors, divisors))
+    return torch.stack(norms) * torch.stack(divisors)
 
 
 def _on_host(tensor: Tensor) -> bool:

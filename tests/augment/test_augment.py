@@ -266,7 +266,7 @@ def test_the_native_op_passes_opcheck(monkeypatch):
     image = photograph(9, 11)[None]
     p = drawn(aug, image)
     captured = []
-    monkeypatch.setattr(ops, "augment_views", lambda *arguments: captured.append(arguments))
+    monkeypatch.setattr(ops.augment, "augment_views", lambda *arguments: captured.append(arguments))
     apply_views(image, p, aug)
     torch.library.opcheck(torch.ops.simclr_fast.augment_views.default, captured[0])
 

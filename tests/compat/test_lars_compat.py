@@ -151,7 +151,10 @@ def test_a_compiled_training_step_is_quiet_and_equals_the_eager_one(foreach, rec
         results.append(([step().item() for _ in range(4)], params))
     torch.testing.assert_close(results[1], results[0], rtol=2e-6, atol=2e-6)
     assert not [str(w.message) for w in recwarn if "Dynamo" in str(w.message)]
-    assert not [r.message for r in caplog.records if r.levelno >= logging.WARNING]
+    # torch's wrapper around every optimizer's step logs this; torch.optim.SGD's does too.
+    usual = "Profiler record function"
+    messages = [r.message for r in caplog.records if r.levelno >= logging.WARNING]
+    assert not [message for message in messages if not message.startswith(usual)]
 
 
 def test_training_a_compiled_model():
@@ -178,5 +181,5 @@ def test_op_passes_opcheck():
         pytest.skip("the extension is not built")
     tensors = [[torch.randn(5, 3), torch.randn(7)] for _ in range(3)]
     hyper = [0.1, 0.9, 0.0, 1e-4, 1e-3, 1e-8]
-    arguments = (*tensors, [2], [ops.LARS_ADAPT], hyper, [], None, None)
+    arguments = (*tensors, [2], [ops.lars.LarsFlag.ADAPT], hyper, [], None, None)
     torch.library.opcheck(torch.ops.simclr_fast.lars_.default, arguments)

@@ -41,7 +41,7 @@ FAULTS = {
         "signed integer overflow",
     ),
     "race": (
-        *("thread", "nt_xent_blocks.h", "      wait_for(done + J, order.round);\n", ""),
+        *("thread", "nt_xent_schedule.h", "      wait_for(done + J, order.round);\n", ""),
         "data race",
     ),
 }

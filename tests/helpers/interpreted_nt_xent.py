@@ -331,7 +331,7 @@ def test_the_ops_call_the_kernels(joined, monkeypatch):
     views = (torch.cat((z1, z2)), None) if joined else (z1, z2)
     tau, grad = torch.tensor(0.2), torch.rand(24, generator=torch.Generator().manual_seed(5))
     with checked_memory() as launches:
-        outputs = ops._nt_xent(*views, tau, ops.NONE, False, True)
+        outputs = ops._nt_xent(*views, tau, ops.nt_xent.NONE, False, True)
         loss, rows, lse, stats, u, inv_norm, kept = outputs
         arguments = grad, False, u, lse, rows, inv_norm, *views, tau, 0, False, kept
         results = ops._nt_xent_backward(*arguments)
@@ -342,7 +342,7 @@ def test_the_ops_call_the_kernels(joined, monkeypatch):
     assert relative(stats, ref_stats) < 1e-3
     assert relative(results[0], ref_grad) < 6e-3
     assert relative(results[1], ref_tau) < 1e-3
-    fakes = ops._fake_nt_xent(*views, tau, ops.NONE, False, True)
+    fakes = ops._fake_nt_xent(*views, tau, ops.nt_xent.NONE, False, True)
     fakes += ops._fake_nt_xent_backward(*arguments)
     for made, fake in zip((*outputs, *results), fakes, strict=True):
         assert made.shape == fake.shape

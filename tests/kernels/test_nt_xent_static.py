@@ -37,7 +37,7 @@ from simclr_fast.kernels.nt_xent_configs import (
     plan,
     table_config,
 )
-from simclr_fast.ops import nt_xent_padded_dim
+from simclr_fast.ops.nt_xent import padded_dim as ops_padded_dim
 
 TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 HALF, SINGLE = torch.float16, torch.float32
@@ -267,7 +267,7 @@ def test_partial_sums_stay_linear_in_rows(rows, padded, capability):
 
 
 def test_padded_dim_is_the_one_that_fake_tensors_get():
-    assert all(nt_xent.padded_dim(dim) == nt_xent_padded_dim(dim) for dim in range(1, 700))
+    assert all(nt_xent.padded_dim(dim) == ops_padded_dim(dim) for dim in range(1, 700))
 
 
 def test_local_rows_and_ragged_tiles_are_never_symmetric():

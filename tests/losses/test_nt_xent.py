@@ -1,13 +1,16 @@
 """NT-Xent on the CPU against the float64 reference: values, gradients, dtypes, contract, errors."""
 
+import contextlib
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simclr_fast import NTXentLoss, nt_xent_loss, ops, reference
-from simclr_fast.ops import nt_xent_plain
+from simclr_fast.ops import nt_xent, nt_xent_plain
 
 # One pair; fewer rows than any tile; odd rows and features; several blocks of either.
 SHAPES = [(1, 1), (1, 7), (2, 3), (5, 16), (37, 20), (131, 129), (300, 64)]
@@ -285,23 +288,23 @@ def test_opcheck(two, dtype):
     z1, z2 = views(6, 5, dtype)
     z2 = z2 if two else None
     temperature = torch.tensor(0.5, dtype=torch.promote_types(dtype, torch.float32))
-    u, inv_norm = ops.nt_xent_normalize(z1, z2, temperature)
+    u, inv_norm = ops.nt_xent.normalize(z1, z2, temperature)
     rows = u, temperature, 2, 4, False, True
-    loss, _, _ = ops.nt_xent_rows(*rows)
+    loss, _, _ = ops.nt_xent.row_loss(*rows)
     lse = torch.ones_like(u[:, 0], dtype=torch.float64)
     grad = torch.ones((), dtype=u.dtype)
-    torch.library.opcheck(ops.nt_xent_normalize, (z1, z2, temperature))
-    torch.library.opcheck(ops.nt_xent_rows, rows)
+    torch.library.opcheck(ops.nt_xent.normalize, (z1, z2, temperature))
+    torch.library.opcheck(ops.nt_xent.row_loss, rows)
     local = (z1[1:3], z2[1:3]) if two else (z1[1:5], None)
     backward = grad, True, u, lse, loss, inv_norm[2:6], *local, temperature, 2, False
-    torch.library.opcheck(ops.nt_xent_backward, backward)
+    torch.library.opcheck(ops.nt_xent.backward, backward)
     leaves = [None if z is None else z.requires_grad_() for z in (z1, z2, temperature)]
-    for reduction in (ops.NONE, ops.MEAN):
-        torch.library.opcheck(ops.nt_xent, (*leaves, reduction, False, True))
+    for reduction in (ops.nt_xent.NONE, ops.nt_xent.MEAN):
+        torch.library.opcheck(ops.nt_xent.loss, (*leaves, reduction, False, True))
     # What is kept has gaps, so its values are not compared.
     metadata = ("test_schema", "test_faketensor")
-    keep = (*leaves, ops.MEAN, False, True, True)
-    torch.library.opcheck(ops.nt_xent, keep, test_utils=metadata)
+    keep = (*leaves, ops.nt_xent.MEAN, False, True, True)
+    torch.library.opcheck(ops.nt_xent.loss, keep, test_utils=metadata)
 
 
 def test_compiles_to_one_graph():
@@ -332,7 +335,12 @@ def test_module():
     assert abs(loss.log_temperature.grad - 0.1 * exact[2]) < 1e-4
     assert [name for name, _ in loss.named_parameters()] == ["log_temperature"]
     assert 0 <= stats.accuracy <= 1
-    assert "temperature=0.1" in repr(loss)
+    assert "temperature=0.1," in repr(loss)
+    with torch.no_grad():
+        loss.log_temperature.fill_(math.log(0.25))
+    assert "temperature=0.25," in repr(loss)
+    with torch.device("meta"):
+        assert "temperature=0.1," in repr(NTXentLoss(0.1, learnable=True))
 
 
 Z = torch.ones(4, 3)
@@ -358,11 +366,95 @@ Z = torch.ones(4, 3)
         ((Z, Z, torch.ones(1)), ValueError, r"must be 0-dim .* got shape \[1\]"),
         ((Z, Z, torch.tensor(1)), ValueError, r"floating dtype, .* torch.int64"),
         ((Z, Z, "0.5"), ValueError, r"got '0.5'"),
+        ((Z, Z, 1e-40), ValueError, r"temperature must be from 1e-06 to 1e\+06, got 1e-40"),
+        ((Z, Z, 2e6), ValueError, r"from 1e-06 to 1e\+06, got 2000000"),
+        ((Z, Z, np.float32(-1)), ValueError, r"positive finite number, got .*-1.0"),
+        ((Z, Z, torch.tensor(1e-40, dtype=torch.float64)), ValueError, r"got 1e-40"),
     ],
 )
 def test_bad_input(arguments, error, message):
     with pytest.raises(error, match=message):
         nt_xent_loss(*arguments)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.int64, int])
+def test_temperatures_of_numpy(kind):
+    z1, z2 = views(4, 3, torch.float32)
+    for temperature in (kind(2), np.asarray(kind(2))[()]):
+        assert torch.equal(nt_xent_loss(z1, z2, temperature), nt_xent_loss(z1, z2, 2.0))
+        assert torch.equal(NTXentLoss(temperature)(z1, z2), nt_xent_loss(z1, z2, 2.0))
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e6])
+def test_the_outermost_temperatures(temperature):
+    z1, z2 = views(60, 16, torch.float32)
+    ours, grads = gradients(our_rows, z1, z2, temperature, torch.float32)
+    expected, exact = gradients(reference.nt_xent, z1, z2, temperature, torch.float64)
+    assert relative(ours, expected) < 1e-6
+    for actual, wanted in zip(grads, exact, strict=True):
+        assert relative(actual, wanted) < 1e-6
+
+
+def meta_device():
+    return torch.device("meta")
+
+
+def fake_tensors():
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@pytest.mark.parametrize("mode", [meta_device, fake_tensors, torch.inference_mode])
+def test_a_temperature_does_not_remember_where_it_was_first_used(mode):
+    z1, z2 = views(4, 3, torch.float32)
+    temperature = {meta_device: 0.3125, fake_tensors: 0.3126}.get(mode, 0.3127)
+    with mode():
+        try:
+            nt_xent_loss(z1, z2, temperature)
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            print("refused there:", error)
+    expected = nt_xent_loss(z1, z2, torch.tensor(temperature))
+    loss = nt_xent_loss(z1.requires_grad_(), z2, temperature)
+    loss.backward()
+    assert type(loss) is torch.Tensor
+    assert torch.equal(loss, expected)
+
+
+def test_a_temperature_does_not_remember_a_transform():
+    z1, z2 = views(4, 3, torch.float32)
+    with contextlib.suppress(RuntimeError):  # no support for torch.func
+        torch.func.grad(lambda z: nt_xent_loss(z, z2, 0.3128))(z1)
+    assert torch.equal(nt_xent_loss(z1, z2, 0.3128), nt_xent_loss(z1, z2, torch.tensor(0.3128)))
+
+
+def test_a_single_pair_has_outputs_of_their_own():
+    """In plain torch, where view 1's rows first and interleaved are the same for one pair."""
+    z1, z2, temperature = *views(1, 3), torch.ones((), dtype=torch.float64)
+    for reduction in (nt_xent.NONE, nt_xent.MEAN, nt_xent.SUM):
+        out = nt_xent._loss(z1, z2, temperature, reduction, False, True)
+        memory = [tensor.untyped_storage().data_ptr() for tensor in out if tensor.numel()]
+        assert len(set(memory)) == len(memory)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_no_rows_at_all(plain, dtype):
+    """What a rank without rows asks of the ops."""
+    z, wide = torch.empty(0, 3, dtype=dtype), torch.promote_types(dtype, torch.float32)
+    temperature, u_all = torch.tensor(0.5, dtype=wide), torch.randn(4, 3, dtype=wide)
+    normalize = nt_xent._normalize if plain else nt_xent.normalize
+    row_loss = nt_xent._row_loss if plain else nt_xent.row_loss
+    backward = nt_xent._backward if plain else nt_xent.backward
+    u, inv_norm = normalize(z, z, temperature)
+    assert (u.shape, inv_norm.shape) == ((0, 3), (0,))
+    loss, lse, stats = row_loss(u_all, temperature, 4, 0, False, True)
+    assert (loss.shape, lse.shape, stats.shape) == ((0,), (0,), (0, 4))
+    lse_all = torch.ones(4, dtype=torch.float64)
+    grad = torch.ones((), dtype=wide)
+    grad_z, grad_temperature = backward(
+        grad, True, u_all, lse_all, loss, inv_norm, z, z, temperature, 4, False
+    )
+    assert (grad_z.shape, grad_z.dtype) == ((0, 3), dtype)
+    assert grad_temperature == 0
 
 
 def test_bad_options():

@@ -10,7 +10,7 @@ import torch
 from instruction_sets import has_isa
 
 from simclr_fast import nt_xent_loss, ops
-from simclr_fast.ops import nt_xent_plain
+from simclr_fast.ops import nt_xent, nt_xent_plain
 
 needs_extension = pytest.mark.skipif(not ops.has_extension(), reason="no native extension")
 
@@ -119,9 +119,9 @@ def test_native_and_plain_ops_agree(dtype, temperature, offset, rows, total, dec
     tau = torch.tensor(temperature, dtype=dtype)
     eps = torch.finfo(dtype).eps / temperature
     close = {"rtol": 30 * eps, "atol": 30 * eps}
-    u, inv_norm = ops.nt_xent_normalize(z1, z2, tau)
+    u, inv_norm = nt_xent.normalize(z1, z2, tau)
     torch.testing.assert_close((u, inv_norm), nt_xent_plain.normalize(z1, z2, tau))
-    native = ops.nt_xent_rows(u, tau, offset, rows, decoupled, True)
+    native = nt_xent.row_loss(u, tau, offset, rows, decoupled, True)
     plain = nt_xent_plain.forward(u, tau, offset, rows, decoupled, True)
     for actual, expected in zip(native, plain, strict=True):
         assert actual.dtype == expected.dtype
@@ -131,7 +131,7 @@ def test_native_and_plain_ops_agree(dtype, temperature, offset, rows, total, dec
     local = plain[0], inv_norm[offset : offset + rows], z1[own], z2[own], tau, offset, decoupled
     one = torch.tensor(0.3, dtype=dtype)
     for grad in (torch.rand(total, dtype=dtype), one.expand(total), one):
-        native = ops.nt_xent_backward(grad, decoupled, u, lse, *local)
+        native = nt_xent.backward(grad, decoupled, u, lse, *local)
         plain_grads = nt_xent_plain.backward(grad, decoupled, u, lse, *local)
         for actual, expected in zip(native, plain_grads, strict=True):
             scale = {"rtol": 30 * eps, "atol": 30 * eps * expected.abs().max().item()}
@@ -147,14 +147,16 @@ def test_a_small_batch_keeps_its_exponentials(n, d, decoupled, temperature, dtyp
     torch.manual_seed(0)
     z1, z2 = torch.randn(2, n, d, dtype=dtype)
     tau, grad = torch.tensor(temperature, dtype=dtype), torch.rand(2 * n, dtype=dtype)
-    _, loss, lse, _, u, inv_norm, kept = ops.nt_xent(z1, z2, tau, ops.NONE, decoupled, False, True)
+    _, loss, lse, _, u, inv_norm, kept = nt_xent.loss(
+        z1, z2, tau, nt_xent.NONE, decoupled, False, True
+    )
     assert 0 < kept.numel() < 4 * u.numel() + 10_000
     local = u, lse, loss, inv_norm, z1, z2, tau, 0, decoupled
-    expected = ops.nt_xent_backward(grad, False, *local)
-    actual = ops.nt_xent_backward(grad, False, *local, kept)
+    expected = nt_xent.backward(grad, False, *local)
+    actual = nt_xent.backward(grad, False, *local, kept)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     if temperature == 0.1:
-        other, _ = ops.nt_xent_backward(grad, False, *local, 2 * kept)
+        other, _ = nt_xent.backward(grad, False, *local, 2 * kept)
         assert not torch.equal(other, actual[0])
 
 
@@ -162,7 +164,7 @@ def test_a_small_batch_keeps_its_exponentials(n, d, decoupled, temperature, dtyp
 def test_only_a_small_batch_that_needs_gradients_keeps():
     small, large, tau = torch.randn(8, 4), torch.randn(9, 4), torch.tensor(0.1)
     kept = [
-        ops.nt_xent(z, z, tau, ops.MEAN, False, False, keep)[-1].numel()
+        nt_xent.loss(z, z, tau, nt_xent.MEAN, False, False, keep)[-1].numel()
         for z, keep in ((small, True), (small, False), (large, True))
     ]
     assert kept[0] > 0
@@ -172,17 +174,15 @@ def test_only_a_small_batch_that_needs_gradients_keeps():
 @needs_extension
 def test_ops_check_their_arguments():
     z, tau = torch.ones(4, 3), torch.tensor(0.5)
-    u, inv_norm = ops.nt_xent_normalize(z, z, tau)
+    u, inv_norm = nt_xent.normalize(z, z, tau)
     with pytest.raises(RuntimeError, match="pairs of u_all's rows"):
-        ops.nt_xent_rows(u, tau, 1, 4, False, False)
+        nt_xent.row_loss(u, tau, 1, 4, False, False)
     with pytest.raises(RuntimeError, match="pairs of u_all's rows"):
-        ops.nt_xent_rows(u, tau, 6, 4, False, False)
+        nt_xent.row_loss(u, tau, 6, 4, False, False)
     with pytest.raises(RuntimeError, match="do not belong together"):
-        ops.nt_xent_backward(
-            inv_norm, False, u, inv_norm, inv_norm[:4], inv_norm, z, z, tau, 0, False
-        )
+        nt_xent.backward(inv_norm, False, u, inv_norm, inv_norm[:4], inv_norm, z, z, tau, 0, False)
     loss, lse = torch.ones(8), torch.ones(8, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="kept does not belong"):
-        ops.nt_xent_backward(loss, False, u, lse, loss, loss, z, z, tau, 0, False, torch.ones(5))
+        nt_xent.backward(loss, False, u, lse, loss, loss, z, z, tau, 0, False, torch.ones(5))
     with pytest.raises(RuntimeError, match="0-dim CPU tensor"):
-        ops.nt_xent_rows(u, torch.ones(2), 0, 8, False, False)
+        nt_xent.row_loss(u, torch.ones(2), 0, 8, False, False)

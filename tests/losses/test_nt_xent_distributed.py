@@ -17,7 +17,7 @@ from simclr_fast.utils.distributed import all_gather_rows
 
 D, TAU = 12, 0.2
 # Pairs of each rank: even, uneven, a single one. "two" are half of the four processes.
-BATCHES = [("two", [(5, 5), (7, 2)]), ("four", [(3, 3, 3, 3), (1, 6, 2, 4)])]
+BATCHES = [("two", [(5, 5), (7, 2)]), ("four", [(3, 3, 3, 3), (1, 6, 2, 4), (2, 0, 3, 0)])]
 
 
 def whole_batch(pairs, dtype):
@@ -107,7 +107,8 @@ def check_double_backward_is_refused(group, rank, pairs):
 def check_sup_con(group, rank, pairs):
     z1, z2 = whole_batch(pairs, torch.float64)
     z = torch.cat((z1, z2))
-    rows = [p + rank_number % 2 for rank_number, p in enumerate(pairs)]  # odd and even numbers
+    # Odd and even numbers of rows.
+    rows = [p + rank_number % 2 if p else 0 for rank_number, p in enumerate(pairs)]
     z, labels = z[: sum(rows)], torch.arange(sum(rows)) % 3
     labels[-1] = 9  # alone in its class
     own = slice(sum(rows[:rank]), sum(rows[: rank + 1]))
@@ -153,6 +154,12 @@ def worker(rank, store):
     z = torch.ones(2, 3)
     with pytest.raises(ValueError, match="reduction='none' cannot be used with a group"):
         nt_xent_loss(z, z, reduction="none", group=everyone)
+    for loss in (
+        lambda z: nt_xent_loss(z, z, group=everyone),
+        lambda z: sup_con_loss(z, torch.zeros(0, dtype=torch.int64), group=everyone),
+    ):
+        with pytest.raises(ValueError, match="rows on at least one rank"):
+            loss(z[:0])
     z1, z2 = whole_batch((3, 3), torch.float32)
     if rank == 1:
         z1[0, 0] = float("nan")

@@ -140,15 +140,15 @@ def test_native_and_plain_ops_agree(dtype, temperature, offset, rows, total):
     close = (
         {"rtol": 1e-10, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
     )
-    u, inv_norm = ops.sup_con_normalize(z, tau)
+    u, inv_norm = ops.sup_con.normalize(z, tau)
     torch.testing.assert_close((u, inv_norm), plain.normalize(z, tau))
     classes = _classes(labels, dtype)
-    native = ops.sup_con_rows(u, *classes, tau, offset, rows)
+    native = ops.sup_con.row_loss(u, *classes, tau, offset, rows)
     torch.testing.assert_close(native, plain.forward(u, *classes, tau, offset, rows), **close)
     _, lse = plain.forward(u, *classes, tau, 0, total)
     own = slice(offset, offset + rows)
     arguments = torch.rand(total, dtype=dtype), u, lse, *classes, inv_norm[own], z[own], tau, offset
-    native, wanted = ops.sup_con_backward(*arguments), plain.backward(*arguments)
+    native, wanted = ops.sup_con.backward(*arguments), plain.backward(*arguments)
     assert relative(native[0], wanted[0]) < close["rtol"]
     assert relative(native[1], wanted[1]) < close["rtol"]
 
@@ -170,13 +170,13 @@ def test_same_bits_for_any_number_of_threads():
 def test_opcheck_and_one_graph():
     z, labels = batch(7, 5, 2, torch.float32)
     tau = torch.tensor(0.5)
-    torch.library.opcheck(ops.sup_con_normalize, (z, tau))
-    u, inv_norm = ops.sup_con_normalize(z, tau)
+    torch.library.opcheck(ops.sup_con.normalize, (z, tau))
+    u, inv_norm = ops.sup_con.normalize(z, tau)
     classes = _classes(labels, torch.float32)
-    torch.library.opcheck(ops.sup_con_rows, (u, *classes, tau, 1, 4))
-    _, lse = ops.sup_con_rows(u, *classes, tau, 0, 7)
+    torch.library.opcheck(ops.sup_con.row_loss, (u, *classes, tau, 1, 4))
+    _, lse = ops.sup_con.row_loss(u, *classes, tau, 0, 7)
     backward = torch.rand(7), u, lse, *classes, inv_norm, z, tau, 0
-    torch.library.opcheck(ops.sup_con_backward, backward)
+    torch.library.opcheck(ops.sup_con.backward, backward)
 
     def step(z, labels):
         return sup_con_loss(z, labels, 0.2) * 2

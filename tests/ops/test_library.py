@@ -170,7 +170,7 @@ with warnings.catch_warnings(), FakeTensorMode():
     z = torch.randn(6, 20, device="cuda")
     loss, stats = nt_xent_loss(z, temperature=0.1, return_stats=True)
     sup_con = sup_con_loss(z, torch.arange(6, device="cuda") // 2)
-    u, _ = ops.nt_xent_normalize(z, None, torch.ones((), device="cuda"))
+    u, _ = ops.nt_xent.normalize(z, None, torch.ones((), device="cuda"))
     assert (u.shape, u.dtype) == ((6, 32), torch.float32), (u.shape, u.dtype)
 assert sup_con.device.type == loss.device.type == "cuda"
 assert not torch.cuda.is_initialized()
@@ -187,5 +187,5 @@ def test_an_unsupported_gpu_gives_plain_shapes(monkeypatch):
     with FakeTensorMode():
         z, temperature = torch.randn(6, 20, device="cuda"), torch.ones((), device="cuda")
         with pytest.warns(RuntimeWarning, match="compute capability"):
-            u, _ = ops.nt_xent_normalize(z, None, temperature)
+            u, _ = ops.nt_xent.normalize(z, None, temperature)
     assert u.shape == (6, 20)

@@ -1,0 +1,42 @@
+"""The rows of this rank among the rows of all ranks of a group."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from simclr_fast.utils.distributed import all_gather_rows, gather_row_counts
+
+
+@dataclass(frozen=True)
+class RankRows:
+    """Every rank's number of rows, in rank order; a rank may have none, but not all of them."""
+
+    group: dist.ProcessGroup
+    counts: tuple[int, ...]
+
+    @classmethod
+    def exchange(cls, num_rows: int, device: torch.device, group: dist.ProcessGroup) -> "RankRows":
+        """Tell all ranks how many rows this one has. On CUDA this waits for the device.
+
+        Raises:
+            ValueError: on every rank, if no rank has any row.
+        """
+        counts = tuple(gather_row_counts(num_rows, device, group))
+        if not any(counts):
+            raise ValueError("a group's batch needs rows on at least one rank, got none on any")
+        return cls(group, counts)
+
+    @property
+    def offset(self) -> int:
+        """Number of the first row of this rank."""
+        return sum(self.counts[: dist.get_rank(self.group)])
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks, in rank order; no gradient."""
+        return all_gather_rows(rows, self.group, self.counts)

@@ -1,0 +1,303 @@
+"""NT-Xent's ops: schemas, choice of the kernel, shapes of the outputs, gradient.
+
+Rows are interleaved: rows 2k and 2k+1 are the two views of pair k. R is the number of rows of this
+rank, M that of all ranks (R = M in one process), Dp the number of features, which the Triton
+kernels pad with zeros. The CPU's kernels are in csrc/nt_xent_cpu.cpp and the GPU's in
+kernels/nt_xent.py. nt_xent_plain.py serves everything else and says what each value means.
+"""
+
+from contextlib import nullcontext
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from simclr_fast.ops import nt_xent_plain
+from simclr_fast.ops.library import (
+    Implementation,
+    define_op,
+    has_extension,
+    implementation_for,
+    refuse_gradient_of,
+    widest_float,
+)
+from simclr_fast.ops.nt_xent_plain import statistics_dtype
+
+# Reductions, numbered as torch's own losses and csrc/nt_xent_cpu.cpp number them.
+NONE, MEAN, SUM = 0, 1, 2
+
+
+class LossOutput(NamedTuple):
+    """What the op `loss` returns."""
+
+    loss: Tensor  # [R], view 1's rows first, or [] reduced
+    row_loss: Tensor  # [R]
+    lse: Tensor  # [R]
+    stats: Tensor  # [R, 4], or [0, 4] without statistics
+    u: Tensor  # [R, Dp]
+    inv_norm: Tensor  # [R]
+    kept: Tensor  # what the CPU keeps for the backward pass of a small batch, else [0]
+
+
+class _Saved(NamedTuple):
+    """What the backward pass needs of the forward pass."""
+
+    u: Tensor
+    lse: Tensor
+    row_loss: Tensor
+    inv_norm: Tensor
+    z1: Tensor
+    z2: Tensor | None
+    temperature: Tensor
+    kept: Tensor
+
+
+def on_triton(tensor: Tensor) -> bool:
+    return implementation_for(tensor.device, tensor.dtype) is Implementation.TRITON
+
+
+def _kernels(tensor: Tensor) -> Any:
+    """The module whose normalize, forward and backward compute on this tensor."""
+    return import_module("simclr_fast.kernels.nt_xent") if on_triton(tensor) else nt_xent_plain
+
+
+def _normalize(z1: Tensor, z2: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    if not z1.size(0):
+        return normalize_shapes(z1, z2, temperature)
+    return _kernels(z1).normalize(z1, z2, temperature)
+
+
+def normalize_shapes(z1: Tensor, z2: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    num_rows = z1.size(0) if z2 is None else 2 * z1.size(0)
+    dim, dtype = z1.size(1), statistics_dtype(z1.dtype)
+    u_dtype = dtype
+    if on_triton(z1):
+        dim = padded_dim(dim)
+        u_dtype = torch.float32 if z1.dtype == torch.float32 else torch.float16
+    u = z1.new_empty(num_rows, dim, dtype=u_dtype)
+    return u, z1.new_empty(num_rows, dtype=dtype)
+
+
+def _row_loss(
+    u_all: Tensor,
+    temperature: Tensor,
+    row_offset: int,
+    num_rows: int,
+    decoupled: bool,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not num_rows:
+        return row_loss_shapes(u_all, temperature, row_offset, num_rows, decoupled, statistics)
+    return _kernels(u_all).forward(u_all, temperature, row_offset, num_rows, decoupled, statistics)
+
+
+def row_loss_shapes(
+    u_all: Tensor,
+    temperature: Tensor,
+    row_offset: int,
+    num_rows: int,
+    decoupled: bool,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = statistics_dtype(u_all.dtype)
+    # Double precision costs little in plain torch and on the CPU, and keeps exp(s - lse) exact.
+    lse_dtype = dtype if on_triton(u_all) else widest_float(u_all.device)
+    return (
+        u_all.new_empty(num_rows, dtype=dtype),
+        u_all.new_empty(num_rows, dtype=lse_dtype),
+        u_all.new_empty(num_rows if statistics else 0, 4, dtype=dtype),
+    )
+
+
+def _loss(
+    z1: Tensor,
+    z2: Tensor | None,
+    temperature: Tensor,
+    reduction: int,
+    decoupled: bool,
+    statistics: bool,
+    keep: bool = False,
+) -> LossOutput:
+    u, inv_norm = _normalize(z1, z2, temperature)
+    row_loss, lse, stats = _row_loss(u, temperature, 0, u.size(0), decoupled, statistics)
+    if reduction == NONE:
+        # Not a transposed view: of a single pair that would be row_loss itself.
+        loss = torch.cat((row_loss[0::2], row_loss[1::2]))
+    else:
+        loss = row_loss.mean() if reduction == MEAN else row_loss.sum()
+    return LossOutput(loss, row_loss, lse, stats, u, inv_norm, kept=inv_norm.new_empty(0))
+
+
+def _loss_shapes(
+    z1: Tensor,
+    z2: Tensor | None,
+    temperature: Tensor,
+    reduction: int,
+    decoupled: bool,
+    statistics: bool,
+    keep: bool = False,
+) -> LossOutput:
+    u, inv_norm = normalize_shapes(z1, z2, temperature)
+    row_loss, lse, stats = row_loss_shapes(u, temperature, 0, u.size(0), decoupled, statistics)
+    loss = row_loss.new_empty(row_loss.shape if reduction == NONE else ())
+    native = z1.device.type == "cpu" and has_extension()
+    kept = row_loss.new_empty(kept_size(*u.shape) if keep and native else 0)
+    return LossOutput(loss, row_loss, lse, stats, u, inv_norm, kept)
+
+
+def _backward(
+    grad: Tensor,
+    mean: bool,
+    u_all: Tensor,
+    lse_all: Tensor,
+    row_loss: Tensor,
+    inv_norm: Tensor,
+    z1: Tensor,
+    z2: Tensor | None,
+    temperature: Tensor,
+    row_offset: int,
+    decoupled: bool,
+    kept: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    if not inv_norm.size(0):
+        return z1.new_empty(0, z1.size(1)), torch.zeros_like(temperature)
+    # Only the CPU's own kernel makes use of kept.
+    return _kernels(u_all).backward(
+        grad, mean, u_all, lse_all, row_loss, inv_norm, z1, z2, temperature, row_offset, decoupled
+    )
+
+
+def _backward_shapes(
+    grad: Tensor,
+    mean: bool,
+    u_all: Tensor,
+    lse_all: Tensor,
+    row_loss: Tensor,
+    inv_norm: Tensor,
+    z1: Tensor,
+    z2: Tensor | None,
+    temperature: Tensor,
+    row_offset: int,
+    decoupled: bool,
+    kept: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    return z1.new_empty(inv_norm.size(0), z1.size(1)), torch.empty_like(temperature)
+
+
+def kept_size(num_rows: int, dim: int) -> int:
+    """Values that the CPU keeps for the backward pass, as in csrc/nt_xent.h."""
+    if num_rows > 4 * dim:
+        return 0
+    block = min(num_rows // 10 + 49, 192)
+    return (num_rows + block) * (num_rows + 2 * block) // 2
+
+
+def padded_dim(dim: int) -> int:
+    """Columns of û for the Triton kernels: what 16-byte copies and whole tiles need."""
+    if dim > 64:
+        return (dim + 63) // 64 * 64
+    return next(padded for padded in (16, 32, 64) if dim <= padded)
+
+
+class _NTXent(torch.autograd.Function):
+    """What torch.library.register_autograd would make of the op, at half the cost of a call."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z1: Tensor,
+        z2: Tensor | None,
+        temperature: Tensor,
+        reduction: int,
+        decoupled: bool,
+        statistics: bool,
+    ) -> LossOutput:
+        with torch._C._AutoDispatchBelowAutograd():
+            out = LossOutput(
+                *loss(z1, z2, temperature, reduction, decoupled, statistics, keep=True)
+            )
+        ctx.reduction, ctx.decoupled = reduction, decoupled
+        saved = _Saved(
+            out.u, out.lse, out.row_loss, out.inv_norm, z1, z2, temperature, kept=out.kept
+        )
+        ctx.save_for_backward(*saved)
+        out = out._replace(kept=out.kept.new_empty(0))
+        _, *without_gradient = out
+        ctx.mark_non_differentiable(*without_gradient)
+        ctx.set_materialize_grads(False)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 6
+        if ctx.reduction == NONE:
+            grad = grad.unflatten(0, (2, -1)).T.flatten()
+        saved = _Saved(*ctx.saved_tensors)
+        # With create_graph=True autograd sees the op, which refuses a double backward.
+        seen = torch.is_grad_enabled()
+        with nullcontext() if seen else torch._C._AutoDispatchBelowAutograd():
+            grad_z, grad_temperature = backward(
+                grad,
+                ctx.reduction == MEAN,
+                saved.u,
+                saved.lse,
+                saved.row_loss,
+                saved.inv_norm,
+                saved.z1,
+                saved.z2,
+                saved.temperature,
+                0,
+                ctx.decoupled,
+                saved.kept,
+            )
+        grad_z1, grad_z2 = (grad_z, None) if saved.z2 is None else grad_z.chunk(2)
+        return grad_z1, grad_z2, grad_temperature, None, None, None
+
+
+def _loss_autograd(
+    z1: Tensor,
+    z2: Tensor | None,
+    temperature: Tensor,
+    reduction: int,
+    decoupled: bool,
+    statistics: bool,
+    keep: bool = False,
+) -> tuple[Tensor, ...]:
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(z1, z2, temperature):
+        return _NTXent.apply(z1, z2, temperature, reduction, decoupled, statistics)
+    with torch._C._AutoDispatchBelowAutograd():
+        return loss(z1, z2, temperature, reduction, decoupled, statistics, keep)
+
+
+# The loss of one process's rows, normalised here. keep: whether to fill LossOutput.kept.
+loss = define_op(
+    "nt_xent(Tensor z1, Tensor? z2, Tensor temperature, int reduction, bool decoupled,"
+    " bool statistics, bool keep=False) -> (Tensor loss, Tensor row_loss, Tensor lse,"
+    " Tensor stats, Tensor u, Tensor inv_norm, Tensor kept)",
+    kernel=_loss,
+    shapes=_loss_shapes,
+    autograd=_loss_autograd,
+)
+normalize = define_op(
+    "nt_xent_normalize(Tensor z1, Tensor? z2, Tensor temperature) -> (Tensor u, Tensor inv_norm)",
+    kernel=_normalize,
+    shapes=normalize_shapes,
+)
+# The losses of num_rows rows from row_offset on, against the rows of all ranks.
+row_loss = define_op(
+    "nt_xent_row_loss(Tensor u_all, Tensor temperature, SymInt row_offset, SymInt num_rows,"
+    " bool decoupled, bool statistics) -> (Tensor row_loss, Tensor lse, Tensor stats)",
+    kernel=_row_loss,
+    shapes=row_loss_shapes,
+)
+# grad: the upstream gradient of every row's loss, [M], or one for all, []; mean divides it by M.
+backward = define_op(
+    "nt_xent_backward(Tensor grad, bool mean, Tensor u_all, Tensor lse_all, Tensor row_loss,"
+    " Tensor inv_norm, Tensor z1, Tensor? z2, Tensor temperature, SymInt row_offset,"
+    " bool decoupled, Tensor? kept=None) -> (Tensor grad_z, Tensor grad_temperature)",
+    kernel=_backward,
+    shapes=_backward_shapes,
+)
+refuse_gradient_of("nt_xent_backward")
