@@ -232,9 +232,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(simclr_fast, m) {
       "Tensor? found_inf) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(simclr_fast, CPU, m) {
-  m.impl("lars_", TORCH_BOX(&simclr::lars_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(simclr_fast, CPU, m) { m.impl("lars_", TORCH_BOX(&simclr::lars_cpu)); }
 // With a sparse gradient the dispatcher comes here, where the arguments' check names the reason.
 STABLE_TORCH_LIBRARY_IMPL(simclr_fast, SparseCPU, m) {
   m.impl("lars_", TORCH_BOX(&simclr::lars_cpu));

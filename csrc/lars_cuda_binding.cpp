@@ -55,9 +55,7 @@ void lars_cuda(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
 }  // namespace
 }  // namespace simclr
 
-STABLE_TORCH_LIBRARY_IMPL(simclr_fast, CUDA, m) {
-  m.impl("lars_", TORCH_BOX(&simclr::lars_cuda));
-}
+STABLE_TORCH_LIBRARY_IMPL(simclr_fast, CUDA, m) { m.impl("lars_", TORCH_BOX(&simclr::lars_cuda)); }
 STABLE_TORCH_LIBRARY_IMPL(simclr_fast, SparseCUDA, m) {
   m.impl("lars_", TORCH_BOX(&simclr::lars_cuda));
 }

@@ -2,8 +2,8 @@
 //
 // G_i = Σ_j W_ij u_j over the negatives j, W_ij = g_i e^(s_ij - lse_i) + g_j e^(s_ij - lse_j);
 // then, row by row in double precision, the positive's term and the Jacobian of the normalisation.
-#include "nt_xent_schedule.h"
 #include "nt_xent_classes.h"
+#include "nt_xent_schedule.h"
 #include "nt_xent_tiles.h"
 
 namespace simclr::SIMCLR_ISA {

@@ -1,6 +1,6 @@
 // NT-Xent's normalisation and forward pass on the CPU, compiled once per instruction set.
-#include "nt_xent_schedule.h"
 #include "nt_xent_classes.h"
+#include "nt_xent_schedule.h"
 #include "nt_xent_tiles.h"
 
 namespace simclr::SIMCLR_ISA {

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simclr_fast.ops import sup_con_plain
+from simclr_fast.ops import nt_xent, sup_con_plain
 from simclr_fast.ops.library import define_op, refuse_gradient_of
-from simclr_fast.ops.nt_xent import normalize_shapes, on_triton, row_loss_shapes
 
 
 def _kernels(tensor: Tensor) -> Any:
     """The module whose normalize, forward and backward compute on this tensor."""
-    return import_module("simclr_fast.kernels.sup_con") if on_triton(tensor) else sup_con_plain
+    if nt_xent.on_triton(tensor):
+        return import_module("simclr_fast.kernels.sup_con")
+    return sup_con_plain
 
 
 def _normalize(z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,7 +28,7 @@ def _normalize(z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _normalize_shapes(z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    return normalize_shapes(z, None, temperature)
+    return nt_xent.normalize_shapes(z, None, temperature)
 
 
 def _row_loss(
@@ -51,7 +52,9 @@ def _row_loss_shapes(
     row_offset: int,
     num_rows: int,
 ) -> tuple[Tensor, Tensor]:
-    row_loss, lse, _ = row_loss_shapes(u_all, temperature, row_offset, num_rows, False, False)
+    row_loss, lse, _ = nt_xent.row_loss_shapes(
+        u_all, temperature, row_offset, num_rows, decoupled=False, statistics=False
+    )
     return row_loss, lse
 
 

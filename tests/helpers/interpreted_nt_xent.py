@@ -326,15 +326,15 @@ def test_nan_and_inf_give_nan(bad, statistics):
 @pytest.mark.parametrize("joined", [False, True])
 def test_the_ops_call_the_kernels(joined, monkeypatch):
     """The op's own functions, with CPU tensors taken for CUDA ones."""
-    monkeypatch.setattr(ops, "_on_triton", lambda tensor: True)
+    monkeypatch.setattr(ops.nt_xent, "on_triton", lambda tensor: True)
     z1, z2 = make_views(12, 20, torch.bfloat16)
     views = (torch.cat((z1, z2)), None) if joined else (z1, z2)
     tau, grad = torch.tensor(0.2), torch.rand(24, generator=torch.Generator().manual_seed(5))
     with checked_memory() as launches:
-        outputs = ops._nt_xent(*views, tau, ops.nt_xent.NONE, False, True)
+        outputs = ops.nt_xent._loss(*views, tau, ops.nt_xent.NONE, False, True)
         loss, rows, lse, stats, u, inv_norm, kept = outputs
         arguments = grad, False, u, lse, rows, inv_norm, *views, tau, 0, False, kept
-        results = ops._nt_xent_backward(*arguments)
+        results = ops.nt_xent._backward(*arguments)
     assert "gradient_kernel" in launches
     ref_loss, _, ref_stats, ref_grad, ref_tau = reference(z1, z2, 0.2, grad)
     assert relative(rows, ref_loss) < 1e-3
@@ -342,8 +342,8 @@ def test_the_ops_call_the_kernels(joined, monkeypatch):
     assert relative(stats, ref_stats) < 1e-3
     assert relative(results[0], ref_grad) < 6e-3
     assert relative(results[1], ref_tau) < 1e-3
-    fakes = ops._fake_nt_xent(*views, tau, ops.nt_xent.NONE, False, True)
-    fakes += ops._fake_nt_xent_backward(*arguments)
+    fakes = ops.nt_xent._loss_shapes(*views, tau, ops.nt_xent.NONE, False, True)
+    fakes += ops.nt_xent._backward_shapes(*arguments)
     for made, fake in zip((*outputs, *results), fakes, strict=True):
         assert made.shape == fake.shape
         assert made.dtype == fake.dtype

@@ -6,9 +6,11 @@ import pytest
 import torch
 from kernel_memory import checked_memory
 
-from simclr_fast import ops, reference
+from simclr_fast import reference
 from simclr_fast.kernels import nt_xent_configs, sup_con
 from simclr_fast.losses.sup_con import _classes
+from simclr_fast.ops import nt_xent
+from simclr_fast.ops import sup_con as sup_con_ops
 
 torch.set_num_threads(1)
 
@@ -49,16 +51,16 @@ def relative(value, expected):
     ids=str,
 )
 def test_loss_and_gradients_match_float64(rows, dim, classes, temperature, dtype, monkeypatch):
-    monkeypatch.setattr(ops, "_on_triton", lambda tensor: True)
+    monkeypatch.setattr(nt_xent, "on_triton", lambda tensor: True)
     z, labels = batch(rows, dim, classes, dtype)
     tau, grad = torch.tensor(temperature), torch.rand(rows)
     by_class = _classes(labels, torch.float32)
     with checked_memory() as launches:
-        u, inv_norm = ops._sup_con_normalize(z, tau)
+        u, inv_norm = sup_con_ops._normalize(z, tau)
         forward = u, *by_class, tau, 0, rows
-        loss, lse = ops._sup_con_rows(*forward)
+        loss, lse = sup_con_ops._row_loss(*forward)
         backward = grad, u, lse, *by_class, inv_norm, z, tau, 0
-        grad_z, grad_tau = ops._sup_con_backward(*backward)
+        grad_z, grad_tau = sup_con_ops._backward(*backward)
     assert "class_gradient_kernel" in launches
     wanted, exact_z, exact_tau = exact(z, labels, temperature, grad)
     tolerance = (3e-6 if dtype == torch.float32 else 1e-3) * max(1, 0.1 / temperature)
@@ -68,8 +70,8 @@ def test_loss_and_gradients_match_float64(rows, dim, classes, temperature, dtype
         assert relative(grad_tau, exact_tau) < 5 * tolerance
     else:
         assert not grad_z.any()
-    fakes = *ops._fake_sup_con_normalize(z, tau), *ops._fake_sup_con_rows(*forward)
-    fakes += ops._fake_sup_con_backward(*backward)
+    fakes = *sup_con_ops._normalize_shapes(z, tau), *sup_con_ops._row_loss_shapes(*forward)
+    fakes += sup_con_ops._backward_shapes(*backward)
     for made, fake in zip((u, inv_norm, loss, lse, grad_z, grad_tau), fakes, strict=True):
         assert (made.shape, made.dtype, made.stride()) == (fake.shape, fake.dtype, fake.stride())
 
