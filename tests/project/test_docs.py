@@ -227,6 +227,14 @@ def test_a_document_is_filled_between_its_marks(tmp_path):
         tables.text("speed", tmp_path)
 
 
+def test_no_table_stands_in_two_documents():
+    places = {}
+    for page in PAGES:
+        for row in set(re.findall(r"^\|.*\d.*\|$", page.read_text(), re.MULTILINE)):
+            places.setdefault(row, []).append(page.name)
+    assert not {row: found for row, found in places.items() if len(found) > 1}
+
+
 def test_recorded_results_are_complete():
     for path in tables.RESULTS.glob("*.json"):
         found = json.loads(path.read_text())
