@@ -1,17 +1,26 @@
-"""A contact sheet of what the augmentation does, and its parameters as text."""
+"""What the augmentation does to some images: a contact sheet, and the parameters as text."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from simclr_fast.augment.params import Augmentation, ViewParams, draw_params
 from simclr_fast.augment.views import apply_views
+from simclr_fast.utils.checkpoint import write_atomic
+from simclr_fast.utils.extras import need
 
 _STEPS = ("brightness", "contrast", "saturation", "hue")
 COLUMNS = ("original", "view 1", "view 2", "crop", "flip", *_STEPS, "gray", "blur")
-_GAP = 2
+# Pixels of a tile in the picture, between tiles, and of the headings.
+_SMALLEST, _LARGEST, _GAP, _TEXT = 64, 128, 3, 12
+# A picture for a document or a message.
+_MOST_BYTES = 500_000
+_QUALITIES = (90, 80, 70, 60, 50)
 
 
 def contact_sheet(
@@ -22,11 +31,13 @@ def contact_sheet(
     epoch: int = 0,
     ids: np.ndarray | None = None,
 ) -> tuple[np.ndarray, list[str]]:
-    """One row per image of COLUMNS, and one line of parameters per view.
+    """One row of tiles per image, one tile for each of COLUMNS, and one line of text per view.
 
-    images: uint8 [H, W, 3] each. The columns after the views show, each alone and whether or not
-    the view has it, the first view's crop, flip, jitter steps, gray and blur. Returns a uint8 array
-    [rows, columns, 3] and the lines.
+    images: uint8 [H, W, 3] each. The columns after the views show the first view's crop, flip,
+    jitter steps, gray and blur, each alone and also where the view leaves it out.
+
+    Returns:
+        uint8 [images, columns, size, size, 3], and the lines: the parameters of each view.
     """
     n = len(images)
     numbers = np.arange(n) if ids is None else np.asarray(ids)
@@ -56,18 +67,53 @@ def contact_sheet(
         (apply_views(images, p, aug).permute(0, 2, 3, 1) * 255).round().byte().numpy()
         for p in (still, *views, *alone)
     ]
-    cell = aug.size + _GAP
-    sheet = np.full((n * cell + _GAP, len(tiles) * cell + _GAP, 3), 255, np.uint8)
-    for column, tile in enumerate(tiles):
-        for row in range(n):
-            y, x = _GAP + row * cell, _GAP + column * cell
-            sheet[y : y + aug.size, x : x + aug.size] = tile[row]
     lines = [
         f"id {numbers[i]} view {view + 1}: {_describe(views[view], i)}"
         for i in range(n)
         for view in (0, 1)
     ]
-    return sheet, lines
+    return np.stack(tiles, axis=1), lines
+
+
+def save_sheet(tiles: np.ndarray, path: Path) -> None:
+    """Write the tiles of `contact_sheet` as a picture with a heading over each column.
+
+    path: .jpg, whose quality is lowered until the file has at most 500 kB, or .png. Tiles of less
+    than 64 pixels are enlarged, those of more than 128 reduced.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (".png", ".jpg", ".jpeg"):
+        raise ValueError(f"the picture must be a .png or .jpg file, got {str(path)!r}")
+    image = _titled(tiles)
+    packed = io.BytesIO()
+    if suffix == ".png":
+        image.save(packed, "PNG", optimize=True)
+    else:
+        for quality in _QUALITIES:
+            packed = io.BytesIO()
+            image.save(packed, "JPEG", quality=quality, optimize=True)
+            if packed.tell() <= _MOST_BYTES:
+                break
+    write_atomic(path, lambda part: part.write_bytes(packed.getvalue()))
+
+
+def _titled(tiles: np.ndarray) -> Any:
+    """A PIL image: headings, then the tiles with gaps, wider ones around the two views."""
+    module, draw_module = need("PIL.Image"), need("PIL.ImageDraw")
+    font = need("PIL.ImageFont").load_default(_TEXT)
+    rows, columns, size = tiles.shape[:3]
+    side = min(max(size, _SMALLEST), _LARGEST)
+    sharp = module.Resampling.NEAREST if side > size else module.Resampling.LANCZOS
+    cell, top = side + _GAP, _TEXT + 8
+    left = [_GAP + c * cell + 2 * _GAP * ((c > 0) + (c > 2)) for c in range(columns)]
+    sheet = module.new("RGB", (left[-1] + cell, top + rows * cell), "white")
+    draw = draw_module.Draw(sheet)
+    for column, name in enumerate(COLUMNS):
+        draw.text((left[column] + side / 2, top / 2), name, "black", font=font, anchor="mm")
+        for row in range(rows):
+            tile = module.fromarray(tiles[row, column]).resize((side, side), sharp)
+            sheet.paste(tile, (left[column], top + row * cell))
+    return sheet
 
 
 def _describe(p: ViewParams, i: int) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from simclr_fast.commands.run_options import RunOptions, parse_run
-from simclr_fast.training.ablate import ablate, grid, mean_top1, plot_ablation
+from simclr_fast.training.ablate import ablate, grid, mean_top1, plot_ablation, untrained_top1
 from simclr_fast.utils.launch import require_one_process
 
 
@@ -50,7 +50,9 @@ def run(arguments: list[str]) -> int:
     if rows:
         for key, top1 in sorted(mean_top1(rows).items(), key=lambda item: -item[1]):
             print(f"{top1:6.1%}  {' '.join(map(str, key))}")
-        plot_ablation(rows, folder / "ablation.png")
+        untrained = untrained_top1(base, folder)
+        print(f"{untrained:6.1%}  untrained encoder")
+        plot_ablation(rows, folder / "ablation.png", untrained)
         print(f"results        {folder / 'results.jsonl'}")
         print(f"heat map       {folder / 'ablation.png'}")
     return 0

@@ -13,11 +13,12 @@ import torch
 import tyro
 
 from simclr_fast.commands.protocol import Options
+from simclr_fast.data.datasets import TORCHVISION
 from simclr_fast.data.sources import subset
 from simclr_fast.evaluation import embed, knn, layers, linear, subsets
 from simclr_fast.evaluation.accuracy import Scores, score
 from simclr_fast.evaluation.classifier import Recipe
-from simclr_fast.evaluation.plots import plot_embedding, plot_layers
+from simclr_fast.evaluation.plots import plot_embedding, plot_layers, plot_neighbours
 from simclr_fast.evaluation.subsets import LabelledPair
 from simclr_fast.utils.launch import require_one_process
 
@@ -251,24 +252,25 @@ class Embed(Options):
         for method in methods:
             points[method] = embed.project(features, method, self.seed)
             picture = self.folder / f"embed-{method}.png"
-            title = f"{embed.TITLES[method]} of h"
-            plot_embedding(points[method], labels, classes, picture, title)
+            title = f"{embed.TITLES[method]} of the features h of {len(source)} images"
+            shown = embed.class_pictures(source, points[method], labels, weights.augmentation)
+            plot_embedding(points[method], labels, classes, picture, title, shown)
             yield f"{method:<28} {picture}"
         similarities, indices = embed.neighbours(features, self.torch_device)
         thumbs = embed.thumbnails(source, weights.augmentation, self.thumb)
         rows = np.linspace(0, len(source) - 1, min(self.queries, len(source))).astype(np.int64)
         sheet = self.folder / "neighbours.png"
-        embed.save_picture(embed.neighbour_sheet(thumbs, indices, rows), sheet)
+        plot_neighbours(thumbs, similarities, indices, labels, classes, rows, sheet)
         yield f"{'nearest neighbours':<28} {sheet}"
         page = self.folder / "embed.html"
         embed.write_page(
             page,
-            f"{len(source)} images of {self.data} by {weights.model}",
+            f"{len(source)} images of {_short(self.data)} by {weights.model}",
             points,
             thumbs,
             labels,
             classes,
-            [source.name(i) for i in range(len(source))],
+            [embed.short_name(source.name(i)) for i in range(len(source))],
             similarities,
             indices,
         )
@@ -283,6 +285,12 @@ class Embed(Options):
 PROTOCOLS: dict[str, type[Options]] = {
     kind.protocol: kind for kind in (Linear, Knn, Finetune, Layers, Embed)
 }
+
+
+def _short(data: str) -> str:
+    """A data set's name without its folder: "cifar10" of cifar10:ROOT, "photos" of /a/b/photos."""
+    kind, colon, _ = data.partition(":")
+    return kind if colon and kind in TORCHVISION else Path(data).name
 
 
 def _measured(pair: LabelledPair) -> str:

@@ -30,7 +30,7 @@ def run(arguments: list[str]) -> int:
 
 def _report(config: PretrainConfig, out: Path) -> None:
     """The loss curve, the linear probe if there are test labels, and what to type next."""
-    plot_loss(out / "metrics.jsonl", out / "loss.png")
+    plot_loss(out / "metrics.jsonl", out / "loss.png", config.batch_size)
     for line in probe_report(config, out):
         print(line)
     print(f"loss curve     {out / 'loss.png'}")

@@ -4,7 +4,7 @@ import base64
 import io
 import json
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import numpy as np
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from simclr_fast.augment.params import Augmentation
 from simclr_fast.data.loader import ImageLoader
-from simclr_fast.data.sources import Source
+from simclr_fast.data.sources import Source, subset
 from simclr_fast.evaluation.knn import nearest
+from simclr_fast.evaluation.plots import class_style
 from simclr_fast.utils.checkpoint import write_atomic
 from simclr_fast.utils.extras import need
 
@@ -22,7 +23,7 @@ Method = Literal["pca", "tsne", "umap"]
 TITLES: dict[Method, str] = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
 NEIGHBOURS = 8
 _PAGE = "embed.html"
-_GAP = 2
+_CLASS_PICTURE = 64
 
 
 def project(features: Tensor, method: Method, seed: int = 0) -> np.ndarray:
@@ -74,24 +75,22 @@ def thumbnails(source: Source, augmentation: Augmentation, side: int) -> np.ndar
     return out
 
 
-def neighbour_sheet(thumbs: np.ndarray, indices: Tensor, queries: np.ndarray) -> np.ndarray:
-    """A row per query: the image, a gap, its neighbours. uint8 [rows, columns, 3]."""
-    side, count = thumbs.shape[1], indices.shape[1]
-    cell = side + _GAP
-    sheet = np.full((len(queries) * cell + _GAP, (count + 1) * cell + 5 * _GAP, 3), 255, np.uint8)
-    for row, query in enumerate(queries):
-        y = _GAP + row * cell
-        sheet[y : y + side, _GAP : _GAP + side] = thumbs[query]
-        for column, other in enumerate(indices[query].tolist()):
-            x = 5 * _GAP + (column + 1) * cell
-            sheet[y : y + side, x : x + side] = thumbs[other]
-    return sheet
+def class_pictures(
+    source: Source, points: np.ndarray, labels: np.ndarray, augmentation: Augmentation
+) -> dict[int, np.ndarray]:
+    """Class number → its image with the point nearest to the class's median: uint8 [64, 64, 3]."""
+    central: dict[int, int] = {}
+    for label in np.unique(labels).tolist():
+        mine = np.flatnonzero(labels == label)
+        away = np.linalg.norm(points[mine] - np.median(points[mine], axis=0), axis=1)
+        central[label] = int(mine[away.argmin()])
+    chosen = subset(source, np.array(list(central.values())))
+    return dict(zip(central, thumbnails(chosen, augmentation, _CLASS_PICTURE), strict=True))
 
 
-def save_picture(pixels: np.ndarray, path: Path) -> None:
-    """Write uint8 [H, W, 3] as PNG."""
-    image = need("PIL.Image").fromarray(pixels)
-    write_atomic(path, lambda temporary: image.save(temporary, "PNG"))
+def short_name(name: str) -> str:
+    """An image's name without the folders that say whose machine it is on: its last two parts."""
+    return "/".join(PurePath(name).parts[-2:])
 
 
 def write_page(
@@ -107,7 +106,8 @@ def write_page(
 ) -> None:
     """One HTML file that needs nothing else: the scatter plots, and neighbours at a click.
 
-    points: name of a projection → [n, 2]; thumbs: [n, side, side, 3]; names: of the images.
+    points: name of a projection → [n, 2]; thumbs: [n, side, side, 3]; names: of the images; classes
+    are drawn as in `plots.plot_embedding`.
     """
     image = need("PIL.Image")
     n, side = thumbs.shape[:2]
@@ -125,6 +125,7 @@ def write_page(
         "points": {name: _unit_square(p).round(4).tolist() for name, p in points.items()},
         "labels": np.asarray(labels).tolist(),
         "classes": list(classes),
+        "styles": [class_style(label) for label in range(len(classes))],
         "names": names,
         "similarities": [[round(s, 3) for s in row] for row in similarities.tolist()],
         "neighbours": indices.tolist(),

@@ -1,90 +1,223 @@
-"""Pictures of a run: its loss, and its features in two dimensions."""
+"""The pictures of a run and of an evaluation, drawn by Matplotlib.
+
+Colours are those of Okabe and Ito, which people with any form of colour blindness can tell apart;
+classes also differ in their marker, and stand by name where their points are.
+"""
 
 import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from simclr_fast.evaluation.accuracy import Accuracy
 from simclr_fast.utils.checkpoint import write_atomic
 from simclr_fast.utils.extras import need
 
+BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "0.45"
+# Okabe and Ito's, without the black that text is in; Matplotlib's codes of the markers. Five and
+# seven have no common divisor: 35 classes differ in colour or marker.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+_MARKERS = ("o", "s", "^", "D", "X")
+_NAMED_CLASSES = 20
 
-def plot_loss(metrics: Path, path: Path) -> None:
-    """Loss and contrastive accuracy over steps, from metrics.jsonl."""
+
+class Style(NamedTuple):
+    """How the points of a class are drawn. marker: one of o s ^ D X, as in Matplotlib."""
+
+    colour: str
+    marker: str
+
+
+def class_style(label: int) -> Style:
+    """The style of class number `label`, in every picture and on the page of `eval embed`."""
+    return Style(_COLOURS[label % len(_COLOURS)], _MARKERS[label % len(_MARKERS)])
+
+
+def plot_loss(metrics: Path, path: Path, batch_size: int) -> None:
+    """Loss and contrastive accuracy over steps, from metrics.jsonl.
+
+    A dashed line is where the loss would be if all similarities were equal: ln(2N - 1) for
+    N = batch_size images.
+    """
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps = [row["step"] for row in rows]
-    figure, axes = _figure(1, (7, 4))
-    (axis,) = axes
-    axis.plot(steps, [row["loss"] for row in rows], color="tab:blue")
-    axis.set(xlabel="step", ylabel="NT-Xent loss")
-    axis.yaxis.label.set_color("tab:blue")
+    figure, (axis,) = _figure(1, (7.5, 4.2))
+    chance = math.log(2 * batch_size - 1)
+    axis.axhline(chance, color=GREY, ls="--", lw=1)
+    axis.text(steps[-1], chance, f"chance: ln(2N − 1) = {chance:.2f}", ha="right", va="bottom")
+    axis.plot(steps, [row["loss"] for row in rows], color=BLUE)
+    axis.set(xlabel="step", ylabel="NT-Xent loss (solid line)", ylim=(0, 1.12 * chance))
+    axis.yaxis.label.set_color(BLUE)
     right = axis.twinx()
-    right.plot(steps, [row["contrastive_accuracy"] for row in rows], color="tab:orange", lw=1)
-    right.set(ylabel="contrastive accuracy")
-    right.set_ylim(bottom=0)
-    right.yaxis.label.set_color("tab:orange")
-    axis.set_title("pretraining")
+    accuracy = [100 * row["contrastive_accuracy"] for row in rows]
+    right.plot(steps, accuracy, color=ORANGE, lw=1.2, ls=":")
+    right.set(ylabel="contrastive accuracy in % (dotted)", ylim=(0, 100))
+    axis.set_title(
+        f"Pretraining with N = {batch_size} images a step: how well each view finds its other view",
+        fontsize=10,
+    )
     _save(figure, path)
 
 
 def plot_embedding(
-    points: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], path: Path, title: str
+    points: np.ndarray,
+    labels: np.ndarray,
+    classes: tuple[str, ...],
+    path: Path,
+    title: str,
+    pictures: dict[int, np.ndarray] | None = None,
 ) -> None:
-    """Points [n, 2], coloured by class; a legend for up to 20 classes."""
-    figure, axes = _figure(1, (7.5, 6))
-    (axis,) = axes
-    few = len(classes) <= 10
-    colours = need("matplotlib").colormaps["tab10" if few else "gist_rainbow"]
-    for label, name in enumerate(classes):
+    """Points [n, 2] by class: a colour and a marker each.
+
+    Up to 20 classes are named where their points are, at the median, and listed beside the plot.
+    pictures: class number → uint8 [side, side, 3], shown in the list.
+    """
+    figure, (axis,) = _figure(1, (8, 7))
+    for label in range(len(classes)):
         mine = points[labels == label]
-        colour = colours(label if few else label / len(classes))
-        axis.scatter(*mine.T, s=9, color=colour, label=name)
+        colour, marker = class_style(label)
+        axis.scatter(*mine.T, s=16, color=colour, marker=marker, edgecolors="0.2", linewidths=0.3)
     axis.set(xticks=[], yticks=[], title=title)
-    if 1 < len(classes) <= 20:
-        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=2)
+    if 1 < len(classes) <= _NAMED_CLASSES:
+        from matplotlib.patheffects import withStroke
+
+        halo = [withStroke(linewidth=3, foreground="white")]
+        for label, name in enumerate(classes):
+            if (mine := points[labels == label]).size:
+                x, y = np.median(mine, axis=0)
+                axis.text(x, y, name, ha="center", weight="bold", path_effects=halo)
+        _list_classes(axis, classes, pictures or {})
     _save(figure, path)
+
+
+def _list_classes(axis: Any, classes: tuple[str, ...], pictures: dict[int, np.ndarray]) -> None:
+    """A list beside the axis: the marker of each class, its picture if there is one, its name."""
+    from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+
+    step = min(1 / len(classes), 0.075)
+    for label, name in enumerate(classes):
+        y = 0.5 + step * ((len(classes) - 1) / 2 - label)
+        colour, marker = class_style(label)
+        look = {"color": colour, "marker": marker, "edgecolors": "0.2", "linewidths": 0.5}
+        axis.scatter(1.03, y, s=50, transform=axis.transAxes, clip_on=False, **look)
+        axis.text(1.12, y, name, transform=axis.transAxes, va="center", fontsize=10)
+        if label in pictures:
+            picture = OffsetImage(pictures[label], zoom=0.34 * 64 / len(pictures[label]))
+            at = (1.08, y)
+            axis.add_artist(AnnotationBbox(picture, at, xycoords="axes fraction", frameon=False))
+
+
+def plot_neighbours(
+    thumbs: np.ndarray,
+    similarities: Tensor,
+    indices: Tensor,
+    labels: np.ndarray,
+    classes: tuple[str, ...],
+    queries: np.ndarray,
+    path: Path,
+) -> None:
+    """A row per query: the image, then its neighbours with class and cosine similarity.
+
+    thumbs: uint8 [n, side, side, 3]; similarities, indices: [n, k]; labels: [n]; queries: rows to
+    show. A neighbour of another class has a thick dashed frame.
+    """
+    count = indices.shape[1]
+    figure, (axis,) = _figure(1, (1.1 * (count + 1.4), 1.32 * len(queries) + 0.8))
+    named = len(classes) > 1
+    heads = ["image", *(f"neighbour {i}" if i == 1 else str(i) for i in range(1, count + 1))]
+    for column, head in enumerate(heads):
+        axis.text(_left(column) + 0.5, -0.12, head, ha="center", va="bottom", fontsize=9)
+    for row, query in enumerate(queries):
+        cells = [(int(query), None)]
+        cells += list(zip(indices[query].tolist(), similarities[query].tolist(), strict=True))
+        for column, (image, similarity) in enumerate(cells):
+            x, y = _left(column), 1.3 * row
+            axis.imshow(thumbs[image], extent=(x, x + 1, y + 1, y), interpolation="nearest")
+            text = [classes[labels[image]]] if named else []
+            text += [] if similarity is None else [f"{similarity:.2f}"]
+            axis.text(x + 0.5, y + 1.03, "  ".join(text), ha="center", va="top", fontsize=7)
+            if named and labels[image] != labels[query]:
+                _frame(axis, x, y)
+    axis.set(xlim=(-0.05, _left(count) + 1.05), ylim=(1.3 * len(queries), -0.45), aspect="equal")
+    axis.axis("off")
+    other = "; dashed frame: another class" if named else ""
+    axis.set_title(f"Nearest neighbours by cosine similarity of h{other}", fontsize=11)
+    _save(figure, path)
+
+
+def _left(column: int) -> float:
+    """The left edge of a column of the picture of neighbours: a gap follows the queries."""
+    return 1.06 * column + 0.25 * (column > 0)
+
+
+def _frame(axis: Any, x: float, y: float) -> None:
+    from matplotlib.patches import Rectangle
+
+    axis.add_patch(Rectangle((x, y), 1, 1, fill=False, ls="--", lw=2.2, ec="#D55E00"))
 
 
 def plot_layers(accuracies: dict[str, Accuracy], path: Path) -> None:
     """Top-1 after each layer, with its interval."""
-    figure, axes = _figure(1, (1.6 + 1.5 * len(accuracies), 4))
-    (axis,) = axes
+    figure, (axis,) = _figure(1, (1.6 + 1.5 * len(accuracies), 4))
     values = np.array([a.value for a in accuracies.values()])
     errors = np.array([[a.value - a.low, a.high - a.value] for a in accuracies.values()]).T
-    axis.bar(list(accuracies), 100 * values, yerr=100 * errors, capsize=4, color="tab:blue")
+    axis.bar(list(accuracies), 100 * values, yerr=100 * errors, capsize=4, color=BLUE)
     for i, value in enumerate(values):
-        axis.text(i, 1, f"{100 * value:.1f}", ha="center", color="white")
-    axis.set(ylabel="linear probe, top-1 in %", title="where the features are best")
+        axis.text(i, 1, f"{100 * value:.1f}", ha="center", color="white", fontweight="bold")
+    axis.set(ylabel="linear probe, top-1 in %", ylim=(0, None))
+    axis.set_title("Accuracy of each layer's features, 95% intervals", fontsize=10)
     _save(figure, path)
 
 
-def plot_heat_maps(
-    panels: dict[str, np.ndarray],
-    rows: tuple[str, list[str]],
-    columns: tuple[str, list[str]],
-    path: Path,
-) -> None:
-    """Tables [R, C] as coloured squares with their numbers; NaN is left white.
+@dataclass(frozen=True)
+class HeatMap:
+    """One table of a picture. values: [len(rows), len(columns)] in percent, NaN where unknown."""
 
-    panels: by title. rows, columns: what they are, and the label of each.
+    title: str
+    row_axis: str
+    rows: list[str]
+    column_axis: str
+    columns: list[str]
+    values: np.ndarray
+
+
+def plot_heat_maps(
+    maps: list[HeatMap], path: Path, heading: str = "", untrained: float | None = None
+) -> None:
+    """Tables as coloured squares with their numbers, on one colour scale.
+
+    untrained: the accuracy of an untrained encoder in percent, marked on the colour bar.
     """
-    wide, high = len(columns[1]), len(rows[1])
-    figure, axes = _figure(len(panels), ((0.9 * wide + 2) * len(panels), 0.75 * high + 1.6))
-    values = np.concatenate([table.ravel() for table in panels.values()])
-    low, top = np.nanmin(values), np.nanmax(values)
-    for axis, (title, table) in zip(axes, panels.items(), strict=True):
-        axis.imshow(table, vmin=low, vmax=top, cmap="viridis", aspect="auto")
-        axis.set(title=title, xlabel=columns[0], ylabel=rows[0])
-        axis.set_xticks(range(wide), columns[1])
-        axis.set_yticks(range(high), rows[1])
-        for (i, j), value in np.ndenumerate(table):
+    wide, high = len(maps[0].columns), len(maps[0].rows)
+    size = ((0.95 * wide + 1.6) * len(maps) + 1.4, 0.75 * high + 1.9)
+    figure, axes = _figure(len(maps), size)
+    values = np.concatenate([one.values.ravel() for one in maps])
+    known = [*values[~np.isnan(values)], *([] if untrained is None else [untrained])]
+    low, top = min(known), max(known)
+    low -= 0.03 * (top - low)
+    image = None
+    for axis, one in zip(axes, maps, strict=True):
+        # Cividis looks the same to people with and without colour blindness.
+        image = axis.imshow(one.values, vmin=low, vmax=top, cmap="cividis", aspect="auto")
+        axis.set_title(one.title, fontsize=9)
+        axis.set(xlabel=one.column_axis, ylabel=one.row_axis)
+        axis.set_xticks(range(wide), one.columns)
+        axis.set_yticks(range(high), one.rows)
+        for (i, j), value in np.ndenumerate(one.values):
             if not np.isnan(value):
-                dark = value < (low + top) / 2
-                axis.text(
-                    j, i, f"{value:.1f}", ha="center", va="center", color="w" if dark else "k"
-                )
+                colour = "white" if value < (low + top) / 2 else "black"
+                axis.text(j, i, f"{value:.1f}", ha="center", va="center", color=colour)
+    bar = figure.colorbar(image, ax=list(axes), label="linear probe, top-1 in %")
+    if untrained is not None:
+        bar.ax.axhline(untrained, color="white", lw=3)
+        bar.ax.axhline(untrained, color="#D55E00", lw=1.5)
+        bar.ax.text(-0.15, untrained, "untrained", ha="right", va="center", fontsize=8)
+    if heading:
+        figure.suptitle(heading, fontsize=10)
     _save(figure, path)
 
 
@@ -98,4 +231,7 @@ def _figure(columns: int, size: tuple[float, float]) -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
+    write_atomic(
+        path,
+        lambda temporary: figure.savefig(temporary, format="png", dpi=130, bbox_inches="tight"),
+    )

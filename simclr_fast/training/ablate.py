@@ -4,16 +4,16 @@ Every cell of the grid is one `pretrain` run and the linear probe of its encoder
 Finished cells are lines of results.jsonl and are never run again.
 """
 
-import dataclasses
 import gc
 import itertools
 import json
+import math
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,10 +23,11 @@ from simclr_fast.data.datasets import named_source
 from simclr_fast.data.sources import Source
 from simclr_fast.evaluation.features import features
 from simclr_fast.evaluation.linear import linear_probe
-from simclr_fast.evaluation.plots import plot_heat_maps
+from simclr_fast.evaluation.plots import HeatMap, plot_heat_maps
 from simclr_fast.models.weights import load_weights
 from simclr_fast.training.config import APART, PretrainConfig, to_json
 from simclr_fast.training.pretrain import pretrain
+from simclr_fast.training.setup import build_model
 from simclr_fast.utils import checkpoint
 from simclr_fast.utils.device import resolve_device
 from simclr_fast.utils.extras import need
@@ -222,53 +223,110 @@ def _write(path: Path, text: str) -> None:
     checkpoint.write_atomic(path, lambda part: part.write_text(text))
 
 
-def mean_top1(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int, float, str], float]:
-    """Top-1 of each combination, over its seeds."""
-    axes = [field.name for field in dataclasses.fields(Cell) if field.name != "seed"]
-    groups: dict[Any, list[float]] = {}
+class Setting(NamedTuple):
+    """What a cell is, but for its seed."""
+
+    augmentation: str
+    batch_size: int
+    temperature: float
+    projector: str
+
+
+_AXES = ("augmentation", "batch size", "temperature", "projector")
+
+
+def mean_top1(rows: Sequence[dict[str, Any]]) -> dict[Setting, float]:
+    """Top-1 of each setting, over its seeds."""
+    groups: dict[Setting, list[float]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[axis] for axis in axes), []).append(row["top1"])
-    return {key: float(np.mean(values)) for key, values in groups.items()}
+        setting = Setting(*(row[name] for name in Setting._fields))
+        groups.setdefault(setting, []).append(row["top1"])
+    return {setting: float(np.mean(values)) for setting, values in groups.items()}
 
 
-def plot_ablation(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Heat maps of top-1 in percent: operations against operations, else the axes that vary."""
-    means: dict[Any, float] = {key: 100 * value for key, value in mean_top1(rows).items()}
-    axes: list[list[Any]] = [list(dict.fromkeys(key[i] for key in means)) for i in range(4)]
-    names = ("augmentation", "batch size", "temperature", "projector")
-    panels: dict[str, np.ndarray] = {}
-    operations = [name for name in axes[0] if "+" not in name and name != RECIPE]
+def untrained_top1(base: PretrainConfig, folder: Path) -> float:
+    """Top-1 of the probe on the encoder as it is before training; kept in untrained.json."""
+    kept = folder / "untrained.json"
+    if not kept.exists():
+        train, test = named_source(base.data, "train"), named_source(base.data, "test")
+        assert test is not None
+        torch.manual_seed(base.seed)
+        encoder, device = build_model(base).encoder, resolve_device(base.device)
+        h_train, h_test = (
+            features(encoder, source, base.augmentation, device=device) for source in (train, test)
+        )
+        found = linear_probe(h_train, train.labels, h_test, test.labels, device=device)
+        _write(kept, json.dumps({"top1": found.value}) + "\n")
+    return json.loads(kept.read_text())["top1"]
+
+
+def plot_ablation(
+    rows: Sequence[dict[str, Any]], path: Path, untrained: float | None = None
+) -> None:
+    """Heat maps of top-1: operations against operations if there are several, else the two axes
+    with the most values. untrained: top-1 before training, marked on the colour bar."""
+    means = mean_top1(rows)
+    operations = [
+        name
+        for name in dict.fromkeys(setting.augmentation for setting in means)
+        if name in OPERATIONS
+    ]
     if len(operations) > 1:
-        for rest in itertools.product(*axes[1:]):
-            table = [[_pair(means, a, b, rest) for b in operations] for a in operations]
-            averaged = np.column_stack([table, np.nanmean(table, axis=1)])
-            panels["batch {}, τ {:g}, {} projector".format(*rest)] = averaged
-        plot_heat_maps(panels, ("", operations), ("", [*operations, "average"]), path)
-        return
-    # The axes with the most values are rows and columns, the other two are panels.
-    order = sorted(range(4), key=lambda i: -len(axes[i]))
-    rows_axis, columns_axis, *others = order
-    for rest in itertools.product(*(axes[i] for i in others)):
-        fixed = dict(zip(others, rest, strict=True))
-        table = [
-            [
-                means.get(
-                    tuple({**fixed, rows_axis: a, columns_axis: b}[i] for i in range(4)), np.nan
-                )
-                for b in axes[columns_axis]
-            ]
-            for a in axes[rows_axis]
-        ]
-        panels[", ".join(f"{names[i]} {fixed[i]}" for i in others)] = np.array(table)
-    plot_heat_maps(
-        panels,
-        (names[rows_axis], list(map(str, axes[rows_axis]))),
-        (names[columns_axis], list(map(str, axes[columns_axis]))),
-        path,
-    )
+        maps = operation_maps(means, operations)
+        heading = "Operations of the augmentation: diagonal = alone, elsewhere = both together"
+    else:
+        maps, heading = axis_maps(means), "Ablation"
+    seeds = len({row["seed"] for row in rows})
+    heading += f"; mean of {seeds} seeds" if seeds > 1 else ""
+    plot_heat_maps(maps, path, heading, None if untrained is None else 100 * untrained)
 
 
-def _pair(means: dict[Any, float], a: str, b: str, rest: tuple[Any, ...]) -> float:
-    """Of two operations in either order, or of one alone; NaN if that is not run yet."""
-    names = [a] if a == b else [f"{a}+{b}", f"{b}+{a}"]
-    return next((means[k] for name in names if (k := (name, *rest)) in means), np.nan)
+def operation_maps(means: dict[Setting, float], operations: list[str]) -> list[HeatMap]:
+    """A map per batch size, temperature and projector: one operation against another."""
+    maps = []
+    for rest in dict.fromkeys(setting[1:] for setting in means):
+
+        def percent(a: str, b: str, rest: tuple[Any, ...] = rest) -> float:
+            for name in (a,) if a == b else (f"{a}+{b}", f"{b}+{a}"):
+                if (key := Setting(name, *rest)) in means:
+                    return 100 * means[key]
+            return math.nan
+
+        table = np.array([[percent(a, b) for b in operations] for a in operations])
+        average = np.array([np.nan if np.isnan(row).all() else np.nanmean(row) for row in table])
+        maps.append(
+            HeatMap(
+                "batch size {}, temperature {:g}, {} projector".format(*rest),
+                "first operation",
+                operations,
+                "second operation",
+                [*operations, "average"],
+                np.column_stack([table, average]),
+            )
+        )
+    return maps
+
+
+def axis_maps(means: dict[Setting, float]) -> list[HeatMap]:
+    """The axis with the most values against the next; a map for each value of the other two."""
+    values = [list(dict.fromkeys(setting[axis] for setting in means)) for axis in range(len(_AXES))]
+    down, across, *others = sorted(range(len(_AXES)), key=lambda axis: -len(values[axis]))
+    maps = []
+    for fixed in itertools.product(*(values[axis] for axis in others)):
+
+        def percent(a: Any, b: Any, fixed: tuple[Any, ...] = fixed) -> float:
+            setting = {down: a, across: b, **dict(zip(others, fixed, strict=True))}
+            key = Setting(*(setting[axis] for axis in range(len(_AXES))))
+            return 100 * means.get(key, math.nan)
+
+        maps.append(
+            HeatMap(
+                ", ".join(f"{_AXES[axis]} {v}" for axis, v in zip(others, fixed, strict=True)),
+                _AXES[down],
+                list(map(str, values[down])),
+                _AXES[across],
+                list(map(str, values[across])),
+                np.array([[percent(a, b) for b in values[across]] for a in values[down]]),
+            )
+        )
+    return maps

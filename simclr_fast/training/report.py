@@ -10,7 +10,7 @@ from torch import Tensor
 
 from simclr_fast.data.datasets import named_source
 from simclr_fast.data.sources import Source
-from simclr_fast.evaluation.embed import project
+from simclr_fast.evaluation.embed import class_pictures, project
 from simclr_fast.evaluation.features import features, pixels
 from simclr_fast.evaluation.linear import linear_probe
 from simclr_fast.evaluation.plots import plot_embedding
@@ -57,9 +57,10 @@ def probe_report(config: PretrainConfig, out: Path) -> Iterator[str]:
     encoder.load_state_dict(weights)
     h_train, h_test = h(train), h(test)
     yield probe("pretrained encoder", h_train, h_test)
-    title = "t-SNE of h, test images (labels never seen in training)"
+    title = "t-SNE of the features h of test images (no label was used in training)"
     points = project(h_test, "tsne")
-    plot_embedding(points, test.labels, test.classes, out / "embedding.png", title)
+    pictures = class_pictures(test, points, test.labels, aug)
+    plot_embedding(points, test.labels, test.classes, out / "embedding.png", title, pictures)
     summary = {name: vars(accuracy) for name, accuracy in results.items()}
     checkpoint.write_atomic(
         out / "probe.json", lambda p: p.write_text(json.dumps(summary, indent=2) + "\n")

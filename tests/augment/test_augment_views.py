@@ -11,7 +11,7 @@ from sklearn.datasets import load_sample_image
 from torch.utils.data import DataLoader, Dataset
 
 from simclr_fast.augment.params import Augmentation, draw_params
-from simclr_fast.augment.preview import COLUMNS, contact_sheet
+from simclr_fast.augment.preview import COLUMNS, contact_sheet, save_sheet
 from simclr_fast.augment.views import SimCLRViews, apply_views
 from simclr_fast.compat.lightly import SimCLRTransform
 
@@ -150,12 +150,29 @@ def test_lightlys_signature():
 
 def test_contact_sheet():
     aug = Augmentation(24, mean=(0.5,) * 3, std=(0.5,) * 3)
-    sheet, lines = contact_sheet([CHINA, CHINA[:50, :80]], aug, seed=1)
-    assert sheet.shape == (2 * 26 + 2, len(COLUMNS) * 26 + 2, 3)
+    rows, lines = contact_sheet([CHINA, CHINA[:50, :80]], aug, seed=1)
+    assert rows.shape == (2, len(COLUMNS), 24, 24, 3)
     assert len(lines) == 4
     assert lines[0].startswith("id 0 view 1: crop ")
-    tiles = {name: sheet[2:26, 2 + 26 * i : 26 + 26 * i] for i, name in enumerate(COLUMNS)}
+    tiles = dict(zip(COLUMNS, rows[0], strict=True))
     assert np.array_equal(tiles["flip"], tiles["original"][:, ::-1])
     assert np.array_equal(tiles["gray"][..., 0], tiles["gray"][..., 2])
     for name in COLUMNS[1:]:
         assert not np.array_equal(tiles[name], tiles["original"]), name
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_the_sheets_picture_has_headings_and_is_small(tmp_path, name):
+    crops = [CHINA[i * 10 : 300 + i * 10, :400] for i in range(8)]
+    tiles, _ = contact_sheet(crops, Augmentation(224))
+    save_sheet(tiles, tmp_path / name)
+    picture = np.asarray(Image.open(tmp_path / name).convert("L"))
+    heading = picture[:20]
+    # Dark text on white over every column, and the tiles begin below it.
+    assert all((part < 100).any() for part in np.array_split(heading, len(COLUMNS), axis=1))
+    assert (heading > 250).mean() > 0.6
+    assert picture.shape[0] == 20 + 8 * 131
+    if name == "a.jpg":
+        assert (tmp_path / name).stat().st_size <= 500_000
+    with pytest.raises(ValueError, match=r"\.png or \.jpg file, got '.*a\.gif'"):
+        save_sheet(tiles, tmp_path / "a.gif")

@@ -12,7 +12,14 @@ from PIL import Image
 from simclr_fast.augment.params import Augmentation
 from simclr_fast.commands.cli import run
 from simclr_fast.data.sources import ArraySource
-from simclr_fast.evaluation.embed import neighbour_sheet, neighbours, project, thumbnails
+from simclr_fast.evaluation.embed import (
+    class_pictures,
+    neighbours,
+    project,
+    short_name,
+    thumbnails,
+)
+from simclr_fast.evaluation.plots import class_style, plot_embedding, plot_loss, plot_neighbours
 from simclr_fast.models.encoders import build_encoder
 from simclr_fast.models.weights import about_encoder
 
@@ -61,15 +68,63 @@ def test_neighbours_leave_out_the_image_itself():
     assert (indices != torch.arange(12)[:, None]).all()
 
 
-def test_thumbnails_and_sheet():
+def test_thumbnails_and_pictures_of_classes(tmp_path):
     images = np.random.default_rng(0).integers(0, 255, (9, 16, 16, 3), dtype=np.uint8)
     normal = Augmentation(size=16, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
     thumbs = thumbnails(ArraySource(images), normal, 16)
     assert np.array_equal(thumbs, images)
     indices = torch.arange(9).roll(-1)[:, None]
-    sheet = neighbour_sheet(thumbs, indices, np.array([0, 4]))
-    assert np.array_equal(sheet[2:18, 2:18], images[0])
-    assert np.array_equal(sheet[20:36, 28:44], images[5])
+    labels, classes, queries = np.arange(9) % 3, ("a", "b", "c"), np.array([0, 4])
+    path = tmp_path / "neighbours.png"
+    plot_neighbours(thumbs, torch.rand(9, 1), indices, labels, classes, queries, path)
+    assert min(Image.open(path).size) > 200
+    # The image nearest to the median of its class: 0 of 0, 3 and 6 at 5, 4 and 100.
+    points = np.array([[5, 0], [0, 0], [0, 0], [4, 0], [0, 0], [0, 0], [100, 0], [0, 0], [0, 0]])
+    pictures = class_pictures(ArraySource(images), points, labels, normal)
+    assert list(pictures) == [0, 1, 2]
+    assert np.array_equal(pictures[0][::4, ::4].shape, (16, 16, 3))
+    wanted = np.asarray(Image.fromarray(images[0]).resize((64, 64), Image.Resampling.LANCZOS))
+    assert np.array_equal(pictures[0], wanted)
+    path = tmp_path / "embedding.png"
+    plot_embedding(points, labels, classes, path, "title", pictures)
+    assert min(Image.open(path).size) > 200
+
+
+# Machado, Oliveira and Fernandes (2009): what people without one kind of cones see, linear RGB.
+BLINDNESS = {
+    "protanopia": [[0.1523, 1.0526, -0.2049], [0.1145, 0.7863, 0.0992], [-0.0039, -0.0481, 1.0520]],
+    "deuteranopia": [
+        [0.3673, 0.8606, -0.2280],
+        [0.2801, 0.6725, 0.0474],
+        [-0.0118, 0.0429, 0.9689],
+    ],
+    "tritanopia": [[1.2555, -0.0767, -0.1788], [-0.0784, 0.9309, 0.1476], [0.0047, 0.6914, 0.3039]],
+}
+
+
+@pytest.mark.parametrize("kind", BLINDNESS)
+def test_classes_differ_for_the_colour_blind(kind):
+    """By marker, or by a colour at least 30 of 441 away; 20 classes are also named in the plot."""
+    styles = [class_style(label) for label in range(35)]
+    assert len(set(styles)) == 35
+    colours = np.array([[int(s.colour[i : i + 2], 16) for i in (1, 3, 5)] for s in styles])
+    seen = ((colours / 255) ** 2.2 @ np.array(BLINDNESS[kind]).T).clip(0, 1) ** (1 / 2.2) * 255
+    for a in range(35):
+        for b in range(a):
+            same = styles[a].marker == styles[b].marker
+            assert not same or np.linalg.norm(seen[a] - seen[b]) > 30, (styles[a], styles[b])
+
+
+def test_the_loss_and_where_chance_is(tmp_path):
+    rows = [{"step": i, "loss": 4.0, "contrastive_accuracy": 0.5} for i in (20, 40)]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot_loss(tmp_path / "m.jsonl", tmp_path / "loss.png", 256)
+    assert min(Image.open(tmp_path / "loss.png").size) > 300
+
+
+def test_names_say_nothing_of_the_machine():
+    assert short_name("/home/me/photos/dog/1.jpg") == "dog/1.jpg"
+    assert short_name("image 3 of the array") == "image 3 of the array"
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +156,7 @@ def test_the_command_writes_pictures_and_page(page):
     text = page.read_text()
     assert not re.search(r"""(src|href)=|@import|url\((?!\$)""", text)
     assert text.count("</script>") == 2
+    assert str(page.parent.parent) not in text
     results = json.loads((page.parent / "embed.json").read_text())["results"]
     assert 0.5 < results["neighbours_of_the_same_class"] <= 1
 
@@ -109,9 +165,7 @@ def test_the_command_writes_pictures_and_page(page):
 def test_the_page_in_a_browser(page, tmp_path):
     with browser(tmp_path / "profile") as tab:
         tab.open(page)
-        assert tab.js("document.title") == "40 images of " + str(page.parent.parent / "images") + (
-            " by resnet10"
-        )
+        assert tab.js("document.title") == "40 images of images by resnet10"
         assert tab.js("document.querySelectorAll('#near figure').length") == 8
         # Every neighbour's picture is drawn from the page's own data.
         near = tab.js("[...document.querySelectorAll('#near button')].map((b) => +b.dataset.image)")

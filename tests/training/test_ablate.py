@@ -128,10 +128,11 @@ def drawn(rows, path, monkeypatch):
     seen = []
     real = module.plot_heat_maps
     monkeypatch.setattr(module, "plot_heat_maps", lambda *given: (seen.append(given), real(*given)))
-    plot_ablation(rows, path)
+    plot_ablation(rows, path, 0.25)
     assert min(Image.open(path).size) > 100
-    (((panels, rows, columns, _)),) = seen
-    return panels, rows, columns
+    (([*maps], _, heading, untrained),) = seen
+    assert untrained == 25
+    return maps, heading
 
 
 def test_pairs_as_a_matrix(tmp_path, monkeypatch):
@@ -143,12 +144,14 @@ def test_pairs_as_a_matrix(tmp_path, monkeypatch):
         result("gray", 0.5),
     ]
     assert mean_top1(rows)["crop", 8, 0.5, "nonlinear"] == pytest.approx(0.3)
-    panels, names, columns = drawn(rows, tmp_path / "a.png", monkeypatch)
-    (table,) = panels.values()
+    (table,), heading = drawn(rows, tmp_path / "a.png", monkeypatch)
     nan = np.nan
     expected = [[30, 70, nan, 50], [70, 10, nan, 40], [nan, nan, 50, 50]]
-    assert np.allclose(table, expected, equal_nan=True)
-    assert (names[1], columns[1][-1]) == (["crop", "colour", "gray"], "average")
+    assert np.allclose(table.values, expected, equal_nan=True)
+    assert (table.rows, table.columns[-1]) == (["crop", "colour", "gray"], "average")
+    assert (table.row_axis, table.column_axis) == ("first operation", "second operation")
+    assert "diagonal = alone" in heading
+    assert "mean of 2 seeds" in heading
 
 
 def test_other_axes_as_a_matrix(tmp_path, monkeypatch):
@@ -157,13 +160,10 @@ def test_other_axes_as_a_matrix(tmp_path, monkeypatch):
         for batch in (8, 16)
         for tau in (0.1, 0.5, 1.0)
     ]
-    panels, names, columns = drawn(rows, tmp_path / "b.png", monkeypatch)
-    (table,) = panels.values()
-    assert (names, columns) == (
-        ("temperature", ["0.1", "0.5", "1.0"]),
-        ("batch size", ["8", "16"]),
-    )
-    assert np.allclose(table, [[9, 17], [13, 21], [18, 26]])
+    (table,), _ = drawn(rows, tmp_path / "b.png", monkeypatch)
+    assert (table.row_axis, table.rows) == ("temperature", ["0.1", "0.5", "1.0"])
+    assert (table.column_axis, table.columns) == ("batch size", ["8", "16"])
+    assert np.allclose(table.values, [[9, 17], [13, 21], [18, 26]])
 
 
 def test_sigterm_ends_it_and_the_same_command_goes_on(base, tmp_path, capsys, monkeypatch):
@@ -207,6 +207,8 @@ def test_command(base, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "recipe 8 0.1 nonlinear" in printed
     assert str(tmp_path / "out" / "ablation.png") in printed
+    assert "untrained encoder" in printed
+    assert 0 <= json.loads((tmp_path / "out" / "untrained.json").read_text())["top1"] <= 1
     assert run(["ablate", "--help"]) == 0
     assert "--operations" in capsys.readouterr().out
 
