@@ -116,7 +116,7 @@ def dali_only(files: list[bytes]) -> Callable:
     def build(raw_node, *nodes):
         return dali_views.make_views(fn.decoders.image(raw_node), list(nodes), aug, "cpu")
 
-    kinds = [types.UINT8, *dali_views.param_types() * 2]
+    kinds = [types.UINT8, *dali_views.param_types(aug) * 2]
     return pipeline(build, source, n, len(kinds), kinds).run
 
 

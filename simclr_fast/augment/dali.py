@@ -1,11 +1,11 @@
 """Both views inside a DALI pipeline: every step by DALI's operators, exact, on the CPU or the GPU.
 
-The parameters are drawn outside (augment_params) and fed in, because DALI's own random operators
+The parameters are drawn outside (augment/params.py) and fed in, because DALI's own random operators
 depend on the batch slot and have no per-sample order of the colour jitter. To wire it up:
 
     @pipeline_def(batch_size=n, num_threads=t, device_id=0, enable_conditionals=True)
     def two_views(aug, device):
-        kinds = [types.UINT8, types.INT64, *2 * param_types()]
+        kinds = [types.UINT8, types.INT64, *2 * param_types(aug)]
         files, index, *nodes = fn.external_source(
             source, batch=True, num_outputs=len(kinds), dtype=kinds)
         decoder = "mixed" if device == "gpu" else "cpu"
@@ -20,75 +20,159 @@ Two of DALI's habits are corrected. It repeats edge pixels where the filter leav
 reads pixels outside the region of interest; both specs drop those weights and renormalise. So each
 crop is cut out, surrounded by zeros, resized, and multiplied by the gain 1 / (weight inside) per
 row and column. And its blur reflects; the "simclr" spec pads with zeros, again by a margin.
+
+The four jitter steps come in any order. They are done in a fixed row of slots that holds each
+order's steps as a subsequence; a sample skips the slots that it does not use. A slot of kind "hsv"
+turns the hue and scales the saturation, which commute; one of kind "linear" is
+clip(x · factor + pivot · weight + added), which is brightness, contrast, and torchvision's
+saturation.
+
+DALI's arithmetic operator refuses expressions of more than one operation, so each operation is an
+operator, and on the GPU a launch. There the three channels of a pixel stay together
+(`_Interleaved`), which takes the fewest operators; on the CPU operators that reduce or repeat over
+channels are slow, and planes are faster (`_Planes`).
 """
 
-from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from simclr_fast.augment.params import Augmentation, ViewParams
-from simclr_fast.utils.extras import need
 
-PARAM_NAMES = (
+CROP_NAMES = (
     "crop_start",  # int32 [2]: y, x of the box
     "crop_shape",  # int32 [2]
     "pad_start",  # int32 [2]: minus the margin of zeros
     "pad_shape",  # int32 [2]: box plus two margins
     "roi_start",  # float32 [2]: the box within its margins; x swapped with roi_end's for a flip
     "roi_end",  # float32 [2]
-    "row_gain",  # float32 [size, 1, 1]
+    "row_gain",  # float32 [size, 1, 1]; by 1 / 255 in `feeds`
     "column_gain",  # float32 [1, size, 1]
-    "jitter",  # bool
-    "step0",  # int32: index of the jitter step done first, into the factors
-    "step1",
-    "step2",
-    "step3",
-    "brightness",  # float32, like the following
-    "contrast",
-    "saturation",
-    "hue",
-    "gray",  # bool
-    "blur",  # bool
-    "sigma",  # float32
-    "window",  # int32
 )
-CROP_NAMES = PARAM_NAMES[:8]
+Slot = Literal["hsv", "linear"]
+# Rows of slots that hold every order. "simclr": brightness and contrast are linear; saturation and
+# hue are hsv, and share a slot where they are neighbours, but the first: its input is not clipped
+# yet, and with a clip in between the two do not commute. "torchvision": only the hue is hsv.
+_SLOTS: dict[str, tuple[Slot, ...]] = {
+    "simclr": ("hsv", "linear", "hsv", "linear", "linear", "hsv"),
+    "torchvision": ("linear",) * 3 + ("hsv",) + ("linear",) * 3,
+}
+_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 _LUMA = [0.2989, 0.587, 0.114]
 # Beyond 4 sigma the Gaussian's tail weighs 6e-5 in all.
 _BLUR_SIGMAS = 4
+# On the GPU a hue is a 16-bit number, so many to a sixth of a turn: three hues of up to a turn each
+# can be added. An error of one number is one of 0.07 / 255 in a channel.
+_HUE_NUMBERS = 65535 // 18
+_UNLIMITED = 1e30
+# Every 16-bit number, for tables.
+_KEYS = list(range(1 << 16))
 
 
-def param_types() -> list[Any]:
-    """DALI's data type of each of PARAM_NAMES."""
-    types = _dali("types")
+def param_names(aug: Augmentation) -> list[str]:
+    """What `feeds` gives for one view, in its order."""
+    names = list(CROP_NAMES)
+    for i, kind in enumerate(_SLOTS[aug.spec]):
+        names += [f"used{i}"]  # bool: whether the sample has a step in this slot
+        if kind == "linear":
+            names += [f"factor{i}", f"weight{i}"]  # float32
+            names += [f"added{i}"] if aug.brightness == "additive" else []  # float32
+            # bool: the pivot is each pixel's luma, not the mean.
+            names += [f"luma{i}"] if aug.spec == "torchvision" else []
+        else:
+            names += [f"turn{i}"]  # float32: of the hue, in _HUE_NUMBERS; at least 0
+            names += [f"saturation{i}"] if aug.spec == "simclr" else []  # float32: factor
+            # float32: how far beyond 1 the saturation may be, where the channels may be below 0.
+            names += [f"limit{i}"] if i == 0 else []
+    names += ["gray"]  # bool
+    names += ["blur"]  # bool
+    names += ["sigma"]  # float32
+    names += ["window"]  # int32
+    return names
+
+
+def param_types(aug: Augmentation) -> list[Any]:
+    """DALI's data type of each of `param_names`."""
+    from nvidia.dali import types
+
     kinds = {"bool": types.BOOL, "int32": types.INT32, "float32": types.FLOAT}
     one = ViewParams(
         box=np.ones((1, 4), np.int32),
         flip=np.zeros(1, bool),
         jitter=np.zeros(1, bool),
-        order=np.zeros((1, 4), np.uint8),
+        order=np.arange(4, dtype=np.uint8)[None],
         factors=np.ones((1, 4), np.float32),
         gray=np.zeros(1, bool),
         sigma=np.zeros(1, np.float32),
     )
-    return [kinds[str(array.dtype)] for array in feeds(one, Augmentation(size=8))]
+    return [kinds[str(array.dtype)] for array in feeds(one, aug)]
 
 
 def feeds(params: ViewParams, aug: Augmentation) -> list[np.ndarray]:
-    """One array [n, ...] per entry of PARAM_NAMES, to feed for one view."""
+    """One array [n, ...] per entry of `param_names`, to feed for one view."""
     radius = np.minimum(np.ceil(_BLUR_SIGMAS * params.sigma), aug.blur_radius).astype(np.int32)
     blur = (params.sigma > 0) & (radius > 0)
-    values = [
-        params.jitter,
-        *params.order.T.astype(np.int32),
-        *params.factors.T,
+    values = crop_feeds(params, aug, params.flip)
+    values[CROP_NAMES.index("row_gain")] *= np.float32(1 / 255)
+    values += _slot_feeds(params, aug)
+    values += [
         params.gray,
         blur,
         np.where(blur, params.sigma, 1).astype(np.float32),
         2 * radius + 1,
     ]
-    return crop_feeds(params, aug, params.flip) + [np.ascontiguousarray(v) for v in values]
+    return [np.ascontiguousarray(value) for value in values]
+
+
+def _slot_feeds(params: ViewParams, aug: Augmentation) -> list[np.ndarray]:
+    slots = _SLOTS[aug.spec]
+    hsv_steps = (_SATURATION, _HUE) if aug.spec == "simclr" else (_HUE,)
+    n, rows = len(params), np.arange(len(params))
+    used = np.zeros((len(slots), n), bool)
+    turn, added, weight = np.zeros((3, len(slots), n), np.float32)
+    saturation, factor = np.ones((2, len(slots), n), np.float32)
+    limit = np.zeros((len(slots), n), np.float32)
+    luma = np.zeros((len(slots), n), bool)
+    # The first slot of a kind from slot i on.
+    following = {
+        kind: np.array(
+            [slots.index(kind, i) if kind in slots[i:] else -1 for i in range(len(slots) + 1)]
+        )
+        for kind in set(slots)
+    }
+    slot = np.zeros(n, np.int64)
+    for k in range(4):
+        step = params.order[:, k]
+        value = params.factors[rows, step]
+        is_hsv = np.isin(step, hsv_steps)
+        at = np.where(is_hsv, following["hsv"][slot], following["linear"][slot])
+        used[at, rows] = params.jitter
+        for kind, array, given in (
+            (_HUE, turn, np.rint(6 * _HUE_NUMBERS * (value - np.floor(value)))),
+            (_SATURATION, saturation if aug.spec == "simclr" else factor, value),
+            (_CONTRAST, factor, value),
+            (_BRIGHTNESS, added if aug.brightness == "additive" else factor, value),
+        ):
+            chosen = step == kind
+            array[at[chosen], rows[chosen]] = given[chosen]
+        # A turn of the hue alone leaves the saturation as it is.
+        limit[at[step == _HUE], rows[step == _HUE]] = _UNLIMITED
+        pivoted = (step == _CONTRAST) | ((step == _SATURATION) & ~is_hsv)
+        weight[at[pivoted], rows[pivoted]] = 1 - value[pivoted]
+        luma[at, rows] = (step == _SATURATION) & ~is_hsv
+        slot = np.where(is_hsv & (at > 0), at, at + 1)
+    given = {
+        "used": used,
+        "turn": turn,
+        "saturation": saturation,
+        "limit": limit,
+        "factor": factor,
+        "weight": weight,
+        "added": added,
+        "luma": luma,
+    }
+    names = param_names(aug)[len(CROP_NAMES) :]
+    return [given[name[:-1]][int(name[-1])] for name in names if name[:-1] in given]
 
 
 def crop_feeds(params: ViewParams, aug: Augmentation, flip: np.ndarray) -> list[np.ndarray]:
@@ -147,19 +231,26 @@ def make_views(
     *,
     dtype: Any = None,
     channels_last: bool = False,
+    interleaved: bool | None = None,
 ) -> list[Any]:
     """Inside a pipeline with enable_conditionals=True: decoded images → one output per view.
 
     images: uint8 HWC RGB, a DataNode on `device` ("cpu" or "gpu").
-    nodes: the CPU DataNodes of the views' parameters, len(PARAM_NAMES) per view, in that order.
+    nodes: the CPU DataNodes of the views' parameters, one per `param_names` for each view.
     dtype: types.FLOAT (default) or types.FLOAT16.
+    interleaved: keep the channels of a pixel together during the jitter. Default: on a GPU.
     The outputs are [3, size, size], or [size, size, 3] with channels_last.
     """
-    count = len(PARAM_NAMES)
+    names = param_names(aug)
+    colors = (
+        _Interleaved(device)
+        if interleaved or (interleaved is None and device == "gpu")
+        else _Planes()
+    )
     outputs = []
-    for first in range(0, len(nodes), count):
-        params = {name: nodes[first + i] for i, name in enumerate(PARAM_NAMES)}
-        outputs.append(_make_view(images, params, aug, device, dtype, channels_last))
+    for first in range(0, len(nodes), len(names)):
+        params = {name: nodes[first + i] for i, name in enumerate(names)}
+        outputs.append(_make_view(images, params, aug, device, colors, dtype, channels_last))
     return outputs
 
 
@@ -168,7 +259,8 @@ def make_crops(images: Any, nodes: list[Any], aug: Augmentation, device: str) ->
 
     nodes: the CPU DataNodes of the views' crops, len(CROP_NAMES) per view, in that order.
     """
-    fn, types = _dali("fn"), _dali("types")
+    from nvidia.dali import fn, types
+
     count = len(CROP_NAMES)
     crops = []
     for first in range(0, len(nodes), count):
@@ -179,57 +271,77 @@ def make_crops(images: Any, nodes: list[Any], aug: Augmentation, device: str) ->
 
 
 def _make_view(
-    images: Any, p: dict[str, Any], aug: Augmentation, device: str, dtype: Any, channels_last: bool
+    images: Any,
+    p: dict[str, Any],
+    aug: Augmentation,
+    device: str,
+    colors: "_Interleaved | _Planes",
+    dtype: Any,
+    channels_last: bool,
 ) -> Any:
-    fn, types = _dali("fn"), _dali("types")
+    from nvidia.dali import fn, types
 
     def local(name: str) -> Any:
         return p[name].gpu() if device == "gpu" else p[name]
 
     x, gain = _crop(images, p, aug, device)
-    # One plane per channel: DALI's arithmetic is slow where it reduces over channels.
-    planes = fn.transpose(x * (gain * (1 / 255)), perm=[2, 0, 1], transpose_layout=False)
-    r, g, b = (fn.reshape(planes[channel], layout="HW") for channel in range(3))
-    # Otherwise the first step to come sees the bicubic overshoot.
-    clipped = aug.spec == "torchvision"
-    if clipped:
-        r, g, b = _clip(r), _clip(g), _clip(b)
+    x = colors.split(x * gain)
+    if aug.spec == "torchvision":
+        x = colors.clip(x)
     # Nested: the outer condition is Python's, the inner one the graph's, per sample.
-    if aug.p_jitter > 0:  # noqa: SIM102
-        if p["jitter"]:
-            for k in range(4):
-                r, g, b = _jitter_step(r, g, b, p[f"step{k}"], local, aug, clipped or k > 0)
+    if aug.p_jitter > 0:
+        for i, kind in enumerate(_SLOTS[aug.spec]):
+            if p[f"used{i}"]:
+                if kind == "hsv":
+                    saturation = local(f"saturation{i}") if aug.spec == "simclr" else None
+                    limit = local(f"limit{i}") if i == 0 else None
+                    x = colors.hsv(x, local(f"turn{i}"), saturation, limit)
+                    # The first slot of "simclr" sees bicubic overshoot.
+                    if i == 0:
+                        x = colors.clip(x)
+                else:
+                    if aug.spec == "simclr":
+                        pivot = colors.mean(x)
+                    elif p[f"luma{i}"]:
+                        pivot = colors.luma(x)
+                    else:
+                        pivot = colors.mean_luma(x)
+                    added = local(f"added{i}") if aug.brightness == "additive" else None
+                    x = colors.linear(x, local(f"factor{i}"), pivot, local(f"weight{i}"), added)
     if aug.p_gray > 0:  # noqa: SIM102
         if p["gray"]:
-            y = _luma(r, g, b)
-            r, g, b = y, y, y
-    if not clipped:  # noqa: SIM102
-        if not p["jitter"]:
-            r, g, b = _clip(r), _clip(g), _clip(b)
-    x = fn.stack(r, g, b, axis_name="C")
-    pad = aug.blur_radius if aug.spec == "simclr" else 0
+            x = colors.luma(x)
+    if aug.spec == "simclr":
+        # The bicubic overshoot of views without jitter.
+        x = colors.clip(x)
+    x = colors.join(x)
+    planar = isinstance(colors, _Planes)
     if aug.p_blur > 0 and aug.blur_radius > 0:  # noqa: SIM102
         if p["blur"]:
-            x = fn.crop_mirror_normalize(
-                x,
-                crop=[aug.size + 2 * pad] * 2,
-                out_of_bounds_policy="pad",
-                dtype=types.FLOAT,
-                output_layout="HWC",
-            )
-            # On three planes it takes a third longer.
+            pad = aug.blur_radius if aug.spec == "simclr" else 0
+            if pad or planar:
+                # On three planes the blur takes a third longer.
+                x = fn.crop_mirror_normalize(
+                    x,
+                    crop=[aug.size + 2 * pad] * 2,
+                    out_of_bounds_policy="pad",
+                    dtype=types.FLOAT,
+                    output_layout="HWC",
+                )
             x = fn.gaussian_blur(x, sigma=p["sigma"], window_size=p["window"])
-            x = fn.crop_mirror_normalize(
-                x, crop=[aug.size] * 2, dtype=types.FLOAT, output_layout="CHW"
-            )
+            if planar:
+                x = fn.crop_mirror_normalize(
+                    x, crop=[aug.size] * 2, dtype=types.FLOAT, output_layout="CHW"
+                )
     dtype = types.FLOAT if dtype is None else dtype
-    if aug.mean is None and dtype == types.FLOAT and not channels_last:
+    if planar and aug.mean is None and dtype == types.FLOAT and not channels_last:
         return x
-    mean, std = aug.mean or (0.0,) * 3, aug.std or (1.0,) * 3
+    # Cuts off the blur's margin, too.
     return fn.crop_mirror_normalize(
         x,
-        mean=list(mean),
-        std=list(std),
+        crop=[aug.size] * 2,
+        mean=list(aug.mean or (0.0,) * 3),
+        std=list(aug.std or (1.0,) * 3),
         dtype=dtype,
         output_layout="HWC" if channels_last else "CHW",
     )
@@ -237,7 +349,8 @@ def _make_view(
 
 def _crop(images: Any, p: dict[str, Any], aug: Augmentation, device: str) -> tuple[Any, Any]:
     """The box, resized: float32 [size, size, 3], and what to multiply by: [size, size, 1]."""
-    fn, types = _dali("fn"), _dali("types")
+    from nvidia.dali import fn, types
+
     row_gain, column_gain = (
         p[name].gpu() if device == "gpu" else p[name] for name in ("row_gain", "column_gain")
     )
@@ -263,95 +376,174 @@ def _crop(images: Any, p: dict[str, Any], aug: Augmentation, device: str) -> tup
     return x, row_gain * column_gain
 
 
-def _at_most_one(x: Any) -> Any:
-    return _dali("math").min(x, 1.0)
+class _Interleaved:
+    """Colours as one float32 [size, size, 3]: few operators, each over all channels."""
+
+    def __init__(self, device: str) -> None:
+        from nvidia.dali import types
+
+        def channels(values: list[Any], dtype: Any) -> Any:
+            return types.Constant(values, dtype=dtype, shape=[1, 1, 3], device=device)
+
+        # Green follows red by a third of a turn, and blue by two.
+        self.behind_red = channels([0, 4 * _HUE_NUMBERS, 2 * _HUE_NUMBERS], types.UINT16)
+        self.hue_by_angle, self.red_by_hue = _hue_by_angle(), _red_by_hue()
+
+    def split(self, x: Any) -> Any:
+        return x
+
+    def join(self, x: Any) -> Any:
+        return x
+
+    def clip(self, x: Any) -> Any:
+        from nvidia.dali import math
+
+        return math.clamp(x, 0.0, 1.0)
+
+    def mean(self, x: Any) -> Any:
+        from nvidia.dali import fn
+
+        return fn.reductions.mean(x, axes=[0, 1], keep_dims=True)
+
+    def mean_luma(self, x: Any) -> Any:
+        return self.luma(self.mean(x))
+
+    def luma(self, x: Any) -> Any:
+        from nvidia.dali import fn
+
+        return fn.coord_transform(x, M=_LUMA * 3)
+
+    def linear(self, x: Any, factor: Any, pivot: Any, weight: Any, added: Any) -> Any:
+        rest = pivot * weight
+        if added is not None:
+            rest = rest + added
+        return self.clip(x * factor + rest)
+
+    def hsv(self, x: Any, turn: Any, saturation: Any, limit: Any) -> Any:
+        """Turn the hue, and scale HSV's saturation.
+
+        The hue is found by the angle of the colour around the gray axis, of which it is a function:
+        a table, in place of a branch on the largest channel. Each channel is the least one plus a
+        share of the chroma, which depends on the hue alone: another table.
+        """
+        from nvidia.dali import fn, math, types
+
+        top = fn.reductions.max(x, axes=[2], keep_dims=True)
+        chroma = top - fn.reductions.min(x, axes=[2], keep_dims=True)
+        red = fn.coord_transform(x, M=[1.0, -0.5, -0.5])
+        green = fn.coord_transform(x, M=[0.0, 0.75**0.5, -(0.75**0.5)])
+        angle = math.atan2(green, red) * (32767 / np.pi) + 32768.0
+        hue = fn.lookup_table(
+            fn.cast(angle, dtype=types.UINT16),
+            keys=_KEYS,
+            values=self.hue_by_angle,
+            dtype=types.UINT16,
+        )
+        hues = hue + (fn.cast(turn, dtype=types.UINT16) + self.behind_red)
+        share = fn.lookup_table(hues, keys=_KEYS, values=self.red_by_hue, dtype=types.FLOAT)
+        if saturation is not None:
+            # The saturation of HSV is chroma / top and at most 1.
+            most = top if limit is None else top + limit
+            chroma = math.min(chroma * saturation, most)
+        return chroma * share + (top - chroma)
+
+
+def _hue_by_angle() -> list[float]:
+    """The number of the hue by that of the angle, in which 32768 is red."""
+    angle = (np.arange(65536) - 32768) * (np.pi / 32767)
+    red, green = np.cos(angle), np.sin(angle) / 3**0.5
+    r, g, b = 2 / 3 * red, green - red / 3, -green - red / 3
+    top = np.maximum(np.maximum(r, g), b)
+    chroma = top - np.minimum(np.minimum(r, g), b)
+    hue = np.where(top == r, g - b, np.where(top == g, 2 * chroma + b - r, 4 * chroma + r - g))
+    numbers: list[float] = np.rint(hue / chroma % 6 * _HUE_NUMBERS).tolist()
+    return numbers
+
+
+def _red_by_hue() -> list[float]:
+    """Red's share of the chroma above the least channel, by the number of the hue."""
+    shares: list[float] = np.clip(
+        np.abs(np.arange(65536) / _HUE_NUMBERS % 6 - 3) - 1, 0, 1
+    ).tolist()
+    return shares
+
+
+class _Planes:
+    """Colours as three float32 [size, size]: each operator is fast on the CPU."""
+
+    def split(self, x: Any) -> tuple[Any, Any, Any]:
+        from nvidia.dali import fn
+
+        planes = fn.transpose(x, perm=[2, 0, 1], transpose_layout=False)
+        r, g, b = (fn.reshape(planes[channel], layout="HW") for channel in range(3))
+        return r, g, b
+
+    def join(self, x: tuple[Any, Any, Any]) -> Any:
+        from nvidia.dali import fn
+
+        return fn.stack(*x, axis_name="C")
+
+    def clip(self, x: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        r, g, b = x
+        return _clip(r), _clip(g), _clip(b)
+
+    def mean(self, x: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        from nvidia.dali import fn
+
+        r, g, b = (fn.reductions.mean(plane, keep_dims=True) for plane in x)
+        return r, g, b
+
+    def mean_luma(self, x: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        # Whole planes: DALI mistakes a batch of some [1, 1] and some [size, size] for all [1, 1].
+        y = self.luma(self.mean(x))[0] + 0.0 * x[0]
+        return y, y, y
+
+    def luma(self, x: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        r, g, b = x
+        y = _LUMA[0] * r + _LUMA[1] * g + _LUMA[2] * b
+        return y, y, y
+
+    def linear(
+        self, x: tuple[Any, Any, Any], factor: Any, pivot: Any, weight: Any, added: Any
+    ) -> tuple[Any, Any, Any]:
+        r, g, b = (channel * factor for channel in x)
+        rest_r, rest_g, rest_b = (channel * weight for channel in pivot)
+        if added is not None:
+            rest_r, rest_g, rest_b = rest_r + added, rest_g + added, rest_b + added
+        return _clip(r + rest_r), _clip(g + rest_g), _clip(b + rest_b)
+
+    def hsv(
+        self, x: tuple[Any, Any, Any], turn: Any, saturation: Any, limit: Any
+    ) -> tuple[Any, Any, Any]:
+        """As `_Interleaved.hsv`.
+
+        The hue in sixths is |k + (middle - low) / chroma|, with k by which channel is the largest.
+        """
+        from nvidia.dali import math
+
+        r, g, b = x
+        swapped = g < b
+        high, low = math.max(g, b), math.min(g, b)
+        k = -6.0 * swapped
+        below = r < high
+        top, middle = math.max(r, high), math.min(r, high)
+        k = k + below * (-2.0 - 2.0 * k)
+        chroma = top - math.min(middle, low)
+        h = math.fabs(k + (middle - low) / math.max(chroma, 1e-30)) + turn * (1 / _HUE_NUMBERS)
+        h = h - 6.0 * (h >= 6.0)
+        if saturation is not None:
+            most = top if limit is None else top + limit
+            chroma = math.min(chroma * saturation, most)
+        least = top - chroma
+        return (
+            least + chroma * _clip(math.fabs(h - 3.0) - 1.0),
+            least + chroma * _clip(2.0 - math.fabs(h - 2.0)),
+            least + chroma * _clip(2.0 - math.fabs(h - 4.0)),
+        )
 
 
 def _clip(x: Any) -> Any:
-    math = _dali("math")
-    # math.clamp is three times as slow.
-    return math.max(_at_most_one(x), 0.0)
+    from nvidia.dali import math
 
-
-def _luma(r: Any, g: Any, b: Any) -> Any:
-    return _LUMA[0] * r + _LUMA[1] * g + _LUMA[2] * b
-
-
-def _jitter_step(
-    r: Any, g: Any, b: Any, step: Any, local: Any, aug: Augmentation, clipped: bool
-) -> Any:
-    """Jitter step number `step`, per sample, of float32 [size, size] each.
-
-    clipped: the input lies in [0, 1]; then hue and HSV saturation do not leave it.
-    """
-    if step == 0:
-        f = local("brightness")
-        # Factors are at least 0.
-        below = _at_most_one if clipped else _clip
-        if aug.brightness == "additive":
-            r, g, b = _clip(r + f), _clip(g + f), _clip(b + f)
-        else:
-            r, g, b = (below(x * f) for x in (r, g, b))
-    elif step == 1:
-        r, g, b = _contrast(r, g, b, local("contrast"), aug)
-    elif step == 2:
-        r, g, b = _saturate(r, g, b, local("saturation"), aug, clipped)
-    else:
-        r, g, b = _rotate_hue(r, g, b, local("hue"))
-        if not clipped:
-            r, g, b = _clip(r), _clip(g), _clip(b)
-    return r, g, b
-
-
-def _contrast(r: Any, g: Any, b: Any, f: Any, aug: Augmentation) -> Any:
-    fn = _dali("fn")
-    mean_r, mean_g, mean_b = (fn.reductions.mean(x, keep_dims=True) for x in (r, g, b))
-    if aug.spec == "torchvision":
-        mean_r = _luma(mean_r, mean_g, mean_b)
-        mean_g = mean_b = mean_r
-    rest = 1 - f
-    return _clip(r * f + mean_r * rest), _clip(g * f + mean_g * rest), _clip(b * f + mean_b * rest)
-
-
-def _saturate(r: Any, g: Any, b: Any, f: Any, aug: Augmentation, clipped: bool) -> Any:
-    math = _dali("math")
-    if aug.spec == "torchvision":
-        rest = _luma(r, g, b) * (1 - f)
-        return _clip(r * f + rest), _clip(g * f + rest), _clip(b * f + rest)
-    # Scaling HSV S moves each channel towards the largest, V, by at most V / chroma.
-    top = math.max(math.max(r, g), b)
-    chroma = top - math.min(math.min(r, g), b)
-    factor = math.min(top / math.max(chroma, 1e-30), f)
-    if not clipped:
-        factor = math.max(factor, 0.0)
-    rest = top - top * factor
-    r, g, b = rest + r * factor, rest + g * factor, rest + b * factor
-    return (r, g, b) if clipped else (_clip(r), _clip(g), _clip(b))
-
-
-def _rotate_hue(r: Any, g: Any, b: Any, turns: Any) -> Any:
-    """HSV hue + turns.
-
-    The hue in sixths is |k + (middle - low) / chroma| with k by which channel is the largest;
-    then each channel is low + chroma·clamp(its piecewise linear function of the hue, 0, 1).
-    """
-    math = _dali("math")
-    swapped = g < b
-    high, low = math.max(g, b), math.min(g, b)
-    k = -6.0 * swapped
-    below = r < high
-    top, middle = math.max(r, high), math.min(r, high)
-    k = k + below * (-2.0 - 2.0 * k)
-    bottom = math.min(middle, low)
-    chroma = top - bottom
-    h = math.fabs(k + (middle - low) / math.max(chroma, 1e-30)) + 6.0 * (turns - math.floor(turns))
-    h = h - 6.0 * (h >= 6.0)
-    return (
-        bottom + chroma * _clip(math.fabs(h - 3.0) - 1.0),
-        bottom + chroma * _clip(2.0 - math.fabs(h - 2.0)),
-        bottom + chroma * _clip(2.0 - math.fabs(h - 4.0)),
-    )
-
-
-def _dali(name: str) -> ModuleType:
-    return getattr(need("nvidia.dali"), name)
+    # math.clamp is three times as slow on the CPU.
+    return math.max(math.min(x, 1.0), 0.0)

@@ -196,13 +196,14 @@ class DaliViews(DaliRunner):
     def view_types(self) -> list[Any]:
         from simclr_fast.augment.dali import param_types
 
-        return param_types()
+        return param_types(self.augmentation)
 
     def graph(self, pixels: Any, nodes: list[Any], device: str) -> list[Any]:
         """Decoded pixels and the nodes of `view_feeds` → the pipeline's outputs."""
+        from nvidia.dali import types
+
         from simclr_fast.augment.dali import make_views
 
-        types = import_dali().types
         return make_views(
             pixels,
             nodes,
@@ -290,7 +291,8 @@ class DaliCrops(DaliViews):
         from simclr_fast.augment.dali import CROP_NAMES, param_types
 
         types = import_dali().types
-        return [*param_types()[: len(CROP_NAMES)], types.INT32, types.FLOAT]
+        crop_types = param_types(self.augmentation)[: len(CROP_NAMES)]
+        return [*crop_types, types.INT32, types.FLOAT]
 
     def graph(self, pixels: Any, nodes: list[Any], device: str) -> list[Any]:
         from simclr_fast.augment.dali import make_crops
