@@ -5,8 +5,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,8 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
         caught = stack.enter_context(catch_signals())
         stack.enter_context(planner.out_of_memory(work, memory, where))
         model.train()
-        batches = endless(loader)
+        # Closed also after an error: a thread may be making the next batch.
+        batches = stack.enter_context(closing(endless(loader)))
         saved_at = time.monotonic()
         while step < total_steps:
             world.mark(step + 1, "loading its batch")
@@ -165,10 +166,14 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
             log.warning("%d corrupt images were replaced by others", len(loader.skipped))
         if world.rank == 0:
             checkpoint.save_encoder(out / "encoder.safetensors", model.encoder, describe(config))
+        if caught:
+            # In the last step. What would follow, such as a report, is not begun.
+            world.leave()
+            raise Interrupted(caught[0], out)
     return out
 
 
-def endless(loader: TwoViewLoader | OneViewLoader) -> Iterator[tuple[Tensor, ...]]:
+def endless(loader: TwoViewLoader | OneViewLoader) -> Generator[tuple[Tensor, ...]]:
     """The batches of one epoch after the other."""
     while True:
         yield from loader

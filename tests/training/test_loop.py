@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +21,7 @@ from simclr_fast.training.config import PRESETS
 from simclr_fast.training.pretrain import pretrain
 from simclr_fast.utils.checkpoint import checkpoints, load_checkpoint
 from simclr_fast.utils.distributed import World
+from simclr_fast.utils.interrupts import Interrupted
 from simclr_fast.utils.locks import locked
 
 CPU = torch.device("cpu")
@@ -118,6 +121,40 @@ def test_a_resumed_run_takes_this_runs_settings_and_says_so(config, caplog):
     rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
     expected = [0.5 * (1 + np.cos(np.pi * (row["step"] - 1) / 6)) / 2 for row in rows[-2:]]
     assert [row["lr"] for row in rows[-2:]] == pytest.approx(expected)
+
+
+def test_a_signal_in_the_last_step(config, monkeypatch):
+    """The run is whole, and what would follow it is not begun."""
+
+    def terminated(model, outputs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return outputs
+
+    poison(monkeypatch, 6, terminated)
+    with pytest.raises(Interrupted, match="go on with --resume"):
+        pretrain(config)
+    assert last_step(config.out) == 6
+    assert (config.out / "encoder.safetensors").exists()
+    assert pretrain(replace(config, resume=True)) == config.out
+
+
+def test_a_failing_run_lets_go_of_its_loader(config, monkeypatch):
+    """Its threads and buffers would live as long as somebody looks at the error."""
+    closed = []
+
+    def batches(self):
+        try:
+            yield from real(self)
+        finally:
+            closed.append(1)
+
+    real = module.TwoViewLoader.__iter__
+    monkeypatch.setattr(module.TwoViewLoader, "__iter__", batches)
+    poison(monkeypatch, 2, lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as caught:
+        pretrain(config)
+    assert caught.traceback
+    assert closed == [1]
 
 
 def test_overwrite_deletes_all_but_the_lock(config):
