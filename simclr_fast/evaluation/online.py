@@ -18,6 +18,7 @@ from torch import Tensor
 
 from simclr_fast.evaluation.accuracy import true_class_rank
 from simclr_fast.evaluation.knn import TAU, votes
+from simclr_fast.utils.lines import keep_until
 
 log = logging.getLogger(__name__)
 _K, _BANK, _QUERIES = 20, 4096, 512
@@ -52,9 +53,7 @@ class OnlineProbe:
 
     def open(self, path: Path, step: int) -> None:
         """Report to `path`, JSON lines; those after `step`, which come again, are dropped."""
-        old = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in old if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept))
+        keep_until(path, step)
         self.path = path
 
     def take(self, h: Tensor) -> None:

@@ -14,67 +14,78 @@ class PretrainConfig:
     """One run. The defaults are the paper's ImageNet recipe (arXiv:2002.05709, section 2.2)."""
 
     data: str = "demo"
-    """A folder, a .tar/.tfrecord/.rec file, "demo" (embedded), "demo-grain", or NAME:ROOT, where
-    torchvision's cifar10, stl10, food101, ... is."""
+    """Images: a folder, a .tar, .tfrecord or .rec file, "demo" or "demo-grain" (embedded), or
+    NAME:ROOT for torchvision's data set NAME (cifar10, stl10, food101, ...) in the folder ROOT."""
     out: Path | None = None
-    """Output folder; by default runs/NAME-DATE."""
+    """Output folder. By default runs/NAME-DATE."""
     model: str = "resnet50"
     """A torchvision or timm model."""
     width: float = 1.0
-    """Channel multiplier of ResNets: 1, 2, 4 in the paper."""
+    """Channel multiplier of ResNets. The paper uses 1, 2 and 4."""
     stem: Literal["imagenet", "cifar", "cifar-stride2"] | None = None
-    """First layers of ResNets; by default by the image size."""
+    """First layers of ResNets. By default chosen by the image size."""
     projector: Literal["nonlinear", "linear", "none"] = "nonlinear"
+    """The head between encoder and loss."""
     projector_dim: int = 128
+    """Width of the projector's output."""
     projector_depth: int = 2
-    """2: SimCLR, 3: SimCLR v2."""
+    """Layers of the nonlinear projector. SimCLR: 2, SimCLR v2: 3."""
     augmentation: Augmentation = field(default_factory=Augmentation)
     batch_size: int = 4096
-    """Images per step over all ranks."""
+    """Images per step, over all ranks."""
     epochs: int = 100
+    """Passes over the images."""
     steps: int | None = None
-    """Steps instead of epochs."""
+    """Steps; if given, it replaces epochs."""
     temperature: float = 0.1
+    """Temperature of the NT-Xent loss."""
     optimizer: Literal["lars", "adam"] = "lars"
+    """LARS is the paper's. Adam is for small runs."""
     lr: float | None = None
-    """Peak learning rate; by default lr_rule's for LARS, 2e-3 for Adam."""
+    """Peak learning rate. By default that of lr_rule for LARS, and 0.002 for Adam."""
     lr_rule: Literal["linear", "sqrt"] = "linear"
-    """LARS: 0.3 × batch / 256, or 0.075 × √batch."""
+    """Peak learning rate of LARS. linear: 0.3 × batch / 256. sqrt: 0.075 × √batch."""
     weight_decay: float = 1e-6
+    """Of all weights but biases and norm layers."""
     warmup_epochs: float = 10
+    """Epochs in which the learning rate rises to its peak."""
     seed: int = 0
+    """Decides the first weights, the order of the images and their views."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps. auto: a GPU if torch sees one, else the CPU."""
     backend: Literal["fused", "dali"] | None = None
+    """What makes the views. By default what fits the device and the data."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto: autocast on GPUs, bfloat16 where they compute in it, else float16 with a scaled loss;
-    float32 on the CPU."""
+    """auto: on the CPU float32; on GPUs bfloat16 autocast where they compute in it, else float16
+    autocast with a scaled loss."""
     memory: Literal["auto", "plain", "replay", "lockstep", "grad-cache"] = "auto"
     """How the batch's gradient is made to fit; see simclr_fast.large_batch.LargeBatch. auto: the
     first that `simclr-fast plan` predicts to fit."""
     micro_batch: int | None = None
-    """Views at a time in lockstep and grad-cache, per rank; by default 256."""
+    """Views at a time in lockstep and grad-cache, per rank. By default 256."""
     offload_gb: float = 0
-    """Host memory per rank for lockstep's block inputs, GB."""
+    """Host memory per rank for lockstep's block inputs, in GB."""
     keep_every: int = 1
-    """Lockstep keeps the input of every so many-th block."""
+    """Lockstep keeps the input of every k-th block and recomputes the others."""
     compile: bool = False
     """Lockstep runs what lies between batch norms and convolutions through torch.compile."""
     allow_ghost_bn: bool = False
-    """Let grad-cache run with batch norms, whose statistics are then a micro-batch's own."""
+    """Let grad-cache run with batch norms. Their statistics are then those of a micro-batch."""
     channels_last: bool = True
+    """Memory format of views and weights; faster for convolutions."""
     on_error: Literal["raise", "skip"] = "raise"
-    """What a corrupt image does: end the run with its name, or be replaced and counted."""
+    """What to do about a corrupt image. raise: end the run with its name. skip: use another."""
     workers: int | None = None
-    """Threads that decode; by default the cores, at most 8."""
+    """Threads that decode images. By default the number of cores, at most 8."""
     log_every: int = 20
+    """Steps between lines of metrics.jsonl."""
     probe_every: int | None = None
-    """Steps between reports of a linear and a k-NN probe on the features of the run's own steps;
-    needs labels, which train only the probe."""
+    """Steps between reports of a linear and a k-NN probe on the features of the run's own steps.
+    Needs labels; they train only the probe."""
     checkpoint_every: int = 500
-    """Steps between checkpoints; the newest two are kept."""
+    """Steps between checkpoints. The newest two are kept."""
     checkpoint_minutes: float = 15
-    """A checkpoint is also written when the last one is older than this many minutes."""
+    """Minutes after which a checkpoint is written even if checkpoint_every is not reached."""
     timeout: float = 600
     """Seconds without progress after which a run of several ranks ends and names who stalled."""
     resume: bool = False

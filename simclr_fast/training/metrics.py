@@ -12,6 +12,7 @@ from torch import Tensor
 
 from simclr_fast.training.config import PretrainConfig
 from simclr_fast.utils.extras import need
+from simclr_fast.utils.lines import keep_until
 
 log = logging.getLogger(__name__)
 # Percent of the time spent waiting for data above which a run says what to try.
@@ -36,10 +37,7 @@ class Metrics:
         self._advised = False
 
     def __enter__(self) -> "Metrics":
-        # A resumed run repeats the steps after its checkpoint, and their lines.
-        old = self.path.read_text().splitlines() if self.first and self.path.exists() else []
-        kept = [line for line in old if json.loads(line)["step"] <= self.first]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        keep_until(self.path, self.first)
         self._file = self.path.open("a")
         images = self.config.batch_size
         self._bar: Any = need("tqdm").tqdm(

@@ -1,0 +1,23 @@
+"""Logs of a run as JSON lines, which a resumed run goes on with."""
+
+import json
+from pathlib import Path
+
+from simclr_fast.utils.checkpoint import write_atomic
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the lines of `path` after `step`, which come again; a missing file becomes empty.
+
+    What a killed process left half written is dropped as well.
+    """
+    old = path.read_text(errors="replace").splitlines() if path.exists() else []
+    kept = "".join(line + "\n" for line in old if _step(line) <= step)
+    write_atomic(path, lambda part: part.write_text(kept))
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return float("inf")
