@@ -94,17 +94,21 @@ class PretrainConfig:
     """Delete what `out` holds."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "log_every", "checkpoint_every", "projector_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}")
-        if self.offload_gb < 0:
-            raise ValueError(f"offload_gb must be at least 0, got {self.offload_gb}")
-        if self.keep_every < 1:
-            raise ValueError(f"keep_every must be at least 1, got {self.keep_every}")
+        for name in (
+            *("batch_size", "epochs", "steps", "projector_dim", "projector_depth", "keep_every"),
+            *("micro_batch", "workers", "log_every", "probe_every", "checkpoint_every"),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        # Written so that NaN is refused as well.
+        for name in ("width", "temperature", "lr", "checkpoint_minutes", "timeout"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name in ("weight_decay", "warmup_epochs", "offload_gb"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name, given, modes in (
             ("micro_batch", self.micro_batch is not None, ("auto", "lockstep", "grad-cache")),
             ("offload_gb", self.offload_gb > 0, ("lockstep",)),
@@ -114,18 +118,6 @@ class PretrainConfig:
         ):
             if given and self.memory not in modes:
                 raise ValueError(f"{name} is for memory {' or '.join(modes)}, got {self.memory!r}")
-        if self.probe_every is not None and self.probe_every < 1:
-            raise ValueError(f"probe_every must be at least 1, got {self.probe_every}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
-        if self.lr is not None and self.lr <= 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
-        if self.checkpoint_minutes <= 0:
-            raise ValueError(f"checkpoint_minutes must be positive, got {self.checkpoint_minutes}")
-        if self.timeout <= 0:
-            raise ValueError(f"timeout must be positive, got {self.timeout}")
-        if self.warmup_epochs < 0:
-            raise ValueError(f"warmup_epochs must be at least 0, got {self.warmup_epochs}")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other")
 

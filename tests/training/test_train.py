@@ -214,7 +214,16 @@ def test_presets_and_options():
     assert parse("--augmentation.p-jitter", "0").augmentation.p_jitter == 0
 
 
-@pytest.mark.parametrize("field", ["batch_size", "epochs", "temperature", "lr", "steps"])
+NUMBERS = [
+    *("width", "projector_dim", "projector_depth", "batch_size", "epochs", "steps", "temperature"),
+    *("lr", "weight_decay", "warmup_epochs", "micro_batch", "offload_gb", "keep_every", "workers"),
+    *("log_every", "probe_every", "checkpoint_every", "checkpoint_minutes", "timeout"),
+]
+
+
+@pytest.mark.parametrize("field", NUMBERS)
 def test_bad_configuration(field):
-    with pytest.raises(ValueError, match=field):
-        PretrainConfig(**{field: -1})
+    is_float = "float" in str(PretrainConfig.__annotations__[field])
+    for bad in (-1, float("nan") if is_float else 0):
+        with pytest.raises(ValueError, match=f"{field} must be .*, got {bad}"):
+            PretrainConfig(**{field: bad})
