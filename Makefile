@@ -9,7 +9,7 @@ RUN := .venv/bin/python
 PIP := $(RUN) -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
 
-.PHONY: install pretrain test test-slow test-gpu-static test-sanitize lint docs bench clean
+.PHONY: install pretrain test test-slow test-gpu-static test-sanitize gpu lint docs bench clean
 
 install: .venv/.installed
 
@@ -49,6 +49,13 @@ test-gpu-static: install .venv/triton-$(OLDEST_TRITON)
 # tens of minutes.
 test-sanitize: install
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal -m sanitize --timeout=1200 $(ARGS)
+
+# Every check on this machine's GPU, and a report of it: under ten minutes, without network. Takes
+# .venv if there is one, else $(PYTHON) with its packages, and builds the extension if it is missing.
+GPU_PYTHON := $(or $(wildcard $(RUN)),$(PYTHON))
+gpu:
+	$(if $(wildcard simclr_fast/_C*.so),,$(GPU_PYTHON) setup.py -q build_ext --inplace)
+	$(GPU_PYTHON) -m simclr_fast selfcheck --device cuda --full $(ARGS)
 
 lint: install
 	$(RUN) -m ruff check .

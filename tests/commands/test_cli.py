@@ -86,7 +86,7 @@ def test_help_shows_every_option_of_a_run(command, capsys):
 PROTOCOLS = [f"eval {name}" for name in ("linear", "knn", "finetune", "layers", "embed")]
 
 
-@pytest.mark.parametrize("command", [*sorted(COMMANDS.keys() - {"eval", "selfcheck"}), *PROTOCOLS])
+@pytest.mark.parametrize("command", [*sorted(COMMANDS.keys() - {"eval"}), *PROTOCOLS])
 def test_every_option_has_a_sentence_of_help(command, capsys):
     """Those of pretrain are another module's."""
     name, *protocol = command.split()

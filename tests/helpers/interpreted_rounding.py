@@ -15,7 +15,7 @@ from pretended_driver import cuda_route
 from tensor_core_rounding import tensor_core_dot, tensor_cores
 
 from simclr_fast import reference
-from simclr_fast.commands import selfcheck
+from simclr_fast.commands import checks
 from simclr_fast.losses.nt_xent import nt_xent_loss
 from simclr_fast.losses.sup_con import sup_con_loss
 
@@ -121,8 +121,15 @@ def test_supervised_loss_and_gradient(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_self_checks_tolerances_hold(dtype, monkeypatch):
     # Fewer pairs than on a machine: the interpreter is slow.
-    monkeypatch.setattr(selfcheck, "_PAIRS", 101)
-    assert "gradient by" in selfcheck._nt_xent(torch.device("cpu"), dtype)
+    monkeypatch.setattr(checks, "_PAIRS", 57)
+    device = torch.device("cpu")
+    assert "gradient by" in checks.nt_xent(device, dtype)
+    assert "gradient by" in checks.supervised(device, dtype)
+    if dtype != torch.float16:
+        assert "6 statistics" in checks.statistics(device, dtype)
+    if dtype == torch.float32:
+        assert "gradient by" in checks.decoupled(device)
+        assert "gradient is off by" in checks.learnable_temperature(device)
 
 
 # The net itself.

@@ -1,0 +1,705 @@
+"""The checks of `simclr-fast selfcheck`, in the order in which they run.
+
+A check takes a device. It returns what the report says of it, as `Measured` where there are numbers
+to keep, raises Skip where it does not apply, and raises anything else where it fails. Wanted values
+come from `simclr_fast.reference` in float64.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import math
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import simclr_fast
+from simclr_fast import ops, reference
+from simclr_fast.augment.params import Augmentation, draw_params
+from simclr_fast.augment.views import apply_views
+from simclr_fast.data.loader import TwoViewLoader
+from simclr_fast.losses.nt_xent import nt_xent_loss
+from simclr_fast.losses.sup_con import sup_con_loss
+from simclr_fast.optim.lars import LARS
+from simclr_fast.training.config import PRESETS, PretrainConfig
+from simclr_fast.training.pretrain import pretrain
+from simclr_fast.utils.extras import explain, missing, require
+
+
+class Measured(NamedTuple):
+    """text: for the line of the report. data: for its JSON."""
+
+    text: str
+    data: Any
+
+
+Check = Callable[[torch.device], str | Measured]
+
+_PACKAGES = (
+    *("numpy", "torchvision", "triton", "nvidia-dali-cuda130", "nvidia-dali-cuda120"),
+    *("lightly", "timm", "pillow"),
+)
+_TEMPERATURE = 0.1
+# Rows and features that no tile divides.
+_PAIRS, _FEATURES = 333, 100
+# Numbers of features: each row of the GPU's launch table, and some that fill no block.
+_ALL_FEATURES = (16, 33, 64, 100, 128, 256, 300, 512, 1024, 2048)
+# 1 and 2 are special to the compiler, 16 and 32 to the tiles, 250 and 1000 divide into neither.
+_ALL_PAIRS = (1, 2, 3, 16, 32, 64, 250, 256, 1000)
+# Seconds that the tests and the benchmarks may take.
+_TESTS_LIMIT, _BENCH_LIMIT = 240, 240
+
+
+class Skip(Exception):
+    """The check does not apply here; the message says why."""
+
+
+def quick_checks() -> Iterator[tuple[str, Check]]:
+    """What runs in a minute on any machine: each part once."""
+    yield "versions", versions
+    yield "devices", devices
+    yield "native extension", extension
+    yield "kernels chosen", kernels_chosen
+    yield "CUDA kernels of LARS", cuda_lars
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        yield f"NT-Xent {_short(dtype)}", partial(nt_xent, dtype=dtype)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield f"NT-Xent statistics {_short(dtype)}", partial(statistics, dtype=dtype)
+        yield f"NT-Xent ties {_short(dtype)}", partial(ties, dtype=dtype)
+    yield "NT-Xent decoupled", decoupled
+    yield "NT-Xent learnable temperature", learnable_temperature
+    yield "NT-Xent repeats bit for bit", nt_xent_repeats
+    yield "NT-Xent in torch.compile", nt_xent_compiled
+    for dtype in (torch.float32, torch.bfloat16):
+        yield f"supervised loss {_short(dtype)}", partial(supervised, dtype=dtype)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield f"LARS {_short(dtype)}", partial(lars, dtype=dtype)
+    yield "LARS repeats bit for bit", lars_repeats
+    for spec in ("simclr", "torchvision"):
+        yield f"views, {spec}", partial(views, spec=spec)
+    yield "two streams", two_streams
+    yield "second GPU", second_gpu
+    yield "two-view loader on 8 images", loader
+    yield "two-view loader on an array", array_loader
+    yield "10 steps of pretraining", ten_steps
+
+
+def further_checks() -> Iterator[tuple[str, Check]]:
+    """What `--full` adds: every size, CUDA graphs, the tests, the full batch, the benchmarks."""
+    for dtype in (torch.float32, torch.bfloat16):
+        yield f"features 16 to 2048 {_short(dtype)}", partial(every_width, dtype=dtype)
+        yield f"batch sizes 1 to 1000 {_short(dtype)}", partial(every_batch_size, dtype=dtype)
+    yield "CUDA graph", cuda_graph
+    yield "20 steps at batch 4096", full_batch
+    yield "tests on the GPU", device_tests
+    yield "benchmarks", benchmarks
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _need_gpu(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise Skip("no GPU is checked")
+
+
+# What is here.
+
+
+def found_versions() -> dict[str, str]:
+    """Package → version, of this library and of what it uses."""
+    found = {"simclr_fast": simclr_fast.__version__, "python": platform.python_version()}
+    found["torch"] = torch.__version__
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def found_devices() -> dict[str, Any]:
+    """The machine and its GPUs."""
+    found: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        "rocm": torch.version.hip,
+        "driver": _driver(),
+        "gpus": [],
+    }
+    for index in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(index)
+        found["gpus"].append(
+            {
+                "name": about.name,
+                "architecture": f"sm_{about.major}{about.minor}",
+                "memory_gib": round(about.total_memory / 2**30, 1),
+                "multiprocessors": about.multi_processor_count,
+            }
+        )
+    return found
+
+
+def _driver() -> str | None:
+    path = Path("/proc/driver/nvidia/version")
+    return path.read_text().splitlines()[0].split("  ")[1].strip() if path.exists() else None
+
+
+def versions(_: torch.device) -> str:
+    return ", ".join(f"{name} {number}" for name, number in found_versions().items())
+
+
+def devices(device: torch.device) -> str:
+    found = found_devices()
+    parts = [f"{found['system']}, {found['threads']} threads"]
+    for index, gpu in enumerate(found["gpus"]):
+        memory = f"{gpu['memory_gib']:.0f} GiB"
+        parts.append(f"cuda:{index} {gpu['name']} {gpu['architecture']} {memory}")
+    if device.type == "cuda":
+        built = f"ROCm {found['rocm']}" if found["rocm"] else f"CUDA {found['cuda']}"
+        parts.append(f"{built}, driver {found['driver'] or 'unknown'}")
+    else:
+        parts.append("no GPU is checked")
+    return "; ".join(parts)
+
+
+def extension(_: torch.device) -> str:
+    if not ops.has_extension():
+        raise RuntimeError(f"not loaded: {ops.EXTENSION_ERROR}")
+    return f"instruction set {import_module('simclr_fast._C').instruction_set()}"
+
+
+def kernels_chosen(device: torch.device) -> str:
+    """Plain torch on a GPU is right and slow; the reason is what its owner can act on."""
+    reason = ops.why_plain(device)
+    if reason is not None:
+        raise Skip(f"plain torch computes here: {reason}")
+    return ops.implementation_for(device).value
+
+
+def cuda_lars(device: torch.device) -> str:
+    _need_gpu(device)
+    reason = ops.why_plain(device, on_cuda=ops.Implementation.CUDA)
+    if reason is not None:
+        raise Skip(f"plain torch computes LARS here: {reason}")
+    optimizer = LARS([nn.Parameter(torch.ones(8, device=device))], lr=0.1, fused=True)
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(8, device=device)
+    optimizer.step()
+    return "loaded"
+
+
+# The losses.
+
+
+def _pairs(dtype: torch.dtype, pairs: int = 0, features: int = 0, noise: float = 0.5) -> Tensor:
+    """Two views, [2N, D], view 1 first."""
+    shape = (pairs or _PAIRS, features or _FEATURES)
+    generator = torch.Generator().manual_seed(0)
+    z1 = torch.randn(shape, generator=generator)
+    z2 = z1 + noise * torch.randn(shape, generator=generator)
+    return torch.cat((z1, z2)).to(dtype)
+
+
+def _loss_and_gradient(loss: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
+    z = z.detach().requires_grad_()
+    value = loss(z)
+    # An upstream gradient other than one.
+    (gradient,) = torch.autograd.grad(1.7 * value, z)
+    return value.detach(), gradient
+
+
+def _fused(z: Tensor) -> Tensor:
+    return nt_xent_loss(z, temperature=_TEMPERATURE)
+
+
+def _plain(z: Tensor) -> Tensor:
+    return reference.nt_xent(z, None, _TEMPERATURE).mean()
+
+
+def _relative(actual: Tensor, wanted: Tensor) -> float:
+    difference = (actual.double().cpu() - wanted.double().cpu()).norm()
+    return (difference / wanted.double().norm().cpu().clamp_min(1e-30)).item()
+
+
+def _compare(
+    device: torch.device,
+    z: Tensor,
+    ours: Callable[[Tensor], Tensor],
+    plain: Callable[[Tensor], Tensor],
+) -> str:
+    """Our loss and gradient against plain torch in float64 on the CPU, and in z's dtype."""
+    loss, gradient = _loss_and_gradient(plain, z.double())
+    our_loss, our_gradient = _loss_and_gradient(ours, z.to(device))
+    _, plain_gradient = _loss_and_gradient(plain, z.to(device))
+    error, plain_error = _relative(our_gradient, gradient), _relative(plain_gradient, gradient)
+    loss_error = abs(our_loss.item() - loss.item()) / max(abs(loss.item()), 1e-30)
+    # float64's own reference is no more exact than it: the order of summation shows.
+    floor = torch.finfo(z.dtype).eps * (100 if z.dtype == torch.float64 else 1)
+    detail = (
+        f"loss off by {loss_error:.1e}, gradient by {error:.1e}; plain torch's by {plain_error:.1e}"
+    )
+    if not (error <= max(2 * plain_error, floor) and loss_error <= max(4 * floor, 1e-6)):
+        raise AssertionError(detail)
+    return detail
+
+
+def nt_xent(device: torch.device, dtype: torch.dtype) -> str:
+    return _compare(device, _pairs(dtype), _fused, _plain)
+
+
+def statistics(device: torch.device, dtype: torch.dtype) -> str:
+    z = _pairs(dtype, noise=2.0)
+    _, stats = nt_xent_loss(z.to(device), None, _TEMPERATURE, return_stats=True)
+    wanted = _exact_statistics(z.double())
+    # 16-bit rows are rounded to float16 before they are multiplied: 2⁻¹¹ of a logit. One row in
+    # each view may then win or lose by its rounding.
+    tolerance = (2e-6 if dtype == torch.float32 else 2e-4) / _TEMPERATURE
+    errors = {}
+    for name, exact in wanted.items():
+        value = getattr(stats, name).item()
+        allowed = tolerance * max(1.0, abs(exact))
+        if "accuracy" in name and dtype != torch.float32:
+            allowed = 1.01 / _PAIRS
+        errors[name] = abs(value - exact) / allowed
+        if not errors[name] <= 1:
+            raise AssertionError(f"{name} is {value:.6g}, should be {exact:.6g}")
+    return f"6 statistics, at most {max(errors.values()):.2g} of their tolerance off"
+
+
+def _exact_statistics(z: Tensor) -> dict[str, float]:
+    """`NTXentStats` by its definition, from z [2N, D] in float64."""
+    u = nn.functional.normalize(z, dim=1)
+    cosine, pairs = u @ u.T, len(z) // 2
+    rows = torch.arange(len(z))
+    partner = rows.roll(pairs)
+    logits = (cosine / _TEMPERATURE).fill_diagonal_(-math.inf)
+    # View 1's rows against view 2 alone.
+    across = logits[:pairs, pairs:]
+
+    def scores(s: Tensor, positive: Tensor) -> tuple[float, float]:
+        log_p = s.log_softmax(1)
+        entropy = -torch.where(log_p == -math.inf, 0, log_p.exp() * log_p).sum(1)
+        others = s.scatter(1, positive[:, None], -math.inf)
+        wins = s.gather(1, positive[:, None])[:, 0] > others.amax(1)
+        return wins.double().mean().item(), entropy.mean().item()
+
+    contrastive = scores(across, rows[:pairs])
+    both = scores(logits, partner)
+    positive = cosine[rows, partner]
+    negatives = cosine.sum() - cosine.diagonal().sum() - positive.sum()
+    return {
+        "contrastive_accuracy": contrastive[0],
+        "contrastive_entropy": contrastive[1],
+        "accuracy": both[0],
+        "entropy": both[1],
+        "positive_similarity": positive.mean().item(),
+        "negative_similarity": (negatives / (len(z) * (len(z) - 2))).item(),
+    }
+
+
+def ties(device: torch.device, dtype: torch.dtype) -> str:
+    """An encoder that collapsed: all rows are equal, no positive is above the negatives."""
+    z = _pairs(dtype)[:1].to(device).repeat(2 * _PAIRS, 1)
+    _, stats = nt_xent_loss(z, None, _TEMPERATURE, return_stats=True)
+    accuracies = stats.contrastive_accuracy.item(), stats.accuracy.item()
+    if accuracies != (0, 0):
+        raise AssertionError(f"equal rows give accuracies {accuracies}, should be (0, 0)")
+    entropy, wanted = stats.entropy.item(), math.log(2 * _PAIRS - 1)
+    if not math.isclose(entropy, wanted, rel_tol=1e-3):
+        raise AssertionError(f"equal rows give entropy {entropy}, should be {wanted}")
+    return "equal rows count as wrong"
+
+
+def decoupled(device: torch.device) -> str:
+    return _compare(
+        device,
+        _pairs(torch.float32),
+        lambda z: nt_xent_loss(z, temperature=_TEMPERATURE, decoupled=True),
+        lambda z: reference.nt_xent(z, None, _TEMPERATURE, decoupled=True).mean(),
+    )
+
+
+def learnable_temperature(device: torch.device) -> str:
+    z = _pairs(torch.float32)
+
+    def gradient(loss: Callable[[Tensor], Tensor], dtype: torch.dtype, where: Any) -> float:
+        tau = torch.tensor(_TEMPERATURE, dtype=dtype, device=where, requires_grad=True)
+        (grad,) = torch.autograd.grad(loss(tau), tau)
+        return grad.item()
+
+    exact = gradient(
+        lambda tau: reference.nt_xent(z.double(), None, tau).mean(), torch.float64, "cpu"
+    )
+    here = z.to(device)
+    ours = gradient(lambda tau: nt_xent_loss(here, None, tau), torch.float32, device)
+    error = abs(ours / exact - 1)
+    if not error < 1e-4:
+        raise AssertionError(f"the temperature's gradient is {ours:.6g}, should be {exact:.6g}")
+    return f"the temperature's gradient is off by {error:.1e}"
+
+
+def nt_xent_repeats(device: torch.device) -> str:
+    z = _pairs(torch.float32).to(device)
+    first = _loss_and_gradient(_fused, z)
+    for _ in range(5):
+        again = _loss_and_gradient(_fused, z)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    return "6 runs are equal"
+
+
+def nt_xent_compiled(device: torch.device) -> str:
+    z = _pairs(torch.float32).to(device)
+    torch._dynamo.reset()
+    compiled = torch.compile(_fused, fullgraph=True, backend="aot_eager")
+    plain, ours = _loss_and_gradient(_fused, z), _loss_and_gradient(compiled, z)
+    assert all(torch.equal(a, b) for a, b in zip(plain, ours, strict=True))
+    return "fullgraph, equal to eager"
+
+
+def supervised(device: torch.device, dtype: torch.dtype) -> str:
+    z = _pairs(dtype)
+    labels = torch.arange(len(z)) % 50
+    # A class of one row: it has no positive.
+    labels[0] = 50
+    return _compare(
+        device,
+        z,
+        lambda z: sup_con_loss(z, labels.to(z.device), _TEMPERATURE),
+        lambda z: reference.sup_con(z, labels.to(z.device), _TEMPERATURE).mean(),
+    )
+
+
+def every_width(device: torch.device, dtype: torch.dtype) -> str:
+    for features in _ALL_FEATURES:
+        _named(f"{features} features", device, _pairs(dtype, features=features))
+    return f"{len(_ALL_FEATURES)} widths: gradients within twice plain torch's error"
+
+
+def every_batch_size(device: torch.device, dtype: torch.dtype) -> str:
+    for pairs in _ALL_PAIRS:
+        z = _pairs(dtype, pairs=pairs)
+        _named(f"{pairs} pairs", device, z)
+        _, stats = nt_xent_loss(z.to(device), None, _TEMPERATURE, return_stats=True)
+        assert stats.entropy.isfinite(), f"{pairs} pairs: entropy {stats.entropy.item()}"
+        sup_con_loss(z.to(device), torch.zeros(len(z), dtype=torch.int64, device=device))
+    return f"{len(_ALL_PAIRS)} batch sizes: gradients within twice plain torch's error"
+
+
+def _named(what: str, device: torch.device, z: Tensor) -> None:
+    try:
+        _compare(device, z, _fused, _plain)
+    except Exception as error:
+        raise AssertionError(f"{what}: {error}") from error
+
+
+# LARS and the views.
+
+
+def _lars_run(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Weights after five steps, and the float64 reference's."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(64, 3, 7, 7), (129, 33), (17,), (1,)]
+    start = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    params = [nn.Parameter(p.to(device, copy=True)) for p in start]
+    arguments: dict[str, Any] = {"lr": 0.4, "momentum": 0.9, "weight_decay": 1e-2, "eps": 0.0}
+    optimizer = LARS(params, momentum_order="tf", norm="joint", **arguments)
+    exact: list[tuple[Tensor, Tensor | None]] = [(p.double(), None) for p in start]
+    for _ in range(5):
+        grads = [0.3 * torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g.to(device)
+        optimizer.step()
+        exact = [
+            reference.lars_step(p, g, v, "google", **arguments)
+            for (p, v), g in zip(exact, grads, strict=True)
+        ]
+    pairs = zip(params, exact, strict=True)
+    return [torch.stack((p.detach().double().cpu(), e)) for p, (e, _) in pairs]
+
+
+def lars(device: torch.device, dtype: torch.dtype) -> str:
+    error = max(_relative(*pair) for pair in _lars_run(device, dtype))
+    detail = f"weights off by {error:.1e} after 5 steps"
+    # Each step rounds the weight and the buffer once.
+    if not error <= 10 * torch.finfo(dtype).eps:
+        raise AssertionError(detail)
+    return detail
+
+
+def lars_repeats(device: torch.device) -> str:
+    first, second = (_lars_run(device, torch.float32) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    return "2 runs are equal"
+
+
+def _images(n: int) -> Tensor:
+    """Smooth colours with some noise, [n, 61, 83, 3] uint8."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(n, 3, 5, 7, generator=generator)
+    smooth = nn.functional.interpolate(coarse, (61, 83), mode="bicubic").clamp(0, 1)
+    noise = 0.05 * torch.randn(n, 3, 61, 83, generator=generator)
+    return ((smooth + noise).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous()
+
+
+def views(device: torch.device, spec: Literal["simclr", "torchvision"]) -> str:
+    images, aug = _images(24), Augmentation(40, spec)
+    sizes = np.tile([[61, 83]], (len(images), 1))
+    params = draw_params(aug, 0, 0, np.arange(len(images)), 0, sizes)
+    ours = apply_views(images.to(device), params, aug).double().cpu()
+    worst = 0.0
+    drawn = ("box", "flip", "jitter", "order", "factors", "gray", "sigma")
+    for i, image in enumerate(images):
+        one = {name: getattr(params, name)[i] for name in drawn}
+        wanted = reference.augment_view(image, size=40, spec=spec, **one)
+        worst = max(worst, (ours[i] - wanted).abs().max().item() * 255)
+    detail = f"at most {worst:.3f}/255 off"
+    if not worst < 1:
+        raise AssertionError(detail)
+    return detail
+
+
+# Streams, devices, graphs.
+
+
+def two_streams(device: torch.device) -> str:
+    _need_gpu(device)
+    z = _pairs(torch.float32).to(device)
+    wanted = _loss_and_gradient(_fused, z)
+    streams = [torch.cuda.Stream(device) for _ in range(2)]
+    results = []
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream(device))
+    for _ in range(10):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(_loss_and_gradient(_fused, z))
+    torch.cuda.synchronize(device)
+    for result in results:
+        assert all(torch.equal(a, b) for a, b in zip(wanted, result, strict=True))
+    return "20 runs on 2 streams are equal"
+
+
+def second_gpu(device: torch.device) -> str:
+    _need_gpu(device)
+    if torch.cuda.device_count() < 2:
+        raise Skip("one GPU")
+    other = torch.device("cuda", 1 - min(device.index or 0, 1))
+    z = _pairs(torch.float32)
+    # The current device stays the first one.
+    first, second = (_loss_and_gradient(_fused, z.to(d)) for d in (device, other))
+    assert second[0].device == other
+    assert math.isclose(first[0].item(), second[0].item(), rel_tol=1e-6)
+    lars(other, torch.float32)
+    return f"{other} agrees with {device}"
+
+
+def cuda_graph(device: torch.device) -> str:
+    """Forward and backward pass with statistics, captured once and replayed with other values."""
+    _need_gpu(device)
+    z = _pairs(torch.float32).to(device).requires_grad_()
+
+    def step() -> tuple[Tensor, ...]:
+        loss, stats = nt_xent_loss(z, temperature=_TEMPERATURE, return_stats=True)
+        (gradient,) = torch.autograd.grad(1.7 * loss, z)
+        return loss.detach(), gradient, stats.entropy
+
+    # Kernels are compiled, and memory pools filled, before the capture.
+    warm_up = torch.cuda.Stream(device)
+    warm_up.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(warm_up):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream(device).wait_stream(warm_up)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        z.copy_(_pairs(torch.float32, noise=1.0))
+    graph.replay()
+    torch.cuda.synchronize(device)
+    wanted = step()
+    assert all(torch.equal(a, b) for a, b in zip(captured, wanted, strict=True))
+    return "a replay with other values equals eager"
+
+
+# Loading and training.
+
+
+def loader(device: torch.device) -> str:
+    if absent := missing(["PIL", "nvidia.dali"]):
+        raise Skip(explain(absent))
+    image = import_module("PIL.Image")
+    with tempfile.TemporaryDirectory() as folder:
+        for i, pixels in enumerate(_images(8)):
+            image.fromarray(pixels.numpy()).save(f"{folder}/{i}.jpg", quality=95)
+        first, second = (
+            next(iter(TwoViewLoader(folder, 8, 40, device=device, backend=backend)))
+            for backend in ("dali", "fused")
+        )
+        _check_batch(first[0], device, 8)
+        difference = (first[0] - second[0]).abs().mean().item() * 255
+        assert difference < 1, f"DALI and the fused op differ by {difference:.2f}/255 on average"
+    return f"DALI alone and the fused op on {device.type} differ by {difference:.1e}/255"
+
+
+def array_loader(device: torch.device) -> str:
+    """Without any decoder: the same views as on the CPU, in two epochs."""
+    images = _images(24).numpy()
+    here, on_cpu = (TwoViewLoader(images, 8, 40, device=d) for d in (device, "cpu"))
+    worst, batches = 0.0, 0
+    for _ in range(2):
+        for ours, wanted in zip(here, on_cpu, strict=True):
+            _check_batch(ours[0], device, 8)
+            worst = max(worst, (ours[0].cpu() - wanted[0]).abs().max().item() * 255)
+            batches += 1
+    assert worst < 1, f"views on {device} differ by {worst:.2f}/255 from the CPU's"
+    return f"{batches} batches, at most {worst:.1e}/255 from the CPU's"
+
+
+def _check_batch(view: Tensor, device: torch.device, n: int) -> None:
+    assert view.shape == (n, 3, 40, 40), f"shape {tuple(view.shape)}"
+    assert view.device.type == device.type, f"views are on {view.device}"
+    assert torch.isfinite(view).all()
+
+
+def ten_steps(device: torch.device) -> str:
+    losses, _ = _train(replace(PRESETS["demo"](), steps=10, batch_size=64), device)
+    return f"loss {losses[0]:.3f} → {losses[-1]:.3f}"
+
+
+def full_batch(device: torch.device) -> Measured:
+    """The paper's model and batch, in the memory mode that fits this GPU."""
+    _need_gpu(device)
+    config = replace(
+        PRESETS["imagenet"](), data="demo", steps=20, epochs=100, warmup_epochs=0, lr=0.1
+    )
+    torch.cuda.reset_peak_memory_stats(device)
+    losses, rows = _train(config, device)
+    peak = torch.cuda.max_memory_allocated(device) / 1e9
+    speed = sorted(row["images_per_second"] for row in rows)[len(rows) // 2]
+    text = (
+        f"ResNet-50, 224 pixels, memory {rows[0]['memory']}: {speed:.0f} images/s, "
+        f"peak {peak:.1f} GB, loss {losses[0]:.3f} → {losses[-1]:.3f}"
+    )
+    return Measured(text, {"peak_bytes": round(peak * 1e9), "steps": rows})
+
+
+def _train(config: PretrainConfig, device: torch.device) -> tuple[list[float], list[Any]]:
+    """The losses of a run, and the lines of its metrics with the memory mode added."""
+    try:
+        require(["tqdm", "torchvision", "safetensors"])
+    except ImportError as error:
+        raise Skip(str(error)) from error
+    with (
+        _Messages() as said,
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stderr(io.StringIO()),  # the progress bar
+    ):
+        config = replace(config, device=str(device), out=Path(folder) / "run", log_every=1)
+        out = pretrain(config)
+        rows = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows]
+    assert len(losses) == config.steps, f"{len(losses)} of {config.steps} steps"
+    assert all(math.isfinite(loss) for loss in losses), f"losses {losses}"
+    return losses, [row | {"memory": said.memory} for row in rows]
+
+
+class _Messages(logging.Handler):
+    """Keeps what a run logs out of the report, and picks the memory mode out of it."""
+
+    memory = "unknown"
+
+    def __enter__(self) -> "_Messages":
+        self._logger = logging.getLogger("simclr_fast")
+        self._before = self._logger.level, self._logger.propagate
+        self._logger.addHandler(self)
+        self._logger.setLevel(logging.INFO)
+        self._logger.propagate = False
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.removeHandler(self)
+        self._logger.level, self._logger.propagate = self._before
+
+    def emit(self, record: logging.LogRecord) -> None:
+        for line in record.getMessage().splitlines():
+            if line.strip().startswith("memory"):
+                self.memory = line.split(maxsplit=1)[1]
+
+
+# The tests and the benchmarks, each in a process of its own.
+
+
+def device_tests(device: torch.device) -> str:
+    """The kernels' tests, which the CPU runs in an interpreter, natively."""
+    _need_gpu(device)
+    root = Path(simclr_fast.__file__).resolve().parents[1]
+    if not (root / "tests" / "kernels").is_dir():
+        raise Skip("no tests folder beside the package; a clone has one")
+    if find_spec("pytest") is None or find_spec("pytest_timeout") is None:
+        raise Skip("pytest is missing: pip install pytest pytest-timeout")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["--device", str(device), "tests/kernels"]
+    status, lines = _bounded(command, root, _TESTS_LIMIT)
+    if status != 0:
+        failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        raise AssertionError("; ".join((failed or lines)[-5:]))
+    return lines[-1].strip("= ")
+
+
+def benchmarks(device: torch.device) -> Measured:
+    """The quick benchmarks beside the libraries that are installed."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "simclr_fast", "bench", "all", "--quick"]
+        command += ["--device", str(device), "--out", folder]
+        status, lines = _bounded(command, Path.cwd(), _BENCH_LIMIT)
+        results = {p.stem: json.loads(p.read_text()) for p in sorted(Path(folder).glob("*.json"))}
+    if not results:
+        raise AssertionError(f"nothing was timed: {' '.join(lines[-3:])}")
+    rows = [f"{name}: {_ratios(result)}" for name, result in results.items()]
+    left_out = [] if status == 0 else [f"not all were timed: {lines[-1]}"]
+    return Measured("; ".join(rows + left_out), results)
+
+
+def _ratios(result: dict[str, Any]) -> str:
+    """Of the first table: each contender's time over ours."""
+    table = result["tables"][0]
+    ratios = next(iter(table["ratios"].values()))
+    return ", ".join(f"{name} ×{ratio:.2f}" for name, ratio in ratios.items())
+
+
+def _bounded(command: list[str], folder: Path, seconds: float) -> tuple[int, list[str]]:
+    """The exit status and what was printed, without empty lines.
+
+    Raises:
+        AssertionError: it took longer than `seconds`.
+    """
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise AssertionError(f"not done after {seconds:.0f} s") from error
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    return done.returncode, lines or ["nothing was printed"]
