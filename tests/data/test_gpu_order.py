@@ -1,5 +1,6 @@
 """What a GPU's streams do to a loader's batches, on GPUs that are not there."""
 
+import io
 import threading
 from contextlib import contextmanager
 
@@ -7,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from fake_cuda import FakeCuda, FakeEvent
+from fake_dali import FakePipeline
 
 from simclr_fast.augment.params import Augmentation
-from simclr_fast.data import decode, prefetch
+from simclr_fast.data import decode, pipelines, prefetch
 from simclr_fast.data.loader import TwoViewLoader
+from simclr_fast.data.sources import Source
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (22, 12, 10, 3), dtype=np.uint8)
 AUG = Augmentation(size=8)
@@ -161,3 +164,135 @@ def test_cuda_means_the_current_gpu_in_every_thread():
         train(loader)
     assert {name for name, _ in cuda.used_devices} == {"MainThread", "next-batch"}
     assert {device for _, device in cuda.used_devices} == {3}
+
+
+SIZE = 64
+
+
+@pytest.fixture
+def encoded():
+    """A source of files, of one colour each."""
+    pytest.importorskip("nvidia.dali", reason="DALI is optional (Linux)")
+    pytest.importorskip("PIL")
+    from PIL import Image
+
+    class Encoded(Source):
+        def __len__(self):
+            return len(PIXELS)
+
+        def read(self, i):
+            buffer = io.BytesIO()
+            Image.new("RGB", (12, 10), (i, i, i)).save(buffer, "BMP")
+            return np.frombuffer(buffer.getvalue(), np.uint8)
+
+        def name(self, i):
+            return f"image {i}"
+
+    return Encoded()
+
+
+def colours(feed):
+    """The number of each image, as the views of a stand-in."""
+    numbers = torch.tensor([float(file[-1]) for file in feed[0]])
+    view = numbers[:, None, None, None].expand(-1, 3, SIZE, SIZE)
+    return [view.contiguous(), view + 1000]
+
+
+@pytest.fixture
+def dali(monkeypatch):
+    """`gpus` with a stand-in for DALI."""
+
+    @contextmanager
+    def gpus_with_dali(**options):
+        with gpus(**options) as cuda:
+            monkeypatch.setattr(
+                pipelines.DaliViews,
+                "build",
+                lambda self: FakePipeline(cuda, self, colours, self.device),
+            )
+            yield cuda
+
+    return gpus_with_dali
+
+
+def loader_of(source, **options):
+    loader = TwoViewLoader(source, 4, SIZE, device="cuda", **options)
+    assert isinstance(loader._pipeline, pipelines.DaliViews)
+    return loader
+
+
+def check_colours(seen):
+    for view1, view2, index in seen:
+        number = index[:, None, None, None].expand_as(view1)
+        assert torch.equal(view1, number.float())
+        assert torch.equal(view2, number + 1000.0)
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_what_dali_hands_over_is_taken_in_time(encoded, dali, prefetch, monkeypatch):
+    monkeypatch.setattr(pipelines, "PART", 3)
+    with dali(devices=4, current=3) as cuda:
+        loader = loader_of(encoded, prefetch=prefetch)
+        check_colours(train(loader) + train(loader))
+        for stop in (1, 2, 4):
+            check_colours(train(loader, stop))
+        check_colours(train(loader))
+    assert not cuda.faults
+    assert {device for _, device in cuda.used_devices} == {3}
+
+
+def test_dali_after_an_exception_of_the_producer(encoded, dali):
+    with dali() as cuda:
+        loader = loader_of(encoded, on_error="skip")
+        draw, failed = loader._draw, []
+
+        def fail_once(ids, sizes):
+            if 7 in ids and not failed:
+                failed.append(7)
+                raise decode.CorruptImageError(encoded, {7: "planted"})
+            return draw(ids, sizes)
+
+        loader._draw = fail_once
+        seen = train(loader) + train(loader)
+        check_colours(seen)
+        assert failed
+        assert 7 not in torch.cat([index for *_, index in seen])
+    assert not cuda.faults
+
+
+def test_dali_on_another_stream_is_found(encoded, dali, monkeypatch):
+    def default_stream(self, pipeline):
+        return pipeline.run(torch.cuda.default_stream(self.device))
+
+    monkeypatch.setattr(pipelines.DaliViews, "run_pipeline", default_stream)
+    with dali(), pytest.raises(AssertionError, match="another stream"):
+        train(loader_of(encoded))
+
+
+def test_views_that_are_kept_instead_of_copied_are_found(encoded, dali, monkeypatch):
+    """On a stream that DALI was not told of."""
+
+    def copied_late(self, part, outputs, views):
+        with torch.cuda.stream(elsewhere):
+            for made, view in zip(outputs, views, strict=True):
+                view.copy_(made)
+
+    monkeypatch.setattr(pipelines.DaliViews, "write", copied_late)
+    with dali() as cuda:
+        elsewhere = torch.cuda.Stream()
+        train(loader_of(encoded))
+    assert any("fill_" in fault and "writing to" in fault for fault in cuda.faults)
+
+
+def test_an_output_of_an_earlier_run_is_poisoned(encoded, dali, monkeypatch):
+    kept = []
+
+    def one_part_late(self, part, outputs, views):
+        kept.append(list(outputs))
+        for made, view in zip(kept[max(0, len(kept) - 2)], views, strict=True):
+            view.copy_(made)
+
+    monkeypatch.setattr(pipelines.DaliViews, "write", one_part_late)
+    with dali():
+        seen = train(loader_of(encoded))
+    assert torch.isnan(seen[1][0]).all()

@@ -40,8 +40,8 @@ class FakeCuda:
         self._defaults = [FakeStream(self, torch.device("cuda", i)) for i in range(devices)]
         self._first_current = current
         self._local = threading.local()
-        # Stream of allocation, and streams recorded, by storage.
-        self._allocated_on: dict[int, int] = {}
+        # Stream of allocation, and streams recorded, by storage. None: memory that is not torch's.
+        self._allocated_on: dict[int, int | None] = {}
         self._recorded: set[tuple[int, int]] = set()
         # A storage that is freed could give its address to another one.
         self._alive: list[torch.UntypedStorage] = []
@@ -150,7 +150,8 @@ class FakeCuda:
                         self._allocated_on[storage] = stream
                 for storage in on_device:
                     owner = self._allocated_on[storage]
-                    if stream != owner and (storage, stream) not in self._recorded:
+                    known = owner in (None, stream) or (storage, stream) in self._recorded
+                    if not known:
                         self.faults.append(f"{function}: stream {stream} was not recorded")
             errors = self._handler._handle_kernel_launch(
                 stream,
@@ -168,11 +169,14 @@ class FakeCuda:
             if on_device and function._schema.name == "aten::_local_scalar_dense":
                 self._wait(_HOST, stream)
 
-    def allocate(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Take `tensor`, which lies on the CPU, for one on the current device."""
+    def allocate(self, tensor: torch.Tensor, foreign: bool = False) -> torch.Tensor:
+        """Take `tensor`, which lies on the CPU, for one on the current device.
+
+        foreign: not from torch's allocator, so that no stream needs to be recorded.
+        """
         with self._lock:
             (storage,) = self._tensors(tensor)
-            self._allocated_on[storage] = self.current_stream().number
+            self._allocated_on[storage] = None if foreign else self.current_stream().number
         return tensor
 
     @contextmanager
