@@ -19,7 +19,7 @@ import triton
 from simclr_fast.benchmarks import harness
 from simclr_fast.benchmarks.gpu_static import ARCHITECTURES, Static, nt_xent_static
 from simclr_fast.kernels.normalize import padded_dim
-from simclr_fast.kernels.nt_xent_configs import VALUE_BLOCK, Plan, plan, table_config
+from simclr_fast.kernels.nt_xent_configs import SYMMETRIC, Plan, plan, table_config
 
 ROWS = (2048, 8192, 65536)
 DIMS = (64, 128, 256, 512)
@@ -62,57 +62,93 @@ def launch_plan(arch: int, kernel: str, rows: int, dim: int) -> Plan:
     return plan(kernel, divmod(arch, 10), gpu.processors, half, padded_dim(dim), rows, rows)
 
 
+class Work(NamedTuple):
+    """Tiles of a kernel and what one of them multiplies."""
+
+    programs: int
+    tiles_per_program: int
+    flop_per_tile: int
+    product_flop: int
+    """Of the matrix product that follows, where W does not fit a program."""
+
+    @property
+    def flop(self) -> int:
+        return self.programs * self.tiles_per_program * self.flop_per_tile + self.product_flop
+
+
+def work_of(kernel: str, made: Plan, rows: int, dim: int) -> Work:
+    """What a tile kernel computes for `rows` rows of `dim` features, padding and masks included."""
+    config, padded = made.config, padded_dim(dim)
+    block_m, block_n = config.block_m, config.block_n
+    features = max(config.block_d, padded)
+    flop = 2 * block_m * block_n * features
+    if made.symmetric:
+        tiles = rows // block_m
+        keys = tiles // 2 + 1
+        return Work(tiles * made.splits, -(-keys // made.splits), 2 * block_m**2 * features, 0)
+    if kernel in ("gradient", "class_gradient"):
+        row_tiles, key_tiles = triton.cdiv(rows, block_m), triton.cdiv(rows, block_n)
+        if not config.holds_gradient(padded):
+            return Work(row_tiles * key_tiles, 1, flop, 2 * rows * rows * padded)
+        flop += 2 * block_m * block_n * triton.next_power_of_2(padded)
+        return Work(row_tiles * made.splits, -(-key_tiles // made.splits), flop, 0)
+    # The forward's tiles are of one view's rows and one view's keys.
+    views = 2 if kernel in SYMMETRIC else 1
+    row_tiles = views**2 * triton.cdiv(rows // views, block_m)
+    keys = triton.cdiv(rows // views, block_n)
+    return Work(row_tiles * made.splits, -(-keys // made.splits), flop, 0)
+
+
+def gemm_units(kernel: str, made: Plan, rows: int, dim: int) -> float:
+    """Multiply-adds in units of the product of û and its transpose, M² D."""
+    return work_of(kernel, made, rows, dim).flop / (2 * rows * rows * dim)
+
+
 def predict(arch: int, kernel: str, static: Static, made: Plan, rows: int, dim: int) -> Prediction:
     gpu, config, padded = GPUS[arch], made.config, padded_dim(dim)
-    block_n = config.block_m if kernel == "symmetric" else config.block_n
+    block_n = config.block_m if made.symmetric else config.block_n
     whole = config.block_d >= padded
     features = config.block_d if whole else padded
-    # The moments' tiles are of one view's rows and one view's keys.
-    views = 2 if kernel == "moments" else 1
-    tiles = views**2 * triton.cdiv(rows // views, config.block_m)
-    keys = tiles // 2 + 1 if kernel == "symmetric" else triton.cdiv(rows // views, block_n)
-    slices = 1
-    flop = 2 * config.block_m * block_n * features
-    if "gradient" in kernel:
-        value_block = config.block_d if whole else VALUE_BLOCK
-        slices = triton.cdiv(padded, value_block)
-        flop += 2 * config.block_m * block_n * value_block
-    programs = tiles * made.splits * slices
-    busiest = triton.cdiv(programs, gpu.processors) * triton.cdiv(keys, made.splits)
+    work = work_of(kernel, made, rows, dim)
+    busiest = triton.cdiv(work.programs, gpu.processors) * work.tiles_per_program
 
     loop = static.main_loop
-    blocks = 0 if whole else features // config.block_d - 1
-    instructions = loop.outer_instructions + blocks * loop.instructions
+    instructions, exp2 = loop.instructions, loop.exp2
+    if not whole:
+        blocks = features // config.block_d - 1
+        instructions, exp2 = loop.outer_instructions + blocks * instructions, loop.outer_exp2
     cycles = {
-        "tensor": flop / gpu.flop_per_cycle,
-        "exp": max(loop.exp2, loop.outer_exp2) * 32 * config.warps / EXP2_PER_CYCLE,
+        "tensor": work.flop_per_tile / gpu.flop_per_cycle,
+        "exp": exp2 * 32 * config.warps / EXP2_PER_CYCLE,
         "issue": instructions * config.warps / WARPS_PER_CYCLE,
         "L2": (block_n if whole else config.block_m + block_n) * features * 2 / L2_BYTES_PER_CYCLE,
     }
     limit = max(cycles, key=cycles.__getitem__)
     overlapped = cycles[limit]
     serial = max(overlapped, cycles["tensor"] + max(cycles["exp"], cycles["issue"]))
-    return Prediction(busiest * overlapped / gpu.clock, busiest * serial / gpu.clock, limit)
+    product = work.product_flop / (gpu.processors * gpu.clock * gpu.flop_per_cycle)
+    seconds = busiest / gpu.clock
+    return Prediction(seconds * overlapped + product, seconds * serial + product, limit)
 
 
 def row_seconds(arch: int, rows: int, dim: int, forward: Plan, gradient: Plan) -> list[float]:
     """The row-wise kernels of the forward, and of the backward, with every launch."""
     u, padded = 2 * rows * dim, padded_dim(dim)
-    slots = forward.splits
+    slots = 2 * forward.splits
     if forward.symmetric:
-        slots += triton.cdiv(rows, forward.config.block_m) // 2
+        slots = forward.splits + rows // forward.config.block_m // 2
     forward_bytes = 3 * u + 8 * rows * slots
     backward_bytes = 16 * rows + 4 * rows * padded * gradient.splits + 2 * u
-    # normalize, tiles, losses; weights, tiles, finish, the temperature's sum.
+    # normalize, tiles, losses; tiles, finish.
     return [
         size / GPUS[arch].bandwidth + launches * LAUNCH_SECONDS
-        for size, launches in ((forward_bytes, 3), (backward_bytes, 4))
+        for size, launches in ((forward_bytes, 3), (backward_bytes, 2))
     ]
 
 
 def _needed(arch: int, rows: tuple[int, ...], dims: tuple[int, ...]):
     for dim in dims:
-        for kernel in ("forward", "symmetric", "gradient", *OTHERS):
+        for kernel in ("forward", "gradient", *SYMMETRIC.values(), *OTHERS):
             if table_config(kernel, divmod(arch, 10), torch.float16, padded_dim(dim)):
                 yield kernel, arch, torch.float16, padded_dim(dim), "ieee"
 
@@ -140,22 +176,23 @@ def table(archs: tuple[int, ...], rows: tuple[int, ...], dims: tuple[int, ...]) 
 def _row(arch: int, rows: int, dim: int, statics: dict) -> str:
     gpu = GPUS[arch]
     plans = {k: launch_plan(arch, k, rows, dim) for k in ("forward", "gradient")}
-    kind = "symmetric" if plans["forward"].symmetric else "forward"
+    kind = "symmetric" if plans["forward"].symmetric else "plain"
 
-    def static(kernel):
+    def static(kernel, made=None):
+        if made is not None and made.symmetric:
+            kernel = SYMMETRIC[kernel]
         return statics[(kernel, arch, torch.float16, padded_dim(dim), "ieee")]
 
-    forward = predict(arch, kind, static(kind), plans["forward"], rows, dim)
+    code = static("forward", plans["forward"])
+    forward = predict(arch, "forward", code, plans["forward"], rows, dim)
     backward = predict(arch, "gradient", static("gradient"), plans["gradient"], rows, dim)
     unit = rows * rows * dim / (gpu.processors * gpu.clock * gpu.flop_per_cycle)
     around = row_seconds(arch, rows, dim, plans["forward"], plans["gradient"])
     both = forward.overlapped + backward.overlapped + sum(around)
-    code = static(kind)
-    others = (
-        predict(arch, k, static(k), launch_plan(arch, k, rows, dim), rows, dim) for k in OTHERS
-    )
+    other_plans = {k: launch_plan(arch, k, rows, dim) for k in OTHERS}
+    others = (predict(arch, k, static(k, p), p, rows, dim) for k, p in other_plans.items())
     cells = [
-        gpu.name, rows, dim, "plain" if kind == "forward" else kind, code.registers,
+        gpu.name, rows, dim, kind, code.registers,
         f"{code.shared / 1024:.0f}", code.resident, code.main_loop.outer_instructions,
         *(f"{1e6 * x:.1f}" for x in forward[:2]), forward.limit,
         *(f"{1e6 * x:.1f}" for x in backward[:2]), backward.limit, static("gradient").registers,

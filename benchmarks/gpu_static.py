@@ -15,20 +15,15 @@ from triton.compiler import ASTSource
 from simclr_fast.kernels.normalize import normalize_kernel, padded_dim, row_blocks
 from simclr_fast.kernels.nt_xent import SLOT_BLOCK, WEIGHTS_BLOCK
 from simclr_fast.kernels.nt_xent_backward import (
+    finish_class_gradient_kernel,
     finish_gradient_kernel,
     gradient_kernel,
+    weight_tiles_kernel,
     weights_kernel,
 )
-from simclr_fast.kernels.nt_xent_configs import VALUE_BLOCK, table_config
-from simclr_fast.kernels.nt_xent_forward import moments_kernel, negatives_kernel, symmetric_kernel
-from simclr_fast.kernels.nt_xent_losses import losses_kernel, statistics_kernel
-from simclr_fast.kernels.sup_con_tiles import (
-    class_gradient_kernel,
-    class_losses_kernel,
-    class_sums_kernel,
-    class_weights_kernel,
-    finish_class_gradient_kernel,
-)
+from simclr_fast.kernels.nt_xent_configs import table_config
+from simclr_fast.kernels.nt_xent_forward import losses_kernel, negatives_kernel, symmetric_kernel
+from simclr_fast.kernels.sup_con import class_losses_kernel, class_sums_kernel
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -173,83 +168,93 @@ def argument_types(kernel, u: str, z: str) -> dict[str, str]:
     for name in kernel.arg_names:
         if name in constants:
             continue
-        if name == "u_ptr":
+        if name in ("u_ptr", "tiles_ptr"):
             types[name] = f"*{u}"
         elif name in ("z_ptr", "z1_ptr", "z2_ptr", "grad_z_ptr"):
             types[name] = f"*{z}"
-        elif name == "ids_ptr":
+        elif name in ("ids_ptr", "counter_ptr"):
             types[name] = "*i32"
         else:
-            scalar = "fp32" if name == "grad_scale" else "i32"
+            scalar = "fp32" if name in ("grad_scale", "loss_scale") else "i32"
             types[name] = "*fp32" if name.endswith("_ptr") else scalar
     return types
 
 
+# Arguments that are None where there are no classes, and the weights of rows that all weigh 1.
+CLASS_ARGUMENTS = ("ids_ptr", "share_ptr", "inverse_count_ptr")
+
+
 def nt_xent_static(
-    kernel: str,
-    arch: int,
-    dtype: torch.dtype,
-    padded: int,
-    precision: str,
-    aligned: bool = True,
-    **overrides: int,
+    kernel: str, arch: int, dtype: torch.dtype, padded: int, precision: str, **overrides: int
 ) -> Static | None:
     """One row of the launch table, compiled; None where the table has no symmetric forward.
 
-    kernel: as in `table_config`. aligned: the row counts are multiples of 16, as for even batches.
-    overrides: other compile options.
+    kernel: as in `table_config`. overrides: other compile options.
     """
     config = table_config(kernel, divmod(arch, 10), dtype, padded)
     if config is None:
         return None
+    fused = config.holds_gradient(padded)
     function = {
         "forward": negatives_kernel,
+        "moments": negatives_kernel,
         "symmetric": symmetric_kernel,
-        "gradient": gradient_kernel,
-        "moments": moments_kernel,
+        "symmetric_moments": symmetric_kernel,
+        "gradient": gradient_kernel if fused else weight_tiles_kernel,
+        "class_gradient": gradient_kernel if fused else weight_tiles_kernel,
         "class_sums": class_sums_kernel,
-        "class_gradient": class_gradient_kernel,
     }[kernel]
     options = config.options(padded, precision)
     launch = {k: v for k, v in options.items() if k.islower()}
     constants = {k: v for k, v in options.items() if k.isupper()}
-    constants["BLOCK_M"] = config.block_m
-    if kernel != "symmetric":
-        constants["BLOCK_N"] = config.block_n
-    if "gradient" in kernel:
-        constants["BLOCK_V"] = config.block_d if config.block_d >= padded else VALUE_BLOCK
+    constants["BLOCK_N"] = config.block_n
+    constants["BLOCK_V"] = triton.next_power_of_2(padded)
+    constants["STATISTICS"] = "moments" in kernel
+    if kernel == "gradient":
+        constants.update(dict.fromkeys(("weight_ptr", *CLASS_ARGUMENTS)))
+    constants = {n: v for n, v in constants.items() if n in function.arg_names}
     types = argument_types(function, "fp32" if dtype == torch.float32 else "fp16", "fp32")
-    multiples = [n for n in types if aligned or n.endswith("_ptr") or n == "padded"]
+    types = {n: t for n, t in types.items() if n not in constants}
     return inspect(
-        compile_kernel(function, types, constants, arch, multiples, **launch | overrides), arch
+        compile_kernel(function, types, constants, arch, [*types], **launch | overrides), arch
     )
 
 
 def row_kernel_static(kernel: str, arch: int, dtype: torch.dtype, dim: int) -> Static:
-    """A row-wise kernel for z [N, dim] of a dtype, contiguous, N a multiple of 16."""
+    """A row-wise kernel for contiguous z [N, dim] of a dtype."""
     function = {
         "normalize": normalize_kernel,
         "losses": losses_kernel,
-        "statistics": statistics_kernel,
+        "statistics": losses_kernel,
         "weights": weights_kernel,
         "finish_gradient": finish_gradient_kernel,
         "class_losses": class_losses_kernel,
-        "class_weights": class_weights_kernel,
+        "class_weights": weights_kernel,
         "finish_class_gradient": finish_class_gradient_kernel,
     }[kernel]
     z = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     types = argument_types(function, "fp32" if dtype == torch.float32 else "fp16", z)
-    block, block_d = row_blocks(padded_dim(dim))
-    blocks = {"BLOCK_P": block, "BLOCK_D": block_d, "BLOCK_R": block, "BLOCK_S": SLOT_BLOCK}
+    padded = padded_dim(dim)
+    blocks = row_blocks(padded)
+    constants = {
+        "PADDED": padded,
+        "BLOCK_P": blocks.rows,
+        "BLOCK_R": blocks.rows,
+        "BLOCK_D": blocks.columns,
+        "BLOCK_S": SLOT_BLOCK,
+        "DECOUPLED": False,
+        "STATISTICS": kernel == "statistics",
+        # A launch turns integers that equal 1 into constants.
+        **dict.fromkeys(("stride_d", "stride_1d", "stride_2d"), 1),
+    }
+    warps = blocks.warps
     if kernel in ("weights", "class_weights", "class_losses"):
-        blocks["BLOCK_R"] = WEIGHTS_BLOCK
-    constants = {n: v for n, v in blocks.items() if n in function.arg_names}
-    if "DECOUPLED" in function.arg_names:
-        constants["DECOUPLED"] = False
-    # A launch turns integers that equal 1 into constants.
-    constants.update({n: 1 for n in ("stride_d", "stride_1d", "stride_2d") if n in types})
+        constants["BLOCK_R"], warps = WEIGHTS_BLOCK, 4
+    if kernel == "weights":
+        constants.update(dict.fromkeys(CLASS_ARGUMENTS))
+    constants = {n: v for n, v in constants.items() if n in function.arg_names}
     types = {n: t for n, t in types.items() if n not in constants}
     ragged = ("dim", "stride_n", "stride_1n", "stride_2n") if dim % 16 else ()
     multiples = [n for n, t in types.items() if t != "fp32" and n not in ragged]
-    compiled = compile_kernel(function, types, constants, arch, multiples, num_warps=4)
+    compiled = compile_kernel(function, types, constants, arch, multiples, num_warps=warps)
     return inspect(compiled, arch)

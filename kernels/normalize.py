@@ -1,12 +1,13 @@
 """L2-normalise, scale, cast, pad and interleave two views in one pass (Triton)."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# One program holds BLOCK_P · BLOCK_D elements of one view.
-BLOCK_D_LIMIT = 512
+# A program of the row-wise kernels holds at least so many elements.
 BLOCK_ELEMENTS = 2048
 # Kernel arguments that change with the batch. Triton would compile one variant for multiples of 16
 # and one for other values, and would turn an integer equal to 1 into a constant, which lacks the
@@ -16,8 +17,13 @@ UNSPECIALIZED = (
     "rows",
     "total",
     "slots",
-    "low_slots",
+    "other_slots",
     "splits",
+    "parts",
+    "loss_stride",
+    "lse_stride",
+    "stats_row_stride",
+    "stats_stride",
     "grad_stride",
     "grad_ptr",
     "scale_ptr",
@@ -27,38 +33,37 @@ UNSPECIALIZED = (
 
 @triton.jit
 def _normalize_view(
-    z_ptr, temperature_ptr, u_ptr, inv_norm_ptr, rows, dim, padded, stride_n, stride_d,
-    VIEW: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    z_ptr,
+    temperature_ptr,
+    u_ptr,
+    inv_norm_ptr,
+    rows,
+    dim,
+    stride_n,
+    stride_d,
+    VIEW: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     pair = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BP]
-    column = tl.arange(0, BLOCK_D)  # [BD]
+    d = tl.arange(0, BLOCK_D)  # [BD]
     inside = 2 * pair + VIEW < rows
-    z_rows = z_ptr + pair[:, None] * stride_n  # [BP, 1]
-
-    squares = tl.zeros([BLOCK_P], tl.float32)
-    for start in range(0, dim, BLOCK_D):
-        d = start + column
-        mask = inside[:, None] & (d < dim)[None, :]
-        z = tl.load(z_rows + d.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0)
-        z = z.to(tl.float32)
-        squares += tl.sum(z * z, axis=1)
+    offset = pair[:, None] * stride_n + d.to(tl.int64)[None, :] * stride_d
+    z = tl.load(z_ptr + offset, mask=inside[:, None] & (d < dim)[None, :], other=0.0)
+    z = z.to(tl.float32)
 
     # torch.nn.functional.normalize's eps; a maximum with it would drop a NaN.
-    norm = tl.sqrt_rn(squares)
+    norm = tl.sqrt_rn(tl.sum(z * z, axis=1))
     inv_norm = tl.where(norm < 1e-12, 1e12, tl.div_rn(1.0, norm))
     tl.store(inv_norm_ptr + pair * 2 + VIEW, inv_norm, mask=inside)
     # An infinite norm must not become 0 · finite.
     scale = tl.where(inv_norm == 0.0, float("nan"), inv_norm)
     scale *= tl.sqrt_rn(tl.div_rn(1.4426950408889634, tl.load(temperature_ptr)))
-
-    u_rows = u_ptr + (pair * 2 + VIEW)[:, None] * padded  # [BP, 1]
-    for start in range(0, padded, BLOCK_D):
-        d = start + column
-        mask = inside[:, None] & (d < dim)[None, :]
-        z = tl.load(z_rows + d.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0)
-        u = tl.where(mask, z.to(tl.float32) * scale[:, None], 0.0)
-        store_mask = inside[:, None] & (d < padded)[None, :]
-        tl.store(u_rows + d[None, :], u.to(u_ptr.dtype.element_ty), mask=store_mask)
+    # Zeros in the padding, whatever the scale.
+    u = tl.where((d < dim)[None, :], z * scale[:, None], 0.0).to(u_ptr.dtype.element_ty)
+    out = u_ptr + (pair * 2 + VIEW)[:, None] * PADDED + d[None, :]
+    tl.store(out, u, mask=inside[:, None] & (d < PADDED)[None, :])
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -68,21 +73,48 @@ def normalize_kernel(
     temperature_ptr,  # [], float32
     u_ptr,  # [ROWS, D_pad], float16 or float32
     inv_norm_ptr,  # [ROWS], float32
-    rows, dim, padded, stride_1n, stride_1d, stride_2n, stride_2d,
-    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    rows,
+    dim,
+    stride_1n,
+    stride_1d,
+    stride_2n,
+    stride_2d,
+    PADDED: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """One program: BLOCK_P pairs; û = z / max(|z|, 1e-12) · sqrt(log2(e) / temperature).
 
-    Row k of view v becomes row 2k + v. Reads z twice (the second time from cache), writes û once.
+    Row k of view v becomes row 2k + v. Reads z once and writes û once.
     """
     _normalize_view(
-        z1_ptr, temperature_ptr, u_ptr, inv_norm_ptr, rows, dim, padded, stride_1n, stride_1d,
-        0, BLOCK_P, BLOCK_D,
-    )  # fmt: skip
+        z1_ptr,
+        temperature_ptr,
+        u_ptr,
+        inv_norm_ptr,
+        rows=rows,
+        dim=dim,
+        stride_n=stride_1n,
+        stride_d=stride_1d,
+        VIEW=0,
+        PADDED=PADDED,
+        BLOCK_P=BLOCK_P,
+        BLOCK_D=BLOCK_D,
+    )
     _normalize_view(
-        z2_ptr, temperature_ptr, u_ptr, inv_norm_ptr, rows, dim, padded, stride_2n, stride_2d,
-        1, BLOCK_P, BLOCK_D,
-    )  # fmt: skip
+        z2_ptr,
+        temperature_ptr,
+        u_ptr,
+        inv_norm_ptr,
+        rows=rows,
+        dim=dim,
+        stride_n=stride_2n,
+        stride_d=stride_2d,
+        VIEW=1,
+        PADDED=PADDED,
+        BLOCK_P=BLOCK_P,
+        BLOCK_D=BLOCK_D,
+    )
 
 
 def padded_dim(dim: int) -> int:
@@ -90,10 +122,19 @@ def padded_dim(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim)) if dim <= 64 else -(-dim // 64) * 64
 
 
-def row_blocks(padded: int) -> tuple[int, int]:
-    """(BLOCK_P, BLOCK_D) of the row-wise kernels."""
-    block_d = min(triton.next_power_of_2(padded), BLOCK_D_LIMIT)
-    return BLOCK_ELEMENTS // block_d, block_d
+class RowBlocks(NamedTuple):
+    """Rows, or pairs, of a program of a row-wise kernel, its columns, and its warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+def row_blocks(padded: int) -> RowBlocks:
+    """A program holds whole rows: each value is read once."""
+    columns = triton.next_power_of_2(padded)
+    warps = min(max(columns // 512, 4), 16)
+    return RowBlocks(max(BLOCK_ELEMENTS // columns, 1), columns, warps)
 
 
 def normalize(z1: Tensor, z2: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,10 +166,23 @@ def _launch(z1: Tensor, z2: Tensor, temperature: Tensor, rows: int) -> tuple[Ten
     inv_norm = torch.empty(rows, dtype=torch.float32, device=z1.device)
     if pairs == 0:
         return u, inv_norm
-    block_p, block_d = row_blocks(padded)
+    blocks = row_blocks(padded)
     with torch.cuda.device_of(z1):
-        normalize_kernel[(triton.cdiv(pairs, block_p),)](
-            z1, z2, temperature, u, inv_norm, rows, dim, padded, *z1.stride(), *z2.stride(),
-            BLOCK_P=block_p, BLOCK_D=block_d, num_warps=4,
-        )  # fmt: skip
+        normalize_kernel[(triton.cdiv(pairs, blocks.rows),)](
+            z1_ptr=z1,
+            z2_ptr=z2,
+            temperature_ptr=temperature,
+            u_ptr=u,
+            inv_norm_ptr=inv_norm,
+            rows=rows,
+            dim=dim,
+            stride_1n=z1.stride(0),
+            stride_1d=z1.stride(1),
+            stride_2n=z2.stride(0),
+            stride_2d=z2.stride(1),
+            PADDED=padded,
+            BLOCK_P=blocks.rows,
+            BLOCK_D=blocks.columns,
+            num_warps=blocks.warps,
+        )
     return u, inv_norm

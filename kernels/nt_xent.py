@@ -5,8 +5,8 @@ reads a value back to the host; every buffer is torch.empty and every float is s
 order, so results repeat bit for bit and the calls can be captured in a CUDA graph.
 """
 
-import math
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,19 +14,64 @@ from torch import Tensor
 
 from .normalize import normalize, padded_dim, row_blocks
 from .nt_xent_autotune import tuned
-from .nt_xent_backward import finish_gradient_kernel, gradient_kernel, weights_kernel
-from .nt_xent_configs import VALUE_BLOCK, Plan, dot_precision, plan_for
-from .nt_xent_forward import moments_kernel, negatives_kernel, symmetric_kernel
-from .nt_xent_losses import losses_kernel, statistics_kernel
+from .nt_xent_backward import (
+    finish_gradient_kernel,
+    gradient_kernel,
+    weight_tiles_kernel,
+    weights_kernel,
+)
+from .nt_xent_configs import Plan, chunk_rows, dot_precision, plan_for
+from .nt_xent_forward import (
+    SCALARS,
+    losses_kernel,
+    mean_statistics_kernel,
+    negatives_kernel,
+    statistics_parts_kernel,
+    symmetric_kernel,
+)
 
-__all__ = ["backward", "forward", "normalize", "padded_dim"]
+__all__ = [
+    "Losses",
+    "backward",
+    "forward",
+    "losses",
+    "mean_statistics",
+    "normalize",
+    "padded_dim",
+]
 
 WEIGHTS_BLOCK = 512
 SLOT_BLOCK = 32
+# Rows of a program that adds up statistics.
+PART_ROWS = 256
 
 
-def _floats(device: torch.device, *shape: int) -> Tensor:
+class Losses(NamedTuple):
+    """Of `count` rows: loss, lse, factor [count], stats [count, 4] or [0, 4], reduced []."""
+
+    loss: Tensor
+    lse: Tensor
+    stats: Tensor
+    factor: Tensor
+    reduced: Tensor
+
+
+class RowWeights(NamedTuple):
+    """What the gradient's tile kernels need of every row, [M] each, float32 but for the ids."""
+
+    factor: Tensor
+    weight: Tensor | None = None
+    ids: Tensor | None = None
+    share: Tensor | None = None
+
+
+def floats(device: torch.device, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def make_counter(device: torch.device) -> Tensor:
+    """What `add_up` counts by; the tile kernel before it writes the 0."""
+    return torch.empty((), dtype=torch.int32, device=device)
 
 
 def forward(
@@ -54,82 +99,247 @@ def forward(
             negatives of the other view, entropy in nats over the other view's rows, then both
             over all rows.
     """
-    total, padded = u_all.shape
-    device = u_all.device
-    loss, lse = _floats(device, rows), _floats(device, rows)
-    stats = _floats(device, rows if statistics else 0, 4)
-    if rows == 0:
-        return loss, lse, stats
-    block_r, block_d = row_blocks(padded)
-    row_grid = (triton.cdiv(rows, block_r),)
-    with torch.cuda.device_of(u_all):
-        if statistics:
-            config, splits, _ = plan_for("moments", u_all, rows)
-            moments = _floats(device, 6, splits, rows)
-            moments_kernel[(triton.cdiv(rows // 2, config.block_m), splits, 4)](
-                u_all, temperature, moments, row_offset, rows, total, padded,
-                config.block_m, config.block_n,
-                **config.options(padded, dot_precision(u_all.dtype)),
-            )  # fmt: skip
-            statistics_kernel[row_grid](
-                u_all, moments, loss, lse, stats, row_offset, rows, padded, splits,
-                DECOUPLED=decoupled, BLOCK_R=block_r, BLOCK_D=block_d,
-            )  # fmt: skip
-            return loss, lse, stats
-
-        tiles = partial(_negatives, u_all, temperature, row_offset, rows)
-        sums, tops = tiles(tuned("forward", plan_for("forward", u_all, rows), u_all, rows, tiles))
-        losses_kernel[row_grid](
-            u_all, temperature, sums, tops, loss, lse, row_offset, rows, padded,
-            len(sums), len(tops),
-            DECOUPLED=decoupled, BLOCK_R=block_r, BLOCK_D=block_d, BLOCK_S=SLOT_BLOCK,
-        )  # fmt: skip
-    return loss, lse, stats
+    made = losses(u_all, temperature, row_offset, rows, decoupled, statistics)
+    return made.loss, made.lse, made.stats
 
 
-def _negatives(
-    u_all: Tensor, temperature: Tensor, row_offset: int, rows: int, plan: Plan
-) -> tuple[Tensor, Tensor]:
-    """Partial sums over each row's negatives, [slots, rows], and maxima, [splits, rows]."""
-    config, splits, symmetric = plan
-    (total, padded), device = u_all.shape, u_all.device
-    options = config.options(padded, dot_precision(u_all.dtype))
-    tiles = triton.cdiv(rows, config.block_m)
-    slots = splits + tiles // 2 if symmetric else splits
-    sums, tops = _floats(device, slots, rows), _floats(device, splits, rows)
-    if symmetric:
-        symmetric_kernel[(tiles, splits)](
-            u_all, temperature, sums, tops, total, padded, config.block_m, **options
-        )
-    else:
-        negatives_kernel[(tiles, splits)](
-            u_all, temperature, sums, tops, row_offset, rows, total, padded,
-            config.block_m, config.block_n, **options,
-        )  # fmt: skip
-    return sums, tops
-
-
-def _weighted_sums(
+def losses(
     u_all: Tensor,
     temperature: Tensor,
-    factor: Tensor,
-    weight: Tensor,
+    row_offset: int,
+    rows: int,
+    decoupled: bool,
+    statistics: bool,
+    mean: bool = False,
+) -> Losses:
+    """`forward` with more results of the same launches.
+
+    reduced: [], float32, the sum of the rows' losses, or with `mean` their mean.
+    factor: [rows], float32, for `backward` where all rows weigh the same.
+    """
+    padded, device = u_all.size(1), u_all.device
+    made = Losses(
+        loss=floats(device, rows),
+        lse=floats(device, rows),
+        stats=floats(device, rows if statistics else 0, 4),
+        factor=floats(device, rows),
+        reduced=floats(device),
+    )
+    if rows == 0:
+        made.reduced.zero_()
+        return made
+    blocks = row_blocks(padded)
+    programs = triton.cdiv(rows, blocks.rows)
+    counter = make_counter(device)
+    with torch.cuda.device_of(u_all):
+        tiles = partial(_tile_sums, u_all, temperature, counter, row_offset, rows, statistics)
+        kind = "moments" if statistics else "forward"
+        plan = plan_for(kind, u_all, rows)
+        sums, positive, other_slots = tiles(tuned(kind, plan, u_all, rows, tiles))
+        losses_kernel[(programs,)](
+            u_ptr=u_all,
+            temperature_ptr=temperature,
+            partial_ptr=sums,
+            positive_ptr=positive,
+            loss_ptr=made.loss,
+            lse_ptr=made.lse,
+            factor_ptr=made.factor,
+            stats_ptr=made.stats,
+            part_ptr=floats(device, programs),
+            counter_ptr=counter,
+            reduced_ptr=made.reduced,
+            loss_scale=1.0 / rows if mean else 1.0,
+            row_offset=row_offset,
+            rows=rows,
+            slots=sums.size(1),
+            other_slots=other_slots,
+            PADDED=padded,
+            DECOUPLED=decoupled,
+            STATISTICS=statistics,
+            BLOCK_R=blocks.rows,
+            BLOCK_D=blocks.columns,
+            BLOCK_S=SLOT_BLOCK,
+            num_warps=blocks.warps,
+        )
+    return made
+
+
+def mean_statistics(
+    loss: Tensor, lse: Tensor, stats: Tensor, u: Tensor, temperature: Tensor
+) -> Tensor:
+    """The six values of `NTXentStats`, [6], float32: means over the rows.
+
+    Args:
+        loss, lse: [M], float32, any stride; stats: [M, 4], of `forward`, of all ranks' rows.
+        u: [M, D_pad]; temperature: [], float32.
+    """
+    rows, padded = u.shape
+    blocks = row_blocks(padded)
+    count = triton.cdiv(rows, PART_ROWS)
+    parts = floats(u.device, count, padded + SCALARS.value)
+    means = floats(u.device, 6)
+    with torch.cuda.device_of(u):
+        statistics_parts_kernel[(count,)](
+            u_ptr=u,
+            loss_ptr=loss,
+            lse_ptr=lse,
+            stats_ptr=stats,
+            parts_ptr=parts,
+            rows=rows,
+            loss_stride=loss.stride(0),
+            lse_stride=lse.stride(0),
+            stats_row_stride=stats.stride(0),
+            stats_stride=stats.stride(1),
+            PADDED=padded,
+            ROWS=PART_ROWS,
+            BLOCK_R=blocks.rows,
+            BLOCK_D=blocks.columns,
+            num_warps=blocks.warps,
+        )
+        mean_statistics_kernel[(1,)](
+            parts_ptr=parts,
+            temperature_ptr=temperature,
+            out_ptr=means,
+            rows=rows,
+            parts=count,
+            PADDED=padded,
+            BLOCK_D=blocks.columns,
+            num_warps=blocks.warps,
+        )
+    return means
+
+
+def _tile_sums(
+    u_all: Tensor,
+    temperature: Tensor,
+    counter: Tensor,
+    row_offset: int,
+    rows: int,
+    statistics: bool,
+    plan: Plan,
+) -> tuple[Tensor, Tensor, int]:
+    """Partial results over each row's negatives, for `losses_kernel`.
+
+    Returns: [2, slots, rows] (3 planes with statistics); [rows], the positives' x, empty without
+    statistics; how many slots are of the other view (all, without statistics).
+    """
+    config, splits, symmetric = plan
+    (total, padded), device = u_all.shape, u_all.device
+    half = total // config.block_m // 2
+    if symmetric:
+        slots = (2 if statistics else 1) * splits + half
+        other_slots = splits + (half + 1) // 2
+    else:
+        slots, other_slots = 2 * splits, splits
+    sums = floats(device, 3 if statistics else 2, slots, rows)
+    positive = floats(device, rows if statistics else 0)
+    arguments = {
+        "u_ptr": u_all,
+        "temperature_ptr": temperature,
+        "partial_ptr": sums,
+        "positive_ptr": positive,
+        "counter_ptr": counter,
+        "total": total,
+        "STATISTICS": statistics,
+        **config.options(padded, dot_precision(u_all.dtype)),
+    }
+    if symmetric:
+        symmetric_kernel[(2 * half, splits)](**arguments)
+    else:
+        negatives_kernel[(triton.cdiv(rows // 2, config.block_m), splits, 4)](
+            row_offset=row_offset, rows=rows, BLOCK_N=config.block_n, **arguments
+        )
+    return sums, positive, other_slots if statistics else slots
+
+
+def weighted_sums(
+    u_all: Tensor,
+    temperature: Tensor,
+    weights: RowWeights,
+    counter: Tensor,
     row_offset: int,
     rows: int,
     plan: Plan,
 ) -> Tensor:
-    """Partial Σ_j W_ij û_j, [splits, rows, D_pad]."""
+    """Partial Σ_j W_ij û_j, [splits, rows, D_pad], float32."""
     config, splits, _ = plan
     total, padded = u_all.shape
-    block_v = config.block_d if config.block_d >= padded else VALUE_BLOCK
-    sums = _floats(u_all.device, splits, rows, padded)
-    grid = (triton.cdiv(rows, config.block_m), splits, triton.cdiv(padded, block_v))
-    gradient_kernel[grid](
-        u_all, temperature, factor, weight, sums, row_offset, rows, total, padded,
-        config.block_m, config.block_n, BLOCK_V=block_v,
+    arguments = {
+        "u_ptr": u_all,
+        "temperature_ptr": temperature,
+        "factor_ptr": weights.factor,
+        "weight_ptr": weights.weight,
+        "ids_ptr": weights.ids,
+        "share_ptr": weights.share,
+        "counter_ptr": counter,
+        "total": total,
+        "BLOCK_N": config.block_n,
         **config.options(padded, dot_precision(u_all.dtype)),
-    )  # fmt: skip
+    }
+    sums = floats(u_all.device, splits, rows, padded)
+    if config.holds_gradient(padded):
+        gradient_kernel[(triton.cdiv(rows, config.block_m), splits)](
+            sums_ptr=sums,
+            row_offset=row_offset,
+            rows=rows,
+            BLOCK_V=triton.next_power_of_2(padded),
+            **arguments,
+        )
+        return sums
+    # W of some rows at a time, then a matrix product: no score is computed twice.
+    for first in range(0, rows, chunk_rows(u_all)):
+        out = sums[0, first : first + chunk_rows(u_all)]
+        tiles = torch.empty((len(out), total), dtype=u_all.dtype, device=u_all.device)
+        grid = (triton.cdiv(total, config.block_n), triton.cdiv(len(out), config.block_m))
+        weight_tiles_kernel[grid](
+            tiles_ptr=tiles, row_offset=row_offset + first, rows=len(out), **arguments
+        )
+        _product(tiles, u_all, out)
     return sums
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b in float32; W's sums would overflow float16."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.dtype == torch.float32:
+            torch.mm(a, b, out=out)
+        elif a.device.type == "cuda":
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
+        else:
+            # The interpreter's tensors: the CPU has no product with a wider result.
+            torch.mm(a.float(), b.float(), out=out)
+
+
+def row_weights(
+    grad: Tensor,
+    lse_all: Tensor,
+    temperature: Tensor,
+    ids: Tensor | None = None,
+    inverse_count: Tensor | None = None,
+) -> tuple[RowWeights, Tensor]:
+    """What W needs of the rows, and max |grad| [], for an upstream gradient of each row, [M]."""
+    device, total = lse_all.device, lse_all.numel()
+    weights = RowWeights(
+        factor=floats(device, total),
+        weight=floats(device, total),
+        ids=ids,
+        share=None if ids is None else floats(device, total),
+    )
+    scale = floats(device)
+    weights_kernel[(triton.cdiv(total, WEIGHTS_BLOCK),)](
+        grad_ptr=grad,
+        lse_ptr=lse_all,
+        inverse_count_ptr=inverse_count,
+        temperature_ptr=temperature,
+        factor_ptr=weights.factor,
+        weight_ptr=weights.weight,
+        share_ptr=weights.share,
+        scale_ptr=scale,
+        total=total,
+        grad_stride=grad.stride(0) if grad.dim() else 0,
+        BLOCK_R=WEIGHTS_BLOCK,
+    )
+    return weights, scale
 
 
 def backward(
@@ -144,6 +354,7 @@ def backward(
     temperature: Tensor,
     row_offset: int,
     decoupled: bool,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of Σ_i grad_i loss_i, over all ranks' rows i, to this rank's z and to τ.
 
@@ -154,6 +365,8 @@ def backward(
         z1, z2: what `normalize` took on this rank.
         temperature: [], float32.
         row_offset: first of this rank's rows. decoupled: as in `forward`.
+        factor: [M], of `losses` for all rows: saves a launch where grad is []. None or empty: not
+            at hand.
 
     Returns:
         grad_z: [R, D], z's dtype, view-major: first the R/2 rows of view 1.
@@ -166,23 +379,43 @@ def backward(
     grad_z = torch.empty((rows, dim), dtype=z1.dtype, device=device)
     if rows == 0:
         return grad_z, torch.zeros((), dtype=torch.float32, device=device)
-    block_p, block_d = row_blocks(padded)
-    programs = triton.cdiv(rows // 2, block_p)
-    factor, weight = _floats(device, total), _floats(device, total)
-    grad_temperature = _floats(device, programs)
+    blocks = row_blocks(padded)
+    programs = triton.cdiv(rows // 2, blocks.rows)
+    counter, grad_temperature = make_counter(device), floats(device)
     with torch.cuda.device_of(u_all):
-        stride = grad.stride(0) if grad.dim() else 0
-        scale = torch.linalg.vector_norm(grad, math.inf) if grad.dim() else grad
-        weights_kernel[(triton.cdiv(total, WEIGHTS_BLOCK),)](
-            grad, scale, lse_all, temperature, factor, weight, total, stride,
-            BLOCK_R=WEIGHTS_BLOCK,
-        )  # fmt: skip
-        tiles = partial(_weighted_sums, u_all, temperature, factor, weight, row_offset, rows)
+        if grad.dim() == 0 and factor is not None and factor.numel():
+            weights, scale = RowWeights(factor), grad
+        else:
+            weights, scale = row_weights(grad, lse_all, temperature)
+        tiles = partial(weighted_sums, u_all, temperature, weights, counter, row_offset, rows)
         sums = tiles(tuned("gradient", plan_for("gradient", u_all, rows), u_all, rows, tiles))
         finish_gradient_kernel[(programs,)](
-            sums, grad, scale, loss, inv_norm, z1, z2, temperature, grad_z,
-            grad_temperature, 1 / total if mean else 1.0, row_offset, rows, dim, padded, len(sums),
-            stride, *z1.stride(), *z2.stride(),
-            DECOUPLED=decoupled, BLOCK_P=block_p, BLOCK_D=block_d,
-        )  # fmt: skip
-    return grad_z, grad_temperature.sum()
+            sums_ptr=sums,
+            grad_ptr=grad,
+            scale_ptr=scale,
+            loss_ptr=loss,
+            inv_norm_ptr=inv_norm,
+            z1_ptr=z1,
+            z2_ptr=z2,
+            temperature_ptr=temperature,
+            grad_z_ptr=grad_z,
+            part_ptr=floats(device, programs),
+            counter_ptr=counter,
+            grad_temperature_ptr=grad_temperature,
+            grad_scale=1 / total if mean else 1.0,
+            row_offset=row_offset,
+            rows=rows,
+            dim=dim,
+            splits=len(sums),
+            grad_stride=grad.stride(0) if grad.dim() else 0,
+            stride_1n=z1.stride(0),
+            stride_1d=z1.stride(1),
+            stride_2n=z2.stride(0),
+            stride_2d=z2.stride(1),
+            PADDED=padded,
+            DECOUPLED=decoupled,
+            BLOCK_P=blocks.rows,
+            BLOCK_D=blocks.columns,
+            num_warps=blocks.warps,
+        )
+    return grad_z, grad_temperature

@@ -14,14 +14,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from .nt_xent_configs import (
-    GRADIENT_SPLITS,
-    LOSS_SPLITS,
-    TABLE,
-    Plan,
-    best_splits,
-    table_config,
-)
+from .nt_xent_configs import SYMMETRIC, TABLE, Plan, fits_symmetric, splits_of, table_config
 
 _CHOICES: dict[tuple[object, ...], Plan] = {}
 
@@ -29,7 +22,7 @@ _CHOICES: dict[tuple[object, ...], Plan] = {}
 def tuned(
     kernel: str, made: Plan, u_all: Tensor, rows: int, launch: Callable[[Plan], object]
 ) -> Plan:
-    """The fastest plan for "forward" or "gradient"; `made` unless asked, and in graph capture."""
+    """The fastest plan of a kernel; `made` unless asked for, and while a graph is captured."""
     if os.environ.get("SIMCLR_FAST_AUTOTUNE") != "1" or not u_all.is_cuda:
         return made
     key = (kernel, made, u_all.device, u_all.dtype, *u_all.shape, rows)
@@ -52,16 +45,15 @@ def candidates(
     processors: int,
 ) -> list[Plan]:
     """`made` first, then every architecture's configuration, with its splits."""
-    kind = "symmetric" if made.symmetric else kernel
     plans = [made]
     for capability in TABLE:
+        kind = SYMMETRIC[kernel] if made.symmetric else kernel
         config = table_config(kind, capability, dtype, padded)
-        if config is None or (made.symmetric and total % config.block_m):
+        if config is None:
             continue
-        tiles, keys = triton.cdiv(rows, config.block_m), triton.cdiv(total, config.block_n)
-        keys = tiles // 2 + 1 if made.symmetric else keys
-        limit = GRADIENT_SPLITS if kernel == "gradient" else LOSS_SPLITS
-        splits = best_splits(tiles, keys, processors * config.resident, limit)
+        splits = splits_of(kernel, config, made.symmetric, processors, padded, rows, total)
+        if made.symmetric and not fits_symmetric(kernel, config, splits, total, padded):
+            continue
         plans.append(Plan(config, splits, made.symmetric))
     return list(dict.fromkeys(plans))
 

@@ -7,10 +7,12 @@ import torch
 import triton
 from torch import Tensor
 
-# Features per program of the gradient, where one tile does not hold them all.
+# Features of the gradient that a program can hold beside a dot that runs over blocks of them.
 VALUE_BLOCK = 128
-# Floats per row that the symmetric forward may keep, as a multiple of the features.
+# Floats per row that the symmetric forward may keep, as a multiple of the features; and with
+# statistics, which keep three planes of them.
 SYMMETRIC_SLOTS = 3
+SYMMETRIC_SLOTS_STATISTICS = 6
 LOSS_SPLITS = 16
 GRADIENT_SPLITS = 8
 WAVES = 4
@@ -30,12 +32,12 @@ class Config(NamedTuple):
     # Programs per multiprocessor: it sets the registers that the compiler may use.
     resident: int = 1
 
-    def options(self, padded: int, precision: str) -> dict[str, int | bool | str]:
-        """The tile kernels' keyword arguments."""
-        options: dict[str, int | bool | str] = {
+    def options(self, padded: int, precision: str) -> dict[str, int | str]:
+        """The tile kernels' keyword arguments, without BLOCK_N."""
+        options: dict[str, int | str] = {
+            "PADDED": padded,
+            "BLOCK_M": self.block_m,
             "BLOCK_D": self.block_d,
-            "WHOLE": self.block_d >= padded,
-            "EVEN": padded % self.block_d == 0,
             "PRECISION": precision,
             "num_warps": self.warps,
             "num_stages": self.stages,
@@ -43,6 +45,10 @@ class Config(NamedTuple):
         if self.resident > 1:
             options["maxnreg"] = 65536 // (32 * self.warps * self.resident) // 8 * 8
         return options
+
+    def holds_gradient(self, padded: int) -> bool:
+        """Whether one program has room for all features of its rows' gradient."""
+        return self.block_d >= padded or padded <= VALUE_BLOCK
 
 
 class Plan(NamedTuple):
@@ -66,6 +72,13 @@ _HMMA: Configs = {
     ),
     "symmetric": (
         Config(64, 64, 64, 4, 2, 3),
+        Config(64, 64, 128, 4, 2, 2),
+        Config(64, 64, 256, 8, 2),
+        None,
+        None,
+    ),
+    "symmetric_moments": (
+        Config(64, 64, 64, 4, 2, 2),
         Config(64, 64, 128, 4, 2, 2),
         Config(64, 64, 256, 8, 2),
         None,
@@ -112,6 +125,13 @@ _HOPPER: Configs = {
         None,
         None,
     ),
+    "symmetric_moments": (
+        Config(128, 128, 64, 8, 2),
+        Config(128, 128, 128, 8, 2),
+        Config(128, 128, 256, 8, 2),
+        None,
+        None,
+    ),
     "gradient": (
         Config(128, 64, 64, 8, 3, 2),
         Config(128, 128, 128, 8, 2),
@@ -146,9 +166,17 @@ _BLACKWELL: Configs = {
         Config(128, 32, 512, 8, 2),
         Config(128, 128, 64, 8, 3),
     ),
+    # Larger tiles spill.
     "symmetric": (
-        Config(128, 128, 64, 8, 2),
-        Config(128, 128, 128, 8, 2),
+        Config(64, 64, 64, 4, 2, 2),
+        Config(64, 64, 128, 4, 2, 2),
+        None,
+        None,
+        None,
+    ),
+    "symmetric_moments": (
+        Config(64, 64, 64, 8, 2),
+        Config(64, 64, 128, 8, 2),
         None,
         None,
         None,
@@ -181,6 +209,12 @@ _BLACKWELL: Configs = {
 }
 # ptxas spills the rows above there.
 _BLACKWELL_HMMA: Configs = _HMMA | {
+    "forward": (
+        Config(128, 64, 64, 4, 3, 2),
+        Config(128, 32, 128, 4, 3, 2),
+        Config(64, 64, 256, 4, 2),
+        *_HMMA["forward"][3:],
+    ),
     "float32 sums": (Config(64, 32, 32, 8, 3),) * 5,
     "float32 class_gradient": (Config(64, 16, 32, 8, 2),) * 5,
 }
@@ -192,6 +226,8 @@ TABLE = {
     (10, 0): _BLACKWELL,
     (12, 0): _BLACKWELL_HMMA,
 }
+# The kernel that gives the same results from half the dots.
+SYMMETRIC = {"forward": "symmetric", "moments": "symmetric_moments"}
 # For a GPU that the table does not list.
 SMALLEST = Config(32, 32, 32, 4, 2)
 
@@ -201,14 +237,15 @@ def table_config(
 ) -> Config | None:
     """The configuration of a kernel for û of a dtype.
 
-    kernel: "forward", "symmetric", "gradient", "moments", "class_sums" or "class_gradient".
+    kernel: "forward" and "moments" (without and with statistics), "symmetric" and
+        "symmetric_moments" (the same by half the dots), "gradient", "class_sums", "class_gradient".
 
     A GPU that the table does not list takes the row of its family (the same major version), or
-    the smallest configuration. None only for "symmetric": not worth it, or not possible, here.
+    the smallest configuration. None only for the symmetric ones: not worth it, or not possible.
     """
     family = [key for key in TABLE if key[0] == capability[0] and key <= capability]
     if not family:
-        return None if kernel == "symmetric" else _fit(SMALLEST, padded)
+        return None if kernel in SYMMETRIC.values() else _fit(SMALLEST, padded)
     if kernel in ("moments", "class_sums"):
         kernel = "sums"
     if dtype == torch.float32:
@@ -247,6 +284,43 @@ def best_splits(row_tiles: int, key_tiles: int, slots: int, limit: int) -> int:
     return min(range(1, limit + 1), key=steps)
 
 
+def fits_symmetric(kernel: str, config: Config, splits: int, total: int, padded: int) -> bool:
+    """Whether M rows are whole tiles of either view, and the slots stay linear in the features."""
+    if total % (2 * config.block_m):
+        return False
+    half = total // config.block_m // 2
+    if kernel == "forward":
+        return splits + half <= SYMMETRIC_SLOTS * padded
+    return 3 * (2 * splits + half) <= SYMMETRIC_SLOTS_STATISTICS * padded
+
+
+def splits_of(
+    kernel: str,
+    config: Config,
+    symmetric: bool,
+    processors: int,
+    padded: int,
+    rows: int,
+    total: int,
+) -> int:
+    """Into how many parts the keys of a row tile are cut."""
+    slots = processors * config.resident
+    if symmetric:
+        tiles = triton.cdiv(total, config.block_m)
+        return best_splits(tiles, tiles // 2 + 1, slots, LOSS_SPLITS)
+    gradient = kernel in ("gradient", "class_gradient")
+    if gradient and not config.holds_gradient(padded):
+        return 1
+    # The forward's tiles are of one view's rows and one view's keys.
+    views = 2 if kernel in SYMMETRIC else 1
+    return best_splits(
+        views**2 * triton.cdiv(rows // views, config.block_m),
+        triton.cdiv(total // views, config.block_n),
+        slots,
+        GRADIENT_SPLITS if gradient else LOSS_SPLITS,
+    )
+
+
 @lru_cache(maxsize=256)
 def plan(
     kernel: str,
@@ -257,26 +331,25 @@ def plan(
     rows: int,
     total: int,
 ) -> Plan:
-    """Configuration and splits of a kernel of `table_config`; "forward" may become symmetric."""
-    if kernel == "forward" and rows == total:
-        config = table_config("symmetric", capability, dtype, padded)
-        if config is not None and total % config.block_m == 0:
-            tiles = total // config.block_m
-            slots = processors * config.resident
-            splits = best_splits(tiles, tiles // 2 + 1, slots, LOSS_SPLITS)
-            if splits + tiles // 2 <= SYMMETRIC_SLOTS * padded:
+    """Configuration and splits of a kernel of `table_config`, symmetric where that is possible.
+
+    kernel: "forward", "moments", "gradient", "class_sums" or "class_gradient".
+    """
+    sizes = processors, padded, rows, total
+    if kernel in SYMMETRIC and rows == total:
+        config = table_config(SYMMETRIC[kernel], capability, dtype, padded)
+        if config is not None:
+            splits = splits_of(kernel, config, True, *sizes)
+            if fits_symmetric(kernel, config, splits, total, padded):
                 return Plan(config, splits, symmetric=True)
     config = table_config(kernel, capability, dtype, padded)
     assert config is not None
-    # The moments' tiles are of one view's rows and one view's keys.
-    views = 2 if kernel == "moments" else 1
-    splits = best_splits(
-        views**2 * triton.cdiv(rows // views, config.block_m),
-        triton.cdiv(total // views, config.block_n),
-        processors * config.resident,
-        GRADIENT_SPLITS if "gradient" in kernel else LOSS_SPLITS,
-    )
-    return Plan(config, splits)
+    return Plan(config, splits_of(kernel, config, False, *sizes))
+
+
+def chunk_rows(u_all: Tensor) -> int:
+    """Rows of W that are kept at a time, where it is: as many bytes as the float32 gradient."""
+    return 128 * triton.cdiv(4 * u_all.size(1) // u_all.element_size(), 128)
 
 
 def plan_for(kernel: str, u_all: Tensor, rows: int) -> Plan:

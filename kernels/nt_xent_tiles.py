@@ -1,18 +1,25 @@
-"""NT-Xent by tiles of the similarity matrix, which never reaches memory (Triton).
+"""What the tile kernels share: loads, scores, the order of key tiles, sums over programs (Triton).
 
-x_ij = û_i·û_j = s_ij · log2(e). Rows 2k and 2k+1 are the views of pair k, so a pair's self and
-positive similarities lie in diagonal tiles only; these and the ragged last tile take the masked
-loop, all others the unmasked one. README.md derives the formulas.
+x_ij = û_i·û_j = s_ij · log2(e), by tiles of the similarity matrix, which never reaches memory.
+Rows 2k and 2k+1 are the views of pair k. README.md derives the formulas.
 """
 
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 # Largest log2(e)/τ whose sums of exp2(x) stay inside float32; beyond it rows track their maximum.
 EXPONENT_LIMIT = tl.constexpr(96.0)
-# Stands for -inf, and keeps exp2(a - b) defined when both are it.
+# The score of an excluded pair of rows. Finite, so that the difference of two of them is defined.
 LOWEST = tl.constexpr(-1e30)
+
+# A program runs three loops over its key tiles. For low temperatures all tiles are in the first,
+# which tracks maxima; otherwise those on the diagonal or beyond the end are in the last.
+LOW_PASS = tl.constexpr(0)
+PLAIN_PASS = tl.constexpr(1)
+MASKED_PASS = tl.constexpr(2)
+PASSES = tl.constexpr(3)
 
 
 @triton.jit
@@ -22,82 +29,86 @@ def needs_maximum(temperature_ptr):
 
 @triton.jit
 def load_rows(
-    u_ptr, first, end, column, padded,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr,
+    u_ptr,
+    first,
+    end,
+    column,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    MASKED: tl.constexpr,
     STEP: tl.constexpr = 1,
-):  # fmt: skip
-    """ROWS rows of û from `first` in steps of STEP, features from `column`, zero outside."""
+):
+    """ROWS rows of û from `first` in steps of STEP, features from `column`, zero outside.
+
+    Without MASKED all rows must be inside; the compiler then drops the mask.
+    """
     r = STEP * tl.arange(0, ROWS)
     d = column + tl.arange(0, COLUMNS)
-    pointers = u_ptr + tl.cast(first, tl.int64) * padded + r[:, None] * padded + d[None, :]
-    if MASK_ROWS and MASK_COLUMNS:
-        mask = ((first + r) < end)[:, None] & (d < padded)[None, :]
-        return tl.load(pointers, mask=mask, other=0.0)
-    elif MASK_ROWS:
-        return tl.load(pointers, mask=((first + r) < end)[:, None], other=0.0)
-    elif MASK_COLUMNS:
-        return tl.load(pointers, mask=(d < padded)[None, :], other=0.0)
-    else:
-        return tl.load(pointers)
+    row_inside = ((first + r) < end) | (not MASKED)
+    column_inside = (d < PADDED) | (PADDED % COLUMNS == 0)
+    pointers = u_ptr + tl.cast(first, tl.int64) * PADDED + r[:, None] * PADDED + d[None, :]
+    return tl.load(pointers, mask=row_inside[:, None] & column_inside[None, :], other=0.0)
 
 
 @triton.jit
 def query_tile(
-    u_ptr, row, row_end, padded,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr,
+    u_ptr,
+    row,
+    row_end,
+    PADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     STEP: tl.constexpr = 1,
-):  # fmt: skip
+):
     """The rows of û that a program keeps, when one block holds all features."""
-    if WHOLE:
-        return load_rows(u_ptr, row, row_end, 0, padded, BLOCK_M, BLOCK_D, True, not EVEN, STEP)
+    if BLOCK_D >= PADDED:
+        return load_rows(u_ptr, row, row_end, 0, PADDED, BLOCK_M, BLOCK_D, True, STEP)
     else:
         return row
 
 
 @triton.jit
 def scores(
-    u_ptr, queries, row, row_end, key, key_end, padded,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    WHOLE: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    u_ptr,
+    queries,
+    row,
+    row_end,
+    key,
+    key_end,
+    PADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
     STEP: tl.constexpr = 1,
-):  # fmt: skip
-    """x of the tile at (row, key), [BM, BN], and the rows of û it loaded, [BN, BD] if WHOLE."""
-    if WHOLE:
-        keys = load_rows(u_ptr, key, key_end, 0, padded, BLOCK_N, BLOCK_D, MASKED, not EVEN, STEP)
+):
+    """x of the tile at (row, key), [BM, BN]; and its rows of û, if one block holds them."""
+    if BLOCK_D >= PADDED:
+        keys = load_rows(u_ptr, key, key_end, 0, PADDED, BLOCK_N, BLOCK_D, MASKED, STEP)
         return tl.dot(queries, tl.trans(keys), input_precision=PRECISION), keys
     else:
         x = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for column in range(0, padded, BLOCK_D):
-            a = load_rows(u_ptr, row, row_end, column, padded, BLOCK_M, BLOCK_D, True, False, STEP)
-            b = load_rows(
-                u_ptr, key, key_end, column, padded, BLOCK_N, BLOCK_D, MASKED, False, STEP
-            )
+        for column in range(0, PADDED, BLOCK_D):
+            a = load_rows(u_ptr, row, row_end, column, PADDED, BLOCK_M, BLOCK_D, True, STEP)
+            b = load_rows(u_ptr, key, key_end, column, PADDED, BLOCK_N, BLOCK_D, MASKED, STEP)
             x = tl.dot(a, tl.trans(b), x, input_precision=PRECISION)
         return x, key
 
 
 @triton.jit
-def is_negative(row, key, key_end, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Whether a pair of rows is another pair's and inside the matrix, [BM, BN]."""
-    i = row + tl.arange(0, BLOCK_M)
-    j = key + tl.arange(0, BLOCK_N)
-    return ((i >> 1)[:, None] != (j >> 1)[None, :]) & (j < key_end)[None, :]
-
-
-@triton.jit
-def is_other(row, key, key_end, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Whether two rows differ, and lie inside the matrix, [BM, BN]."""
-    i = row + tl.arange(0, BLOCK_M)
-    j = key + tl.arange(0, BLOCK_N)
-    return (i[:, None] != j[None, :]) & (j < key_end)[None, :]
+def exclude(x, i, j, end):
+    """x with LOWEST where i_r = j_c, and where j_c is not below `end`, [BM, BN]."""
+    return tl.where((i[:, None] == j[None, :]) | (j >= end)[None, :], LOWEST, x)
 
 
 @triton.jit
 def share(row, row_end, total, split, splits, BLOCK_N: tl.constexpr):
-    """This split's part of a row tile's sequence of key tiles: the unmasked ones, then the others.
+    """This split's part of a row tile's list of key tiles: the unmasked ones, then the others.
 
     The masked ones hold the diagonal (lo .. hi) and the ragged last tile. Returns the part's begin
-    and end, the length of the unmasked sequence, and lo, hi.
+    and end, the length of the unmasked list, and lo, hi.
     """
     tiles = tl.cdiv(total, BLOCK_N)
     whole = total // BLOCK_N
@@ -110,11 +121,54 @@ def share(row, row_end, total, split, splits, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def plain_key(t, lo, hi, BLOCK_N: tl.constexpr):
-    return (t + tl.where(t >= lo, hi - lo, 0)) * BLOCK_N
+def part_of_pass(PASS: tl.constexpr, low, begin, end, plain):
+    """First and last of the list's key tiles begin .. end that belong to one of the three loops."""
+    if PASS == LOW_PASS:
+        first, last = begin, tl.where(low, end, begin)
+    elif PASS == PLAIN_PASS:
+        first, last = tl.where(low, end, begin), tl.minimum(end, plain)
+    else:
+        first, last = tl.where(low, end, tl.maximum(begin, plain)), end
+    return first, last
 
 
 @triton.jit
-def masked_key(t, plain, lo, hi, total, BLOCK_N: tl.constexpr):
-    k = t - plain
-    return tl.where(k < hi - lo, lo + k, tl.cdiv(total, BLOCK_N) - 1) * BLOCK_N
+def key_of(PASS: tl.constexpr, t, plain, lo, hi, total, BLOCK_N: tl.constexpr):
+    """First row of the list's key tile t."""
+    unmasked = t + tl.where(t >= lo, hi - lo, 0)
+    if PASS == PLAIN_PASS:
+        tile = unmasked
+    else:
+        k = t - plain
+        masked = tl.where(k < hi - lo, lo + k, tl.cdiv(total, BLOCK_N) - 1)
+        tile = tl.where(t < plain, unmasked, masked)
+    return tile * BLOCK_N
+
+
+@triton.jit
+def reset(counter_ptr):
+    """Zero the counter that the next kernel's `add_up` counts its programs by."""
+    first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0)
+    tl.store(counter_ptr, 0, mask=first)
+
+
+@triton.jit
+def add_up(value, part_ptr, counter_ptr, out_ptr, scale, BLOCK: tl.constexpr):
+    """out = scale · Σ over the grid's programs of their value, [], float32.
+
+    Every program leaves its value in part [programs]. The last one to arrive, by the counter, adds
+    them all up in the programs' order: the result does not depend on which one that is.
+    """
+    programs = tl.num_programs(0)
+    tl.store(part_ptr + tl.program_id(0), value)
+    # All threads of a program have stored before the counter says so.
+    tl.debug_barrier()
+    if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1:
+        i = tl.arange(0, BLOCK)
+        total = tl.zeros([BLOCK], tl.float32)
+        for first in range(0, programs, BLOCK):
+            # From L2, where other multiprocessors' values are.
+            total += tl.load(
+                part_ptr + first + i, mask=first + i < programs, other=0.0, cache_modifier=".cg"
+            )
+        tl.store(out_ptr, scale * tl.sum(total, axis=0))

@@ -1,29 +1,143 @@
 """Supervised contrastive loss on the GPU, in O(M D) memory (Triton); as nt_xent.py.
 
 Rows come in any order and number; ids [M], int32, are equal within a class, and inverse_count [M],
-float32, is 1 / (a row's positives), 0 without any.
+float32, is 1 / (a row's positives), 0 without any. The softmax runs over all rows but the row
+itself, and the positives of row i are the other rows with its id.
 """
-
-import math
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from .normalize import normalize_rows, row_blocks
-from .nt_xent import WEIGHTS_BLOCK, _floats
-from .nt_xent_configs import VALUE_BLOCK, dot_precision, plan_for
-from .sup_con_tiles import (
-    class_gradient_kernel,
-    class_losses_kernel,
-    class_sums_kernel,
-    class_weights_kernel,
-    finish_class_gradient_kernel,
+from .normalize import UNSPECIALIZED, normalize_rows, row_blocks
+from .nt_xent import WEIGHTS_BLOCK, floats, make_counter, row_weights, weighted_sums
+from .nt_xent_backward import finish_class_gradient_kernel
+from .nt_xent_configs import dot_precision, plan_for
+from .nt_xent_forward import merge, sums_along
+from .nt_xent_tiles import (
+    LN_2,
+    LOW_PASS,
+    LOWEST,
+    PASSES,
+    PLAIN_PASS,
+    exclude,
+    key_of,
+    needs_maximum,
+    part_of_pass,
+    query_tile,
+    scores,
+    share,
 )
 
 __all__ = ["backward", "forward", "normalize"]
 
 normalize = normalize_rows
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def class_sums_kernel(
+    u_ptr,  # [M, D_pad], float16 or float32
+    temperature_ptr,  # [], float32
+    ids_ptr,  # [M], int32
+    partial_ptr,  # [3, SPLITS, R], float32: references, sums, positives
+    row_offset,
+    rows,
+    total,
+    PADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: BM rows against one split of the M keys.
+
+    Over j ≠ i: Σ exp2(x_ij - reference), with reference 0 or, for low temperatures, the maximum,
+    and Σ x over the positives. Reads the row tile once and M / SPLITS rows of û from L2, writes
+    three floats per row.
+    """
+    split = tl.program_id(1)
+    splits = tl.num_programs(1)
+    first = tl.program_id(0) * BLOCK_M
+    row = row_offset + first
+    row_end = tl.minimum(row + BLOCK_M, row_offset + rows)
+    begin, end, plain, lo, hi = share(row, row_end, total, split, splits, BLOCK_N)
+    q = query_tile(u_ptr, row, row_end, PADDED, BLOCK_M, BLOCK_D)
+
+    r = first + tl.arange(0, BLOCK_M)
+    i = row_offset + r
+    own = tl.load(ids_ptr + i, mask=r < rows, other=-1)
+    low = needs_maximum(temperature_ptr)
+    top = tl.full([BLOCK_M], LOWEST, tl.float32)
+    sums = tl.zeros([BLOCK_M], tl.float32)
+    positive = tl.zeros([BLOCK_M], tl.float32)
+    for PASS in tl.static_range(PASSES):
+        first_tile, last_tile = part_of_pass(PASS, low, begin, end, plain)
+        for t in range(first_tile, last_tile):
+            key = key_of(PASS, t, plain, lo, hi, total, BLOCK_N)
+            j = key + tl.arange(0, BLOCK_N)
+            ids = tl.load(ids_ptr + j, mask=(j < total) | (PASS == PLAIN_PASS), other=-2)
+            x, _ = scores(
+                u_ptr,
+                queries=q,
+                row=row,
+                row_end=row_end,
+                key=key,
+                key_end=total,
+                PADDED=PADDED,
+                BLOCK_M=BLOCK_M,
+                BLOCK_N=BLOCK_N,
+                BLOCK_D=BLOCK_D,
+                PRECISION=PRECISION,
+                MASKED=PASS != PLAIN_PASS,
+            )
+            same = own[:, None] == ids[None, :]
+            if PASS != PLAIN_PASS:
+                same &= i[:, None] != j[None, :]
+                x = exclude(x, i, j, total)
+            positive += tl.sum(tl.where(same, x, 0.0), axis=1)
+            t_top, t_sums, _ = sums_along(x, 1, PASS == LOW_PASS, False)
+            top, sums, _ = merge(top, sums, sums, t_top, t_sums, t_sums, PASS == LOW_PASS, False)
+
+    plane = splits * tl.cast(rows, tl.int64)
+    out = partial_ptr + tl.cast(split, tl.int64) * rows + r
+    tl.store(out, tl.where(low, top, 0.0), mask=r < rows)
+    tl.store(out + plane, sums, mask=r < rows)
+    tl.store(out + 2 * plane, positive, mask=r < rows)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def class_losses_kernel(
+    partial_ptr,  # [3, SPLITS, R], float32, from class_sums_kernel
+    inverse_count_ptr,  # [M], float32
+    loss_ptr,  # [R], float32
+    lse_ptr,  # [R], float32, natural
+    row_offset,
+    rows,
+    splits,
+    BLOCK_R: tl.constexpr,
+):
+    """One program: BR rows; loss_i = lse_i - mean of s over the positives, 0 without any.
+
+    Reads three floats per split and row, writes two.
+    """
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = r < rows
+    plane = splits * tl.cast(rows, tl.int64)
+    top = tl.full([BLOCK_R], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    positive = tl.zeros([BLOCK_R], tl.float32)
+    for split in range(splits):
+        at = partial_ptr + split * tl.cast(rows, tl.int64) + r
+        t = tl.load(at, mask=inside, other=LOWEST)
+        sums = tl.load(at + plane, mask=inside, other=0.0)
+        top, total, _ = merge(top, total, total, t, sums, sums, True, False)
+        positive += tl.load(at + 2 * plane, mask=inside, other=0.0)
+    lse = (top + tl.log2(total)) * LN_2
+    inverse = tl.load(inverse_count_ptr + row_offset + r, mask=inside, other=0.0)
+    loss = tl.where(inverse > 0.0, lse - positive * inverse * LN_2, 0.0)
+    tl.store(loss_ptr + r, loss, mask=inside)
+    tl.store(lse_ptr + r, lse, mask=inside)
 
 
 def forward(
@@ -40,15 +154,31 @@ def forward(
     """
     total, padded = u_all.shape
     config, splits, _ = plan_for("class_sums", u_all, rows)
-    partial = _floats(u_all.device, 3, splits, rows)
-    loss, lse = _floats(u_all.device, rows), _floats(u_all.device, rows)
+    sums = floats(u_all.device, 3, splits, rows)
+    loss, lse = floats(u_all.device, rows), floats(u_all.device, rows)
+    if rows == 0:
+        return loss, lse
     with torch.cuda.device_of(u_all):
         class_sums_kernel[(triton.cdiv(rows, config.block_m), splits)](
-            u_all, temperature, ids, partial, row_offset, rows, total, padded,
-            config.block_m, config.block_n, **config.options(padded, dot_precision(u_all.dtype)),
-        )  # fmt: skip
+            u_ptr=u_all,
+            temperature_ptr=temperature,
+            ids_ptr=ids,
+            partial_ptr=sums,
+            row_offset=row_offset,
+            rows=rows,
+            total=total,
+            BLOCK_N=config.block_n,
+            **config.options(padded, dot_precision(u_all.dtype)),
+        )
         class_losses_kernel[(triton.cdiv(rows, WEIGHTS_BLOCK),)](
-            partial, inverse_count, loss, lse, row_offset, rows, splits, BLOCK_R=WEIGHTS_BLOCK
+            partial_ptr=sums,
+            inverse_count_ptr=inverse_count,
+            loss_ptr=loss,
+            lse_ptr=lse,
+            row_offset=row_offset,
+            rows=rows,
+            splits=splits,
+            BLOCK_R=WEIGHTS_BLOCK,
         )
     return loss, lse
 
@@ -68,29 +198,36 @@ def backward(
 
     grad: [M], float32, any stride; lse_all: [M]; inv_norm: [R]; temperature: []; all float32.
     """
-    total, padded = u_all.shape
+    padded = u_all.size(1)
     (rows, dim), device = z.shape, u_all.device
     grad_z = torch.empty((rows, dim), dtype=z.dtype, device=device)
-    config, splits, _ = plan_for("class_gradient", u_all, rows)
-    block_v = config.block_d if config.block_d >= padded else VALUE_BLOCK
-    block_r, block_d = row_blocks(padded)
-    programs = triton.cdiv(rows, block_r)
-    factor, weight, share = (_floats(device, total) for _ in range(3))
-    partial, grad_temperature = _floats(device, splits, rows, padded), _floats(device, programs)
+    if rows == 0:
+        return grad_z, torch.zeros((), dtype=torch.float32, device=device)
+    blocks = row_blocks(padded)
+    programs = triton.cdiv(rows, blocks.rows)
+    counter, grad_temperature = make_counter(device), floats(device)
     with torch.cuda.device_of(u_all):
-        scale = torch.linalg.vector_norm(grad, math.inf)
-        class_weights_kernel[(triton.cdiv(total, WEIGHTS_BLOCK),)](
-            grad, scale, lse_all, inverse_count, temperature, factor, weight, share, total,
-            grad.stride(0), BLOCK_R=WEIGHTS_BLOCK,
-        )  # fmt: skip
-        grid = (triton.cdiv(rows, config.block_m), splits, triton.cdiv(padded, block_v))
-        class_gradient_kernel[grid](
-            u_all, temperature, ids, factor, weight, share, partial, row_offset, rows, total,
-            padded, config.block_m, config.block_n, BLOCK_V=block_v,
-            **config.options(padded, dot_precision(u_all.dtype)),
-        )  # fmt: skip
+        weights, scale = row_weights(grad, lse_all, temperature, ids, inverse_count)
+        plan = plan_for("class_gradient", u_all, rows)
+        sums = weighted_sums(u_all, temperature, weights, counter, row_offset, rows, plan)
         finish_class_gradient_kernel[(programs,)](
-            partial, scale, inv_norm, z, temperature, grad_z, grad_temperature, rows, dim, padded,
-            splits, *z.stride(), BLOCK_R=block_r, BLOCK_D=block_d,
-        )  # fmt: skip
-    return grad_z, grad_temperature.sum()
+            sums_ptr=sums,
+            scale_ptr=scale,
+            inv_norm_ptr=inv_norm,
+            z_ptr=z,
+            temperature_ptr=temperature,
+            grad_z_ptr=grad_z,
+            part_ptr=floats(device, programs),
+            counter_ptr=counter,
+            grad_temperature_ptr=grad_temperature,
+            rows=rows,
+            dim=dim,
+            splits=len(sums),
+            stride_n=z.stride(0),
+            stride_d=z.stride(1),
+            PADDED=padded,
+            BLOCK_R=blocks.rows,
+            BLOCK_D=blocks.columns,
+            num_warps=blocks.warps,
+        )
+    return grad_z, grad_temperature

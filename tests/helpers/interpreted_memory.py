@@ -1,12 +1,14 @@
 """What the memory checker sees in the interpreter; run by test_nt_xent_triton.py."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 from kernel_memory import MemoryFault, checked_memory
 
-from simclr_fast.kernels import nt_xent, nt_xent_backward, nt_xent_forward, nt_xent_losses
+from simclr_fast.kernels import nt_xent, nt_xent_backward, nt_xent_forward
 from simclr_fast.kernels.nt_xent_configs import Config, Plan
 
 
@@ -22,27 +24,61 @@ def test_offsets_beyond_32_bits(monkeypatch):
     total = (1 << 31) // padded + 256
     first = total - rows
     u_all = torch.empty(total, padded, dtype=torch.float16)
-    per_row, out = torch.empty(total), torch.empty(4, rows)
-    partial = torch.empty(1, rows, padded)
+    per_row, loss, lse, factor = torch.empty(total), *torch.empty(3, rows)
+    partial, sums = torch.empty(2, 2, rows), torch.empty(1, rows, padded)
+    counter, reduced = torch.zeros((), dtype=torch.int32), torch.empty(())
     tau = torch.tensor(0.5)
-    options = Config(64, 64, 64, 4, 2).options(padded, "ieee")
+    config = Config(64, 64, 64, 4, 2)
+    tile_arguments = {
+        "u_ptr": u_all,
+        "temperature_ptr": tau,
+        "counter_ptr": counter,
+        "row_offset": first,
+        "rows": rows,
+        "total": total,
+        "BLOCK_N": config.block_n,
+        **config.options(padded, "ieee"),
+    }
+    weights = {"factor_ptr": per_row, "weight_ptr": per_row, "ids_ptr": None, "share_ptr": None}
     monkeypatch.setattr(nt_xent_forward, "share", _last_tile)
     monkeypatch.setattr(nt_xent_backward, "share", _last_tile)
     wide = torch.empty((1 << 31) + 16, dtype=torch.float16).as_strided((3, 16), (1 << 30, 1))
     with checked_memory(dry=True) as launches:
-        nt_xent_forward.negatives_kernel[(1, 1)](
-            u_all, tau, out[0], out[1], first, rows, total, padded, 64, 64, **options
+        nt_xent_forward.negatives_kernel[(1, 1, 4)](
+            partial_ptr=partial, positive_ptr=loss, STATISTICS=False, **tile_arguments
         )
-        nt_xent_backward.gradient_kernel[(1, 1, 1)](
-            u_all, tau, per_row, per_row, partial, first, rows, total, padded, 64, 64,
-            BLOCK_V=64, **options,
-        )  # fmt: skip
-        nt_xent_losses.losses_kernel[(1,)](
-            u_all, tau, out[0], out[1], out[2], out[3], first, rows, padded,
-            1, 1, DECOUPLED=False, BLOCK_R=64, BLOCK_D=64, BLOCK_S=2,
-        )  # fmt: skip
+        nt_xent_backward.gradient_kernel[(1, 1)](
+            sums_ptr=sums, BLOCK_V=64, **weights, **tile_arguments
+        )
+        nt_xent_backward.weight_tiles_kernel[(1, 1)](
+            tiles_ptr=torch.empty(rows, total, dtype=torch.float16), **weights, **tile_arguments
+        )
+        nt_xent_forward.losses_kernel[(1,)](
+            u_ptr=u_all,
+            temperature_ptr=tau,
+            partial_ptr=partial,
+            positive_ptr=loss,
+            loss_ptr=loss,
+            lse_ptr=lse,
+            factor_ptr=factor,
+            stats_ptr=loss,
+            part_ptr=torch.empty(1),
+            counter_ptr=counter,
+            reduced_ptr=reduced,
+            loss_scale=1.0,
+            row_offset=first,
+            rows=rows,
+            slots=2,
+            other_slots=2,
+            PADDED=padded,
+            DECOUPLED=False,
+            STATISTICS=False,
+            BLOCK_R=64,
+            BLOCK_D=64,
+            BLOCK_S=2,
+        )
         nt_xent.normalize(wide, wide, tau)
-    assert len(launches) == 4
+    assert len(launches) == 5
 
 
 @triton.jit
@@ -87,13 +123,37 @@ def test_the_checker_passes_a_sound_kernel():
     assert torch.equal(out, x)
 
 
+@triton.jit
+def _adding_kernel(x_ptr, part_ptr, counter_ptr, out_ptr, WAITS: tl.constexpr, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    tl.store(part_ptr + program, tl.load(x_ptr + program))
+    before = tl.atomic_add(counter_ptr, 1, sem="acq_rel")
+    if before == (tl.num_programs(0) - 1 if WAITS else 1):
+        i = tl.arange(0, BLOCK)
+        tl.store(out_ptr, tl.sum(tl.load(part_ptr + i, mask=i < 4, other=0.0), axis=0))
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_only_the_last_program_may_read_what_the_others_wrote(waits):
+    x, part, out = torch.arange(4.0), torch.zeros(4), torch.zeros(())
+    counter = torch.zeros((), dtype=torch.int32)
+    expected = nullcontext() if waits else pytest.raises(MemoryFault, match="both read and written")
+    with expected, checked_memory():
+        _adding_kernel[(4,)](x, part, counter, out, WAITS=waits, BLOCK=4)
+    assert (out == 6) == waits
+
+
 def test_the_checker_finds_an_undersized_buffer(monkeypatch):
-    # T = 4 tiles of 32 rows: three slots, of which only two are given.
+    # T = 4 tiles of 32 rows: one chunk's slot and two others. One plane of two slots is given.
     plan = Plan(Config(32, 32, 16, 4, 2), 1, symmetric=True)
     monkeypatch.setattr(nt_xent, "plan_for", lambda *_: plan)
     tau = torch.tensor(0.2)
     u, _ = nt_xent.normalize(torch.ones(64, 16), torch.ones(64, 16), tau)
-    floats = nt_xent._floats
-    monkeypatch.setattr(nt_xent, "_floats", lambda device, n, *s: floats(device, n - (n == 3), *s))
+    floats = nt_xent.floats
+
+    def short(device, *shape):
+        return floats(device, 1, 2, shape[2]) if len(shape) == 3 else floats(device, *shape)
+
+    monkeypatch.setattr(nt_xent, "floats", short)
     with pytest.raises((MemoryFault, triton.runtime.errors.InterpreterError)), checked_memory():
         nt_xent.forward(u, tau, 0, len(u), False, False)

@@ -9,6 +9,7 @@ from kernel_memory import checked_memory
 from simclr_fast import ops
 from simclr_fast.kernels import nt_xent, nt_xent_configs
 from simclr_fast.kernels.nt_xent_configs import Config, Plan
+from simclr_fast.ops import nt_xent_plain
 
 torch.set_num_threads(1)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -139,7 +140,7 @@ def test_loss_and_gradients_match_float64(pairs, dim, temperature, dtype):
     [(0.001, False), (0.001, True), (0.0149, True), (0.0151, True), (0.0149, False)],
 )
 def test_low_temperatures_keep_a_running_maximum(temperature, symmetric, monkeypatch):
-    use_plan(monkeypatch, symmetric=symmetric, splits=3)
+    use_plan(monkeypatch, symmetric=symmetric, splits=3, block_m=16)
     z1, z2 = make_views(48, 32, noise=2.0)
     grad = torch.tensor(1.0)
     loss, lse, _, grad_z, grad_tau = run(z1, z2, temperature, grad)
@@ -151,18 +152,20 @@ def test_low_temperatures_keep_a_running_maximum(temperature, symmetric, monkeyp
     assert abs(float(grad_tau / ref_tau) - 1) < 4e-7 / temperature
 
 
-# Tiles of 32 rows: T = 1, 2, 3, 4, 5; with more chunks than there is work for too.
-@pytest.mark.parametrize(
-    ("pairs", "splits"), [(16, 1), (32, 3), (48, 2), (64, 1), (64, 3), (80, 2)]
-)
-def test_symmetric_forward_equals_the_plain_one(pairs, splits, monkeypatch):
+# Tiles of 16 rows of one view: T = 2, 4, 6, 8; with more chunks than there is work for too.
+@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("temperature", [0.2, 0.005])
+@pytest.mark.parametrize(("pairs", "splits"), [(16, 1), (32, 3), (48, 2), (64, 1), (64, 7)])
+def test_symmetric_forward_equals_the_plain_one(
+    pairs, splits, temperature, statistics, monkeypatch
+):
     z1, z2 = make_views(pairs, 16)
-    tau = torch.tensor(0.2)
+    tau = torch.tensor(temperature)
     u, _ = nt_xent.normalize(z1, z2, tau)
-    plain = nt_xent.forward(u, tau, 0, len(u), False, False)[:2]
-    use_plan(monkeypatch, symmetric=True, splits=splits)
+    plain = nt_xent.forward(u, tau, 0, len(u), False, statistics)
+    use_plan(monkeypatch, symmetric=True, splits=splits, block_m=16)
     with checked_memory() as launches:
-        symmetric = nt_xent.forward(u, tau, 0, len(u), False, False)[:2]
+        symmetric = nt_xent.forward(u, tau, 0, len(u), False, statistics)
     assert "symmetric_kernel" in launches
     for a, b in zip(plain, symmetric, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-6)
@@ -195,6 +198,21 @@ def test_statistics(pairs, splits, temperature, monkeypatch):
     torch.testing.assert_close(stats.double(), ref_stats, rtol=1e-4, atol=5e-6 + 1e-7 / temperature)
     torch.testing.assert_close(loss.double(), ref_loss, rtol=1e-4, atol=1e-6)
     assert relative(lse, ref_lse) < 1e-6
+
+
+@pytest.mark.parametrize(("pairs", "dim", "dtype"), [(150, 20, torch.float32), (1, 24, torch.half)])
+def test_mean_statistics(pairs, dim, dtype):
+    z1, z2 = make_views(pairs, dim, dtype)
+    tau = torch.tensor(0.2)
+    u, _ = nt_xent.normalize(z1, z2, tau)
+    loss, lse, stats = nt_xent.forward(u, tau, 0, len(u), False, True)
+    # Columns of one tensor, as several ranks gather them.
+    gathered = torch.cat((torch.stack((loss, lse), 1), stats), 1)
+    with checked_memory() as launches:
+        means = nt_xent.mean_statistics(gathered[:, 0], gathered[:, 1], gathered[:, 2:], u, tau)
+    assert len(launches) == 2
+    exact = nt_xent_plain.mean_statistics(*(x.double() for x in (loss, lse, stats, u, tau)))
+    torch.testing.assert_close(means.double(), exact, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def test_per_row_gradients_of_any_scale():

@@ -48,14 +48,7 @@ def with_gradient(loss, *views):
     return value.detach(), torch.cat(gradients)
 
 
-# Strict: whoever mends it takes the marks away.
-TIES = pytest.mark.xfail(
-    strict=True, reason="the positive is summed by multiply-adds, outside the tile of the maximum"
-)
-
-
 # All features in one block, padding, and blocks of features.
-@TIES
 @pytest.mark.parametrize("dim", [24, 100, 128, 300, 576])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_collapsed_encoder_has_no_accuracy(dim, dtype, gpu):
@@ -69,7 +62,6 @@ def test_a_collapsed_encoder_has_no_accuracy(dim, dtype, gpu):
     assert math.isclose(stats.entropy, math.log(39), rel_tol=1e-3)
 
 
-@TIES
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_copy_of_the_positive_is_a_tie(dtype):
     """Only the rows whose positive has a copy among the negatives lose."""

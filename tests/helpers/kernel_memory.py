@@ -2,12 +2,15 @@
 
 Within one launch: no address outside the tensors it was given, no element written twice, none both
 read and written. The interpreter runs programs one after the other, so it cannot show these by
-wrong numbers.
+wrong numbers. One exception: when an atomic addition with acquire and release has told a program
+that all others have made theirs, it may read what they wrote before.
 """
 
+import math
 from contextlib import contextmanager
 
 import numpy as np
+from triton._C.libtriton.interpreter import MEM_SEMANTIC, RMW_OP
 from triton.runtime import interpreter
 
 
@@ -18,8 +21,9 @@ class MemoryFault(AssertionError):
 class _Recorder:
     """Stands in for the interpreter's load and store functions during a launch."""
 
-    def __init__(self, native, dry: bool):
-        self.native, self.dry = native, dry
+    def __init__(self, native, dry: bool, programs: int):
+        self.native, self.dry, self.programs = native, dry, programs
+        self.released: np.ndarray | None = None
         self.spans: list[tuple[int, int]] = []
         self.reads: list[np.ndarray] = []
         self.writes: list[np.ndarray] = []
@@ -28,7 +32,10 @@ class _Recorder:
         return getattr(self.native, name)
 
     def load(self, pointers, mask, other, dtype):
-        self.reads.append(self._inside(pointers, mask, np.dtype(dtype).itemsize, "load"))
+        read = self._inside(pointers, mask, np.dtype(dtype).itemsize, "load")
+        if self.released is not None:
+            read = np.setdiff1d(read, self.released)
+        self.reads.append(read)
         if self.dry and pointers.size > 1:
             return np.zeros(pointers.shape, dtype)
         return self.native.load(pointers, mask, other, dtype)
@@ -38,8 +45,19 @@ class _Recorder:
         if not self.dry:
             self.native.store(pointers, value, mask)
 
+    def atomic_rmw(self, operation, pointers, value, mask, semantic):
+        self._inside(pointers, mask, value.dtype.itemsize, "atomic operation")
+        before = np.full(pointers.shape, self.programs - 1, value.dtype)
+        if not self.dry:
+            before = self.native.atomic_rmw(operation, pointers, value, mask, semantic)
+        addition = operation == RMW_OP.ADD and semantic == MEM_SEMANTIC.ACQUIRE_RELEASE
+        if addition and before.item() == self.programs - 1:
+            self.released = np.concatenate([np.zeros(0, np.int64), *self.writes])
+        return before
+
     def _inside(self, pointers, mask, size: int, what: str) -> np.ndarray:
-        addresses = pointers[np.broadcast_to(mask, pointers.shape)].astype(np.int64)
+        inside = np.broadcast_to(mask, pointers.shape).astype(bool)
+        addresses = pointers[inside].astype(np.int64)
         ok = np.zeros(addresses.shape, bool)
         for begin, end in self.spans:
             ok |= (addresses >= begin) & (addresses + size <= end)
@@ -75,7 +93,7 @@ def checked_memory(dry: bool = False):
     launches: list[str] = []
 
     def checked_call(self, *args, **kwargs):
-        recorder = _Recorder(native, dry)
+        recorder = _Recorder(native, dry, math.prod(self.grid))
         tensors = [a for a in (*args, *kwargs.values()) if hasattr(a, "data_ptr")]
         recorder.spans = [_span(t) for t in tensors]
         launches.append(self.fn.__name__)

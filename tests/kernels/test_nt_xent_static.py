@@ -14,11 +14,10 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
+from pretended_driver import pretended_gpu
 from triton.runtime.errors import OutOfResources
-from triton.runtime.jit import JITFunction
 
+from simclr_fast.benchmarks.gpu_model import gemm_units
 from simclr_fast.benchmarks.gpu_static import (
     ARCHITECTURES,
     SHARED_LIMIT,
@@ -49,37 +48,37 @@ class Case(NamedTuple):
     dtype: torch.dtype
     padded: int
     precision: str
-    aligned: bool = True
 
     def __str__(self):
         parts = (self.kernel, f"sm{self.arch}", f"D{self.padded}", self.precision)
-        return "-".join(parts) + ("" if self.aligned else "-ragged")
+        return "-".join(parts)
 
 
 CORE = [
     *(Case("forward", arch, HALF, 128, "ieee") for arch in (80, 90, 100)),
     *(Case("gradient", arch, HALF, 128, "ieee") for arch in (80, 86, 90, 100, 120)),
-    Case("symmetric", 90, HALF, 128, "ieee"),
+    Case("gradient", 90, HALF, 1024, "ieee"),
     Case("gradient", 90, SINGLE, 128, "tf32x3"),
     *(
         Case(kernel, 90, HALF, 128, "ieee")
-        for kernel in ("moments", "class_sums", "class_gradient")
+        for kernel in ("symmetric", "moments", "symmetric_moments", "class_sums", "class_gradient")
     ),
 ]
 ROW_KERNELS = (
     *("normalize", "losses", "statistics", "weights", "finish_gradient"),
     *("class_losses", "class_weights", "finish_class_gradient"),
 )
+TILE_KERNELS = (
+    *("forward", "moments", "symmetric", "symmetric_moments"),
+    *("gradient", "class_sums", "class_gradient"),
+)
 FULL = [
-    Case(kernel, arch, dtype, padded, precision, aligned)
-    for kernel in ("forward", "symmetric", "gradient", "moments", "class_sums", "class_gradient")
+    Case(kernel, arch, dtype, padded, precision)
+    for kernel in TILE_KERNELS
     for arch in ARCHITECTURES
     for dtype, precision in ((HALF, "ieee"), (SINGLE, "tf32x3"), (SINGLE, "tf32"))
     for padded in (16, 64, 128, 192, 256, 512, 1024)
-    for aligned in (True, False)
     if table_config(kernel, divmod(arch, 10), dtype, padded)
-    # Whether row counts are multiples of 16 matters little: once per kernel and architecture.
-    if aligned or (dtype == HALF and padded == 128 and kernel != "symmetric")
 ]
 
 
@@ -149,54 +148,51 @@ def test_a_spill_is_seen():
         check(case, static)
 
 
-class _Driver:
-    """Enough of a CUDA driver to compile what a launch would run."""
-
-    def get_current_device(self):
-        return 90
-
-    def get_current_stream(self, device=None):
-        return 0
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
-
-
-def test_launches_compile_as_the_arguments_specialise(monkeypatch):
+@pytest.mark.parametrize("pairs", [512, 511])
+@pytest.mark.parametrize("statistics", [False, True])
+def test_launches_compile_as_the_arguments_specialise(pairs, statistics):
     """The launchers' own calls, up to the launch itself, on a pretended H100."""
-    run, launched = JITFunction.run, []
-
-    def compile_only(self, *args, grid, warmup, **options):
-        launched.append(run(self, *args, grid=grid, warmup=True, **options))
-        return launched[-1]
-
-    def pretended(kernel, u_all, rows):
-        return plan(kernel, (9, 0), 132, u_all.dtype, u_all.size(1), rows, len(u_all))
-
-    monkeypatch.setattr(JITFunction, "run", compile_only)
-    monkeypatch.setattr(nt_xent, "plan_for", pretended)
-    monkeypatch.setattr(driver, "_active", _Driver())
-    z1, z2 = torch.ones(2, 512, 128, dtype=torch.bfloat16)
+    z1, z2 = torch.ones(2, pairs, 128, dtype=torch.bfloat16)
     tau = torch.tensor(0.1)
-    u, inv_norm = nt_xent.normalize(z1, z2, tau)
-    loss, lse, _ = nt_xent.forward(u, tau, 0, 1024, False, False)
-    nt_xent.backward(torch.ones(()), True, u, lse, loss, inv_norm, z1, z2, tau, 0, False)
-    names = [kernel.metadata.name for kernel in launched]
-    assert names == [
+    with pretended_gpu(90) as launches:
+        u, inv_norm = nt_xent.normalize(z1, z2, tau)
+        made = nt_xent.losses(u, tau, 0, 2 * pairs, False, statistics)
+        nt_xent.backward(
+            torch.ones(()), True, u, made.lse, made.loss, inv_norm, z1, z2, tau, 0, False,
+            made.factor,
+        )  # fmt: skip
+    assert [launch.name for launch in launches] == [
         "normalize_kernel",
-        "symmetric_kernel",
+        "symmetric_kernel" if pairs == 512 else "negatives_kernel",
         "losses_kernel",
-        "weights_kernel",
         "gradient_kernel",
         "finish_gradient_kernel",
     ]
-    for kernel in launched:
-        static = inspect(kernel, 90)
-        assert static.stack == 0
-        assert static.local_accesses == 0
+    if pairs == 512:
+        for launch in launches:
+            static = inspect(launch.compile(), 90)
+            assert static.stack == 0
+            assert static.local_accesses == 0
+
+
+@pytest.mark.parametrize("capability", TABLE)
+@pytest.mark.parametrize("dim", [64, 128, 256, 512, 576, 1024, 2048])
+@pytest.mark.parametrize("rows", [8192, 65536])
+def test_no_score_is_computed_twice_in_the_gradient(rows, dim, capability):
+    for kernel in ("gradient", "class_gradient"):
+        made = plan(kernel, capability, 132, HALF, dim, rows, rows)
+        assert gemm_units(kernel, made, rows, dim) <= 2.5
+
+
+@pytest.mark.parametrize("capability", TABLE)
+@pytest.mark.parametrize("dim", [64, 128, 512])
+@pytest.mark.parametrize("rows", [512, 8192])
+def test_statistics_multiply_hardly_more_than_the_loss(rows, dim, capability):
+    units = [
+        gemm_units(kernel, plan(kernel, capability, 132, HALF, dim, rows, rows), rows, dim)
+        for kernel in ("forward", "moments")
+    ]
+    assert units[1] <= 1.15 * units[0]
 
 
 def test_every_architecture_is_in_the_table():
@@ -214,7 +210,7 @@ def test_autotune_takes_the_fastest_that_runs(monkeypatch):
     made = plan("forward", (9, 0), 132, HALF, 128, 8192, 8192)
     plans = nt_xent_autotune.candidates("forward", made, HALF, 128, 8192, 8192, 132)
     assert plans[0] == made
-    assert all(p.symmetric and 8192 % p.config.block_m == 0 for p in plans)
+    assert all(p.symmetric and 8192 % (2 * p.config.block_m) == 0 for p in plans)
     assert len(set(plans)) == len(plans) > 1
 
     def milliseconds(step):
@@ -257,11 +253,14 @@ def test_an_unlisted_gpu_of_a_listed_family_takes_its_row(unlisted, listed):
 @pytest.mark.parametrize("padded", [16, 128, 2048])
 @pytest.mark.parametrize("rows", [2, 8192, 1 << 20])
 def test_partial_sums_stay_linear_in_rows(rows, padded, capability):
-    forward = plan("forward", capability, 132, HALF, padded, rows, rows)
-    if forward.symmetric:
-        tiles = -(-rows // forward.config.block_m)
-        assert forward.splits + tiles // 2 <= SYMMETRIC_SLOTS * padded
-    for made in (forward, plan("gradient", capability, 132, HALF, padded, rows, rows)):
+    for kernel, planes, limit in (("forward", 1, SYMMETRIC_SLOTS), ("moments", 3, 6)):
+        made = plan(kernel, capability, 132, HALF, padded, rows, rows)
+        if made.symmetric:
+            half = rows // made.config.block_m // 2
+            slots = made.splits * (1 if kernel == "forward" else 2) + half
+            assert planes * slots <= limit * padded
+    for kernel in ("forward", "moments", "gradient", "class_gradient"):
+        made = plan(kernel, capability, 132, HALF, padded, rows, rows)
         tiles = -(-rows // made.config.block_m)
         assert made.splits == 1 or made.splits * tiles <= WAVES * 132 * made.config.resident
 
@@ -274,6 +273,8 @@ def test_local_rows_and_ragged_tiles_are_never_symmetric():
     assert plan("forward", (9, 0), 132, HALF, 128, 8192, 8192).symmetric
     assert not plan("forward", (9, 0), 132, HALF, 128, 8192, 16384).symmetric
     assert not plan("forward", (9, 0), 132, HALF, 128, 8190, 8190).symmetric
+    # Whole tiles of all rows, but not of either view's.
+    assert not plan("forward", (9, 0), 132, HALF, 128, 8192 + 128, 8192 + 128).symmetric
 
 
 def test_splits_fill_the_processors():
