@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from simclr_fast.losses.ranks import RankRows
 from simclr_fast.ops import nt_xent
-from simclr_fast.ops.nt_xent_plain import LOG2E, statistics_dtype, wide
+from simclr_fast.ops.nt_xent_plain import statistics_dtype
 
 _REDUCTIONS = {"none": nt_xent.NONE, "mean": nt_xent.MEAN, "sum": nt_xent.SUM}
 # Outside, float32 holds too few digits of a logit's differences, or none.
@@ -114,7 +114,7 @@ def nt_xent_loss(
     out = nt_xent.LossOutput(*nt_xent.loss(z1, z2, tau, code, decoupled, return_stats))
     if not return_stats:
         return out.loss
-    stats = _mean_stats(out.row_loss, out.lse, out.stats, out.u, tau.detach())
+    stats = nt_xent.mean_stats(out.row_loss, out.lse, out.stats, out.u, tau.detach())
     return out.loss, NTXentStats(*stats.unbind())
 
 
@@ -226,7 +226,7 @@ class _GroupNTXent(torch.autograd.Function):
         ctx.ranks, ctx.decoupled, ctx.mean = ranks, decoupled, reduction == nt_xent.MEAN
         stats = None
         if return_stats:
-            stats = _mean_stats(row_loss_all, lse_all, values_all[:, 2:], u_all, temperature)
+            stats = nt_xent.mean_stats(row_loss_all, lse_all, values_all[:, 2:], u_all, temperature)
             ctx.mark_non_differentiable(stats)
         loss = row_loss_all.mean() if ctx.mean else row_loss_all.sum()
         return loss.to(row_loss.dtype), stats
@@ -250,23 +250,6 @@ class _GroupNTXent(torch.autograd.Function):
         )
         grad_z1, grad_z2 = (grad_z, None) if saved.z2 is None else grad_z.tensor_split(2)
         return grad_z1, grad_z2, grad_temperature, None, None, None, None
-
-
-def _mean_stats(
-    row_loss: Tensor, lse: Tensor, row_stats: Tensor, u: Tensor, temperature: Tensor
-) -> Tensor:
-    """The six values of `NTXentStats`, [6], from interleaved rows."""
-    contrastive = row_stats[0::2, :2].mean(0)
-    both_views = row_stats[:, 2:].mean(0)
-    positive = wide(lse - row_loss).mean() * temperature
-    u, num_rows = wide(u), u.size(0)
-    total = (u.sum(0).square().sum() - u.square().sum()) * temperature / LOG2E
-    if num_rows > 2:
-        negative = (total - num_rows * positive) / (num_rows * (num_rows - 2))
-    else:
-        negative = total * math.nan
-    similarities = torch.stack((positive, negative))
-    return torch.cat((contrastive, both_views, similarities)).to(row_loss.dtype)
 
 
 def _reduction_code(reduction: str, group: dist.ProcessGroup | None) -> int:

@@ -37,7 +37,7 @@ class LossOutput(NamedTuple):
     stats: Tensor  # [R, 4], or [0, 4] without statistics
     u: Tensor  # [R, Dp]
     inv_norm: Tensor  # [R]
-    kept: Tensor  # what the CPU keeps for the backward pass of a small batch, else [0]
+    kept: Tensor  # what the forward pass leaves for the backward pass to save work, or [0]
 
 
 class _Saved(NamedTuple):
@@ -120,13 +120,21 @@ def _loss(
     keep: bool = False,
 ) -> LossOutput:
     u, inv_norm = _normalize(z1, z2, temperature)
-    row_loss, lse, stats = _row_loss(u, temperature, 0, u.size(0), decoupled, statistics)
+    kept = inv_norm.new_empty(0)
+    if on_triton(u):
+        # The kernel reduces the losses too.
+        made = _kernels(u).losses(
+            u, temperature, 0, u.size(0), decoupled, statistics, mean=reduction == MEAN
+        )
+        row_loss, lse, stats, loss = made.loss, made.lse, made.stats, made.reduced
+        kept = made.factor if keep else kept
+    else:
+        row_loss, lse, stats = _row_loss(u, temperature, 0, u.size(0), decoupled, statistics)
+        loss = row_loss.mean() if reduction == MEAN else row_loss.sum()
     if reduction == NONE:
         # Not a transposed view: of a single pair that would be row_loss itself.
         loss = torch.cat((row_loss[0::2], row_loss[1::2]))
-    else:
-        loss = row_loss.mean() if reduction == MEAN else row_loss.sum()
-    return LossOutput(loss, row_loss, lse, stats, u, inv_norm, kept=inv_norm.new_empty(0))
+    return LossOutput(loss, row_loss, lse, stats, u, inv_norm, kept)
 
 
 def _loss_shapes(
@@ -141,8 +149,12 @@ def _loss_shapes(
     u, inv_norm = normalize_shapes(z1, z2, temperature)
     row_loss, lse, stats = row_loss_shapes(u, temperature, 0, u.size(0), decoupled, statistics)
     loss = row_loss.new_empty(row_loss.shape if reduction == NONE else ())
-    native = z1.device.type == "cpu" and has_extension()
-    kept = row_loss.new_empty(kept_size(*u.shape) if keep and native else 0)
+    num_kept = 0
+    if keep and on_triton(z1):
+        num_kept = u.size(0)
+    elif keep and z1.device.type == "cpu" and has_extension():
+        num_kept = kept_size(*u.shape)
+    kept = row_loss.new_empty(num_kept)
     return LossOutput(loss, row_loss, lse, stats, u, inv_norm, kept)
 
 
@@ -162,9 +174,21 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     if not inv_norm.size(0):
         return z1.new_empty(0, z1.size(1)), torch.zeros_like(temperature)
-    # Only the CPU's own kernel makes use of kept.
+    # Plain torch keeps nothing.
+    rest = {"factor": kept} if on_triton(u_all) else {}
     return _kernels(u_all).backward(
-        grad, mean, u_all, lse_all, row_loss, inv_norm, z1, z2, temperature, row_offset, decoupled
+        grad,
+        mean,
+        u_all,
+        lse_all,
+        row_loss,
+        inv_norm,
+        z1,
+        z2,
+        temperature,
+        row_offset,
+        decoupled,
+        **rest,
     )
 
 
@@ -183,6 +207,18 @@ def _backward_shapes(
     kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return z1.new_empty(inv_norm.size(0), z1.size(1)), torch.empty_like(temperature)
+
+
+def _mean_stats(
+    row_loss: Tensor, lse: Tensor, stats: Tensor, u: Tensor, temperature: Tensor
+) -> Tensor:
+    return _kernels(u).mean_statistics(row_loss, lse, stats, u, temperature)
+
+
+def _mean_stats_shapes(
+    row_loss: Tensor, lse: Tensor, stats: Tensor, u: Tensor, temperature: Tensor
+) -> Tensor:
+    return row_loss.new_empty(6)
 
 
 def kept_size(num_rows: int, dim: int) -> int:
@@ -291,6 +327,13 @@ row_loss = define_op(
     " bool decoupled, bool statistics) -> (Tensor row_loss, Tensor lse, Tensor stats)",
     kernel=_row_loss,
     shapes=row_loss_shapes,
+)
+# The means over all ranks' rows that NTXentStats names.
+mean_stats = define_op(
+    "nt_xent_mean_stats(Tensor row_loss, Tensor lse, Tensor stats, Tensor u, Tensor temperature)"
+    " -> Tensor",
+    kernel=_mean_stats,
+    shapes=_mean_stats_shapes,
 )
 # grad: the upstream gradient of every row's loss, [M], or one for all, []; mean divides it by M.
 backward = define_op(

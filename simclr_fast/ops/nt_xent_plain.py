@@ -164,3 +164,20 @@ def _statistics(negatives: Tensor, positive: Tensor, compared: Tensor) -> tuple[
     log_p = logits.log_softmax(1)
     entropy = -torch.where(logits == -math.inf, 0, log_p.exp() * log_p).sum(1)
     return (compared > negatives.amax(1)).to(positive.dtype), entropy
+
+
+def mean_statistics(
+    row_loss: Tensor, lse: Tensor, stats: Tensor, u: Tensor, temperature: Tensor
+) -> Tensor:
+    """The six values of `NTXentStats`, [6], from interleaved rows."""
+    contrastive = stats[0::2, :2].mean(0)
+    both_views = stats[:, 2:].mean(0)
+    positive = wide(lse - row_loss).mean() * temperature
+    u, num_rows = wide(u), u.size(0)
+    total = (u.sum(0).square().sum() - u.square().sum()) * temperature / LOG2E
+    if num_rows > 2:
+        negative = (total - num_rows * positive) / (num_rows * (num_rows - 2))
+    else:
+        negative = total * math.nan
+    similarities = torch.stack((positive, negative))
+    return torch.cat((contrastive, both_views, similarities)).to(row_loss.dtype)
