@@ -1,7 +1,8 @@
 """Builds the one native extension, simclr_fast/_C.abi3.so; everything else is in pyproject.toml.
 
 SIMCLR_FAST_BUILD_EXT=0       pure Python: no compiler needed, the plain-torch paths are used
-SIMCLR_FAST_CUDA=auto|0|1     auto: CUDA kernels when torch has CUDA and nvcc is found
+SIMCLR_FAST_CUDA=auto|0|1     auto: CUDA kernels when torch has CUDA and an nvcc for it works
+TORCH_CUDA_ARCH_LIST          GPUs to compile for, as torch reads it; by default all that nvcc knows
 CXXFLAGS                      come last, so that -O1 or -g take effect
 """
 
@@ -11,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from glob import glob
 from pathlib import Path
 
@@ -19,7 +21,8 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 # torch's stable C ABI of 2.10 and CPython's of 3.10: one binary for every later torch and Python.
 ABI_MACROS = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030A0000"]
-CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+# As far as nvcc has them: CUDA 13 dropped what is older, CUDA 12.8 added the last two.
+CUDA_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 USER_FLAGS = shlex.split(os.environ.get("CXXFLAGS", ""))
 KERNEL_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast"]
 
@@ -38,24 +41,71 @@ def instruction_sets() -> dict[str, list[str]]:
     }
 
 
+class NoCuda(Exception):
+    """Why the CUDA kernels cannot be compiled here."""
+
+
 def find_cuda() -> bool:
+    """Whether to compile the CUDA kernels. Sets TORCH_CUDA_ARCH_LIST where the user has not."""
     wanted = os.environ.get("SIMCLR_FAST_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"SIMCLR_FAST_CUDA must be auto, 0 or 1, got {wanted!r}")
     if wanted == "0" or not glob("csrc/*.cu"):
         return False
+    try:
+        check_cuda()
+    except NoCuda as reason:
+        if wanted == "1":
+            raise SystemExit(f"SIMCLR_FAST_CUDA=1, but {reason}") from None
+        print(f"simclr_fast: no CUDA kernels are compiled, as {reason}", file=sys.stderr)
+        return False
+    print(f"simclr_fast: CUDA kernels for {', '.join(compiled_architectures())}", file=sys.stderr)
+    return True
+
+
+def check_cuda() -> None:
+    """Raises NoCuda unless nvcc fits torch, knows the architectures, and compiles."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
-    nvcc = CUDA_HOME and Path(CUDA_HOME, "bin", "nvcc").exists()
-    if torch.version.cuda and nvcc:
-        return True
-    if wanted == "1":
-        raise SystemExit(
-            f"SIMCLR_FAST_CUDA=1 needs a torch with CUDA (torch.version.cuda is "
-            f"{torch.version.cuda}) and nvcc (CUDA_HOME is {CUDA_HOME})"
-        )
-    return False
+    if not torch.version.cuda:
+        raise NoCuda("this torch has no CUDA (torch.version.cuda is None)")
+    nvcc = CUDA_HOME and Path(CUDA_HOME, "bin", "nvcc")
+    if not nvcc or not nvcc.exists():
+        raise NoCuda(f"there is no nvcc (CUDA_HOME is {CUDA_HOME})")
+    release = re.search(r"release (\d+)\.", run_nvcc(nvcc, "--version"))
+    if not release or release[1] != torch.version.cuda.split(".")[0]:
+        found = f"CUDA {release[1]}" if release else "an unknown CUDA"
+        raise NoCuda(f"{nvcc} is of {found} and torch of CUDA {torch.version.cuda}")
+    known = set(re.findall(r"sm_\d+", run_nvcc(nvcc, "--list-gpu-code")))
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        usable = [a for a in CUDA_ARCHITECTURES if "sm_" + a.replace(".", "") in known]
+        if not usable:
+            raise NoCuda(f"{nvcc} knows none of {', '.join(CUDA_ARCHITECTURES)}")
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(usable) + "+PTX"
+    asked = os.environ["TORCH_CUDA_ARCH_LIST"]
+    try:
+        names = compiled_architectures()
+    except ValueError as error:
+        raise NoCuda(f"torch does not read TORCH_CUDA_ARCH_LIST={asked}: {error}") from None
+    for name in names:
+        if re.sub(r"compute_(\d+).*", r"sm_\1", name).rstrip("af") not in known:
+            raise NoCuda(f"{nvcc} does not know {name} of TORCH_CUDA_ARCH_LIST={asked}")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "trial.cu")
+        source.write_text("#include <cuda_fp16.h>\n__global__ void trial() {}\n")
+        run_nvcc(nvcc, "-c", str(source), "-o", str(source.with_suffix(".o")))
+
+
+def run_nvcc(nvcc: Path, *arguments: str) -> str:
+    command = [str(nvcc), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except OSError as error:
+        raise NoCuda(f"{nvcc} does not run: {error}") from None
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr or error.stdout or "").strip().splitlines()
+        raise NoCuda(f"`{' '.join(command)}` failed: {' '.join(said[:3])}") from None
 
 
 def wheel_cuda_headers() -> list[str]:
@@ -98,7 +148,6 @@ def extension_options() -> dict:
         "depends": [*kernels, *glob("csrc/*.h")],
     }
     if with_cuda:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
         sources += sorted(glob("csrc/*.cu"))
         options["include_dirs"] += wheel_cuda_headers()
         options["library_dirs"] = toolkit_libraries()

@@ -1,0 +1,102 @@
+"""setup.py's choice whether to compile the CUDA kernels, with stand-ins for nvcc."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import setuptools
+import torch
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).resolve().parents[2]
+CODES_13 = "sm_75 sm_80 sm_86 sm_87 sm_89 sm_90 sm_100 sm_103 sm_110 sm_120 sm_121"
+CODES_12_4 = "sm_50 sm_60 sm_70 sm_75 sm_80 sm_86 sm_87 sm_89 sm_90"
+
+
+@pytest.fixture
+def setup_py(monkeypatch):
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    monkeypatch.setenv("SIMCLR_FAST_BUILD_EXT", "0")
+    monkeypatch.delenv("SIMCLR_FAST_CUDA", raising=False)
+    # Restored at the end, as check_cuda sets it.
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")
+    monkeypatch.chdir(ROOT)
+    spec = importlib.util.spec_from_file_location("simclr_fast_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pretend(monkeypatch, folder, release="13.0", codes=CODES_13, compiles=True, torch_cuda="13.0"):
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    lines = "\n".join(codes.split())
+    nvcc.write_text(f"""#!/bin/sh
+case "$1" in
+--version) echo "Cuda compilation tools, release {release}, V{release}.1" ;;
+--list-gpu-code) echo "{lines}" ;;
+-c) {"exit 0" if compiles else 'echo "unsupported GNU version!" >&2; exit 1'} ;;
+esac
+""")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(folder))
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+
+
+def test_compiles_for_all_that_nvcc_knows(setup_py, monkeypatch, tmp_path, capsys):
+    pretend(monkeypatch, tmp_path)
+    assert setup_py.find_cuda()
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+    assert "compute_120, sm_100, sm_120, sm_75, sm_80" in capsys.readouterr().err
+
+
+def test_an_older_nvcc_compiles_for_what_it_knows(setup_py, monkeypatch, tmp_path):
+    pretend(monkeypatch, tmp_path, "12.4", CODES_12_4, torch_cuda="12.8")
+    assert setup_py.find_cuda()
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "7.5;8.0;8.6;8.9;9.0+PTX"
+
+
+def test_a_list_of_the_user_is_kept(setup_py, monkeypatch, tmp_path):
+    pretend(monkeypatch, tmp_path)
+    for asked in ("8.6", "Ampere;9.0a", "7.5 12.0+PTX"):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+        assert setup_py.find_cuda()
+        assert os.environ["TORCH_CUDA_ARCH_LIST"] == asked
+
+
+@pytest.mark.parametrize(
+    ("options", "asked", "words"),
+    [
+        ({"release": "12.9"}, "", "is of CUDA 12 and torch of CUDA 13.0"),
+        ({"release": "nothing"}, "", "is of an unknown CUDA"),
+        ({"codes": "sm_35 sm_50"}, "", "knows none of 7.5, 8.0"),
+        (
+            {"codes": CODES_12_4},
+            "9.0;12.0",
+            "does not know sm_120 of TORCH_CUDA_ARCH_LIST=9.0;12.0",
+        ),
+        ({"codes": CODES_12_4}, "10.0+PTX", "does not know"),
+        ({}, "eleven", "torch does not read TORCH_CUDA_ARCH_LIST=eleven"),
+        ({"compiles": False}, "", "failed: unsupported GNU version!"),
+        ({"torch_cuda": None}, "", "this torch has no CUDA"),
+    ],
+)
+def test_falls_back_with_the_reason(setup_py, monkeypatch, tmp_path, capsys, options, asked, words):
+    pretend(monkeypatch, tmp_path, **options)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    assert not setup_py.find_cuda()
+    said = capsys.readouterr().err
+    assert said.startswith("simclr_fast: no CUDA kernels are compiled, as ")
+    assert words in said
+    monkeypatch.setenv("SIMCLR_FAST_CUDA", "1")
+    with pytest.raises(SystemExit, match="SIMCLR_FAST_CUDA=1, but"):
+        setup_py.find_cuda()
+
+
+def test_without_nvcc(setup_py, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for home in (None, str(tmp_path)):
+        monkeypatch.setattr(cpp_extension, "CUDA_HOME", home)
+        assert not setup_py.find_cuda()
+        assert "there is no nvcc" in capsys.readouterr().err
