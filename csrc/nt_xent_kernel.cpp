@@ -43,65 +43,106 @@ double lane_max(Vec<T> v, int parity) {
 void raise(double& highest, double value) { highest = value > highest ? value : highest; }
 
 template <class T>
-void set(Vec<T>* v, int64_t count, T value) {
+void fill(Vec<T>* v, int64_t count, T value) {
   for (int64_t i = 0; i < count; ++i) v[i] = broadcast<T>(value);
 }
 
+template <class T>
+void clear(RowPartials<T>& rows, int64_t count) {
+  fill<T>(rows.sum, count, 0);
+  fill<T>(rows.weighted, count, 0);
+  fill<T>(rows.highest, count, -1e30f);
+}
+
+template <class T>
+void clear(ColumnPartials<T>& columns) {
+  fill<T>(columns.sum[0], 2 * kTileVecs, 0);
+  fill<T>(columns.weighted[0], 2 * kTileVecs, 0);
+  fill<T>(columns.highest[0], 2 * kTileVecs, -1e30f);
+}
+
+// Where Sums hold what a row collects over columns of a view: the row's own view or the other.
+int64_t sum_index(int64_t row, int64_t view) { return 2 * row + ((view ^ row) & 1); }
+
+// Adds the partial results of `count` rows, the first of which has number first_row in sums.
+template <class T, Pass pass>
+void add_rows(const RowPartials<T>& rows, int64_t first_row, int64_t count, const Sums& sums) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int view = 0; view < 2; ++view) {
+      const int64_t at = sum_index(first_row + i, view);
+      if (has_sum(pass)) sums.sum[at] += lane_sum<T>(rows.sum[i], view);
+      if (has_weighted(pass)) sums.weighted[at] += lane_sum<T>(rows.weighted[i], view);
+      if (has_highest(pass)) raise(sums.highest[at], lane_max<T>(rows.highest[i], view));
+    }
+}
+
+// The same for one panel's columns: by symmetry they are rows too, and the rows their columns.
+template <class T, Pass pass>
+void add_columns(const ColumnPartials<T>& columns, int64_t first_row, int64_t count,
+                 const Sums& sums) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int view = 0; view < 2; ++view) {
+      const int64_t at = sum_index(first_row + i, view);
+      const int64_t v = i / kLanes<T>, lane = i % kLanes<T>;
+      if (has_sum(pass)) sums.sum[at] += double(columns.sum[view][v][lane]);
+      if (has_weighted(pass)) sums.weighted[at] += double(columns.weighted[view][v][lane]);
+      if (has_highest(pass)) raise(sums.highest[at], double(columns.highest[view][v][lane]));
+    }
+}
+
+// References of one panel's columns as rows, for rows of view 1 and of view 2; 0 for filling.
+template <class T>
+void column_references(const T* references, int64_t first_row, int64_t count, T* out) {
+  for (int view = 0; view < 2; ++view)
+    for (int64_t i = 0; i < kPanel<T>; ++i)
+      out[view * kPanel<T> + i] = i < count ? references[sum_index(first_row + i, view)] : T(0);
+}
+
+// Adds to sums what block I's rows collect over block J's columns and, if x is symmetric, what J's
+// rows collect over I's columns. first_row, first_column: the blocks' first rows in sums.
+template <class T, Pass pass>
+void collect_pair(const Block<T>& I, int64_t first_row, const Block<T>& J, int64_t first_column,
+                  bool symmetric, int64_t dim, const T* references, RowPartials<T>& rows,
+                  const Sums& sums) {
+  const bool diagonal = symmetric && I.first == J.first;
+  clear(rows, I.padded);
+  for (int64_t j = 0; j < J.padded; j += kPanel<T>) {
+    const int64_t count = smaller(kPanel<T>, J.count - j);
+    ColumnPartials<T> columns;
+    clear(columns);
+    T panel_references[2 * kPanel<T>];
+    if constexpr (pass == Pass::reference)
+      if (symmetric) column_references(references, first_column + j, count, panel_references);
+    const References<T> reference{references ? references + 2 * first_row : nullptr,
+                                  panel_references};
+    // Rows [0, mirrored) count for the columns too. A block's pair with itself holds each x twice:
+    // rows above the panel's own are mirrored, those below are left out.
+    const int64_t mirrored = !symmetric ? 0 : diagonal ? j : I.padded;
+    const int64_t end = diagonal ? j + kPanel<T> : I.padded;
+    collect_panel<T, pass, true>(I, 0, mirrored, J, j, dim, rows, columns, reference);
+    collect_panel<T, pass, false>(I, mirrored, end, J, j, dim, rows, columns, reference);
+    if (mirrored) add_columns<T, pass>(columns, first_column + j, count, sums);
+  }
+  add_rows<T, pass>(rows, first_row, I.count, sums);
+}
+
+// scratch: three vectors per row of a block, for each worker.
 template <class T, Pass pass>
 void collect_blocks(const Packed<T>& rows, const Packed<T>& columns, const Sums& sums,
                     const T* references, Vec<T>* scratch, const NtXentForward<T>& p) {
   const bool symmetric = rows.panels == columns.panels;
-  for_block_pairs(
-      rows, columns, p.workers, p.workspace,
-      [&](int64_t b, int64_t c, int64_t worker, int64_t number) {
-        const Block<T> I = rows[b], J = columns[c];
-        Vec<T>* own = scratch + worker * 3 * rows.block;
-        T* kept = has_sum(pass) && pass != Pass::reference && p.kept
-                      ? p.kept + number * rows.block * rows.block
-                      : nullptr;
-        RowPartials<T> partials{own, own + rows.block, own + 2 * rows.block, kept, rows.block};
-        set<T>(partials.sum, I.padded, 0);
-        set<T>(partials.weighted, I.padded, 0);
-        set<T>(partials.highest, I.padded, -1e30f);
-        const int64_t row0 = I.first - rows.first, column0 = J.first - columns.first;
-        for (int64_t j = 0; j < J.padded; j += kPanel<T>) {
-          ColumnPartials<T> column;
-          set<T>(column.sum[0], 2 * kTileVecs, 0);
-          set<T>(column.weighted[0], 2 * kTileVecs, 0);
-          set<T>(column.highest[0], 2 * kTileVecs, -1e30f);
-          T column_references[2 * kPanel<T>];
-          if constexpr (pass == Pass::reference)
-            for (int64_t r = 0; r < 2 * kPanel<T>; ++r) {
-              const int64_t at = r % kPanel<T>, index = column0 + j + at;
-              column_references[r] = j + at < J.count && symmetric
-                                         ? references[2 * index + ((r / kPanel<T> ^ at) & 1)]
-                                         : 0;
-            }
-          const References<T> reference{references ? references + 2 * row0 : nullptr,
-                                        column_references};
-          const bool diagonal = symmetric && b == c;
-          const int64_t mirrored = !symmetric ? 0 : diagonal ? j : I.padded;
-          const int64_t end = diagonal ? j + kPanel<T> : I.padded;
-          collect_panel<T, pass, true>(I, 0, mirrored, J, j, p.dim, partials, column, reference);
-          collect_panel<T, pass, false>(I, mirrored, end, J, j, p.dim, partials, column, reference);
-          if (!mirrored) continue;
-          for (int64_t lane = 0; lane < smaller(kPanel<T>, J.count - j); ++lane)
-            for (int view = 0; view < 2; ++view) {
-              const int64_t at = 2 * (column0 + j + lane) + ((view ^ lane) & 1);
-              const int64_t v = lane / kLanes<T>, l = lane % kLanes<T>;
-              if (has_sum(pass)) sums.sum[at] += double(column.sum[view][v][l]);
-              if (has_weighted(pass)) sums.weighted[at] += double(column.weighted[view][v][l]);
-              if (has_highest(pass)) raise(sums.highest[at], double(column.highest[view][v][l]));
-            }
-        }
-        for (int64_t i = 0; i < I.count; ++i)
-          for (int view = 0; view < 2; ++view) {
-            const int64_t at = 2 * (row0 + i) + ((view ^ i) & 1);
-            if (has_sum(pass)) sums.sum[at] += lane_sum<T>(partials.sum[i], view);
-            if (has_weighted(pass)) sums.weighted[at] += lane_sum<T>(partials.weighted[i], view);
-            if (has_highest(pass)) raise(sums.highest[at], lane_max<T>(partials.highest[i], view));
-          }
-      });
+  const int64_t block = rows.block;
+  for_block_pairs(rows, columns, p.workers, p.workspace,
+                  [&](int64_t b, int64_t c, int64_t worker, int64_t number) {
+                    const Block<T> I = rows[b], J = columns[c];
+                    Vec<T>* own = scratch + worker * 3 * block;
+                    RowPartials<T> partials{own, own + block, own + 2 * block, nullptr, block};
+                    // Only 2^x without references is what the backward pass can use.
+                    if (p.kept && (pass == Pass::sum || pass == Pass::stats))
+                      partials.kept = p.kept + number * block * block;
+                    collect_pair<T, pass>(I, I.first - rows.first, J, J.first - columns.first,
+                                          symmetric, p.dim, references, partials, sums);
+                  });
 }
 
 // log2 Σ, mean of x under the softmax and maximum of x for one class of columns.
