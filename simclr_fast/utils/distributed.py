@@ -31,9 +31,7 @@ _ABORT = 5.0
 def gather_row_counts(rows: int, device: torch.device, group: dist.ProcessGroup) -> list[int]:
     """Number of rows of every rank, in rank order."""
     own = torch.tensor([rows], dtype=torch.int64, device=device)
-    counts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(counts, own, group=group)
-    return torch.cat(counts).tolist()
+    return _gather(own, dist.get_world_size(group), group).tolist()
 
 
 def all_gather_rows(
@@ -51,11 +49,22 @@ def all_gather_rows(
     if rows.size(0) < longest:
         padded = rows.new_zeros(longest, *rows.shape[1:])
         padded[: rows.size(0)] = rows
-    gathered = rows.new_empty(len(counts), longest, *rows.shape[1:])
-    dist.all_gather(list(gathered.unbind()), padded, group=group)
+    gathered = _gather(padded, len(counts), group)
     if min(counts) == longest:
-        return gathered.flatten(0, 1)
-    return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+        return gathered
+    parts = gathered.unflatten(0, (len(counts), longest))
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def _gather(rows: Tensor, ranks: int, group: dist.ProcessGroup) -> Tensor:
+    """Concatenate `rows`, of one shape on all ranks, along dim 0."""
+    gathered = rows.new_empty(ranks * rows.size(0), *rows.shape[1:])
+    if dist.get_backend(group) == "mpi":
+        dist.all_gather(list(gathered.chunk(ranks)), rows, group=group)
+    else:
+        # Straight into place. A list of tensors costs NCCL's backend a copy of each.
+        dist.all_gather_into_tensor(gathered, rows, group=group)
+    return gathered
 
 
 @dataclass(frozen=True)

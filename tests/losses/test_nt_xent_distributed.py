@@ -149,8 +149,13 @@ def worker(rank, store):
                 check(everyone, rank, pairs)
             elif rank in (1, 3):
                 check(two, rank // 2, pairs)
-    gathered = all_gather_rows(torch.full((rank, 2), rank), everyone)
-    assert gathered[:, 0].tolist() == [1, 2, 2, 3, 3, 3]
+    for backend in ("gloo", "mpi"):  # mpi gathers into lists only
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist, "get_backend", lambda group, backend=backend: backend)
+            gathered = all_gather_rows(torch.full((rank, 2), rank), everyone)
+            equal = all_gather_rows(torch.full((2, 3), rank), everyone)
+        assert gathered[:, 0].tolist() == [1, 2, 2, 3, 3, 3]
+        assert equal[:, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     z = torch.ones(2, 3)
     with pytest.raises(ValueError, match="reduction='none' cannot be used with a group"):
         nt_xent_loss(z, z, reduction="none", group=everyone)

@@ -185,7 +185,7 @@ class AsNccl:
 
     def __call__(self, rank):
         dist.destroy_process_group = hang
-        for name in ("all_gather", "all_reduce"):
+        for name in ("all_gather", "all_gather_into_tensor", "all_reduce"):
             setattr(dist, name, self.hanging(getattr(dist, name)))
         if rank == self.who:
             kind, name = {
