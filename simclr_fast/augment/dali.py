@@ -93,7 +93,7 @@ def param_names(aug: Augmentation) -> list[str]:
 
 def param_types(aug: Augmentation) -> list[Any]:
     """DALI's data type of each of `param_names`."""
-    from nvidia.dali import types
+    types = _dali("types")
 
     kinds = {"bool": types.BOOL, "int32": types.INT32, "float32": types.FLOAT}
     one = ViewParams(
@@ -229,7 +229,7 @@ def make_views(
     aug: Augmentation,
     device: str,
     *,
-    dtype: Any = None,
+    half: bool = False,
     channels_last: bool = False,
     interleaved: bool | None = None,
 ) -> list[Any]:
@@ -237,7 +237,7 @@ def make_views(
 
     images: uint8 HWC RGB, a DataNode on `device` ("cpu" or "gpu").
     nodes: the CPU DataNodes of the views' parameters, one per `param_names` for each view.
-    dtype: types.FLOAT (default) or types.FLOAT16.
+    half: outputs in float16, else float32.
     interleaved: keep the channels of a pixel together during the jitter. Default: on a GPU.
     The outputs are [3, size, size], or [size, size, 3] with channels_last.
     """
@@ -250,7 +250,7 @@ def make_views(
     outputs = []
     for first in range(0, len(nodes), len(names)):
         params = {name: nodes[first + i] for i, name in enumerate(names)}
-        outputs.append(_make_view(images, params, aug, device, colors, dtype, channels_last))
+        outputs.append(_make_view(images, params, aug, device, colors, half, channels_last))
     return outputs
 
 
@@ -259,7 +259,7 @@ def make_crops(images: Any, nodes: list[Any], aug: Augmentation, device: str) ->
 
     nodes: the CPU DataNodes of the views' crops, len(CROP_NAMES) per view, in that order.
     """
-    from nvidia.dali import fn, types
+    fn, types = _dali("fn"), _dali("types")
 
     count = len(CROP_NAMES)
     crops = []
@@ -276,10 +276,10 @@ def _make_view(
     aug: Augmentation,
     device: str,
     colors: "_Interleaved | _Planes",
-    dtype: Any,
+    half: bool,
     channels_last: bool,
 ) -> Any:
-    from nvidia.dali import fn, types
+    fn, types = _dali("fn"), _dali("types")
 
     def local(name: str) -> Any:
         return p[name].gpu() if device == "gpu" else p[name]
@@ -333,8 +333,7 @@ def _make_view(
                 x = fn.crop_mirror_normalize(
                     x, crop=[aug.size] * 2, dtype=types.FLOAT, output_layout="CHW"
                 )
-    dtype = types.FLOAT if dtype is None else dtype
-    if planar and aug.mean is None and dtype == types.FLOAT and not channels_last:
+    if planar and aug.mean is None and not half and not channels_last:
         return x
     # Cuts off the blur's margin, too.
     return fn.crop_mirror_normalize(
@@ -342,14 +341,14 @@ def _make_view(
         crop=[aug.size] * 2,
         mean=list(aug.mean or (0.0,) * 3),
         std=list(aug.std or (1.0,) * 3),
-        dtype=dtype,
+        dtype=types.FLOAT16 if half else types.FLOAT,
         output_layout="HWC" if channels_last else "CHW",
     )
 
 
 def _crop(images: Any, p: dict[str, Any], aug: Augmentation, device: str) -> tuple[Any, Any]:
     """The box, resized: float32 [size, size, 3], and what to multiply by: [size, size, 1]."""
-    from nvidia.dali import fn, types
+    fn, types = _dali("fn"), _dali("types")
 
     row_gain, column_gain = (
         p[name].gpu() if device == "gpu" else p[name] for name in ("row_gain", "column_gain")
@@ -380,7 +379,7 @@ class _Interleaved:
     """Colours as one float32 [size, size, 3]: few operators, each over all channels."""
 
     def __init__(self, device: str) -> None:
-        from nvidia.dali import types
+        types = _dali("types")
 
         def channels(values: list[Any], dtype: Any) -> Any:
             return types.Constant(values, dtype=dtype, shape=[1, 1, 3], device=device)
@@ -396,12 +395,12 @@ class _Interleaved:
         return x
 
     def clip(self, x: Any) -> Any:
-        from nvidia.dali import math
+        math = _dali("math")
 
         return math.clamp(x, 0.0, 1.0)
 
     def mean(self, x: Any) -> Any:
-        from nvidia.dali import fn
+        fn = _dali("fn")
 
         return fn.reductions.mean(x, axes=[0, 1], keep_dims=True)
 
@@ -409,7 +408,7 @@ class _Interleaved:
         return self.luma(self.mean(x))
 
     def luma(self, x: Any) -> Any:
-        from nvidia.dali import fn
+        fn = _dali("fn")
 
         return fn.coord_transform(x, M=_LUMA * 3)
 
@@ -426,7 +425,7 @@ class _Interleaved:
         a table, in place of a branch on the largest channel. Each channel is the least one plus a
         share of the chroma, which depends on the hue alone: another table.
         """
-        from nvidia.dali import fn, math, types
+        fn, math, types = _dali("fn"), _dali("math"), _dali("types")
 
         top = fn.reductions.max(x, axes=[2], keep_dims=True)
         chroma = top - fn.reductions.min(x, axes=[2], keep_dims=True)
@@ -472,14 +471,14 @@ class _Planes:
     """Colours as three float32 [size, size]: each operator is fast on the CPU."""
 
     def split(self, x: Any) -> tuple[Any, Any, Any]:
-        from nvidia.dali import fn
+        fn = _dali("fn")
 
         planes = fn.transpose(x, perm=[2, 0, 1], transpose_layout=False)
         r, g, b = (fn.reshape(planes[channel], layout="HW") for channel in range(3))
         return r, g, b
 
     def join(self, x: tuple[Any, Any, Any]) -> Any:
-        from nvidia.dali import fn
+        fn = _dali("fn")
 
         return fn.stack(*x, axis_name="C")
 
@@ -488,7 +487,7 @@ class _Planes:
         return _clip(r), _clip(g), _clip(b)
 
     def mean(self, x: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-        from nvidia.dali import fn
+        fn = _dali("fn")
 
         r, g, b = (fn.reductions.mean(plane, keep_dims=True) for plane in x)
         return r, g, b
@@ -519,7 +518,7 @@ class _Planes:
 
         The hue in sixths is |k + (middle - low) / chroma|, with k by which channel is the largest.
         """
-        from nvidia.dali import math
+        math = _dali("math")
 
         r, g, b = x
         swapped = g < b
@@ -543,7 +542,14 @@ class _Planes:
 
 
 def _clip(x: Any) -> Any:
-    from nvidia.dali import math
+    math = _dali("math")
 
     # math.clamp is three times as slow on the CPU.
     return math.max(math.min(x, 1.0), 0.0)
+
+
+def _dali(name: str) -> Any:
+    """A module of DALI. A function, since the package imports without DALI."""
+    import nvidia.dali as dali
+
+    return getattr(dali, name)

@@ -56,12 +56,13 @@ _PACKAGES = (
 _TEMPERATURE = 0.1
 # Rows and features that no tile divides.
 _PAIRS, _FEATURES = 333, 100
-# Numbers of features: each row of the GPU's launch table, and some that fill no block.
-_ALL_FEATURES = (16, 33, 64, 100, 128, 256, 300, 512, 1024, 2048)
+# Numbers of features: each row of the GPU's launch table, and one that fills no block. Each takes a
+# GPU some ten seconds of compilation.
+_ALL_FEATURES = (16, 64, 100, 256, 512, 2048)
 # 1 and 2 are special to the compiler, 16 and 32 to the tiles, 250 and 1000 divide into neither.
 _ALL_PAIRS = (1, 2, 3, 16, 32, 64, 250, 256, 1000)
-# Seconds that the tests and the benchmarks may take.
-_TESTS_LIMIT, _BENCH_LIMIT = 240, 240
+# Seconds that the tests and the benchmarks may take, so that all checks end within ten minutes.
+_TESTS_LIMIT, _BENCH_LIMIT = 180, 180
 
 
 class Skip(Exception):
@@ -652,6 +653,8 @@ def device_tests(device: torch.device) -> str:
     root = Path(simclr_fast.__file__).resolve().parents[1]
     if not (root / "tests" / "kernels").is_dir():
         raise Skip("no tests folder beside the package; a clone has one")
+    if "--device" not in (root / "tests" / "conftest.py").read_text():
+        raise Skip("these tests have no option --device")
     if find_spec("pytest") is None or find_spec("pytest_timeout") is None:
         raise Skip("pytest is missing: pip install pytest pytest-timeout")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -668,7 +671,11 @@ def benchmarks(device: torch.device) -> Measured:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "simclr_fast", "bench", "all", "--quick"]
         command += ["--device", str(device), "--out", folder]
-        status, lines = _bounded(command, Path.cwd(), _BENCH_LIMIT)
+        try:
+            status, lines = _bounded(command, Path.cwd(), _BENCH_LIMIT)
+        except AssertionError as late:
+            # What was timed until then is kept.
+            status, lines = 1, [str(late)]
         results = {p.stem: json.loads(p.read_text()) for p in sorted(Path(folder).glob("*.json"))}
     if not results:
         raise AssertionError(f"nothing was timed: {' '.join(lines[-3:])}")

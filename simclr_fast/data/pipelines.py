@@ -45,11 +45,11 @@ Draw = Callable[[np.ndarray, np.ndarray], list[ViewParams]]
 PART = 128
 # DALI's graph on a GPU is bound by its launches for smaller views.
 _SMALLEST_IN_DALI = 64
-# What DALI's pipeline holds, by its memory on the CPU: per view pixel of an image, and per pixel of
-# the source in each image decoded ahead and its cut-outs. The planner counts PART images of 224
-# pixels with 400 x 500 pixels decoded as _DALI_BYTES; larger ones go in smaller parts.
+# What DALI's pipeline holds of one image, by its memory on the CPU: per pixel of the two views, and
+# per pixel of the source, for images decoded ahead and their cut-outs.
 _BYTES_PER_VIEW_PIXEL, _BYTES_PER_SOURCE_PIXEL = 240, 21
-_DALI_BYTES_PER_VIEW_PIXEL = 128 * 16e6 / 224**2
+# Images of about 400 × 500 pixels fill a part; of larger ones fewer go together.
+_COMMON_PIXELS = 190_000
 _SAMPLED_IMAGES = 64
 
 
@@ -111,14 +111,20 @@ def _dali_on_gpu(source: Source, device: torch.device) -> bool:
     )
 
 
+def dali_bytes(size: int, source_pixels: int = _COMMON_PIXELS, images: int = PART) -> int:
+    """What DALI holds for a part of `images` images, for two views of `size` pixels each way."""
+    return images * (_BYTES_PER_VIEW_PIXEL * size**2 + _BYTES_PER_SOURCE_PIXEL * source_pixels)
+
+
 def dali_part(reader: FileReader | PixelReader, size: int) -> int:
-    """How many images go through DALI together, such that its memory is what the planner counts."""
+    """How many images go through DALI together, so that it holds no more than `dali_bytes(size)`.
+
+    Judged by the largest of some images. Parts change no pixel, so ranks may have different ones.
+    """
     if isinstance(reader, PixelReader):
         return PART
-    per_image = _BYTES_PER_VIEW_PIXEL * size**2 + _BYTES_PER_SOURCE_PIXEL * reader.largest_image(
-        _SAMPLED_IMAGES
-    )
-    return int(max(1, min(PART, _DALI_BYTES_PER_VIEW_PIXEL * size**2 // per_image)))
+    pixels = max(reader.largest_image(_SAMPLED_IMAGES), 1)
+    return max(1, min(PART, dali_bytes(size) // dali_bytes(size, pixels, 1)))
 
 
 class HostViews:
@@ -200,8 +206,6 @@ class DaliViews(DaliRunner):
 
     def graph(self, pixels: Any, nodes: list[Any], device: str) -> list[Any]:
         """Decoded pixels and the nodes of `view_feeds` → the pipeline's outputs."""
-        from nvidia.dali import types
-
         from simclr_fast.augment.dali import make_views
 
         return make_views(
@@ -209,7 +213,7 @@ class DaliViews(DaliRunner):
             nodes,
             self.augmentation,
             device,
-            dtype=types.FLOAT16 if self.dtype == torch.float16 else types.FLOAT,
+            half=self.dtype == torch.float16,
             channels_last=self.channels_last,
         )
 

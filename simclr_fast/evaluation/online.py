@@ -1,9 +1,10 @@
-"""A probe that runs along: linear classifier and k-NN on features that training computes anyway.
+"""A linear classifier and k-NN beside training, on the features that it computes anyway.
 
-The encoder's own h of the step's views are read, detached: no image is encoded twice, no random
-number is drawn, no weight of the model is touched. arXiv:2002.05709, B.6 trains a linear classifier
-so, beside pretraining. What it reads is distorted training images, so it reads lower than
-`simclr-fast eval` does; it shows the course of a run, not its result.
+They read the encoder's features of each step's views, detached. No image is encoded twice, no
+random number is drawn, and no weight of the model changes. arXiv:2002.05709, B.6 also trains a
+linear classifier beside pretraining. The features are those of distorted training images, so the
+accuracies are lower than those of `simclr-fast eval`: they show the course of a run, not its
+result.
 """
 
 import json
@@ -34,14 +35,14 @@ class OnlineProbe:
         batch, on both views, standardised over the batch.
     knn: top-1 of weighted 20-NN of the step's first views (at most 512) among those of the steps
         before (at most 4,096 images); the image itself does not count.
-    percent_of_time: what the probe took of the time since the last report.
+    percent_of_time: the probe's share of the time since the last report.
 
     labels: int64 [n] of the source, -1 where there is none.
     """
 
     def __init__(self, labels: np.ndarray | None, every: int, device: torch.device) -> None:
         if labels is None or labels.max() < 0:
-            raise ValueError("probe_every needs labelled images: a folder per class, say")
+            raise ValueError("probe_every needs labelled images, such as one folder per class")
         self.every, self.device = every, device
         self.labels = torch.from_numpy(labels).to(device)
         self.classes = int(labels.max()) + 1
@@ -52,7 +53,7 @@ class OnlineProbe:
         self._clock = _Clock(device)
 
     def open(self, path: Path, step: int) -> None:
-        """Report to `path`, JSON lines; those after `step`, which come again, are dropped."""
+        """Append reports to `path` as JSON lines; drop those after `step`, which come again."""
         keep_until(path, step)
         self.path = path
 

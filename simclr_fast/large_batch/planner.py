@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from simclr_fast.data.pipelines import dali_bytes
 from simclr_fast.large_batch.engine import Memory
 from simclr_fast.large_batch.simulate import Phase, Phases, Step
 from simclr_fast.losses.nt_xent import nt_xent_loss
@@ -34,9 +35,6 @@ _USABLE = 0.95
 _LAUNCH = 4e-6
 # In messages of the CPU's allocator, CUDA, cuDNN, cuBLAS and DALI.
 _EXHAUSTED = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
-# DALI's memory for one part of a batch: its pipeline of both views, run on the CPU, holds 13 MB per
-# image of 500×375 at 224², and a part is 128 images.
-_DALI = 128 * 16e6
 # Of the roofline; see the module's docstring.
 _EFFICIENCY = 0.58
 # Pinned copies over PCIe 4.0 ×16, bytes per second each way (32 GB/s less protocol).
@@ -200,7 +198,7 @@ class Workload:
         views = self.rows * 3 * self.image_size**2 * (2 if self.dtype else 4)
         buckets = self.ranks > 1 and memory != "lockstep"
         found = parameters * (self.state + buckets) + views
-        return found + _CONTEXT + _DALI * (self.image_size / 224) ** 2 if self.cuda else found
+        return found + _CONTEXT + dali_bytes(self.image_size) if self.cuda else found
 
     @property
     def _step(self) -> Step:

@@ -72,7 +72,7 @@ def grid(
     projectors: Sequence[str] = (),
     seeds: Sequence[int] = (),
 ) -> list[Cell]:
-    """All combinations; an axis without values is `base`'s.
+    """All combinations of the given values; an axis without values has `base`'s only.
 
     operations: of OPERATIONS: every one alone and every pair (arXiv:2002.05709, figure 5).
     """
@@ -92,7 +92,7 @@ def grid(
 
 
 def cell_config(base: PretrainConfig, cell: Cell, out: Path) -> PretrainConfig:
-    """The run of a cell. Another batch size sees as many images, and `lr` goes by `lr_rule`."""
+    """The run of a cell. Another batch size sees as many images, with lr scaled by `lr_rule`."""
     augmentation = base.augmentation
     if cell.augmentation != RECIPE:
         augmentation = only(augmentation, cell.augmentation.split("+"))
@@ -129,7 +129,7 @@ def only(augmentation: Augmentation, operations: Sequence[str]) -> Augmentation:
 def ablate(
     base: PretrainConfig, cells: Sequence[Cell], folder: Path, max_cells: int | None = None
 ) -> list[dict[str, Any]]:
-    """Run the cells that `folder` has no results of, at most `max_cells`; all results so far.
+    """Run at most `max_cells` of the cells without a result in `folder`; all results so far.
 
     Writes results.jsonl (a line per finished cell: its settings, top-1 with a 95% bootstrap
     interval, the last loss, seconds) and cells/NAME/. Interrupted, the same call goes on.
@@ -141,7 +141,9 @@ def ablate(
     """
     train, test = named_source(base.data, "train"), named_source(base.data, "test")
     if train.labels is None or test is None or test.labels is None:
-        raise ValueError(f"an ablation needs labelled training and test images; {base.data!r}: no")
+        raise ValueError(
+            f"an ablation needs labelled training and test images, which data {base.data!r} lack"
+        )
     _claim(folder, base)
     with locked(folder / ".lock", f"another process runs the ablation in {folder}"):
         return _run_cells(base, cells, folder, max_cells, train, test)

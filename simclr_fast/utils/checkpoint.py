@@ -1,4 +1,4 @@
-"""Checkpoints that an interruption cannot harm: written aside, synced, then renamed."""
+"""Checkpoints: written to a temporary file, synced, then renamed, so that a kill harms none."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ from simclr_fast.utils.locks import lock
 _KEEP = 2
 # How the name of a file ends while it is written.
 _PART = ".simclr-part"
-# Keys that an error names before it counts the rest.
+# So many keys are named in an error; the rest are counted.
 _NAMED = 5
 # The parts of a checkpoint that training cannot go on from once they are NaN or infinite.
 _TRAINED = ("loss", "model", "optimizer")
@@ -28,8 +28,11 @@ _FOREIGN = re.compile(r"GLOBAL ([\w.]+)")
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Call write(temporary path), sync the file, and rename it to `path`: all or nothing.
 
-    Removes what processes that were killed while they wrote have left in the folder, where there
-    are locks to tell. Raises OSError with `path` when writing fails, as on a full disk.
+    Removes temporary files of killed processes from the folder; locks tell them from files that are
+    being written, so without locks they stay.
+
+    Raises:
+        OSError: writing failed, as on a full disk; the message has `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path.parent)

@@ -1,4 +1,4 @@
-"""Locks on files: the system lets go of them when their holder ends, however it ends."""
+"""Locks on files. The system releases them when the process that holds them ends, in any way."""
 
 import os
 import warnings
@@ -14,10 +14,10 @@ except ImportError:  # Windows
 
 
 def lock(handle: int, wait: bool = False) -> bool | None:
-    """True: an open file is locked until it is closed. False: another process has it.
+    """Lock an open file until it is closed; whether that worked.
 
-    None: the system or the file system has no locks, as Windows and some network ones; the first
-    time warns, with the cause.
+    True: it is locked. False: another process holds the lock. None: there are no locks here, as on
+    Windows and on some network file systems; the first time warns, with the cause.
     """
     if fcntl is None:
         _no_locks("no flock on this system")
@@ -44,9 +44,13 @@ def _no_locks(cause: str) -> None:
 
 @contextmanager
 def locked(path: Path, busy: str | None = None) -> Iterator[None]:
-    """Hold a lock on `path`, a file that is made if need be and left there; none where none is.
+    """Hold a lock on the file `path` within the block.
 
-    busy: what BlockingIOError says where another process holds it; without, it is waited for.
+    The file is created if missing and never deleted. Where the system has no file locks, the block
+    runs unlocked.
+
+    busy: the message of BlockingIOError if another process holds the lock. Without it, wait for the
+        lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

@@ -118,7 +118,7 @@ def test_layout_half_precision_and_normalisation(interleaved):
     aug = Augmentation(32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
     params = drawn(aug, 0)
     expected = apply_views(IMAGES, params, aug).permute(0, 2, 3, 1)
-    options = {"dtype": types.FLOAT16, "channels_last": True, "interleaved": interleaved}
+    options = {"half": True, "channels_last": True, "interleaved": interleaved}
     (out,) = run(IMAGES, [params], aug, **options)
     assert out.dtype == torch.float16
     assert (out - expected).abs().max() < 0.02

@@ -150,3 +150,60 @@ def test_who_is_left_out_of_the_losses_is_said(monkeypatch):
         "lightly",
         "pytorch-metric-learning",
     ]
+
+
+def test_without_matplotlib_the_results_are_written_and_it_is_said_first(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(bench_lars, "shapes_of", lambda model: [(30, 40), (50,)] * 5)
+    command = ["bench", "lars", "--quick", "--rounds", "1", "--out", str(tmp_path)]
+    assert run([*command, "--device", "cpu", "--threads", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("pip install matplotlib") < printed.index("| simclr_fast |")
+    assert [path.name for path in tmp_path.iterdir()] == ["lars.json"]
+
+
+@pytest.mark.parametrize("module", [bench_augment, augment_epochs, bench_step])
+def test_a_table_without_ours_is_left_out(monkeypatch, module):
+    """As where DALI is missing and an image cannot be decoded: it ended in a KeyError."""
+
+    def refuse(*_, **__):
+        raise ImportError("no decoder")
+
+    options = harness.Options(torch.device("cpu"), 1, 1, True)
+    if module is bench_augment:
+        refuse.__name__ = "fused"
+        monkeypatch.setattr(module, "fused", refuse)
+        monkeypatch.setattr(module, "SMALL_CASES", ())
+        monkeypatch.setattr(module, "JPEG_CASES", (module.decode_only,))
+        found = list(module.tables(options, modes=(False,)))
+    elif module is bench_step:
+        monkeypatch.setattr(module, "CONTENDERS", {module.OURS: refuse})
+        found = list(module.tables(options, (32,), 16))
+    else:
+        monkeypatch.setattr(module, "CASES", {module.OURS: refuse})
+        monkeypatch.setattr(module, "jpegs", lambda n: [])
+        found = list(module.tables(options, 8))
+    assert [table.times for table in found] == [{}] * len(found)
+    assert found
+    assert all("left out: no decoder" in table.text() for table in found)
+    assert all("not timed" in table.text() for table in found)
+
+
+def test_a_subject_that_cannot_run_is_named_and_the_others_go_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench.machine, "floors", lambda options: {"copy, GB/s": 1.0})
+    monkeypatch.setattr(bench, "_refuse_wrong_results", lambda *_: None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+
+    class Fake:
+        @staticmethod
+        def tables(options):
+            yield harness.Table("t", "ours", {"step": {"ours": [1.0]}})
+
+    monkeypatch.setattr(bench, "import_module", lambda name: Fake)
+    assert run(["bench", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert "pip install scikit-learn" in printed.out
+    assert printed.err.strip() == "simclr-fast bench: not timed: augment, step"
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == ["lars.json", "loss.json"]

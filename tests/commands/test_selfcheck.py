@@ -293,7 +293,7 @@ def _run_of(config, losses):
     return config.out
 
 
-def test_the_tests_run_in_a_process_of_their_own(pretended_cuda, monkeypatch):
+def test_the_tests_run_in_a_process_of_their_own(pretended_cuda, monkeypatch, tmp_path):
     calls = []
 
     def bounded(command, folder, seconds):
@@ -302,6 +302,16 @@ def test_the_tests_run_in_a_process_of_their_own(pretended_cuda, monkeypatch):
 
     monkeypatch.setattr(checks, "_bounded", bounded)
     results = [(0, ["== 12 passed in 3 s =="]), (1, ["FAILED tests/x.py::y", "1 failed"])]
+    folder = tmp_path / "tests" / "kernels"
+    monkeypatch.setattr(checks.simclr_fast, "__file__", str(tmp_path / "simclr_fast" / "x.py"))
+    with pytest.raises(checks.Skip, match="no tests folder"):
+        checks.device_tests(torch.device("cuda", 0))
+    folder.mkdir(parents=True)
+    conftest = folder.parent / "conftest.py"
+    conftest.write_text("")
+    with pytest.raises(checks.Skip, match="no option --device"):
+        checks.device_tests(torch.device("cuda", 0))
+    conftest.write_text('parser.addoption("--device")')
     assert checks.device_tests(torch.device("cuda", 0)) == "12 passed in 3 s"
     command, folder = calls[0]
     assert command[-3:] == ["--device", "cuda:0", "tests/kernels"]
@@ -316,8 +326,10 @@ def test_the_benchmarks_are_kept(monkeypatch):
     def bounded(command, folder, seconds):
         assert command[1:6] == ["-m", "simclr_fast", "bench", "all", "--quick"]
         out = checks.Path(command[-1])
-        if status == 0:
+        if status != 1:
             (out / "loss.json").write_text(json.dumps(result))
+        if status == 2:
+            raise AssertionError("not done after 180 s")
         return status, ["some output"]
 
     status = 0
@@ -328,6 +340,10 @@ def test_the_benchmarks_are_kept(monkeypatch):
     status = 1
     with pytest.raises(AssertionError, match="nothing was timed: some output"):
         checks.benchmarks(CPU)
+    status = 2
+    text, data = checks.benchmarks(CPU)
+    assert text.endswith("not all were timed: not done after 180 s")
+    assert data == {"loss": result}
 
 
 def test_what_takes_too_long_is_stopped(tmp_path):

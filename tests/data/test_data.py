@@ -221,6 +221,32 @@ def test_which_pipeline_serves_what(folder, kind, options, expected):
     assert type(loader._pipeline) is expected
 
 
+def test_large_images_go_through_dali_in_smaller_parts(tmp_path):
+    pytest.importorskip("nvidia.dali", reason="DALI is optional (Linux)")
+    sizes = [(400, 475), (10, 10), (4000, 3000)]
+    for number, (height, width) in enumerate(sizes):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for i in range(4):
+            Image.new("RGB", (width, height)).save(folder / f"{i}.bmp")
+        (folder / "corrupt.png").write_bytes(b"")
+    parts = {}
+    with FakeCuda():
+        for number, size in enumerate(sizes):
+            for side in (64, 224):
+                loader = TwoViewLoader(tmp_path / str(number), 5, side, device="cuda")
+                largest = loader._pipeline.reader.largest_image(64)
+                assert largest == size[0] * size[1]
+                assert loader._pipeline.part_size <= 5
+                part = pipelines.dali_part(loader._pipeline.reader, side)
+                used = pipelines.dali_bytes(side, largest, part)
+                assert used <= pipelines.dali_bytes(side)
+                parts[size, side] = part
+    assert parts[sizes[0], 224] == parts[sizes[1], 224] == 128
+    assert parts[sizes[2], 224] == 7
+    assert parts[sizes[2], 64] == 2
+
+
 def test_rocm_is_served_without_dali(folder, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
     with FakeCuda():
