@@ -49,6 +49,14 @@ CROP_NAMES = (
     "row_gain",  # float32 [size, 1, 1]; by 1 / 255 in `feeds`
     "column_gain",  # float32 [1, size, 1]
 )
+# The most images that go through a pipeline together. Memory grows with them, so a batch of
+# thousands is made in several parts.
+PART = 128
+# What DALI's pipeline holds for one image, from its memory on the CPU: per pixel of a view for both
+# views, and per pixel of the source for the images decoded ahead and their cut-outs.
+_BYTES_PER_VIEW_PIXEL, _BYTES_PER_SOURCE_PIXEL = 240, 21
+# Images of about 400 × 500 pixels fill a part; of larger ones fewer go together.
+_COMMON_PIXELS = 190_000
 Slot = Literal["hsv", "linear"]
 # Rows of slots that hold every order. "simclr": brightness and contrast are linear; saturation and
 # hue are hsv, and share a slot where they are neighbours, but the first: its input is not clipped
@@ -67,6 +75,11 @@ _HUE_NUMBERS = 65535 // 18
 _UNLIMITED = 1e30
 # Every 16-bit number, for tables.
 _KEYS = list(range(1 << 16))
+
+
+def dali_bytes(size: int, source_pixels: int = _COMMON_PIXELS, images: int = PART) -> int:
+    """What DALI holds for a part of `images` images, for two views of `size` pixels each way."""
+    return images * (_BYTES_PER_VIEW_PIXEL * size**2 + _BYTES_PER_SOURCE_PIXEL * source_pixels)
 
 
 def param_names(aug: Augmentation) -> list[str]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from simclr_fast import ops
+from simclr_fast.augment.dali import PART, dali_bytes
 from simclr_fast.augment.params import Augmentation, ViewParams
 from simclr_fast.augment.views import (
     as_tensors,
@@ -40,16 +41,8 @@ from simclr_fast.data.sources import Source
 Backend = Literal["fused", "dali"]
 # The parameters of each view, from sample ids [n] and image sizes [n, 2].
 Draw = Callable[[np.ndarray, np.ndarray], list[ViewParams]]
-# Images that go through a pipeline together: memory grows with them, and a batch of thousands is
-# made of several such parts.
-PART = 128
 # DALI's graph on a GPU is bound by its launches for smaller views.
 _SMALLEST_IN_DALI = 64
-# What DALI's pipeline holds of one image, by its memory on the CPU: per pixel of the two views, and
-# per pixel of the source, for images decoded ahead and their cut-outs.
-_BYTES_PER_VIEW_PIXEL, _BYTES_PER_SOURCE_PIXEL = 240, 21
-# Images of about 400 × 500 pixels fill a part; of larger ones fewer go together.
-_COMMON_PIXELS = 190_000
 _SAMPLED_IMAGES = 64
 
 
@@ -109,11 +102,6 @@ def _dali_on_gpu(source: Source, device: torch.device) -> bool:
         and source.encoded
         and dali_import_error() is None
     )
-
-
-def dali_bytes(size: int, source_pixels: int = _COMMON_PIXELS, images: int = PART) -> int:
-    """What DALI holds for a part of `images` images, for two views of `size` pixels each way."""
-    return images * (_BYTES_PER_VIEW_PIXEL * size**2 + _BYTES_PER_SOURCE_PIXEL * source_pixels)
 
 
 def dali_part(reader: FileReader | PixelReader, size: int) -> int:
