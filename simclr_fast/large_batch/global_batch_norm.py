@@ -1,32 +1,112 @@
 """Batch normalisation over micro-batches and ranks, on any device and backend.
 
-Statistics of parts are (mean, sum of squared deviations M2, count), merged by the exact formula of
-Chan, Golub and LeVeque (1979): mean = Σ n_i·mean_i / Σ n_i, M2 = Σ (M2_i + n_i (mean_i - mean)²).
-Each direction costs one collective: forward a gather of these, backward a sum of Σdy and Σdy·x̂.
-Parts may hold different numbers of rows, also none. torch's SyncBatchNorm refuses CPU tensors, and
-on CUDA indexes a layer's whole input with 32 bits.
+Moments of parts are merged by the exact formula of Chan, Golub and LeVeque (1979): with n_i values,
+mean_i and M2_i = Σ (x - mean_i)² in part i, mean = Σ n_i·mean_i / Σ n_i and
+M2 = Σ (M2_i + n_i (mean_i - mean)²). Each direction costs one collective: the forward gathers the
+moments, the backward sums Σdy and Σdy·x̂. Parts may hold different numbers of rows, also none.
+
+On the GPU the passes over x are the operations that CUDA has for torch's SyncBatchNorm. With ranks
+a layer launches four kernels forward and three backward; a single part needs one less of each.
+SyncBatchNorm itself refuses CPU tensors, waits for the GPU in every layer, and indexes a layer's
+whole channels_last input with 32 bits.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-_BatchNorm = nn.modules.batchnorm._BatchNorm
+_INT32_MAX = 2**31 - 1
+_KEPT_COUNTS = 256
+
+
+class Moments(NamedTuple):
+    """Of some rows. mean: [C]. spread: [C], (variance + eps)^-½ on CUDA, else M2 = Σ (x - mean)².
+    n: values per channel. CUDA's are float32 or wider, the others float64."""
+
+    mean: Tensor
+    spread: Tensor
+    n: int
 
 
 class Statistics(NamedTuple):
-    """Of the whole batch. mean, variance (biased), inverse = (variance + eps)^-½: [C], float32 or
-    wider; n: 0-dim float64, the values per channel."""
+    """Of the whole batch. mean, inverse = (variance + eps)^-½: [C], float32 or wider. n: values per
+    channel; not known to a rank without rows."""
 
     mean: Tensor
-    variance: Tensor
     inverse: Tensor
-    n: Tensor
+    n: int
     eps: float
+
+    @property
+    def variance(self) -> Tensor:
+        """Biased."""
+        return self.inverse.pow(-2) - self.eps
+
+
+class WholeBatch:
+    """The ranks whose rows form one batch. `rows`: of every rank, in rank order.
+
+    Numbers of values are known on the host, so no layer waits for the GPU to tell them. There they
+    lie in small tensors, which are made once.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.ranks = 1 if group is None else dist.get_world_size(group)
+        self.rows: list[int] = []
+        self._counts: dict[Any, Tensor] = {}
+        self._seen: Counter[Tensor] = Counter()
+
+    def total(self, own: int) -> int:
+        """Values per channel of all ranks, given this rank's; 0 for a rank without any.
+
+        Every row has as many. ValueError where the numbers contradict that.
+        """
+        if self.group is None or not own:
+            return own
+        rows = self.rows[self.rank]
+        if any(own * other % rows for other in self.rows):
+            raise ValueError(
+                f"every row must give a batch norm the same number of values, got {own} values of "
+                f"{rows} rows; the ranks have {self.rows} rows"
+            )
+        return own * sum(self.rows) // rows
+
+    def counts(self, values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """`values` on the device."""
+        key = (tuple(values), dtype, device)
+        if key not in self._counts:
+            if len(self._counts) >= _KEPT_COUNTS:
+                self._counts.clear()
+            if len(set(values)) == 1:
+                made = torch.full((len(values),), values[0], dtype=dtype, device=device)
+            else:
+                made = torch.tensor(values, dtype=dtype)
+                # From pinned memory the copy waits for nothing.
+                made = made.pin_memory() if device.type == "cuda" else made
+                made = made.to(device, non_blocking=True)
+            self._counts[key] = made
+        return self._counts[key]
+
+    def saw(self, norm: Any) -> None:
+        """`norm` has normalised one more batch."""
+        self._seen[norm.num_batches_tracked] += 1
+
+    @torch.no_grad()
+    def finish_forward(self) -> None:
+        """Tell the batch norms' counters how many batches they saw."""
+        by_device: dict[torch.device, dict[Tensor, int]] = {}
+        for counter, times in self._seen.items():
+            by_device.setdefault(counter.device, {})[counter] = times
+        for seen in by_device.values():
+            torch._foreach_add_(list(seen), list(seen.values()))
+        self._seen.clear()
 
 
 def on_cuda(x: Tensor) -> bool:
@@ -34,20 +114,70 @@ def on_cuda(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def moments(x: Tensor, eps: float) -> Tensor:
-    """(mean, M2, count) of x [N, C, ...] as float64 [2C + 1]; zeros for N = 0. One pass over x."""
-    if not x.numel():
-        return x.new_zeros(2 * x.size(1) + 1, dtype=torch.float64)
+def moments(x: Tensor, eps: float) -> list[Moments]:
+    """Moments of x [N, C, ...] in one pass; several where CUDA's kernels need several parts."""
+    n = x.numel() // x.size(1)
     if on_cuda(x):
-        return merge([_cuda_moments(part, eps) for part in _parts(x)])
+        if not n:
+            zeros = x.new_zeros(2, x.size(1), dtype=_wide(x))
+            return [Moments(zeros[0], zeros[1] + 1, 0)]
+        parts = _parts(x)
+        return [Moments(*torch.batch_norm_stats(p, eps), p.numel() // p.size(1)) for p in parts]
+    if not n:
+        zeros = x.new_zeros(2, x.size(1), dtype=torch.float64)
+        return [Moments(zeros[0], zeros[1], 0)]
     # With momentum 0 these stay zeros; their dtype is that of the result.
     unused = x.new_zeros(2, x.size(1), dtype=_wide(x))
     mean, variance = torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0)
-    return _row(mean, variance, x)
+    return [Moments(mean.double(), variance.double() * n, n)]
+
+
+@torch.no_grad()
+def global_statistics(
+    x: Tensor, parts: Sequence[Moments], norm: Any, batch: WholeBatch
+) -> Statistics:
+    """Merge this rank's `moments` with those of the other ranks, and move the norm's buffers.
+
+    One gather; none without ranks. x: any of the inputs, for its dtype and device.
+    """
+    n, dtype = sum(part.n for part in parts), _wide(x)
+    if not on_cuda(x):
+        row = merge([torch.cat([*p[:2], p.mean.new_full((1,), p.n)]) for p in parts])
+        if batch.group is not None:
+            row = merge(_gathered(row, batch.group).unbind())
+            n = int(row[-1])
+        return _from_row(row, n, dtype, norm, batch)
+    means, inverses, counts = _table(parts, batch, dtype, x.device)
+    if batch.group is not None:
+        mean, inverse = means[0], inverses[0]
+        if len(parts) > 1:
+            mean, inverse = _merged(means, inverses, counts, norm.eps)
+            counts = batch.counts([n], dtype, x.device)
+        table = _gathered(torch.cat([mean, inverse, counts]), batch.group)
+        # A rank without rows has nothing to tell.
+        if 0 in batch.rows and any(batch.rows):
+            table = torch.cat([table[r : r + 1] for r, rows in enumerate(batch.rows) if rows])
+        means, inverses = table[:, :-1].unflatten(1, (2, -1)).unbind(1)
+        counts, n = table[:, -1], batch.total(n)
+    if not 2 <= n <= _INT32_MAX:
+        # CUDA's kernel counts with 32 bits and divides by n - 1. Without rows n is not known.
+        squares = (inverses.double() ** -2 - norm.eps).clamp_min(0) * counts.double()[:, None]
+        rows = torch.cat([means.double(), squares, counts.double()[:, None]], 1)
+        return _from_row(merge(rows.unbind()), n, dtype, norm, batch)
+    if _has_buffers(norm) and norm.momentum is not None and norm.running_mean.dtype == dtype:
+        batch.saw(norm)
+        found = _merged(means, inverses, counts, norm.eps, norm)
+        return Statistics(*found, n, norm.eps)
+    found = (means[0], inverses[0])
+    if len(means) > 1:
+        found = _merged(means, inverses, counts, norm.eps)
+    statistics = Statistics(*found, n, norm.eps)
+    update_running(norm, statistics.mean, statistics.variance, n, batch)
+    return statistics
 
 
 def merge(rows: Sequence[Tensor]) -> Tensor:
-    """The `moments` of all parts together."""
+    """(mean, M2, n) of all parts together: float64 [2C + 1], from those of each."""
     if len(rows) == 1:
         return rows[0]
     table = torch.stack(list(rows))  # [parts, 2C + 1]
@@ -58,83 +188,96 @@ def merge(rows: Sequence[Tensor]) -> Tensor:
     return torch.cat([mean, squares, counts.sum(0)])
 
 
-def global_statistics(
-    row: Tensor, eps: float, dtype: torch.dtype, group: dist.ProcessGroup | None
-) -> Statistics:
-    """Merge this rank's `moments` with those of `group`: one gather, none if it is None."""
-    if group is not None:
-        rows = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(rows, row, group=group)
-        row = merge(rows)
-    mean, squares = row[:-1].unflatten(0, (2, -1)).unbind()
-    variance = squares / row[-1].clamp_min(1)
-    inverse = (variance + eps).rsqrt()
-    return Statistics(mean.to(dtype), variance.to(dtype), inverse.to(dtype), row[-1], eps)
-
-
 def normalize(x: Tensor, s: Statistics, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """γ (x - mean)·inverse + β in x's dtype; one pass."""
+    if on_cuda(x) and x.numel():
+        weight, bias = _as(weight, s), _as(bias, s)
+        return torch.batch_norm_elemt(x, weight, bias, s.mean, s.inverse, s.eps)
+    return normalize_composed(x, s, weight, bias)
+
+
+def normalize_composed(
+    x: Tensor, s: Statistics, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """`normalize` by an operation that torch.compile can fuse with others."""
     return F.batch_norm(x, s.mean, s.variance, _as(weight, s), _as(bias, s), False, 0.0, s.eps)
 
 
-def gradient_sums(dy: Tensor, x: Tensor, s: Statistics) -> Tensor:
-    """Σdy and Σdy·x̂ over these rows: [2, C], β's and γ's gradients. One pass over dy and x."""
-    if not x.numel():
-        return s.mean.new_zeros(2, x.size(1))
-    if on_cuda(x):
-        total = s.mean.new_zeros(2, x.size(1))
-        for part, grad in zip(_parts(x), _parts(_laid_out_as(dy, x)), strict=True):
-            sum_dy, sum_dy_xmu, _, _ = torch.batch_norm_backward_reduce(
-                grad, part, s.mean, s.inverse, None, True, False, False
-            )
-            total += torch.stack([sum_dy, sum_dy_xmu * s.inverse])
-        return total
-    # The gradients of weight and bias, without that of the input, are the sums.
-    _, slope, center = torch.ops.aten.native_batch_norm_backward(
-        dy, x, None, None, None, s.mean, s.inverse, True, s.eps, [False, True, True]
-    )
-    return torch.stack([center, slope])
+class Sums(NamedTuple):
+    """Over some rows. whole: [2, C], to be summed over the ranks: Σdy, and Σdy·(x - mean) on CUDA,
+    else Σdy·x̂. weight, bias: gradients of γ and β, or None without γ; in memory of their own."""
+
+    whole: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def gradient_sums(
+    pairs: Sequence[tuple[Tensor, Tensor]], s: Statistics, weight: Tensor | None
+) -> Sums:
+    """Sums over all (dy, x); one pass over each."""
+    pairs = [(dy, x) for dy, x in pairs if x.numel()]
+    if pairs and on_cuda(pairs[0][1]):
+        return _cuda_sums(pairs, s, weight)
+    whole = s.mean.new_zeros(2, len(s.mean))
+    for dy, x in pairs:
+        # The gradients of weight and bias, without that of the input, are the sums.
+        _, slope, center = torch.ops.aten.native_batch_norm_backward(
+            dy, x, None, None, None, s.mean, s.inverse, True, s.eps, [False, True, True]
+        )
+        whole += torch.stack([center, slope])
+    if weight is None:
+        return Sums(whole, None, None)
+    return Sums(whole, whole[1].clone(), whole[0].clone())
 
 
 def input_gradient(
+    dy: Tensor, x: Tensor, s: Statistics, weight: Tensor | None, sums: Tensor, batch: WholeBatch
+) -> Tensor:
+    """dx = γ·inverse (dy - Σdy / n - x̂·Σdy·x̂ / n); sums: `Sums.whole` of the whole batch."""
+    if not on_cuda(x) or not x.numel():
+        return input_gradient_composed(dy, x, s, weight, sums)
+    counts = batch.counts(_in_32_bits(s.n), torch.int32, x.device)
+    weight = _as(weight, s)
+    parts = [
+        torch.batch_norm_backward_elemt(grad, part, s.mean, s.inverse, weight, *sums, counts)
+        for grad, part in _dense_parts(dy, x)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def input_gradient_composed(
     dy: Tensor, x: Tensor, s: Statistics, weight: Tensor | None, sums: Tensor
 ) -> Tensor:
-    """dx = γ·inverse (dy - Σdy / n - x̂·Σdy·x̂ / n), `sums` and n those of the whole batch."""
-    weight = _as(weight, s)
-    if on_cuda(x) and x.numel():
-        count = s.n.to(torch.int32).view(1)
-        sum_dy, sum_dy_xmu = sums[0], sums[1] / s.inverse
-        parts = [
-            torch.batch_norm_backward_elemt(
-                grad, part, s.mean, s.inverse, weight, sum_dy, sum_dy_xmu, count
-            )
-            for part, grad in zip(_parts(x), _parts(_laid_out_as(dy, x)), strict=True)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    """`input_gradient` with Σdy·x̂ in the sums, by operations of any device."""
+    weight, wide = _as(weight, s), _wide(x)
     scale = s.inverse if weight is None else s.inverse * weight
-    center, slope = -scale * sums / s.n.to(scale.dtype)
-    wide = _wide(x)
+    center, slope = -scale * sums / s.n
     correction = F.batch_norm(x.to(wide), s.mean, s.variance, slope, center, False, 0.0, s.eps)
     channels = scale.view(-1, *[1] * (x.dim() - 2))
     return correction.addcmul_(dy.to(wide), channels).to(dy.dtype)
 
 
 @torch.no_grad()
-def update_running(norm: Any, s: Statistics) -> None:
-    """Move a batch norm's buffers towards `s`, the variance unbiased, as its own forward would."""
-    if norm.running_mean is None or not norm.track_running_stats:
+def update_running(
+    norm: Any, mean: Tensor, variance: Tensor, n: Tensor | int, batch: WholeBatch
+) -> None:
+    """Move a batch norm's buffers as its own forward would. variance: biased."""
+    if not _has_buffers(norm):
         return
-    norm.num_batches_tracked.add_(1)
     momentum = norm.momentum
     if momentum is None:
-        momentum = 1 / float(norm.num_batches_tracked)
-    unbiased = s.variance * (s.n / (s.n - 1).clamp_min(1)).to(s.variance.dtype)
-    norm.running_mean.lerp_(s.mean.to(norm.running_mean), momentum)
-    norm.running_var.lerp_(unbiased.to(norm.running_var), momentum)
+        norm.num_batches_tracked.add_(1)
+        momentum = norm.num_batches_tracked.to(norm.running_mean.dtype).reciprocal()
+    else:
+        batch.saw(norm)
+    factor = n / max(n - 1, 1) if isinstance(n, int) else n / (n - 1).clamp_min(1)
+    norm.running_mean.lerp_(mean.to(norm.running_mean), momentum)
+    norm.running_var.lerp_((variance * factor).to(norm.running_var), momentum)
 
 
 class NormalizeFunction(torch.autograd.Function):
-    """`normalize` with the gradient of the statistics: (x, weight, bias, Statistics, group)."""
+    """`normalize` with the gradient of the statistics."""
 
     @staticmethod
     def forward(
@@ -143,68 +286,25 @@ class NormalizeFunction(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         statistics: Statistics,
-        group: dist.ProcessGroup | None,
+        batch: WholeBatch,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.statistics, ctx.group = statistics, group
+        ctx.statistics, ctx.batch = statistics, batch
         return normalize(x, statistics, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        own = gradient_sums(dy, x, ctx.statistics)
-        sums = own
-        if ctx.group is not None:
-            sums = own.clone()
-            dist.all_reduce(sums, group=ctx.group)
-        dx = input_gradient(dy, x, ctx.statistics, weight, sums)
+        batch: WholeBatch = ctx.batch
+        sums = gradient_sums([(dy, x)], ctx.statistics, weight)
+        if batch.group is not None:
+            dist.all_reduce(sums.whole, group=batch.group)
+        dx = input_gradient(dy, x, ctx.statistics, weight, sums.whole, batch)
         # The parameters' gradients are this rank's share: DistributedDataParallel adds them up.
-        if weight is None:
+        if weight is None or sums.weight is None or sums.bias is None:
             return dx, None, None, None, None
-        return dx, own[1].to(weight.dtype), own[0].to(weight.dtype), None, None
-
-
-class GlobalBatchNorm(_BatchNorm):
-    """Drop-in for BatchNorm1d/2d: x [N, C, ...], statistics over all ranks' N."""
-
-    def __init__(self, like: nn.modules.batchnorm._BatchNorm) -> None:
-        super().__init__(
-            like.num_features, like.eps, like.momentum, like.affine, like.track_running_stats
-        )
-        for tensor in (like.weight, like.running_mean):
-            if tensor is not None:
-                self.to(device=tensor.device, dtype=tensor.dtype)
-        self.load_state_dict(like.state_dict())
-        for own, given in zip(self.parameters(), like.parameters(), strict=True):
-            own.requires_grad_(given.requires_grad)
-
-    def _check_input_dim(self, x: Tensor) -> None:
-        if x.dim() < 2 or x.size(1) != self.num_features:
-            raise ValueError(f"x must be [N, {self.num_features}, ...], got {tuple(x.shape)}")
-
-    def forward(self, x: Tensor) -> Tensor:
-        self._check_input_dim(x)
-        if not self.training:
-            return super().forward(x)
-        with torch.no_grad():
-            statistics = global_statistics(
-                moments(x, self.eps), self.eps, _wide(x), dist.group.WORLD
-            )
-            update_running(self, statistics)
-        return NormalizeFunction.apply(x, self.weight, self.bias, statistics, dist.group.WORLD)
-
-
-def convert_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """Make every batch norm of `module` global: torch's SyncBatchNorm on CUDA, ours elsewhere."""
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    for name, child in module.named_children():
-        if isinstance(child, _BatchNorm):
-            setattr(module, name, GlobalBatchNorm(child))
-        else:
-            convert_batch_norm(child, device)
-    return module
+        return dx, sums.weight.to(weight.dtype), sums.bias.to(weight.dtype), None, None
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -215,27 +315,91 @@ def _as(parameter: Tensor | None, s: Statistics) -> Tensor | None:
     return None if parameter is None else parameter.to(s.mean.dtype)
 
 
-def _row(mean: Tensor, variance: Tensor, x: Tensor) -> Tensor:
-    count = x.numel() // x.size(1)
-    mean, variance = mean.double(), variance.double()
-    return torch.cat([mean, variance * count, mean.new_full((1,), count)])
+def _has_buffers(norm: Any) -> bool:
+    return norm.running_mean is not None and bool(norm.track_running_stats)
 
 
-def _cuda_moments(x: Tensor, eps: float) -> Tensor:
-    mean, inverse = torch.batch_norm_stats(x, eps)
-    return _row(mean, (inverse.double() ** -2 - eps).clamp_min(0), x)
+def _gathered(row: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """`row` [k] of every rank: [ranks, k]."""
+    ranks = dist.get_world_size(group)
+    # torch 2.14 renames it.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    table = row.new_empty(ranks * len(row))
+    gather(table, row, group=group)
+    return table.view(ranks, -1)
+
+
+def _from_row(row: Tensor, n: int, dtype: torch.dtype, norm: Any, batch: WholeBatch) -> Statistics:
+    mean, squares = row[:-1].unflatten(0, (2, -1)).unbind()
+    variance = squares / row[-1].clamp_min(1)
+    update_running(norm, mean, variance, row[-1], batch)
+    inverse = (variance + norm.eps).rsqrt()
+    return Statistics(mean.to(dtype), inverse.to(dtype), n, norm.eps)
+
+
+def _table(
+    parts: Sequence[Moments], batch: WholeBatch, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """CUDA's means [parts, C], inverses [parts, C] and counts [parts]."""
+    counts = batch.counts([part.n for part in parts], dtype, device)
+    if len(parts) == 1:
+        return parts[0].mean[None], parts[0].spread[None], counts
+    table = torch.stack([t for part in parts for t in (part.mean, part.spread)])
+    means, inverses = table.unflatten(0, (-1, 2)).unbind(1)
+    return means, inverses, counts
+
+
+def _merged(
+    means: Tensor, inverses: Tensor, counts: Tensor, eps: float, norm: Any = None
+) -> tuple[Tensor, Tensor]:
+    """(mean, inverse) of all parts by CUDA's kernel, which also moves the buffers of `norm`."""
+    buffers = (None, None) if norm is None else (norm.running_mean, norm.running_var)
+    momentum = 0.0 if norm is None else norm.momentum
+    # The first argument gives the dtype.
+    mean, inverse = torch.batch_norm_gather_stats_with_counts(
+        means, means, inverses, *buffers, momentum, eps, counts
+    )
+    return mean, inverse
+
+
+def _cuda_sums(
+    pairs: Sequence[tuple[Tensor, Tensor]], s: Statistics, weight: Tensor | None
+) -> Sums:
+    parts = [part for dy, x in pairs for part in _dense_parts(dy, x)]
+    # Of a single part the kernel makes the parameters' gradients too.
+    both = weight is not None and len(parts) == 1
+    found = [
+        torch.batch_norm_backward_reduce(dy, x, s.mean, s.inverse, weight, True, both, both)
+        for dy, x in parts
+    ]
+    whole = torch.stack([t for sums in found for t in sums[:2]])
+    if both:
+        return Sums(whole, *found[0][2:])
+    if len(parts) > 1:
+        whole = whole.unflatten(0, (-1, 2)).sum(0)
+    if weight is None:
+        return Sums(whole, None, None)
+    return Sums(whole, whole[1] * s.inverse, whole[0].clone())
+
+
+def _in_32_bits(n: int) -> list[int]:
+    """Numbers that add up to n, as many as 32 bits need: the kernel adds them with 64."""
+    parts = -(-n // _INT32_MAX)
+    return [n // parts + (i < n % parts) for i in range(parts)]
 
 
 def _parts(x: Tensor) -> Sequence[Tensor]:
     """Runs of rows that 32-bit indices can address, each dense."""
-    rows = max(1, (2**31 - 1) // max(1, x[0].numel()))
+    rows = max(1, _INT32_MAX // max(1, x[0].numel()))
     if not x.is_contiguous(memory_format=_layout(x)):
         x = x.contiguous()
-    return x.split(rows)
+    return x.split(rows) if len(x) > rows else (x,)
 
 
-def _laid_out_as(dy: Tensor, x: Tensor) -> Tensor:
-    return dy.contiguous(memory_format=_layout(x))
+def _dense_parts(dy: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """`_parts` of both, in the layout of x."""
+    dy = dy.contiguous(memory_format=_layout(x))
+    return list(zip(_parts(dy), _parts(x), strict=True))
 
 
 def _layout(x: Tensor) -> torch.memory_format:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from simclr_fast.large_batch.norms import batch_norms
+from simclr_fast.large_batch.batch_norms import batch_norms
 
 
 def refuse_ghost_batch_norm(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx import Node
 
-from simclr_fast.large_batch.norms import after_norm, uses_batch_statistics
+from simclr_fast.large_batch.batch_norms import after_norm, uses_batch_statistics
 
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
 _IN_PLACE: dict[Any, Callable[..., Any]] = {

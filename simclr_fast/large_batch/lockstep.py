@@ -31,10 +31,10 @@ from torch.fx import Node
 
 from simclr_fast.large_batch import global_batch_norm as gbn
 from simclr_fast.large_batch.buckets import Buckets
+from simclr_fast.large_batch.compiled_regions import Norm, Piece, Pieces, takes
 from simclr_fast.large_batch.graph import Block, Graph, Segment, flags
-from simclr_fast.large_batch.heap import Heap
+from simclr_fast.large_batch.malloc_trim import Heap
 from simclr_fast.large_batch.offload import Arena, Stored
-from simclr_fast.large_batch.pieces import Norm, Piece, Pieces, takes
 
 Values = dict[Node, Any]
 
@@ -42,19 +42,19 @@ Values = dict[Node, Any]
 class Lockstep:
     """Runs one model; `backward` is a step's forward, loss and backward.
 
-    group: ranks whose batches form one. offload_gb: host memory for the first blocks' inputs.
-    keep_every: of how many blocks one keeps its input. compile: see `pieces`.
+    batch: the ranks whose rows form one batch. offload_gb: host memory for the first blocks'
+    inputs. keep_every: of how many blocks one keeps its input. compile: see `compiled_regions`.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        group: dist.ProcessGroup | None = None,
+        batch: gbn.WholeBatch,
         offload_gb: float = 0,
         keep_every: int = 1,
         compile: bool = False,
     ) -> None:
-        self.model, self.group = model, group
+        self.model, self.batch = model, batch
         self.offload_gb, self.keep_every = offload_gb, keep_every
         self.arena: Arena | None = None
         self.heap = Heap()
@@ -86,7 +86,7 @@ class Lockstep:
                 for g, part in zip(gradients, leaf.grad.split(sizes), strict=True):
                     g[node] = part
         del values, leaves
-        buckets = Buckets([b.parameters for b in blocks], self.group if sync else None)
+        buckets = Buckets([b.parameters for b in blocks], self.batch.group if sync else None)
         for i in reversed(range(len(blocks))):
             if not self.keeps(i):
                 self._make_again(saved, i)
@@ -149,25 +149,22 @@ class Lockstep:
                 saved.append(self.arena.store(inputs))
             del inputs
             values = self._forward_block(block, values)
+        self.batch.finish_forward()
         return values, saved
 
     def _forward_block(self, block: Block, values: list[Values]) -> list[Values]:
         for segment in block.segments:
-            moments = []
+            moments: list[gbn.Moments] = []
             for v in values:
                 self._run(segment, v)
                 if segment.norm is not None:
                     x = self._value(segment.norm.all_input_nodes[0], v)
-                    moments.append(gbn.moments(x, self.graph.module(segment.norm).eps))
-                    dtype = torch.promote_types(x.dtype, torch.float32)
+                    moments += gbn.moments(x, self.graph.module(segment.norm).eps)
                 for node in segment.last_use:
                     v.pop(node, None)
             if segment.norm is not None:
                 norm = self.graph.module(segment.norm)
-                row = gbn.merge(moments)
-                statistics = gbn.global_statistics(row, norm.eps, dtype, self.group)
-                gbn.update_running(norm, statistics)
-                self.statistics[segment.norm] = statistics
+                self.statistics[segment.norm] = gbn.global_statistics(x, moments, norm, self.batch)
         return [{n: self._value(n, v) for n in block.outputs} for v in values]
 
     @torch.no_grad()
@@ -192,23 +189,23 @@ class Lockstep:
     def _norm_sums(
         self, segment: Segment, values: list[Values], gradients: list[Values], buckets: Buckets
     ) -> Tensor | None:
-        """Σg and Σ(g x̂) of the whole batch at the segment's batch norm, [2, C]."""
+        """`gbn.Sums.whole` of the whole batch at the segment's batch norm, [2, C]."""
         if segment.norm is None or segment.norm not in gradients[0]:
             return None
         source, norm = segment.norm.all_input_nodes[0], self.graph.module(segment.norm)
         statistics = self.statistics[segment.norm]
-        own = statistics.mean.new_zeros(2, len(statistics.mean))
-        for v, g in zip(values, gradients, strict=True):
-            own += gbn.gradient_sums(g[segment.norm], self._value(source, v), statistics)
+        pairs = [
+            (g[segment.norm], self._value(source, v))
+            for v, g in zip(values, gradients, strict=True)
+        ]
+        sums = gbn.gradient_sums(pairs, statistics, norm.weight)
         # The parameters' gradients are this rank's share; their buckets are summed over ranks.
-        for parameter, gradient in ((norm.bias, own[0]), (norm.weight, own[1])):
-            if parameter is not None and parameter.requires_grad:
+        for parameter, gradient in ((norm.bias, sums.bias), (norm.weight, sums.weight)):
+            if gradient is not None and parameter.requires_grad:
                 buckets.add(parameter, gradient)
-        if self.group is None:
-            return own
-        sums = own.clone()
-        dist.all_reduce(sums, group=self.group)
-        return sums
+        if self.batch.group is not None:
+            dist.all_reduce(sums.whole, group=self.batch.group)
+        return sums.whole
 
     def _backward_segment(
         self,
@@ -263,7 +260,7 @@ class Lockstep:
     def _input_gradient(self, node: Node, dy: Tensor, v: Values, sums: Tensor) -> Tensor:
         norm, x = self.graph.module(node), self._value(node.all_input_nodes[0], v)
         compute = gbn.input_gradient if self.pieces is None else self.pieces.input_gradient
-        return compute(dy, x, self.statistics[node], norm.weight, sums)
+        return compute(dy, x, self.statistics[node], norm.weight, sums, self.batch)
 
     def _backward_conv(self, node: Node, source: Tensor, dx: Tensor, buckets: Buckets) -> Tensor:
         """The gradient of a convolution's input; its output is known, so it is not run again."""

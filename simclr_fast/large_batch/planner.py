@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from simclr_fast.augment.dali import dali_bytes
-from simclr_fast.large_batch.engine import Memory
+from simclr_fast.large_batch.api import Memory
 from simclr_fast.large_batch.simulate import Phase, Phases, Step
 from simclr_fast.losses.nt_xent import nt_xent_loss
 

@@ -10,12 +10,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from simclr_fast.large_batch import global_batch_norm as gbn
-from simclr_fast.large_batch.norms import after_norm, batch_norms
+from simclr_fast.large_batch.batch_norms import after_norm, batch_norms
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -44,15 +43,15 @@ class _Tape:
 
 
 class GlobalNorms:
-    """Batch norms that normalise over all ranks of `group`, and replay their statistics."""
+    """Batch norms that normalise over the whole batch, and replay their statistics."""
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self.group = group
+    def __init__(self, batch: gbn.WholeBatch) -> None:
+        self.batch = batch
         self.tape: _Tape | None = None
 
     def forward(self, norm: Any, x: Tensor) -> Tensor:
         y = gbn.NormalizeFunction.apply(
-            x, norm.weight, norm.bias, self._statistics(norm, x), self.group
+            x, norm.weight, norm.bias, self._statistics(norm, x), self.batch
         )
         for name in after_norm(norm):
             y = getattr(norm, name)(y)
@@ -64,23 +63,19 @@ class GlobalNorms:
         if tape is not None and tape.position is not None:
             tape.position += 1
             return tape.statistics[tape.position - 1]
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        statistics = gbn.global_statistics(gbn.moments(x, norm.eps), norm.eps, dtype, self.group)
-        gbn.update_running(norm, statistics)
+        statistics = gbn.global_statistics(x, gbn.moments(x, norm.eps), norm, self.batch)
         if tape is not None:
             tape.statistics.append(statistics)
         return statistics
 
 
 @contextmanager
-def global_norms(
-    model: nn.Module, group: dist.ProcessGroup | None, recompute: bool
-) -> Iterator[None]:
-    """Within it, the forward and backward of `model` take batch statistics over `group`.
+def global_norms(model: nn.Module, batch: gbn.WholeBatch, recompute: bool) -> Iterator[None]:
+    """Within it, the forward and backward of `model` take the statistics of the whole batch.
 
-    recompute: and its blocks keep their inputs alone.
+    recompute: its blocks keep only their inputs, and are recomputed in the backward.
     """
-    norms = GlobalNorms(group)
+    norms = GlobalNorms(batch)
     forwards: dict[nn.Module, Callable[..., Any]] = {
         norm: partial(norms.forward, norm) for norm in batch_norms(model).values()
     }
@@ -92,6 +87,7 @@ def global_norms(
         for module, forward in forwards.items():
             module.forward = forward
         yield
+        batch.finish_forward()
     finally:
         for module, forward in before.items():
             if forward is None:

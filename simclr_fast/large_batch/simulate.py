@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from simclr_fast.large_batch import global_batch_norm as gbn
-from simclr_fast.large_batch.engine import LargeBatch, Memory
+from simclr_fast.large_batch.api import LargeBatch, Memory
 
 aten = torch.ops.aten
 
@@ -92,23 +92,28 @@ def _bytes(t: Tensor) -> int:
 
 
 def _norm_stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.size(1), dtype=torch.float32), x.new_empty(x.size(1), dtype=torch.float32)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.size(1), dtype=wide), x.new_empty(x.size(1), dtype=wide)
+
+
+def _norm_merged(x: Tensor, mean: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return mean.new_empty(mean.size(1)), mean.new_empty(mean.size(1))
 
 
 def _norm_sums(
-    dy: Tensor, x: Tensor, mean: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        mean.new_empty(mean.shape),
-        mean.new_empty(mean.shape),
-        mean.new_empty(0),
-        mean.new_empty(0),
-    )
+    dy: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor | None, *wanted: bool
+) -> tuple[Tensor, ...]:
+    parameter = mean if weight is None else weight
+    of_input, *of_parameters = (mean.shape if want else 0 for want in wanted)
+    sums = mean.new_empty(of_input), mean.new_empty(of_input)
+    return *sums, *(parameter.new_empty(shape) for shape in of_parameters)
 
 
 # torch has no shape functions for these operations, which exist on CUDA alone.
 _CUDA_NORMS: dict[Any, Callable[..., Any]] = {
     aten.batch_norm_stats.default: _norm_stats,
+    aten.batch_norm_gather_stats_with_counts.default: _norm_merged,
+    aten.batch_norm_elemt.default: lambda x, *_: torch.empty_like(x),
     aten.batch_norm_backward_reduce.default: _norm_sums,
     aten.batch_norm_backward_elemt.default: lambda dy, x, *_: torch.empty_like(dy),
 }

@@ -34,6 +34,21 @@ def gather_row_counts(rows: int, device: torch.device, group: dist.ProcessGroup)
     return _gather(own, dist.get_world_size(group), group).tolist()
 
 
+def row_counts_of(
+    rows: int, device: torch.device, group: dist.ProcessGroup, given: Sequence[int] | None = None
+) -> list[int]:
+    """`given`, checked, or what `gather_row_counts` finds. rows: this rank's own."""
+    if given is None:
+        return gather_row_counts(rows, device, group)
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    if len(given) != ranks or given[rank] != rows:
+        raise ValueError(
+            f"row_counts must hold the rows of {ranks} ranks, of which rank {rank} has {rows}, "
+            f"got {list(given)}"
+        )
+    return list(given)
+
+
 def all_gather_rows(
     rows: Tensor, group: dist.ProcessGroup, counts: Sequence[int] | None = None
 ) -> Tensor:

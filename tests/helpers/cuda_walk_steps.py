@@ -20,6 +20,8 @@ from simclr_fast.augment.params import Augmentation, draw_views
 from simclr_fast.augment.views import finish_crops, pack_params
 from simclr_fast.evaluation.features import Inference
 from simclr_fast.large_batch import LargeBatch
+from simclr_fast.large_batch.global_batch_norm import WholeBatch
+from simclr_fast.large_batch.replay import global_norms
 from simclr_fast.losses.nt_xent import nt_xent_loss
 from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector
 from simclr_fast.optim.lars import LARS, lars_param_groups
@@ -75,7 +77,13 @@ def views(dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     return made[0], made[1]
 
 
-def train(mode: str, dtype: str, world: int, fault: Callable[[Tensor], Any] | None = None) -> Any:
+def train(
+    mode: str,
+    dtype: str,
+    world: int,
+    fault: Callable[[Tensor], Any] | None = None,
+    untold: bool = False,
+) -> Any:
     group = dist.group.WORLD if world > 1 else None
     autocast = DTYPES[dtype]
     trained = model("resnet18" if fault is None else "resnet10")
@@ -85,6 +93,9 @@ def train(mode: str, dtype: str, world: int, fault: Callable[[Tensor], Any] | No
     optimizer = LARS(lars_param_groups(trained, 1e-6), lr=0.1)
     scheduler = warmup_cosine(optimizer, 1, 10)
     scaler = torch.amp.GradScaler("cuda", enabled=autocast is torch.float16)
+    cuda_walk.INVENTED = 2 * ROWS
+    # Ranks that are not told the numbers of rows ask each other.
+    row_counts = None if untold else [2 * ROWS] * world
     seen: dict[str, Any] = {}
 
     def loss_fn(outputs: Any) -> Any:
@@ -92,7 +103,9 @@ def train(mode: str, dtype: str, world: int, fault: Callable[[Tensor], Any] | No
         seen["outputs"] = [str(t.dtype).removeprefix("torch.") for t in (h, z)]
         if fault is not None:
             fault(z)
-        loss, statistics = nt_xent_loss(z, temperature=0.1, group=group, return_stats=True)
+        loss, statistics = nt_xent_loss(
+            z, temperature=0.1, group=group, return_stats=True, row_counts=row_counts
+        )
         return scaler.scale(loss), loss.detach(), statistics
 
     for _ in range(2 if fault is None else 1):
@@ -100,7 +113,7 @@ def train(mode: str, dtype: str, world: int, fault: Callable[[Tensor], Any] | No
         batch = views(autocast)
         seen["views"] = cuda_walk.RECORD.launches
         optimizer.zero_grad(set_to_none=True)
-        step.backward(batch, loss_fn)
+        step.backward(batch, loss_fn, row_counts)
         seen["gradient"] = cuda_walk.RECORD.launches - seen["views"]
         seen["wrong gradients"] = [
             name
@@ -113,29 +126,50 @@ def train(mode: str, dtype: str, world: int, fault: Callable[[Tensor], Any] | No
     return seen
 
 
+def layer(world: int) -> Any:
+    """Launches and collectives of one batch norm, forward and backward."""
+    batch = WholeBatch(dist.group.WORLD if world > 1 else None)
+    batch.rows = [2 * ROWS] * world
+    with DEVICE:
+        norm = nn.BatchNorm2d(64)
+    x = torch.empty(2 * ROWS, 64, 8, 8, dtype=torch.bfloat16, device=DEVICE)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    record, seen = cuda_walk.RECORD, {}
+    for _ in range(2):
+        record.clear()
+        with global_norms(norm, batch, False):
+            y = norm(x)
+            seen["forward"] = record.launches, sum(record.collectives.values())
+        record.clear()
+        y.backward(torch.empty_like(y))
+        seen["backward"] = record.launches, sum(record.collectives.values())
+        norm.zero_grad()
+        x.grad = None
+    return seen
+
+
 def described(t: Tensor) -> tuple[Any, ...]:
     return t.dtype, t.device, t.stride()
 
 
 def evaluate() -> Any:
+    """A batch of features after the first, whose dtype is checked."""
     with DEVICE:
         encoder, _ = build_encoder("resnet18")
-    cuda_walk.RECORD.clear()
-    infer = Inference(encoder, DEVICE)
-    # The check of the first batch, once per encoder, reads its result.
-    infer.checked = True
-    with torch.no_grad():
-        found = [infer(torch.empty(ROWS, 3, SIZE, SIZE)).cpu() for _ in range(2)]
-    return {"features": str(torch.cat(found).device)}
+    inference = Inference(encoder, DEVICE)
+    for _ in range(2):
+        cuda_walk.RECORD.clear()
+        features = inference(torch.empty(ROWS, 3, SIZE, SIZE).pin_memory())
+    return {"features": [str(features.dtype), features.device.type]}
 
 
 def stand_ins() -> None:
     """For what runs below the dispatcher: DDP's reducer, and the launch of the views' kernel."""
     import simclr_fast.kernels.augment as kernels
-    from simclr_fast.large_batch import engine, grad_cache
+    from simclr_fast.large_batch import api, grad_cache
     from simclr_fast.ops import library
 
-    engine.DistributedDataParallel = PassThrough  # type: ignore[misc, assignment]
+    api.DistributedDataParallel = PassThrough  # type: ignore[misc, assignment]
     grad_cache.DistributedDataParallel = PassThrough  # type: ignore[misc, assignment]
     library._triton_unusable = lambda initialized: None  # type: ignore[assignment]
     kernels.augment_crops = lambda *args: args[-1].zero_()
@@ -151,10 +185,13 @@ def main(world: int, cases: list[str]) -> None:
             try:
                 if case == "evaluate":
                     seen = evaluate()
+                elif case == "layer":
+                    seen = layer(world)
                 elif case in FAULTS:
                     seen = train("plain", "bf16", world, FAULTS[case])
                 else:
-                    seen = train(mode, dtype, world)
+                    dtype, _, untold = dtype.partition(" ")
+                    seen = train(mode, dtype, world, untold=bool(untold))
             except Exception as error:
                 seen = {"error": f"{type(error).__name__}: {error}"[:500]}
         results[case] = {name: dict(counter) for name, counter in vars(record).items()} | seen

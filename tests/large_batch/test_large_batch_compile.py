@@ -10,7 +10,7 @@ from test_large_batch import chain, timm_norm_act, timm_resnet, torchvision_resn
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from simclr_fast.large_batch import LargeBatch, pieces, planner
+from simclr_fast.large_batch import LargeBatch, compiled_regions, planner
 from simclr_fast.training.config import PretrainConfig
 from simclr_fast.training.setup import choose_memory
 from simclr_fast.utils.distributed import World
@@ -79,7 +79,7 @@ class Through(nn.Module):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_seen(uncompiled, fault, monkeypatch):
     expected = step(simclr("resnet10"), plain_autograd)
-    monkeypatch.setattr(pieces, *FAULTS[fault])
+    monkeypatch.setattr(compiled_regions, *FAULTS[fault])
     with pytest.raises(AssertionError):
         assert_equal(step(simclr("resnet10"), run), expected)
 

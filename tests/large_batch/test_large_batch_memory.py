@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from simclr_fast.large_batch import LargeBatch, heap
+from simclr_fast.large_batch import LargeBatch, malloc_trim
 
 
 class LiveBytes(TorchDispatchMode):
@@ -122,20 +122,20 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-@pytest.mark.skipif(heap._trim is None, reason="glibc's malloc")
+@pytest.mark.skipif(malloc_trim._trim is None, reason="glibc's malloc")
 def test_gaps_of_the_heap_are_given_back():
     # From here on glibc takes 4 MB from the heap instead of mapping them.
     torch.ones(7 << 20)
     # Not from pages that other tests have left resident.
-    heap._trim(0)
+    malloc_trim._trim(0)
     before = resident()
     tensors = [torch.ones(1 << 20) for _ in range(50)]
     kept = tensors[::10]
     assert resident() > before + 190e6
     del tensors
     held = resident()
-    due = heap.Heap()
-    due.made = heap._EVERY - 4
+    due = malloc_trim.Heap()
+    due.made = malloc_trim._EVERY - 4
     due.note(torch.ones(1))
     assert resident() < before + len(kept) * 4.2e6 + 20e6
     assert held > before + 100e6

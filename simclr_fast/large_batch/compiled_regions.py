@@ -56,14 +56,22 @@ class Pieces:
 
     def __init__(self) -> None:
         self._functions: dict[str, tuple[Any, Any]] = {}
-        self._input_gradient = torch.compile(gbn.input_gradient, dynamic=True, fullgraph=True)
+        self._input_gradient = torch.compile(
+            gbn.input_gradient_composed, dynamic=True, fullgraph=True
+        )
 
     def input_gradient(
-        self, dy: Tensor, x: Tensor, s: gbn.Statistics, weight: Tensor | None, sums: Tensor
+        self,
+        dy: Tensor,
+        x: Tensor,
+        s: gbn.Statistics,
+        weight: Tensor | None,
+        sums: Tensor,
+        batch: gbn.WholeBatch,
     ) -> Tensor:
         """`gbn.input_gradient`; CUDA's is one pass as it is."""
         if gbn.on_cuda(x) or not takes(x):
-            return gbn.input_gradient(dy, x, s, weight, sums)
+            return gbn.input_gradient(dy, x, s, weight, sums, batch)
         weight = weight if weight is None else weight.detach()
         return _call(self._input_gradient, dy, x, s, weight, sums)
 
@@ -146,7 +154,7 @@ class _Pull(nn.Module):
 
 
 def _normalized(x: Tensor, norm: Norm) -> Tensor:
-    return gbn.normalize(x, *norm)
+    return gbn.normalize_composed(x, *norm)
 
 
 def _compiled(body: fx.GraphModule, norms: list[bool], outputs: int) -> tuple[Any, Any]:

@@ -2,10 +2,8 @@
 
 from torch import nn
 
-from simclr_fast.large_batch.global_batch_norm import GlobalBatchNorm
-
 _BatchNorm = nn.modules.batchnorm._BatchNorm
-_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, GlobalBatchNorm.forward)
+_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 # timm's: the norm, then its own `drop` and `act`.
 _WITH_ACTIVATION = ("BatchNormAct2d", "SyncBatchNormAct")
 

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from simclr_fast.large_batch import grad_cache
+from simclr_fast.large_batch.batch_norms import batch_norms
+from simclr_fast.large_batch.global_batch_norm import WholeBatch
 from simclr_fast.large_batch.lockstep import Lockstep
-from simclr_fast.large_batch.norms import batch_norms
 from simclr_fast.large_batch.replay import global_norms, recomputed_blocks
+from simclr_fast.utils.distributed import row_counts_of
 
 Memory = Literal["plain", "replay", "lockstep", "grad-cache"]
 _MICRO_BATCH = 256
@@ -85,11 +87,12 @@ class LargeBatch:
         self.model, self.memory, self.autocast = model, memory, autocast
         self.micro_batch = micro_batch or _MICRO_BATCH
         self.group = group if group is not None and dist.get_world_size(group) > 1 else None
+        self.batch = WholeBatch(self.group)
         self.allow_ghost_bn = allow_ghost_bn
         self.run = model
         self._sync = True
         if memory == "lockstep":
-            self.lockstep = Lockstep(model, self.group, offload_gb, keep_every, compile)
+            self.lockstep = Lockstep(model, self.batch, offload_gb, keep_every, compile)
         elif self.group is not None:
             # Statistics are the same on all ranks already. torch 2.14 renames the option.
             options = inspect.signature(DistributedDataParallel).parameters
@@ -110,17 +113,30 @@ class LargeBatch:
         finally:
             self._sync = before
 
-    def backward(self, views: Tensor | Sequence[Tensor], loss_fn: Callable[[Any], Any]) -> Any:
+    def backward(
+        self,
+        views: Tensor | Sequence[Tensor],
+        loss_fn: Callable[[Any], Any],
+        row_counts: Sequence[int] | None = None,
+    ) -> Any:
         """Add the gradients of loss_fn(model(views)) to .grad, and return what loss_fn returned.
 
         views: [N, ...], this rank's rows, N ≥ 0; or parts of it in order, such as (view1, view2):
             with micro-batches they need not be joined, which would take their memory once more.
         loss_fn: takes what model(views) returns, for all N rows; returns a scalar loss, or a tuple
             that begins with it. It is called once; what it returns comes back detached.
+        row_counts: numbers of rows of `views` on every rank of the group, in rank order, where
+            they are known. Else the ranks tell each other first, for which the host waits.
+            `LargeBatch.row_counts` holds them when loss_fn is called.
         """
         parts = (views,) if isinstance(views, Tensor) else tuple(views)
         if not parts:
             raise ValueError("views must hold a tensor at least")
+        rows = sum(map(len, parts))
+        if self.group is None:
+            self.batch.rows = [rows]
+        else:
+            self.batch.rows = row_counts_of(rows, parts[0].device, self.group, row_counts)
         device = parts[0].device.type
         ambient = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         dtype = self.autocast or ambient
@@ -156,6 +172,11 @@ class LargeBatch:
                     outputs = self.run(joined)
                 return loss_of(outputs)
 
+    @property
+    def row_counts(self) -> list[int]:
+        """Numbers of rows of every rank of the group in this step, in rank order."""
+        return self.batch.rows
+
     def _split(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Micro-batches, one at least; only without rows is one empty."""
         split = [p for part in parts for p in part.split(self.micro_batch) if len(p)]
@@ -164,7 +185,7 @@ class LargeBatch:
     def _norms(self, replay: bool) -> AbstractContextManager[Any]:
         if not replay and (self.group is None or not batch_norms(self.model)):
             return nullcontext()
-        return global_norms(self.model, self.group, replay)
+        return global_norms(self.model, self.batch, replay)
 
     def _unsynced(self) -> AbstractContextManager[Any]:
         if self._sync or not isinstance(self.run, DistributedDataParallel):
