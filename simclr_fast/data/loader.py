@@ -133,6 +133,12 @@ class _Loader:
             raise ValueError(f"epoch must be at least 0, got {epoch}")
         self.epoch, self._position, self._resumed = epoch, 0, False
 
+    def row_counts(self) -> list[int]:
+        """Rows of all views of the last batch together, on every rank, in rank order."""
+        n = min(self.batch_size, len(self.source) - (self._position - 1) * self.batch_size)
+        each, more = divmod(n, self.world_size)
+        return [self.n_views * (each + (rank < more)) for rank in range(self.world_size)]
+
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands: batches handed out so far count as consumed."""
         return {

@@ -1,6 +1,7 @@
 """NT-Xent (Chen et al. 2020, "A Simple Framework for Contrastive Learning", equation 1)."""
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from numbers import Real
 from typing import Any, Literal, NamedTuple, overload
@@ -48,6 +49,7 @@ def nt_xent_loss(
     decoupled: bool = False,
     group: dist.ProcessGroup | None = None,
     return_stats: Literal[False] = False,
+    row_counts: Sequence[int] | None = None,
 ) -> Tensor: ...
 @overload
 def nt_xent_loss(
@@ -59,6 +61,7 @@ def nt_xent_loss(
     decoupled: bool = False,
     group: dist.ProcessGroup | None = None,
     return_stats: Literal[True],
+    row_counts: Sequence[int] | None = None,
 ) -> tuple[Tensor, NTXentStats]: ...
 @overload
 def nt_xent_loss(
@@ -70,6 +73,7 @@ def nt_xent_loss(
     decoupled: bool = False,
     group: dist.ProcessGroup | None = None,
     return_stats: bool,
+    row_counts: Sequence[int] | None = None,
 ) -> Tensor | tuple[Tensor, NTXentStats]: ...
 def nt_xent_loss(
     z1: Tensor,
@@ -80,6 +84,7 @@ def nt_xent_loss(
     decoupled: bool = False,
     group: dist.ProcessGroup | None = None,
     return_stats: bool = False,
+    row_counts: Sequence[int] | None = None,
 ) -> Tensor | tuple[Tensor, NTXentStats]:
     """NT-Xent loss of N pairs of views: each of 2N rows picks its other view out of 2N - 1.
 
@@ -99,12 +104,15 @@ def nt_xent_loss(
         of DistributedDataParallel gives the whole batch's gradient exactly. Without DDP, average
         the gradients over ranks. The backward pass does not communicate.
     return_stats: also return `NTXentStats`, from the same pass.
+    row_counts: rows of both views together on every rank of the group, in rank order, where they
+        are known. Else the ranks tell each other, and on a GPU the host waits for it.
     """
     _check_embeddings(z1, z2, group)
     code = _reduction_code(reduction, group)
     tau = _temperature_tensor(temperature, z1)
     if group is not None:
-        ranks = RankRows.exchange(z1.size(0) * (1 if z2 is None else 2), z1.device, group)
+        num_rows = z1.size(0) * (1 if z2 is None else 2)
+        ranks = RankRows.exchange(num_rows, z1.device, group, row_counts)
         if decoupled and ranks.total == 2:
             raise ValueError(_NO_NEGATIVES)
         loss, stats = _GroupNTXent.apply(z1, z2, tau, ranks, code, decoupled, return_stats)

@@ -1,12 +1,13 @@
 """The rows of this rank among the rows of all ranks of a group."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from simclr_fast.utils.distributed import all_gather_rows, gather_row_counts
+from simclr_fast.utils.distributed import all_gather_rows, row_counts_of
 
 
 @dataclass(frozen=True)
@@ -17,13 +18,22 @@ class RankRows:
     counts: tuple[int, ...]
 
     @classmethod
-    def exchange(cls, num_rows: int, device: torch.device, group: dist.ProcessGroup) -> "RankRows":
-        """Tell all ranks how many rows this one has. On CUDA this waits for the device.
+    def exchange(
+        cls,
+        num_rows: int,
+        device: torch.device,
+        group: dist.ProcessGroup,
+        row_counts: Sequence[int] | None = None,
+    ) -> "RankRows":
+        """Tell all ranks how many rows this one has, unless the caller knows all `row_counts`.
+
+        On CUDA telling waits for the device.
 
         Raises:
-            ValueError: on every rank, if no rank has any row.
+            ValueError: on every rank, if no rank has any row; on this one, if row_counts says
+                otherwise than num_rows.
         """
-        counts = tuple(gather_row_counts(num_rows, device, group))
+        counts = tuple(row_counts_of(num_rows, device, group, row_counts))
         if not any(counts):
             raise ValueError("a group's batch needs rows on at least one rank, got none on any")
         return cls(group, counts)

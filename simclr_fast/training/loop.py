@@ -131,7 +131,7 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
                 return scaler.scale(loss), shown
 
             optimizer.zero_grad(set_to_none=True)
-            _, shown = large_batch.backward(views, loss_fn)
+            _, shown = large_batch.backward(views, loss_fn, loader.row_counts())
             lr = optimizer.param_groups[0]["lr"]
             # Averaged gradients are the same on all ranks, and so is an overflow in them.
             scaler.step(optimizer)

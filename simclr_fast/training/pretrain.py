@@ -37,7 +37,11 @@ def pretrain(config: PretrainConfig) -> Path:
         def loss(outputs: tuple[Tensor, Tensor], _: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             _, z = outputs
             value, statistics = nt_xent_loss(
-                z, temperature=config.temperature, group=world.group, return_stats=True
+                z,
+                temperature=config.temperature,
+                group=world.group,
+                return_stats=True,
+                row_counts=loader.row_counts(),
             )
             return value, {
                 "loss": value.detach(),

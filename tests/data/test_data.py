@@ -116,6 +116,15 @@ def test_resume_in_mid_epoch_is_exact(folder, backend, stop):
     assert (other.epoch, other.state_dict()["position"]) == (1, 0)
 
 
+def test_every_rank_knows_the_rows_of_all(folder):
+    loaders = [
+        TwoViewLoader(folder, 10, augmentation=AUG, rank=rank, world_size=4) for rank in range(4)
+    ]
+    for batches in zip(*loaders, strict=True):
+        rows = [2 * len(index) for *_, index in batches]
+        assert [loader.row_counts() for loader in loaders] == [rows] * 4
+
+
 def test_ranks_share_the_same_global_batch(folder):
     whole = run(TwoViewLoader(folder, 10, augmentation=AUG))
     for world in (2, 3):

@@ -33,7 +33,11 @@ def check_loss(group, rank, pairs, dtype, reduction, two, decoupled=False):
     tau = torch.tensor(TAU, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
     arguments = leaves if two else [torch.cat(leaves), None]
     options = {"decoupled": decoupled, "return_stats": True}
+    options |= {"row_counts": [2 * n for n in pairs]} if decoupled else {}
     loss, stats = nt_xent_loss(*arguments, tau, reduction=reduction, group=group, **options)
+    if decoupled:
+        with pytest.raises(ValueError, match="row_counts must hold the rows of"):
+            nt_xent_loss(*arguments, tau, group=group, row_counts=[1] * len(pairs))
     grads = torch.autograd.grad(loss * 3, [*leaves, tau])
 
     whole = [z.double().requires_grad_() for z in (z1, z2)]
