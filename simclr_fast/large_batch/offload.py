@@ -1,13 +1,20 @@
-"""Block inputs in host memory: one buffer, allocated once, and copies beside the computation."""
+"""Block inputs in host memory: allocated once, and copied beside the computation."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+# Tensors begin at multiples of this, so every copy is aligned.
+_ALIGNMENT = 256
+
 
 class Arena:
     """Host memory (pinned, for CUDA) that takes tensors until it is full.
+
+    torch rounds each pinned allocation up to a power of two: 90 GB in one piece would pin 137. So
+    the memory consists of chunks that are powers of two, and a tensor may continue from one into
+    the next.
 
     Copies run on a stream of their own, in the order of the calls. On the CPU the same code copies
     without streams.
@@ -15,14 +22,15 @@ class Arena:
 
     def __init__(self, gigabytes: float, device: torch.device) -> None:
         cuda = device.type == "cuda"
+        sizes = powers_of_two(int(gigabytes * 1e9))
         try:
-            self.buffer = torch.empty(int(gigabytes * 1e9), dtype=torch.uint8, pin_memory=cuda)
+            self.chunks = [torch.empty(n, dtype=torch.uint8, pin_memory=cuda) for n in sizes]
         except RuntimeError as error:
             raise ValueError(
                 f"offload_gb must fit the host's memory, got {gigabytes:g}: {error}"
             ) from error
         self.stream = torch.cuda.Stream(device) if cuda else None
-        self.used = 0
+        self.capacity, self.used = sum(sizes), 0
 
     def clear(self) -> None:
         """Forget what is stored; its `Stored.take` must have been called."""
@@ -30,39 +38,54 @@ class Arena:
 
     def store(self, tensors: Sequence[Tensor]) -> "Stored":
         """Copy `tensors` into the arena, or keep them where they are if they do not fit."""
-        needed = sum(_padded(t) for t in tensors)
-        if self.used + needed > self.buffer.numel():
+        if self.used + sum(map(_padded, tensors)) > self.capacity:
             return Stored(list(tensors))
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
-        hosts = []
+        places = []
         with torch.cuda.stream(self.stream):
             for t in tensors:
-                part = self.buffer[self.used : self.used + t.numel() * t.element_size()]
-                host = part.view(t.dtype).as_strided(t.shape, _dense_strides(t))
-                host.copy_(t, non_blocking=True)
+                dense = t if t.stride() == _dense_strides(t) else t.clone()
+                places.append(self._place(dense.numel() * dense.element_size()))
+                for host, part in zip(places[-1], _bytes(dense, places[-1]), strict=True):
+                    host.copy_(part, non_blocking=True)
                 if self.stream is not None:
                     # The allocator must not hand the memory on before the copy is done.
-                    t.record_stream(self.stream)
-                hosts.append(host)
+                    dense.record_stream(self.stream)
                 self.used += _padded(t)
-        return Stored(hosts, tensors[0].device, self.stream)
+        shapes = [torch.empty_like(t, device="meta") for t in tensors]
+        return Stored(shapes, places, tensors[0].device, self.stream)
+
+    def _place(self, size: int) -> list[Tensor]:
+        """The next `size` bytes, as parts of chunks."""
+        parts, start = [], self.used
+        for chunk in self.chunks:
+            if size and start < len(chunk):
+                parts.append(chunk[start : start + size])
+                size -= len(parts[-1])
+            start = max(start - len(chunk), 0)
+        return parts
 
 
 class Stored:
-    """Tensors that are at hand (device None), or in the arena and on request copied back."""
+    """Tensors that are at hand, or lie in the arena and are copied back on request.
+
+    tensors: themselves, or their shapes while `places` says where they lie.
+    """
 
     def __init__(
         self,
         tensors: list[Tensor],
+        places: list[list[Tensor]] | None = None,
         device: torch.device | None = None,
         stream: torch.cuda.Stream | None = None,
     ) -> None:
-        self.tensors, self.device, self.stream = tensors, device, stream
+        self.tensors, self.places = tensors, places
+        self.device, self.stream = device, stream
 
     def fetch(self) -> None:
         """Start copying back."""
-        if self.device is None:
+        if self.places is None:
             return
         # Allocated on the computing stream, so the copy waits for the memory's previous use.
         back = [
@@ -72,9 +95,10 @@ class Stored:
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         with torch.cuda.stream(self.stream):
-            for t, host in zip(back, self.tensors, strict=True):
-                t.copy_(host, non_blocking=True)
-        self.tensors, self.device = back, None
+            for t, hosts in zip(back, self.places, strict=True):
+                for part, host in zip(_bytes(t, hosts), hosts, strict=True):
+                    part.copy_(host, non_blocking=True)
+        self.tensors, self.places = back, None
         if self.stream is not None:
             self.copied = self.stream.record_event()
 
@@ -87,8 +111,20 @@ class Stored:
         return tensors
 
 
+def powers_of_two(size: int) -> list[int]:
+    """Descending powers of two that add up to `size`, but for less than the alignment."""
+    powers = [1 << i for i in reversed(range(size.bit_length())) if size >> i & 1]
+    return [power for power in powers if power >= _ALIGNMENT]
+
+
+def _bytes(t: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The memory of a dense tensor, cut into the sizes of `like`."""
+    flat = t.as_strided((t.numel(),), (1,)).view(torch.uint8)
+    return list(flat.split([len(part) for part in like]))
+
+
 def _padded(t: Tensor) -> int:
-    return -(-t.numel() * t.element_size() // 256) * 256
+    return -(-t.numel() * t.element_size() // _ALIGNMENT) * _ALIGNMENT
 
 
 def _dense_strides(t: Tensor) -> tuple[int, ...]:
