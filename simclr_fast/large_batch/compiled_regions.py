@@ -1,7 +1,7 @@
 """What lies between batch norms and layers with parameters, as one compiled function.
 
 Normalisation, activation, residual sum and pooling each read and write a whole micro-batch;
-`torch.compile` makes one pass of them. The backward is one pass too: it computes the piece again
+`torch.compile` makes one pass of them. The backward is one pass too: it computes the region again
 from what the batch norms read, beside its derivative, and keeps nothing between.
 
 Sizes are symbols and segments of the same operations share their functions: a ResNet has a handful,
@@ -26,7 +26,7 @@ Norm = tuple[gbn.Statistics, Tensor | None, Tensor | None]
 _NO_TENSOR = ("size", "dim", "ndimension", "numel", "stride", "getattr")
 
 
-class Piece(NamedTuple):
+class Region(NamedTuple):
     """The operations of a segment before its first with parameters.
 
     inputs: what they read, batch norms among them. outputs: what is needed of them, and of these
@@ -51,8 +51,8 @@ class Piece(NamedTuple):
         return _call(self.functions[1], *x, *norms, *gradients)
 
 
-class Pieces:
-    """Makes the pieces of a model's segments; equal ones share their functions."""
+class CompiledRegions:
+    """Makes the compiled regions of a model's segments; equal ones share their functions."""
 
     def __init__(self) -> None:
         self._functions: dict[str, tuple[Any, Any]] = {}
@@ -75,7 +75,7 @@ class Pieces:
         weight = weight if weight is None else weight.detach()
         return _call(self._input_gradient, dy, x, s, weight, sums)
 
-    def of(self, graph: Graph, segment: Segment) -> Piece | None:
+    def of(self, graph: Graph, segment: Segment) -> Region | None:
         """None where there is nothing to compile, or the images are read."""
         nodes = list(takewhile(lambda n: _is_free(graph, n), segment.nodes))
         read = {n for node in nodes for n in node.all_input_nodes}
@@ -92,7 +92,7 @@ class Pieces:
         key = f"{body.code} {which} {[(repr(m), m.training) for m in body.children()]}"
         if key not in self._functions:
             self._functions[key] = _compiled(body, which, len(outputs))
-        return Piece(inputs, outputs, rest, others, self._functions[key])
+        return Region(inputs, outputs, rest, others, self._functions[key])
 
 
 def takes(value: Any) -> bool:
@@ -142,7 +142,7 @@ def _body(
     return fx.GraphModule(modules, copy)
 
 
-class _Pull(nn.Module):
+class _Vjp(nn.Module):
     """Gradients at what `body` reads."""
 
     def __init__(self, body: nn.Module) -> None:
@@ -174,7 +174,7 @@ def _compiled(body: fx.GraphModule, norms: list[bool], outputs: int) -> tuple[An
             graph.output(graph.call_module("module", (read, gradients)))
         else:
             graph.output(graph.call_module("module", read))
-        module = fx.GraphModule({"module": _Pull(body) if backward else body}, graph)
+        module = fx.GraphModule({"module": _Vjp(body) if backward else body}, graph)
         return torch.compile(module, dynamic=True, fullgraph=True)
 
     return function(False), function(True)

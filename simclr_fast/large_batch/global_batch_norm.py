@@ -238,9 +238,11 @@ def input_gradient(
     if not on_cuda(x) or not x.numel():
         return input_gradient_composed(dy, x, s, weight, sums)
     counts = batch.counts(_in_32_bits(s.n), torch.int32, x.device)
-    weight = _as(weight, s)
+    weight, (sum_dy, sum_dy_xmu) = _as(weight, s), sums.unbind()
     parts = [
-        torch.batch_norm_backward_elemt(grad, part, s.mean, s.inverse, weight, *sums, counts)
+        torch.batch_norm_backward_elemt(
+            grad, part, s.mean, s.inverse, weight, sum_dy, sum_dy_xmu, counts
+        )
         for grad, part in _dense_parts(dy, x)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -353,11 +355,12 @@ def _merged(
     means: Tensor, inverses: Tensor, counts: Tensor, eps: float, norm: Any = None
 ) -> tuple[Tensor, Tensor]:
     """(mean, inverse) of all parts by CUDA's kernel, which also moves the buffers of `norm`."""
-    buffers = (None, None) if norm is None else (norm.running_mean, norm.running_var)
-    momentum = 0.0 if norm is None else norm.momentum
+    running_mean, running_var, momentum = None, None, 0.0
+    if norm is not None:
+        running_mean, running_var, momentum = norm.running_mean, norm.running_var, norm.momentum
     # The first argument gives the dtype.
     mean, inverse = torch.batch_norm_gather_stats_with_counts(
-        means, means, inverses, *buffers, momentum, eps, counts
+        means, means, inverses, running_mean, running_var, momentum, eps, counts
     )
     return mean, inverse
 

@@ -215,31 +215,40 @@ class Graph:
             raise _refusal(f"{node.format_node()} is random, and recomputing would draw anew")
 
     def _make_out_of_place(self, nodes: list[Node]) -> None:
-        """Stored values must outlive the operations that overwrite them."""
+        """Replace operations that write into their input: stored values must outlive them.
+
+        ValueError where an operation overwrites a value that a later one reads.
+        """
+        # The model's own modules stay as they are. One may be called several times.
         copies: dict[str, nn.Module] = {}
         for i, node in enumerate(nodes):
-            name = getattr(node.target, "__name__", str(node.target))
-            if node.op == "call_module" and getattr(self.module(node), "inplace", False) is True:
-                quiet = copy.copy(self.module(node))
-                quiet.inplace = False
-                copies[str(node.target)] = quiet
-            elif node.target in _IN_PLACE:
-                node.target = _IN_PLACE[node.target]
-            elif node.op == "call_method" and name.endswith("_") and not name.endswith("__"):
-                node.target = name[:-1]
-            elif _arguments(node).get("inplace") is True:
-                function: Any = node.target
-                bound = inspect.signature(function).bind(*node.args, **node.kwargs)
-                bound.arguments["inplace"] = False
-                node.args, node.kwargs = bound.args, bound.kwargs
-            elif "out" in node.kwargs or name in ("setitem", "relu_", "dropout_"):
-                raise _refusal(f"{node.format_node()} writes into a tensor")
-            else:
-                continue
-            overwritten = node.all_input_nodes[0]
-            if any(user in nodes[i + 1 :] for user in overwritten.users):
-                raise _refusal(f"{node.format_node()} overwrites what is read later")
+            if self._replace_in_place(node, copies):
+                overwritten = node.all_input_nodes[0]
+                if any(user in nodes[i + 1 :] for user in overwritten.users):
+                    raise _refusal(f"{node.format_node()} overwrites what is read later")
         self.modules.update(copies)
+
+    def _replace_in_place(self, node: Node, copies: dict[str, nn.Module]) -> bool:
+        """Whether the operation wrote into its first input; now it does not."""
+        name = getattr(node.target, "__name__", str(node.target))
+        if node.op == "call_module" and getattr(self.module(node), "inplace", False) is True:
+            module = copy.copy(self.module(node))
+            module.inplace = False
+            copies[str(node.target)] = module
+        elif node.target in _IN_PLACE:
+            node.target = _IN_PLACE[node.target]
+        elif node.op == "call_method" and name.endswith("_") and not name.endswith("__"):
+            node.target = name[:-1]
+        elif _arguments(node).get("inplace") is True:
+            function: Any = node.target
+            bound = inspect.signature(function).bind(*node.args, **node.kwargs)
+            bound.arguments["inplace"] = False
+            node.args, node.kwargs = bound.args, bound.kwargs
+        elif "out" in node.kwargs or name in ("setitem", "relu_", "dropout_"):
+            raise _refusal(f"{node.format_node()} writes into a tensor")
+        else:
+            return False
+        return True
 
 
 class _Call(nn.Module):

@@ -15,9 +15,9 @@ and ∂μ/∂x_i = 1 / n,
 Both sums run over the whole batch: one pass over the micro-batches and one all-reduce. Then each
 micro-batch's g passes its segment alone, and the gradients of parameters add up.
 
-Cost: every convolution forward twice and backward once, 4/3 of the plain work. With only every
-k-th block's input kept, the blocks between are run forward once more, micro-batch by micro-batch,
-when the backward comes to them: (4 + (k - 1) / k) / 3.
+Cost: every convolution runs forward twice and backward once, 4/3 of the plain work. If only every
+k-th block's input is kept, the backward runs the blocks between forward once more, micro-batch by
+micro-batch: (4 + (k - 1) / k) / 3.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ from torch.fx import Node
 
 from simclr_fast.large_batch import global_batch_norm as gbn
 from simclr_fast.large_batch.buckets import Buckets
-from simclr_fast.large_batch.compiled_regions import Norm, Piece, Pieces, takes
+from simclr_fast.large_batch.compiled_regions import CompiledRegions, Norm, Region, takes
 from simclr_fast.large_batch.graph import Block, Graph, Segment, flags
 from simclr_fast.large_batch.malloc_trim import Heap
 from simclr_fast.large_batch.offload import Arena, Stored
@@ -43,7 +43,7 @@ class Lockstep:
     """Runs one model; `backward` is a step's forward, loss and backward.
 
     batch: the ranks whose rows form one batch. offload_gb: host memory for the first blocks'
-    inputs. keep_every: of how many blocks one keeps its input. compile: see `compiled_regions`.
+    inputs. keep_every: keep every k-th block's input. compile: see `compiled_regions`.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Lockstep:
         self.offload_gb, self.keep_every = offload_gb, keep_every
         self.arena: Arena | None = None
         self.heap = Heap()
-        self.pieces = Pieces() if compile else None
+        self.regions = CompiledRegions() if compile else None
         self._trace()
         self.statistics: dict[Node, gbn.Statistics] = {}
 
@@ -89,7 +89,7 @@ class Lockstep:
         buckets = Buckets([b.parameters for b in blocks], self.batch.group if sync else None)
         for i in reversed(range(len(blocks))):
             if not self.keeps(i):
-                self._make_again(saved, i)
+                self._recompute_inputs(saved, i)
             inputs = saved.pop().take()
             if saved and self.keeps(i - 1):
                 saved[-1].fetch()
@@ -100,18 +100,18 @@ class Lockstep:
 
     def _trace(self) -> None:
         self.graph, self.flags = Graph(self.model), flags(self.model)
-        self.compiled: dict[Segment, Piece] = {}
-        if self.pieces is not None:
+        self.compiled: dict[Segment, Region] = {}
+        if self.regions is not None:
             for segment in (s for block in self.graph.blocks for s in block.segments):
-                if piece := self.pieces.of(self.graph, segment):
-                    self.compiled[segment] = piece
+                if region := self.regions.of(self.graph, segment):
+                    self.compiled[segment] = region
 
     def keeps(self, index: int) -> bool:
         """Whether the input of block `index` is kept."""
         return index % self.keep_every == 0
 
     @torch.no_grad()
-    def _make_again(self, saved: list[Stored], index: int) -> None:
+    def _recompute_inputs(self, saved: list[Stored], index: int) -> None:
         """Block `index`'s input, and those missing before it, from the last kept one."""
         if saved[index].tensors:
             return
@@ -181,7 +181,7 @@ class Lockstep:
         for segment in reversed(segments):
             sums = self._norm_sums(segment, values, gradients, buckets)
             for v, g in zip(values, gradients, strict=True):
-                self._backward_segment(block, segment, v, g, sums, buckets)
+                self._backward_segment(segment, v, g, sums, buckets)
                 for node in segment.writes:
                     v.pop(node, None)
         return gradients
@@ -208,58 +208,59 @@ class Lockstep:
         return sums.whole
 
     def _backward_segment(
+        self, segment: Segment, v: Values, g: Values, sums: Tensor | None, buckets: Buckets
+    ) -> None:
+        """Pass one micro-batch's gradients `g` from what the segment made to what it read."""
+        region, start = self._start(segment, v)
+        env = {n: _leaf(value, n is not self.graph.input) for n, value in start.items()}
+        read = [n for n, leaf in env.items() if isinstance(leaf, Tensor) and leaf.requires_grad]
+        wanted = [*(env[n] for n in read), *segment.parameters]
+        with torch.enable_grad(), self.autocast():
+            for node in segment.nodes if region is None else region.rest:
+                if node is not segment.conv:
+                    env[node] = self.graph.execute(node, env)
+        known = self._known_gradients(segment, env, v, g, sums, buckets)
+        known = [(value, gradient) for value, gradient in known if value.requires_grad]
+        if not known or not wanted:
+            return
+        values, gradients = zip(*known, strict=True)
+        found = torch.autograd.grad(values, wanted, gradients, allow_unused=True)
+        for node, gradient in zip(read, found, strict=False):
+            if gradient is not None:
+                _add(g, node, gradient)
+                self.heap.note(gradient)
+        if region is not None:
+            self._vjp(region, start, v, g)
+        for parameter, gradient in zip(segment.parameters, found[len(read) :], strict=True):
+            if gradient is not None:
+                buckets.add(parameter, gradient)
+
+    def _known_gradients(
         self,
-        block: Block,
         segment: Segment,
+        env: Values,
         v: Values,
         g: Values,
         sums: Tensor | None,
         buckets: Buckets,
-    ) -> None:
-        """Pass one micro-batch's gradients `g` from what the segment made to what it read."""
-        piece, start = self._start(segment, v)
-        env = {n: _leaf(value, n is not self.graph.input) for n, value in start.items()}
-        leaves = {n: leaf for n, leaf in env.items() if isinstance(leaf, Tensor)}
-        with torch.enable_grad(), self.autocast():
-            for node in segment.nodes if piece is None else piece.rest:
-                if node is not segment.conv:
-                    env[node] = self.graph.execute(node, env)
-        ends, upstream = [], []
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Values that the segment made, with their gradients; these leave `g`."""
+        known = []
         if segment.norm is not None and sums is not None:
             dx = self._input_gradient(segment.norm, g.pop(segment.norm), v, sums)
             if segment.conv is None:
                 _add(g, segment.norm.all_input_nodes[0], dx)
             else:
-                ends.append(env[segment.conv.all_input_nodes[0]])
-                upstream.append(self._backward_conv(segment.conv, ends[0], dx, buckets))
-            del dx
+                source = env[segment.conv.all_input_nodes[0]]
+                known.append((source, self._backward_conv(segment.conv, source, dx, buckets)))
         for node in segment.writes:
-            if node is not segment.conv and (grad := g.pop(node, None)) is not None:
-                ends.append(env[node])
-                upstream.append(grad)
-        kept = [(e, u) for e, u in zip(ends, upstream, strict=True) if e.requires_grad]
-        read = [n for n, leaf in leaves.items() if leaf.requires_grad]
-        if not kept or not (read or segment.parameters):
-            return
-        found = torch.autograd.grad(
-            [e for e, _ in kept],
-            [*(leaves[n] for n in read), *segment.parameters],
-            [u for _, u in kept],
-            allow_unused=True,
-        )
-        for node, grad in zip(read, found, strict=False):
-            if grad is not None:
-                _add(g, node, grad)
-                self.heap.note(grad)
-        if piece is not None:
-            self._pull(piece, start, v, g)
-        for parameter, grad in zip(segment.parameters, found[len(read) :], strict=True):
-            if grad is not None:
-                buckets.add(parameter, grad)
+            if node is not segment.conv and (gradient := g.pop(node, None)) is not None:
+                known.append((env[node], gradient))
+        return known
 
     def _input_gradient(self, node: Node, dy: Tensor, v: Values, sums: Tensor) -> Tensor:
         norm, x = self.graph.module(node), self._value(node.all_input_nodes[0], v)
-        compute = gbn.input_gradient if self.pieces is None else self.pieces.input_gradient
+        compute = gbn.input_gradient if self.regions is None else self.regions.input_gradient
         return compute(dy, x, self.statistics[node], norm.weight, sums, self.batch)
 
     def _backward_conv(self, node: Node, source: Tensor, dx: Tensor, buckets: Buckets) -> Tensor:
@@ -286,9 +287,9 @@ class Lockstep:
 
     def _run(self, segment: Segment, v: Values) -> None:
         """The segment's operations on one micro-batch; what is needed later goes into `v`."""
-        piece, env = self._start(segment, v)
+        region, env = self._start(segment, v)
         with self.autocast():
-            for node in segment.nodes if piece is None else piece.rest:
+            for node in segment.nodes if region is None else region.rest:
                 env[node] = self.graph.execute(node, env)
         for node in segment.writes:
             if not isinstance(env[node], (Tensor, int, float)):
@@ -300,22 +301,22 @@ class Lockstep:
             if isinstance(env[node], Tensor):
                 self.heap.note(env[node])
 
-    def _start(self, segment: Segment, v: Values) -> tuple[Piece | None, Values]:
-        """What the segment's operations read; with its piece, what those after the piece do."""
-        piece = self.compiled.get(segment)
-        if piece is not None:
-            x, norms = self._read(piece, v)
+    def _start(self, segment: Segment, v: Values) -> tuple[Region | None, Values]:
+        """Its compiled region, run, and what the operations after it read; else what all read."""
+        region = self.compiled.get(segment)
+        if region is not None:
+            x, norms = self._read(region, v)
             if all(map(takes, x)):
                 with self.autocast():
-                    made = piece.forward(x, norms)
-                start = dict(zip(piece.outputs, made, strict=True))
-                return piece, start | {n: self._value(n, v) for n in piece.others}
+                    made = region.forward(x, norms)
+                start = dict(zip(region.outputs, made, strict=True))
+                return region, start | {n: self._value(n, v) for n in region.others}
         return None, {n: self._value(n, v) for n in segment.reads}
 
-    def _read(self, piece: Piece, v: Values) -> tuple[list[Any], list[Norm]]:
-        """What the piece is given of one micro-batch."""
+    def _read(self, region: Region, v: Values) -> tuple[list[Any], list[Norm]]:
+        """What the region is given of one micro-batch."""
         x, norms = [], []
-        for node in piece.inputs:
+        for node in region.inputs:
             if node in self.graph.norms:
                 norm = self.graph.module(node)
                 # Parameters would make their sizes constants of the compiled function.
@@ -325,18 +326,18 @@ class Lockstep:
             x.append(self._value(node, v))
         return x, norms
 
-    def _pull(self, piece: Piece, made: Values, v: Values, g: Values) -> None:
-        """Pass one micro-batch's gradients from the piece's outputs to its inputs."""
-        gradients = [g.pop(n, None) for n in piece.outputs]
+    def _vjp(self, region: Region, made: Values, v: Values, g: Values) -> None:
+        """Pass one micro-batch's gradients from the region's outputs to its inputs."""
+        gradients = [g.pop(n, None) for n in region.outputs]
         if all(gradient is None for gradient in gradients):
             return
         upstream = [
             torch.zeros_like(made[n]) if gradient is None else gradient
-            for n, gradient in zip(piece.outputs, gradients, strict=True)
+            for n, gradient in zip(region.outputs, gradients, strict=True)
         ]
         with self.autocast():
-            found = piece.backward(*self._read(piece, v), upstream)
-        for node, gradient in zip(piece.inputs, found, strict=True):
+            found = region.backward(*self._read(region, v), upstream)
+        for node, gradient in zip(region.inputs, found, strict=True):
             _add(g, node, gradient)
 
     def _value(self, node: Node, v: Values) -> Any:

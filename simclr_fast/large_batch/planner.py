@@ -155,7 +155,7 @@ class Workload:
             phases = self._phases(memory, micro_batch, keep_every)
         except ValueError as error:
             return Setting(memory, micro_batch, math.inf, math.inf, math.inf, refusal=str(error))
-        peak = max(p.peak for p in phases.values()) + self.beside(memory)
+        peak = max(p.peak for p in phases.values()) + self.bytes_outside_step(memory)
         return Setting(
             memory,
             micro_batch,
@@ -166,32 +166,31 @@ class Workload:
         )
 
     def offloaded(self, setting: Setting, limit: float) -> Setting:
-        """`setting` of lockstep with just enough block inputs in host memory to need ≤ limit."""
+        """`setting` of lockstep with just enough block inputs in host memory to need ≤ limit.
+
+        The inputs of the first blocks go there, of one block more at a time. If all of them are not
+        enough, the result needs more than `limit`.
+        """
         phases = self._phases("lockstep", setting.micro_batch)
-        depth = 1 + max(i for kind, i in phases if kind == "forward")
-        beside, moved = self.beside("lockstep"), 0.0
+        outside = self.bytes_outside_step("lockstep")
+        blocks = 1 + max(block for kind, block in phases if kind == "forward")
+        stored = [phases["forward", block].stored for block in range(blocks)]
         best = setting
-        for first in range(2, depth + 1):
-            moved = sum(phases["forward", i].stored for i in range(first))
-
-            def away(kind: str, i: int, first: int = first) -> float:
-                # The current block's input is in use; in the backward the one before is on its way.
-                last = min(first, i if kind == "forward" else i - 1)
-                return sum(phases["forward", j].stored for j in range(max(last, 0)))
-
-            peak = beside + max(p.peak - away(*key) for key, p in phases.items())
-            best = replace(
-                setting,
-                device_bytes=peak,
-                offload_bytes=moved,
-                seconds=max(setting.seconds, 2 * moved / _PCIE),
+        # The first block reads the views, which are not moved.
+        for count in range(2, blocks + 1):
+            moved = sum(stored[:count])
+            peak = outside + max(
+                phase.peak - sum(stored[: _absent(kind, block, count)])
+                for (kind, block), phase in phases.items()
             )
+            seconds = max(setting.seconds, 2 * moved / _PCIE)
+            best = replace(setting, device_bytes=peak, offload_bytes=moved, seconds=seconds)
             if peak <= limit:
                 break
         return best
 
-    def beside(self, memory: Memory) -> float:
-        """Bytes outside of the simulated step."""
+    def bytes_outside_step(self, memory: Memory) -> float:
+        """Parameters, optimizer state, the next views and, on a GPU, CUDA's and DALI's own."""
         with torch.device("meta"):
             parameters = sum(p.numel() * p.element_size() for p in self.make().parameters())
         # The next batch's views; the step counts those of this one.
@@ -221,6 +220,14 @@ class Workload:
         two = _cached(self._step, memory, more * micro_batch, *how)
         beyond = (self.rows / micro_batch - few) / (more - few)
         return {key: _line(one[key], two[key], beyond) for key in one}
+
+
+def _absent(kind: str, block: int, count: int) -> int:
+    """How many of the first `count` block inputs are in host memory alone while `block` runs.
+
+    Its own input is in use; in the backward, that of the block before it is on its way back.
+    """
+    return max(min(count, block if kind == "forward" else block - 1), 0)
 
 
 _CACHE: dict[Any, Phases] = {}
@@ -314,10 +321,10 @@ def choose(work: Workload, limit: float) -> Setting:
     )
 
 
-def after(
+def next_smaller(
     work: Workload, memory: Memory, micro_batch: int | None, keep_every: int = 1
 ) -> Setting | None:
-    """What to try when a setting did not fit: the next that needs a tenth less."""
+    """What to try when a setting did not fit: the next that needs at least a tenth less."""
     size = micro_batch or (MICRO_BATCHES[0] if memory == "lockstep" else None)
     now = work.setting(memory, size, keep_every)
     for setting in settings(work, 0):
@@ -342,7 +349,7 @@ def out_of_memory(
         if not is_out_of_memory(error):
             raise
         used = {name: chosen[name] for name in ("memory", "micro_batch", "keep_every")}
-        found = after(work, **used)
+        found = next_smaller(work, **used)
         now = Setting(**used, device_bytes=0, offload_bytes=1e9 * chosen["offload_gb"]).flags
         advice = "no setting needs less: more GPUs or a smaller batch would do"
         if found is not None:

@@ -1,4 +1,4 @@
-"""Lockstep with compiled pieces: the same gradient, a handful of graphs, nothing more kept."""
+"""Lockstep with compiled regions: the same gradient, a handful of graphs, nothing more kept."""
 
 import copy
 from functools import partial
@@ -34,19 +34,19 @@ def run(model, **mode):
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    """Pieces as torch.compile gets them: all but its part, which takes seconds per graph."""
+    """Regions as torch.compile gets them: all but its part, which takes seconds per graph."""
     monkeypatch.setattr(torch, "compile", lambda module, **_: module)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_pieces_equal_plain_autograd(uncompiled, name, mode):
+def test_regions_equal_plain_autograd(uncompiled, name, mode):
     expected = step(simclr(name, stem="cifar"), plain_autograd)
     assert_equal(step(simclr(name, stem="cifar"), lambda m: run(m, **mode)), expected)
 
 
 @pytest.mark.parametrize("build", [timm_resnet, timm_norm_act, torchvision_resnet, chain])
-def test_pieces_of_other_libraries(uncompiled, build):
+def test_regions_of_other_libraries(uncompiled, build):
     torch.manual_seed(0)
     model = lively(build())
     if build is chain:
@@ -55,7 +55,7 @@ def test_pieces_of_other_libraries(uncompiled, build):
     assert_equal(step(model, run), expected)
 
 
-def test_pieces_beside_frozen_layers(uncompiled):
+def test_regions_beside_frozen_layers(uncompiled):
     def frozen():
         model = simclr("resnet10", stem="imagenet")
         model.encoder.conv1.requires_grad_(False)
@@ -67,7 +67,7 @@ def test_pieces_beside_frozen_layers(uncompiled):
 
 FAULTS = {
     "normalisation left out": ("_normalized", lambda x, norm: x),
-    "no derivative": ("_Pull", lambda body: Through()),
+    "no derivative": ("_Vjp", lambda body: Through()),
 }
 
 
@@ -101,7 +101,7 @@ def test_graphs_are_few_and_keep_nothing(monkeypatch):
     assert_equal(found, expected)
     # Activation alone, sums with and without a batch norm in the shortcut, pooling; each forward
     # and backward; the batch norm's gradient. Some of them for a coincidence of sizes too.
-    assert len(engine.lockstep.pieces._functions) == 4
+    assert len(engine.lockstep.regions._functions) == 4
     assert counter.frame_count <= 2 * (2 * 4 + 1)
     before = counter.frame_count
     for rows in (14, 13, 9, 3):

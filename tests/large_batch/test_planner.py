@@ -113,8 +113,11 @@ def test_settings_need_less_and_compute_more():
     assert sparse.flags == "--memory lockstep --micro-batch 8 --keep-every 2"
     # What lies beside a step: momentum, and the next batch's views.
     momentum = sum(p.nbytes for p in make().parameters())
-    assert work().beside("plain") == momentum + ROWS * 3 * SIZE**2 * 4
-    assert work(ranks=2).beside("replay") - work(ranks=2).beside("lockstep") == momentum
+    assert work().bytes_outside_step("plain") == momentum + ROWS * 3 * SIZE**2 * 4
+    assert (
+        work(ranks=2).bytes_outside_step("replay") - work(ranks=2).bytes_outside_step("lockstep")
+        == momentum
+    )
 
 
 def test_offload_takes_the_first_inputs_until_it_fits(monkeypatch):
@@ -122,7 +125,7 @@ def test_offload_takes_the_first_inputs_until_it_fits(monkeypatch):
     phases = {("forward", i): Phase(forward[i], stored=kept[i]) for i in range(4)}
     phases.update({("backward", i): Phase(backward[i]) for i in range(4)})
     monkeypatch.setattr(Workload, "_phases", lambda *_: phases)
-    monkeypatch.setattr(Workload, "beside", lambda *_: 100)
+    monkeypatch.setattr(Workload, "bytes_outside_step", lambda *_: 100)
     found = [work().offloaded(Setting("lockstep", 8, 175), limit) for limit in (165, 100)]
     # In the last block's backward the input before its own is on its way back.
     assert [(s.device_bytes, s.offload_bytes) for s in found] == [(165, 10), (165, 60)]
@@ -151,7 +154,7 @@ def test_grad_cache_is_chosen_for_a_model_without_batch_norms(monkeypatch):
                 planner.choose(task, 200)
         else:
             assert planner.choose(task, 200) == expected
-        assert planner.after(task, "plain", None) == expected
+        assert planner.next_smaller(task, "plain", None) == expected
 
 
 def test_a_model_that_a_mode_cannot_run_is_said():
@@ -268,20 +271,20 @@ def test_out_of_memory_names_the_next_setting(config, arrays, monkeypatch, place
         return original(*arguments, **options)
 
     monkeypatch.setattr(kind, name, fail)
-    monkeypatch.setattr(planner, "after", lambda *_, **__: Setting("replay", None, 1.5e9))
+    monkeypatch.setattr(planner, "next_smaller", lambda *_, **__: Setting("replay", None, 1.5e9))
     says = f"rank 0, step {step}: out of memory with --memory plain; next: --memory replay"
     with pytest.raises(planner.OutOfMemory, match=says):
         pretrain(replace(config, memory="plain", steps=2))
 
 
 def test_what_comes_after_a_setting_needs_less(monkeypatch):
-    assert planner.after(work(), "plain", None).memory == "replay"
+    assert planner.next_smaller(work(), "plain", None).memory == "replay"
     monkeypatch.setattr(planner, "settings", lambda *_: [])
     monkeypatch.setattr(Workload, "setting", lambda *_: Setting("lockstep", 256, 100))
     for moved, helps in ((95, False), (60, True)):
         offloaded = Setting("lockstep", 256, moved, offload_bytes=40)
         monkeypatch.setattr(Workload, "offloaded", lambda *_, found=offloaded: found)
-        assert planner.after(work(), "lockstep", 256) == (offloaded if helps else None)
+        assert planner.next_smaller(work(), "lockstep", 256) == (offloaded if helps else None)
 
 
 def test_other_errors_stay_what_they_are():
