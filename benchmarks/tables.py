@@ -9,14 +9,14 @@ NAME is a subject of `simclr-fast bench`; `summary`, one row for each subject; o
 the models of this folder predict for GPUs.
 """
 
-import argparse
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from simclr_fast.benchmarks import augment_gpu_model, bench_lars
+from simclr_fast.benchmarks import augment_gpu_model, bench_lars, harness
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SUBJECTS = ("loss", "augment", "lars", "step")
@@ -165,11 +165,16 @@ def filled(document: str, results: Path = RESULTS) -> str:
     return BLOCK.sub(lambda block: block[1] + text(block[2], results) + block[3], document)
 
 
+@dataclass(frozen=True)
+class CommandLine:
+    write: tuple[Path, ...] = ()
+    """Documents whose marks are filled; without, the tables are printed."""
+    results: Path = RESULTS
+    """Folder of the JSON files."""
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--write", nargs="+", type=Path, default=[], help="documents with marks")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of JSON files")
-    given = parser.parse_args()
+    given = harness.parse(CommandLine, "tables", __doc__)
     for page in given.write:
         write(page, given.results)
     if not given.write:
