@@ -27,6 +27,7 @@ test: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal tests/kernels/interpreted
 
 # The remaining architectures and the large cases: minutes more.
 test-slow: install

@@ -1,8 +1,48 @@
-"""Ctrl-C as in a terminal: a shell that starts the suite with & has it ignored."""
+"""Options of the whole suite, and Ctrl-C as in a terminal."""
 
+import os
 import signal
+from pathlib import Path
+
+# Kernels that run in Triton's interpreter, or natively with --device cuda.
+INTERPRETED = Path(__file__).parent / "kernels" / "interpreted"
 
 
-def pytest_configure():
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        default="cpu",
+        help="where tests/kernels/interpreted runs: natively on cuda, else in Triton's interpreter",
+    )
+
+
+def pytest_configure(config):
+    # A shell that starts the suite with & has it ignored.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if _natively(config):
+        return
+    paths = [(config.invocation_params.dir / arg.partition("::")[0]) for arg in config.args]
+    if paths and all(path.resolve().is_relative_to(INTERPRETED) for path in paths):
+        # Triton reads it when a kernel is defined, so it holds for the whole process.
+        os.environ["TRITON_INTERPRET"] = "1"
+        # One thread: OpenBLAS's own would wait for each other in small products.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """The interpreter would disturb the tests that compile: it needs a process of its own."""
+    here = collection_path.is_relative_to(INTERPRETED)
+    if here and not _natively(config) and os.environ.get("TRITON_INTERPRET") != "1":
+        return True
+    return None
+
+
+def pytest_report_header(config):
+    if not _natively(config) and os.environ.get("TRITON_INTERPRET") != "1":
+        return "left to a process of their own: pytest tests/kernels/interpreted"
+    return None
+
+
+def _natively(config) -> bool:
+    return config.getoption("--device").startswith("cuda")

@@ -1,17 +1,16 @@
-"""NT-Xent's Triton kernels in the interpreter; run by test_nt_xent_triton.py in its own process."""
+"""NT-Xent's Triton kernels against float64: losses, statistics, gradients, memory accesses."""
 
 import math
 
 import pytest
 import torch
-from kernel_memory import checked_memory
+from kernel_memory import checked_memory, seeded
 
 from simclr_fast import ops
 from simclr_fast.kernels import nt_xent, nt_xent_configs
 from simclr_fast.kernels.nt_xent_configs import Config, Plan
 from simclr_fast.ops import nt_xent_plain
 
-torch.set_num_threads(1)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -40,7 +39,7 @@ def use_plan(monkeypatch, **changes):
 
 
 def make_views(pairs, dim, dtype=torch.float32, noise=0.5, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     z1 = torch.randn(pairs, dim, generator=generator)
     z2 = z1 + noise * torch.randn(pairs, dim, generator=generator)
     return z1.to(dtype), z2.to(dtype)
@@ -177,7 +176,7 @@ def test_symmetric_forward_equals_the_plain_one(
 def test_every_split_and_tile_shape(blocks, splits, monkeypatch):
     use_plan(monkeypatch, block_m=blocks[0], block_n=blocks[1], splits=splits)
     z1, z2 = make_views(75, 16)
-    grad = torch.randn(150, generator=torch.Generator().manual_seed(1))
+    grad = torch.randn(150, generator=seeded(1))
     loss, _, _, grad_z, grad_tau = run(z1, z2, 0.1, grad)
     ref_loss, _, _, ref_grad, ref_tau = reference(z1, z2, 0.1, grad)
     assert relative(loss, ref_loss) < 2e-6
@@ -217,7 +216,7 @@ def test_mean_statistics(pairs, dim, dtype):
 
 def test_per_row_gradients_of_any_scale():
     z1, z2 = make_views(20, 16)
-    generator = torch.Generator().manual_seed(2)
+    generator = seeded(2)
     for scale in (1e-20, 1.0, 1e6):
         grad = scale * torch.randn(40, generator=generator)
         grad_z, grad_tau = run(z1, z2, 0.3, grad)[3:]
@@ -231,7 +230,7 @@ def test_per_row_gradients_of_any_scale():
 def test_ranks_with_uneven_rows_equal_one_process(statistics):
     z1, z2 = make_views(61, 24)
     tau = torch.tensor(0.15)
-    grad = torch.randn(122, generator=torch.Generator().manual_seed(3))
+    grad = torch.randn(122, generator=seeded(3))
     parts = [(0, 20), (20, 21), (21, 61)]
     local = [nt_xent.normalize(z1[a:b], z2[a:b], tau) for a, b in parts]
     u_all = torch.cat([u for u, _ in local])
@@ -287,7 +286,7 @@ def test_aligned_views_keep_a_precise_gradient():
     ids=str,
 )
 def test_normalize_layouts(layout, dtype):
-    generator = torch.Generator().manual_seed(4)
+    generator = seeded(4)
     z = torch.randn(14, 24, generator=generator).to(dtype)
     z1, z2 = z.chunk(2)
     if layout == "transposed":
@@ -347,7 +346,7 @@ def test_the_ops_call_the_kernels(joined, monkeypatch):
     monkeypatch.setattr(ops.nt_xent, "on_triton", lambda tensor: True)
     z1, z2 = make_views(12, 20, torch.bfloat16)
     views = (torch.cat((z1, z2)), None) if joined else (z1, z2)
-    tau, grad = torch.tensor(0.2), torch.rand(24, generator=torch.Generator().manual_seed(5))
+    tau, grad = torch.tensor(0.2), torch.rand(24, generator=seeded(5))
     with checked_memory() as launches:
         outputs = ops.nt_xent._loss(*views, tau, ops.nt_xent.NONE, False, True)
         loss, rows, lse, stats, u, inv_norm, kept = outputs

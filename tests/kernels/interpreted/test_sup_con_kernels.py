@@ -1,10 +1,10 @@
-"""The supervised loss's Triton kernels in the interpreter; run by test_nt_xent_triton.py."""
+"""The supervised loss's Triton kernels against float64: losses, gradients, memory accesses."""
 
 import math
 
 import pytest
 import torch
-from kernel_memory import checked_memory
+from kernel_memory import checked_memory, seeded
 
 from simclr_fast import reference
 from simclr_fast.kernels import nt_xent_configs, sup_con
@@ -12,11 +12,9 @@ from simclr_fast.losses.sup_con import _classes
 from simclr_fast.ops import nt_xent
 from simclr_fast.ops import sup_con as sup_con_ops
 
-torch.set_num_threads(1)
-
 
 def batch(rows, dim, classes, dtype, noise=1.0):
-    generator = torch.Generator().manual_seed(rows)
+    generator = seeded(rows)
     labels = torch.randint(classes, (rows,), generator=generator)
     z = torch.randn(classes, dim, generator=generator)[labels]
     z = z + noise * torch.randn(rows, dim, generator=generator)
@@ -85,7 +83,7 @@ def test_ranks_and_splits_equal_one_process(blocks, splits, monkeypatch):
 
     monkeypatch.setattr(sup_con, "plan_for", forced)
     z, labels = batch(101, 20, 4, torch.float32)
-    tau, grad = torch.tensor(0.15), torch.randn(101, generator=torch.Generator().manual_seed(3))
+    tau, grad = torch.tensor(0.15), torch.randn(101, generator=seeded(3))
     by_class = _classes(labels, torch.float32)
     wanted, exact_z, exact_tau = exact(z, labels, 0.15, grad)
     parts = [(0, 33), (33, 34), (34, 101)]

@@ -1,0 +1,19 @@
+"""The same cases in Triton's interpreter and, with --device cuda, natively."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def device(request):
+    """Where tensors are made that name no device."""
+    with torch.device(request.config.getoption("--device")) as device:
+        yield device
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
