@@ -21,16 +21,18 @@ reads pixels outside the region of interest; both specs drop those weights and r
 crop is cut out, surrounded by zeros, resized, and multiplied by the gain 1 / (weight inside) per
 row and column. And its blur reflects; the "simclr" spec pads with zeros, again by a margin.
 
-The four jitter steps come in any order. They are done in a fixed row of slots that holds each
-order's steps as a subsequence; a sample skips the slots that it does not use. A slot of kind "hsv"
-turns the hue and scales the saturation, which commute; one of kind "linear" is
-clip(x · factor + pivot · weight + added), which is brightness, contrast, and torchvision's
-saturation.
+Each sample has its own order of the four jitter steps, and a graph has one. So the graph is a fixed
+row of slots. Every order fits into it, and a sample skips the slots that it does not use. There are
+two kinds of slots:
 
-DALI's arithmetic operator refuses expressions of more than one operation, so each operation is an
+    hsv     turns the hue and scales the saturation of HSV, in either order: the two commute
+    linear  clip(x · factor + pivot · weight + added): brightness, contrast, and torchvision's
+            saturation
+
+DALI's arithmetic operator takes one operation, not a longer expression. So every operation is an
 operator, and on the GPU a launch. There the three channels of a pixel stay together
-(`_Interleaved`), which takes the fewest operators; on the CPU operators that reduce or repeat over
-channels are slow, and planes are faster (`_Planes`).
+(`_Interleaved`), which takes the fewest operators. On the CPU, operators that reduce or repeat over
+channels are slow, and three planes are faster (`_Planes`).
 """
 
 from typing import Any, Literal
@@ -58,9 +60,10 @@ _BYTES_PER_VIEW_PIXEL, _BYTES_PER_SOURCE_PIXEL = 240, 21
 # Images of about 400 × 500 pixels fill a part; of larger ones fewer go together.
 _COMMON_PIXELS = 190_000
 Slot = Literal["hsv", "linear"]
-# Rows of slots that hold every order. "simclr": brightness and contrast are linear; saturation and
-# hue are hsv, and share a slot where they are neighbours, but the first: its input is not clipped
-# yet, and with a clip in between the two do not commute. "torchvision": only the hue is hsv.
+# The rows of slots. "simclr": brightness and contrast are linear, saturation and hue are hsv.
+# Neighbouring hsv steps share a slot, except the first slot: the bicubic overshoot is still in its
+# input, the spec clips it between the two steps, and then they do not commute.
+# "torchvision": all but the hue are linear.
 _SLOTS: dict[str, tuple[Slot, ...]] = {
     "simclr": ("hsv", "linear", "hsv", "linear", "linear", "hsv"),
     "torchvision": ("linear",) * 3 + ("hsv",) + ("linear",) * 3,
@@ -69,8 +72,8 @@ _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 _LUMA = [0.2989, 0.587, 0.114]
 # Beyond 4 sigma the Gaussian's tail weighs 6e-5 in all.
 _BLUR_SIGMAS = 4
-# On the GPU a hue is a 16-bit number, so many to a sixth of a turn: three hues of up to a turn each
-# can be added. An error of one number is one of 0.07 / 255 in a channel.
+# On the GPU a hue is a 16-bit number. This many make a sixth of a turn, so that three hues of up to
+# a turn each can be added. An error of 1 changes a channel by at most 0.07 / 255.
 _HUE_NUMBERS = 65535 // 18
 _UNLIMITED = 1e30
 # Every 16-bit number, for tables.
@@ -107,7 +110,6 @@ def param_names(aug: Augmentation) -> list[str]:
 def param_types(aug: Augmentation) -> list[Any]:
     """DALI's data type of each of `param_names`."""
     types = _dali("types")
-
     kinds = {"bool": types.BOOL, "int32": types.INT32, "float32": types.FLOAT}
     one = ViewParams(
         box=np.ones((1, 4), np.int32),
@@ -138,6 +140,7 @@ def feeds(params: ViewParams, aug: Augmentation) -> list[np.ndarray]:
 
 
 def _slot_feeds(params: ViewParams, aug: Augmentation) -> list[np.ndarray]:
+    """The feeds of the jitter's slots: each sample's steps, in its order, in the next slot free."""
     slots = _SLOTS[aug.spec]
     hsv_steps = (_SATURATION, _HUE) if aug.spec == "simclr" else (_HUE,)
     n, rows = len(params), np.arange(len(params))

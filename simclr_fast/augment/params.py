@@ -1,7 +1,7 @@
 """What SimCLR's two views are drawn from, and the drawing, by a counter-based generator.
 
-A view's parameters are a function of (seed, epoch, sample id, view) and the image's size alone:
-batch size, order, threads, workers, ranks, backend and a resume change nothing.
+A view's parameters depend on (seed, epoch, sample id, view) and the image's size, and on nothing
+else: batch size, order, threads, workers, ranks, backend and a resume do not change them.
 """
 
 import types
@@ -30,22 +30,22 @@ class Augmentation:
 
     spec="simclr" is google-research/simclr's data_util.py (TensorFlow 2), under which the papers'
     figures were obtained, and the default for that reason: crop height uniform given an aspect
-    uniform in `ratio`, at least .1 of the image, bicubic resize without antialiasing, contrast
+    uniform in `ratio`, at least 0.1 of the image, bicubic resize without antialiasing, contrast
     around each channel's mean, saturation in HSV, zero-padded blur. One difference is meant: it
     draws the blur's sigma per sample, as the paper says, where the code draws one per replica.
     spec="torchvision" is RandomResizedCrop, ColorJitter, RandomGrayscale and GaussianBlur of
     torchvision: area uniform, log-uniform aspect, antialiased resize, contrast around the mean
-    luma, saturation by blending with it, reflecting blur. Both: factors U(1 ± .8 s), hue
-    U(± .2 s) turns in HSV, random order per sample, a clip after each step, blur with radius
+    luma, saturation by blending with it, reflecting blur. Both: factors U(1 ± 0.8 s), hue
+    U(± 0.2 s) turns in HSV, random order per sample, a clip after each step, blur with radius
     (size // 10) // 2.
 
     Arguments:
         size: output height and width in pixels.
-        s: strength of the colour jitter (1 for ImageNet, .5 for CIFAR-10 in the paper).
+        s: strength of the colour jitter (1 for ImageNet, 0.5 for CIFAR-10 in the paper).
         area: range of the crop's share of the image, within (0, 1].
         ratio: range of the crop's width / height.
-        hue: largest hue shift in turns, at most .5; None means .2 s.
-        brightness: "multiplicative" (SimCLR v2, torchvision) or "additive" (SimCLR v1: U(± .8 s)
+        hue: largest hue shift in turns, at most 0.5; None means 0.2 s.
+        brightness: "multiplicative" (SimCLR v2, torchvision) or "additive" (SimCLR v1: U(± 0.8 s)
             added; spec="simclr" only).
         interpolation: "bicubic" or "bilinear" (the default of torchvision's RandomResizedCrop).
         crop: False resizes the whole image instead.
@@ -83,7 +83,7 @@ class Augmentation:
         if self.hue is not None:
             _check_number("hue", self.hue, 0, 0.5)
         elif self.max_hue > 0.5:
-            raise ValueError(f"s={self.s!r} gives a hue range of .2 s > .5; pass hue=.5 or less")
+            raise ValueError(f"s={self.s!r} gives a hue range of 0.2 s > 0.5; pass hue=0.5 or less")
         for name in ("p_flip", "p_jitter", "p_gray", "p_blur"):
             _check_number(name, getattr(self, name), 0, 1)
         _check_range("area", self.area, 0, 1)

@@ -1,4 +1,4 @@
-"""Whatever holds images → a Source: a name ("demo", "cifar10:ROOT"), a path, files or arrays."""
+"""Opens what holds images as a Source: a name ("demo", "cifar10:ROOT"), a path, files or arrays."""
 
 import warnings
 from collections import Counter
@@ -28,7 +28,7 @@ _TORCHVISION: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
     "svhn": ("SVHN", [{"split": "train"}], {"split": "test"}),
 }
 TORCHVISION = tuple(_TORCHVISION)
-# Images that neither reads: a folder that holds some is warned of.
+# Images that torchvision does not read either. A folder with some of them gives a warning.
 _LEFT_OUT = frozenset(f".{kind}" for kind in ("gif", "heic", "heif", "avif", "jfif", "jp2", "jxl"))
 
 
@@ -39,9 +39,9 @@ def named_source(data: str, split: Literal["test"]) -> Source | None: ...
 def named_source(data: str, split: Literal["train", "test"] = "train") -> Source | None:
     """The images of `data`; None for the test split of a path, which has no such thing.
 
-    NAME:ROOT, of TORCHVISION's names, is read by torchvision from where its loaders have put it;
-    nothing is downloaded. For training, STL-10 means its labelled and unlabelled images, DTD and
-    Flowers-102 mean their training and validation images.
+    data is "demo", "demo-grain", a path, or NAME:ROOT with one of TORCHVISION's names. Such a data
+    set is read by torchvision from the folder ROOT; nothing is downloaded. The training split
+    includes STL-10's unlabelled images and the validation images of DTD and Flowers-102.
     """
     if data == "demo":
         return open_source(demo_folder(split))
@@ -72,7 +72,10 @@ def _torchvision_source(name: str, root: str, split: Literal["train", "test"]) -
 
 
 def _files(dataset: Any) -> list[tuple[str, int]]:
-    """Its image files and their labels; [] where it holds pixels. Files are left to DALI."""
+    """The data set's image files and their labels; [] if it holds pixels.
+
+    The loader decodes files faster than the data set does.
+    """
     if samples := getattr(dataset, "_samples", None):
         return list(samples)
     paths = getattr(dataset, "_image_files", getattr(dataset, "_images", []))

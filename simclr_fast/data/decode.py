@@ -1,6 +1,6 @@
-"""Samples of a source → decoded images, on the CPU: by DALI, by Pillow, or as they lie in memory.
+"""From samples of a source to decoded images, on the CPU: by DALI, by Pillow, or none needed.
 
-Every decoder has `run(parts)`, which gives (part, images) in order and reads ahead of their use.
+Every decoder has `run(parts)`. It gives each part with its images, in order, and reads ahead.
 """
 
 import warnings
@@ -208,7 +208,10 @@ class FileReader:
 
 
 class PillowDecoder:
-    """Decodes files by Pillow, in threads, READ_AHEAD parts ahead."""
+    """Decodes files by Pillow in threads, READ_AHEAD parts ahead.
+
+    The images are those of `DaliDecoder`. A JPEG takes 1.4 times DALI's CPU time.
+    """
 
     def __init__(self, reader: FileReader) -> None:
         self.reader = reader
@@ -237,9 +240,10 @@ class PillowDecoder:
 
 
 class DaliRunner:
-    """Feeds parts to a DALI pipeline that reads ahead, and gives its outputs part by part.
+    """Feeds parts to a DALI pipeline, which reads ahead, and gives its outputs part by part.
 
-    Subclasses build the pipeline: `feed` gives what its external source gets for one part.
+    Subclasses define the pipeline (`build`), what it is fed for a part (`feed`), and what is given
+    of its outputs (`unpack`).
     """
 
     def __init__(self, reader: FileReader | PixelReader, batch_size: int) -> None:
@@ -263,11 +267,11 @@ class DaliRunner:
         while (outputs := self._next_outputs(pipeline)) is not None:
             unpacked = self.unpack(outputs)
             yield self._in_flight.popleft(), unpacked
-            # DALI's memory must not be referred to when a failing pipeline is taken down.
+            # DALI's memory must not be referred to any more when a failing pipeline is destroyed.
             unpacked.clear()
             del outputs
         pipeline.reset()
-        # Only after a whole epoch: a pipeline that was left halfway holds parts of the old run.
+        # Kept for the next run only now: a pipeline that is left halfway still holds old parts.
         self._pipeline = pipeline
 
     def next_feed(self) -> list[Any]:
@@ -281,7 +285,7 @@ class DaliRunner:
         return pipeline.run()
 
     def _next_outputs(self, pipeline: Any) -> Any:
-        """None at the end. Where DALI fails, it does not say on which image: Pillow does."""
+        """None at the end. If DALI fails, Pillow finds the images: DALI does not name them."""
         try:
             return self.run_pipeline(pipeline)
         except StopIteration:
@@ -382,8 +386,8 @@ class KeepingDecoder:
             if i not in self._kept:
                 self._kept[i] = torch.from_numpy(image.copy())
                 self._kept_bytes += image.nbytes
-        # Judged by the mean of those seen. Parts under way may still need what is kept, so it goes
-        # when the next run starts.
+        # Estimated from the mean size of those seen. Parts under way may still need kept images, so
+        # these are dropped only when the next run starts.
         self._keeps = self._kept_bytes * len(self.source) <= _KEPT_BYTES * len(self._kept)
 
 

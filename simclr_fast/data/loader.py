@@ -1,4 +1,4 @@
-"""A source → batches of one, two or undistorted views, in an order that does not depend on how.
+"""Loaders: from a source to batches of two views, of one view, or of undistorted images.
 
     for view1, view2, index in TwoViewLoader("photos/", batch_size=256, size=224): ...
 
@@ -225,7 +225,7 @@ class _Loader:
         self._resumed = False
         order = self._order()
         self._position = start
-        # The loop over the epoch before may have been left while it held a batch.
+        # The loop over the last epoch may have been left while it held a batch.
         self._slots.take_back()
         while True:
             batches = self._batches(order, self._position)
@@ -249,9 +249,10 @@ class _Loader:
         self.epoch, self._position = self.epoch + 1, 0
 
     def _on_own_stream(self) -> AbstractContextManager[Any]:
-        """Within it, a thread's work for the device goes to the loader's stream, if it has one.
+        """A context in which a thread queues its work for a GPU on the loader's own stream.
 
-        It is the same in every epoch, so that one epoch's work is ordered after the other's.
+        The stream is the same in every epoch, so that an epoch's work comes after that of the one
+        before.
         """
         if self.device.type != "cuda":
             return nullcontext()

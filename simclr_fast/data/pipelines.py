@@ -1,11 +1,11 @@
-"""Parts of a batch → their rows of the views. Where that happens depends on device and source.
+"""The three ways from a part of a batch to its views. Device and source decide which one is taken.
 
-    HostViews   any decoder, the fused op on the CPU; for a GPU, then a copy from pinned memory
-    DaliCrops   DALI decodes, cuts and resizes on the GPU; Triton kernels do the rest
-    DaliViews   all of it in DALI, on the CPU or the GPU
+    HostViews   a decoder and the fused op, both on the CPU. For a GPU the loader copies the views.
+    DaliCrops   DALI decodes, cuts and resizes on the GPU. Triton kernels do the rest.
+    DaliViews   DALI does all of it, on the CPU or the GPU.
 
-`run` gives (part, outputs), and `write` turns the outputs into rows of the views: on the device
-where the pipeline works, which is the CPU if `on_host`.
+`run` gives each part with what was made for it. `write` turns that into the part's rows of the
+views: on the CPU if `on_host`, else on the loader's device.
 """
 
 import warnings
@@ -41,7 +41,7 @@ from simclr_fast.data.sources import Source
 Backend = Literal["fused", "dali"]
 # The parameters of each view, from sample ids [n] and image sizes [n, 2].
 Draw = Callable[[np.ndarray, np.ndarray], list[ViewParams]]
-# DALI's graph on a GPU is bound by its launches for smaller views.
+# For smaller views the launches of DALI's graph on a GPU take longer than its work.
 _SMALLEST_IN_DALI = 64
 _SAMPLED_IMAGES = 64
 
@@ -74,10 +74,10 @@ def make_pipeline(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> Pipeline:
-    """The pipeline for a device and a source. rows: the most rows of a batch on this rank.
+    """Choose the pipeline for a device and a source. rows: the most rows of a batch on this rank.
 
-    DALI serves a GPU if it is installed and the source holds files; everything else is made by the
-    fused op on the CPU. backend=None: DALI alone makes views of at least 64 pixels.
+    An NVIDIA GPU with DALI decodes the files of a source itself. In all other cases the CPU makes
+    the views, by the fused op. backend=None takes DALI alone for views of at least 64 pixels.
     """
     size = augmentation.size
     dali_on_gpu = _dali_on_gpu(source, device)
@@ -105,9 +105,10 @@ def _dali_on_gpu(source: Source, device: torch.device) -> bool:
 
 
 def dali_part(reader: FileReader | PixelReader, size: int) -> int:
-    """How many images go through DALI together, so that it holds no more than `dali_bytes(size)`.
+    """How many images may go through DALI together if it holds no more than `dali_bytes(size)`.
 
-    Judged by the largest of some images. Parts change no pixel, so ranks may have different ones.
+    The largest of a sample of the images decides. The size of parts does not change the views, so
+    ranks may have different ones.
     """
     if isinstance(reader, PixelReader):
         return PART
@@ -171,7 +172,7 @@ class DaliViews(DaliRunner):
         self.dtype, self.channels_last = dtype, channels_last
 
     def describe(self) -> str:
-        return f"files decoded and views made by DALI on {self.device}, {self.part_size} at a time"
+        return f"images decoded and views made by DALI on {self.device}, {self.part_size} at a time"
 
     def write(self, part: Part, outputs: list[Any], views: list[Tensor]) -> None:
         for made, view in zip(outputs, views, strict=True):
@@ -231,8 +232,9 @@ class DaliViews(DaliRunner):
                     adjust_orientation=False,
                     # The CPU decoder always interpolates chroma; the GPU's must be told.
                     jpeg_fancy_upsampling=True,
-                    # Any share in between would let an image's place in the part choose its
-                    # decoder, whose pixels differ by a little; and with them the number of ranks.
+                    # With a share between 0 and 1, an image's place in the part chooses between
+                    # two decoders, whose pixels differ a little. Then the views would depend on the
+                    # batch size and on the number of ranks.
                     hw_decoder_load=0.0,
                 )
             elif device == "gpu":

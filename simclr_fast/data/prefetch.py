@@ -1,4 +1,8 @@
-"""The next batch, made by a thread while this one is in use, and the memory that both lie in."""
+"""Makes the next batch in a thread while this one is in use, and keeps the memory of both.
+
+On CUDA nothing here waits on the host, but for pinned memory that is about to be filled again:
+streams wait for events.
+"""
 
 import threading
 from collections.abc import Callable, Generator
@@ -16,10 +20,9 @@ NewViews = Callable[[], list[Tensor]]
 
 
 class Slot:
-    """The views of one batch, filled and read in turn.
+    """The views of one batch, which are filled and read in turn.
 
-    On CUDA, `made` is the event of the last fill and `read_by` those of its readers, which may be
-    on several streams: neither side waits on the host.
+    _made is the event of the last fill, _read_by are those of its readers on any streams.
     """
 
     def __init__(self, views: list[Tensor], device: torch.device) -> None:
@@ -82,10 +85,10 @@ class Slots:
         return slot.views
 
     def take_back(self) -> None:
-        """What the current stream has in its queue by now is all that reads the last slot.
+        """Let the last slot be filled again after all that the current stream has queued by now.
 
-        To be called before another batch is asked for; also between epochs, since a loop may be
-        left while it holds a batch.
+        Call it before another batch is asked for, and before a new epoch: a loop may have been left
+        while it held a batch, and that batch may have been read since.
         """
         if self._in_hand is not None:
             self._in_hand.done()
