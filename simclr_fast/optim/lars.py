@@ -190,11 +190,13 @@ class LARS(Optimizer):
 
     def _batches(self, found_inf: Tensor | None) -> list[Batch]:
         batches = []
+        sets_apart = type(self)._apart is not LARS._apart
         for group in self.param_groups:
             parts: dict[tuple[torch.device, bool], list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    parts.setdefault((p.device, self._apart(p)), []).append(p)
+                    apart = sets_apart and self._apart(p)
+                    parts.setdefault((p.device, apart), []).append(p)
             for (_, apart), params in parts.items():
                 batches += self._part_batches(params, group, apart, found_inf)
         return batches

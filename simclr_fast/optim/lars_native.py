@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from simclr_fast import ops
@@ -21,6 +21,8 @@ _FLAGS = (
     ("when_zero", "decay", int(LarsFlag.DECAY_WHEN_ZERO)),
 )
 _ADAPT = int(LarsFlag.ADAPT)
+# Asked first: to ask whether a tensor is a wrapper takes longer than to update a small one.
+_PLAIN_TYPES = (nn.Parameter, Tensor)
 
 
 def use_native(group: dict[str, Any], params: list[Tensor]) -> bool:
@@ -28,7 +30,10 @@ def use_native(group: dict[str, Any], params: list[Tensor]) -> bool:
     if not wants_native(group):
         return False
     device = params[0].device
-    wrapped = next((p for p in params if is_traceable_wrapper_subclass(p)), None)
+    wrapped = next(
+        (p for p in params if type(p) not in _PLAIN_TYPES and is_traceable_wrapper_subclass(p)),
+        None,
+    )
     if not group["fused"]:
         if wrapped is not None:
             return False
