@@ -227,6 +227,22 @@ def test_a_document_is_filled_between_its_marks(tmp_path):
         tables.text("speed", tmp_path)
 
 
+def test_the_charts_have_their_sources():
+    for picture, source in (("memory.png", "plan.json"), ("speed.png", "step.json")):
+        if (ROOT / "docs" / picture).exists():
+            assert (tables.RESULTS / source).exists(), picture
+            assert f"docs/{picture}" in PAGES[0].read_text()
+
+
+def test_the_readme_says_what_the_plan_says():
+    plan = json.loads((tables.RESULTS / "plan.json").read_text())
+    assert plan["options"]["gpu"] == "a100-80gb"
+    (best, *_) = [row for row in plan["rows"] if row["fits"] and row["exact_gradient"]]
+    flags = f"--memory {best['memory']} --keep-every {best['keep_every']}"
+    needs = f"{best['device_bytes'] / 1e9:.0f} | {best['seconds']:.1f}"
+    assert f"| 1 × A100, 80 GB | `{flags}` | {needs} |" in PAGES[0].read_text()
+
+
 def test_no_table_stands_in_two_documents():
     places = {}
     for page in PAGES:
