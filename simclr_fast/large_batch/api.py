@@ -24,6 +24,8 @@ _MICRO_BATCH = 256
 class LargeBatch:
     """Gradients of a loss over all rows of a batch, in a chosen amount of memory.
 
+    With several ranks, give the group here and to the loss: `nt_xent_loss(z, group=group)`.
+
     ::
 
         step = LargeBatch(model, memory="lockstep", micro_batch=256)
@@ -46,13 +48,12 @@ class LargeBatch:
         smaller.
     group: ranks whose batches form one, each with any number of rows; batch statistics are over all
         of them, .grad is averaged over them as DistributedDataParallel does. Do not wrap the model
-        in it. A loss of the whole batch needs the group too (`nt_xent_loss(z, group=group)`).
-        Parameters of the loss itself are not averaged.
+        in it. Parameters of the loss itself are not averaged.
     autocast: dtype of torch.autocast around the model; the loss runs outside.
     offload_gb: lockstep keeps up to that many GB (10⁹ bytes) of block inputs in host memory.
-    keep_every: lockstep keeps the input of every so many-th block and makes the others again in the
-        backward: 2 halves what is kept, and convolutions cost 3/2 of plain's instead of 4/3.
-    compile: lockstep runs what lies between batch norms and convolutions through torch.compile.
+    keep_every: of lockstep: keep every k-th block's input; recompute the rest in the backward. 2
+        halves what is kept, and convolutions cost 3/2 of plain's instead of 4/3.
+    compile: lockstep compiles what lies between batch norms and convolutions with torch.compile.
     """
 
     def __init__(

@@ -58,6 +58,7 @@ class Graph:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        _refuse_hooks(model)
         self.root = _Call(model)
         self.modules = dict(self.root.named_modules())
         try:
@@ -284,10 +285,33 @@ class _Tracer(fx.Tracer):
         )
 
 
-def flags(model: nn.Module) -> tuple[bool, ...]:
-    """What a `Graph` depends on besides the model's structure."""
-    trainable = (p.requires_grad for p in model.parameters())
-    return (*(m.training for m in model.modules()), *trainable)
+def flags(model: nn.Module) -> tuple[Any, ...]:
+    """What a `Graph` depends on: modules, their settings and hooks. It changes when they do."""
+    modules = (
+        (id(m), id(vars(m).get("forward")), m.training, _has_hooks(m)) for m in model.modules()
+    )
+    parameters = ((id(p), p.requires_grad, _has_gradient_hooks(p)) for p in model.parameters())
+    return (*modules, *parameters)
+
+
+def _refuse_hooks(model: nn.Module) -> None:
+    """Lockstep calls functions of torch in the place of some modules, and adds gradients itself."""
+    for name, module in model.named_modules():
+        if _has_hooks(module):
+            what = f"{name or type(module).__name__!r} has forward or backward hooks"
+            raise _refusal(f"{what}, which it would not always call")
+    for name, parameter in model.named_parameters():
+        if _has_gradient_hooks(parameter):
+            raise _refusal(f"{name} has gradient hooks, which it would not call")
+
+
+def _has_hooks(m: nn.Module) -> bool:
+    kinds = m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks
+    return any(kinds)
+
+
+def _has_gradient_hooks(p: nn.Parameter) -> bool:
+    return bool(p._backward_hooks) or bool(getattr(p, "_post_accumulate_grad_hooks", None))
 
 
 def _arguments(node: Node) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from large_batch_cases import (
     views,
 )
 from torch import nn
+from torch.nn.utils import prune
 
 from simclr_fast.large_batch import LargeBatch
 from simclr_fast.large_batch import global_batch_norm as gbn
@@ -308,6 +309,39 @@ class Branches(nn.Module):
 def test_lockstep_refuses_what_it_would_change(model, says):
     with pytest.raises(ValueError, match=says):
         LargeBatch(model)
+
+
+HOOKS = {
+    "forward": lambda m: m.encoder.layer1[0].conv1.register_forward_hook(lambda *_: None),
+    "forward pre": lambda m: m.encoder.layer1[0].conv1.register_forward_pre_hook(lambda *_: None),
+    "backward": lambda m: m.encoder.layer1[0].conv1.register_full_backward_hook(lambda *_: None),
+    "gradient": lambda m: m.encoder.layer1[0].conv1.weight.register_hook(lambda g: g),
+    "pruned": lambda m: prune.l1_unstructured(m.encoder.layer1[0].conv1, "weight", 0.5),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_lockstep_refuses_hooks_by_name(hook):
+    model = simclr("resnet10")
+    engine = LargeBatch(model, **LOCKSTEP)
+    HOOKS[hook](model)
+    says = r"encoder\.layer1\.0\.conv1.*memory='replay' can"
+    with pytest.raises(ValueError, match=says):
+        engine.backward(views(), loss_fn)
+    with pytest.raises(ValueError, match=says):
+        LargeBatch(model, **LOCKSTEP)
+
+
+def test_lockstep_sees_a_module_that_was_replaced():
+    def replaced(model):
+        assert isinstance(model.projector[2], nn.ReLU)
+        model.projector[2] = nn.GELU()
+        return model
+
+    model = simclr("resnet10")
+    engine = LargeBatch(model, **LOCKSTEP)
+    found = step(replaced(model), lambda m: engine.backward(views(), loss_fn))
+    assert_equal(found, step(replaced(simclr("resnet10")), plain_autograd))
 
 
 @pytest.mark.parametrize(
