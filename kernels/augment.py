@@ -162,7 +162,7 @@ def color_kernel(
         b = b * tl.load(normalize + 2) + tl.load(normalize + 5)
         tl.store(at, r.to(kind), mask=mask)
         tl.store(at + stride_c, g.to(kind), mask=mask)
-        tl.store(at + 2 * stride_c, b.to(kind), mask=mask)
+        tl.store(at + stride_c + stride_c, b.to(kind), mask=mask)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
