@@ -4,7 +4,6 @@ Every cell of the grid is one `pretrain` run and the linear probe of its encoder
 Finished cells are lines of results.jsonl and are never run again.
 """
 
-import gc
 import itertools
 import json
 import math
@@ -29,7 +28,7 @@ from simclr_fast.training.config import APART, PretrainConfig, to_json
 from simclr_fast.training.pretrain import pretrain
 from simclr_fast.training.setup import build_model
 from simclr_fast.utils import checkpoint
-from simclr_fast.utils.device import resolve_device
+from simclr_fast.utils.device import release_memory, resolve_device
 from simclr_fast.utils.extras import need
 from simclr_fast.utils.locks import locked
 
@@ -198,8 +197,7 @@ def _run_cells(
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
         # The next cell's memory mode is chosen by what is free.
         del encoder
-        gc.collect()
-        torch.cuda.empty_cache()
+        release_memory()
         bar.write(f"{cell!s:<48} {accuracy}")
     return rows
 

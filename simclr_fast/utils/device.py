@@ -1,6 +1,8 @@
 """Devices: what `--device` means, what a device computes in, what memory is left on it."""
 
+import gc
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -80,3 +82,12 @@ def free_memory(device: torch.device) -> float:
         return kib * 1024 / share
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / share
+
+
+def release_memory() -> None:
+    """Give back what nobody uses any more and torch's and DALI's allocators keep for themselves."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    # Unless DALI is in use there is nothing to give back, and no need to import it.
+    if dali := sys.modules.get("nvidia.dali"):
+        dali.backend.ReleaseUnusedMemory()

@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -110,13 +112,15 @@ def test_finished_cells_are_never_run_again(base, tmp_path, monkeypatch):
 
 
 def test_each_cell_finds_the_memory_of_the_one_before_free(base, tmp_path, monkeypatch):
-    """torch's allocator would keep it, and the next cell choose a slower way to fit its batch."""
+    """The allocators would keep it, and the next cell choose a slower way to fit its batch."""
     done = []
     real = train.pretrain
     monkeypatch.setattr(module, "pretrain", lambda config: (done.append("run"), real(config)))
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("torch"))
+    backend = SimpleNamespace(ReleaseUnusedMemory=lambda: done.append("DALI"))
+    monkeypatch.setitem(sys.modules, "nvidia.dali", SimpleNamespace(backend=backend))
     ablate(base, grid(base, seeds=[0, 1]), tmp_path / "ablation")
-    assert done == ["run", "emptied"] * 2
+    assert done == ["run", "torch", "DALI"] * 2
 
 
 def result(augmentation, top1, batch=8, tau=0.5, projector="nonlinear", seed=0):
