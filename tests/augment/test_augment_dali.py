@@ -180,6 +180,17 @@ def test_crops_stay_with_their_images_through_layouts_normalisation_and_halves()
             assert (one - two).abs().mean() < 0.01
 
 
+def test_all_images_go_to_the_same_decoder(monkeypatch):
+    """Of a share in between, an image's place in its part would choose the one or the other."""
+    fn, given = pipelines.import_dali().fn, []
+    image = fn.decoders.image
+    monkeypatch.setattr(fn.decoders, "image", lambda *a, **k: (given.append(k), image(*a, **k))[1])
+    reader = decode.FileReader(ENCODED, 1)
+    for kind in (pipelines.DaliViews, pipelines.DaliCrops):
+        kind(reader, 2, Augmentation(64), lambda ids, sizes: [], torch.device("cuda:0"), 2).define()
+    assert [options["hw_decoder_load"] in (0.0, 1.0) for options in given] == [True, True]
+
+
 @pytest.mark.parametrize("spec", ["simclr", "torchvision"])
 @pytest.mark.parametrize("kind", [pipelines.DaliViews, pipelines.DaliCrops])
 @pytest.mark.parametrize("source", [ENCODED, open_source(np.stack(IMAGES[:2]))])
