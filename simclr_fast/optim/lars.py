@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from numbers import Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -189,44 +189,58 @@ class LARS(Optimizer):
         return group["weight_decay"], group["adapt"]
 
     def _batches(self, found_inf: Tensor | None) -> list[Batch]:
+        """Tensors that share a device and a rule, group by group."""
         batches = []
         sets_apart = type(self)._apart is not LARS._apart
         for group in self.param_groups:
-            parts: dict[tuple[torch.device, bool], list[Tensor]] = {}
+            momentum = group["momentum"] != 0
+            parts: dict[tuple[torch.device, bool], _Part] = {}
+            # A step spends most of its Python time in this loop, so it looks at nothing twice.
             for p in group["params"]:
-                if p.grad is not None:
-                    apart = sets_apart and self._apart(p)
-                    parts.setdefault((p.device, apart), []).append(p)
-            for (_, apart), params in parts.items():
-                batches += self._part_batches(params, group, apart, found_inf)
+                grad = p.grad
+                if grad is None:
+                    continue
+                key = p.device, sets_apart and self._apart(p)
+                part = parts.get(key)
+                if part is None:
+                    part = parts[key] = _Part([], [], [])
+                part.params.append(p)
+                part.grads.append(grad)
+                if momentum:
+                    part.buffers.append(self.state[p].get("momentum_buffer"))
+            for (_, apart), part in parts.items():
+                batches += self._part_batches(part, group, apart, found_inf)
         return batches
 
     def _part_batches(
-        self,
-        params: list[Tensor],
-        group: dict[str, Any],
-        apart: bool,
-        found_inf: Tensor | None,
+        self, part: "_Part", group: dict[str, Any], apart: bool, found_inf: Tensor | None
     ) -> list[Batch]:
-        grads = [p.grad for p in params if p.grad is not None]
-        dampening, state = group["dampening"], self.state
+        params, grads, buffers = part
+        dampening = group["dampening"]
         weight_decay, adapt = self._rule(group, apart)
-        if group["momentum"] == 0:
+        if not buffers:
             return [Batch(params, grads, [], group, 0.0, weight_decay, adapt)]
-        buffers = [state[p].get("momentum_buffer") for p in params]
         fresh = [i for i, buffer in enumerate(buffers) if buffer is None]
         # The first step is undampened, so a skipped one must not count: the one flag read here.
         if fresh and dampening != 0 and found_inf is not None and bool(found_inf):
             return []
         for i in fresh:
             buffers[i] = torch.zeros_like(params[i], memory_format=torch.preserve_format)
-            state[params[i]]["momentum_buffer"] = buffers[i]
+            self.state[params[i]]["momentum_buffer"] = buffers[i]
         batch = Batch(params, grads, buffers, group, dampening, weight_decay, adapt)
         if not fresh or dampening == 0:
             return [batch]
         older = sorted(set(range(len(params))) - set(fresh))
         first = batch.select(fresh)._replace(dampening=0.0)
         return [first, batch.select(older)] if older else [first]
+
+
+class _Part(NamedTuple):
+    """The tensors of a group that share a device and a rule; no buffers without momentum."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    buffers: list[Any]
 
 
 # Excluded from torch.compile: tracing would add a guard per parameter, and the native step is one

@@ -22,7 +22,7 @@ _FLAGS = (
 )
 _ADAPT = int(LarsFlag.ADAPT)
 # Asked first: to ask whether a tensor is a wrapper takes longer than to update a small one.
-_PLAIN_TYPES = (nn.Parameter, Tensor)
+_PLAIN_TYPES = frozenset((nn.Parameter, Tensor))
 
 
 def use_native(group: dict[str, Any], params: list[Tensor]) -> bool:
@@ -30,10 +30,9 @@ def use_native(group: dict[str, Any], params: list[Tensor]) -> bool:
     if not wants_native(group):
         return False
     device = params[0].device
-    wrapped = next(
-        (p for p in params if type(p) not in _PLAIN_TYPES and is_traceable_wrapper_subclass(p)),
-        None,
-    )
+    wrapped = None
+    if not _PLAIN_TYPES.issuperset(map(type, params)):
+        wrapped = next((p for p in params if is_traceable_wrapper_subclass(p)), None)
     if not group["fused"]:
         if wrapped is not None:
             return False
