@@ -10,10 +10,42 @@ from typing import Any, NoReturn
 
 import torch
 
+# The ops that the extension has CPU kernels for.
+NATIVE_OPS = (
+    "augment_views",
+    "lars_",
+    "nt_xent",
+    "nt_xent_backward",
+    "nt_xent_normalize",
+    "nt_xent_row_loss",
+    "sup_con_backward",
+    "sup_con_normalize",
+    "sup_con_row_loss",
+)
+
+
+def _load_extension() -> Any:
+    """simclr_fast._C, which registers its kernels when it is imported.
+
+    Raises:
+        ImportError: it is not there, cannot be loaded, or was built from another version's sources.
+            Its other kernels would then run, and the missing ones would be slow without a word.
+    """
+    extension = import_module("simclr_fast._C")
+    for op in NATIVE_OPS:
+        try:
+            there = torch._C._dispatch_has_kernel_for_dispatch_key(f"simclr_fast::{op}", "CPU")
+        except RuntimeError:
+            there = False
+        if not there:
+            raise ImportError(f"it was built from another version's sources: no kernel of {op}")
+    return extension
+
+
 EXTENSION: Any = None
 EXTENSION_ERROR: ImportError | None = None
 try:
-    EXTENSION = import_module("simclr_fast._C")
+    EXTENSION = _load_extension()
 except ImportError as error:
     EXTENSION_ERROR = error
 

@@ -189,3 +189,21 @@ def test_an_unsupported_gpu_gives_plain_shapes(monkeypatch):
         with pytest.warns(RuntimeWarning, match="compute capability"):
             u, _ = ops.nt_xent.normalize(z, None, temperature)
     assert u.shape == (6, 20)
+
+
+def test_an_extension_of_other_sources_is_refused(monkeypatch):
+    assert library._load_extension() is not None
+    monkeypatch.setattr(library, "NATIVE_OPS", (*library.NATIVE_OPS, "an_op_of_tomorrow"))
+    with pytest.raises(ImportError, match=r"another version's sources.*an_op_of_tomorrow"):
+        library._load_extension()
+
+
+def test_every_native_op_is_asked_for():
+    names = {n.removeprefix("simclr_fast::") for n in torch._C._dispatch_get_all_op_names()
+             if n.startswith("simclr_fast::")}  # fmt: skip
+    native = {
+        name
+        for name in names
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"simclr_fast::{name}", "CPU")
+    }
+    assert native == set(library.NATIVE_OPS)
