@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from simclr_fast.evaluation.accuracy import true_class_rank
+from simclr_fast.ops import widest_float
 
 K = (20, 200)
 TAU = 0.07
@@ -76,7 +77,8 @@ def votes(
 ) -> Tensor:
     """[n, C] sums of exp(similarity / tau) over neighbours of each class, from two [n, k]."""
     # Less the largest: a common factor per query, which keeps float32 in range for small tau.
-    weights = ((similarities - similarities[:, :1]) / tau).exp().double()
+    weights = ((similarities - similarities[:, :1]) / tau).exp()
+    weights = weights.to(widest_float(weights.device))
     out = weights.new_zeros(len(weights), n_classes)
     return out.scatter_add_(1, neighbour_labels, weights)
 

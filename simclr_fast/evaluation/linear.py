@@ -22,6 +22,7 @@ from torch import Tensor
 
 from simclr_fast.evaluation.accuracy import Accuracy, bootstrap, true_class_rank
 from simclr_fast.evaluation.subsets import balanced_subset
+from simclr_fast.ops import widest_float
 from simclr_fast.utils.checkpoint import load_checkpoint, write_atomic
 from simclr_fast.utils.extras import need
 
@@ -110,6 +111,7 @@ class _Problem:
     z: [n, D] with covariance diag(variance); axes: float64 [D, D], standardised x = z · axesᵀ.
     products: the dtype in which the objective multiplies matrices. Sums over blocks of rows are
         float64 anyway. Float64 products are 32 to 64 times slower on GPUs without such units.
+    device: where all this is; the CPU in place of a device without float64.
     """
 
     def __init__(
@@ -120,6 +122,8 @@ class _Problem:
         device: torch.device | str,
         products: torch.dtype = torch.float64,
     ) -> None:
+        if widest_float(torch.device(device)) is not torch.float64:
+            device = "cpu"
         self.targets, self.classes, self.products = targets.to(device), classes, products
         self.mean, self.std = _moments(x, device)
         n, dim = x.shape
@@ -229,7 +233,7 @@ def sweep_logistic(
     if progress is not None and progress.exists():
         saved = load_checkpoint(progress)
         if saved["key"] == key:
-            done, start = saved["done"], saved["start"].to(device)
+            done, start = saved["done"], saved["start"]
     for l2 in need("tqdm").tqdm(values, desc="l2 sweep", leave=False):
         if l2 in done:
             continue

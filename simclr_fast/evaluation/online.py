@@ -19,6 +19,7 @@ from torch import Tensor
 
 from simclr_fast.evaluation.accuracy import true_class_rank
 from simclr_fast.evaluation.knn import TAU, votes
+from simclr_fast.ops import widest_float
 from simclr_fast.utils.lines import keep_until
 
 log = logging.getLogger(__name__)
@@ -158,7 +159,8 @@ class OnlineProbe:
         if not known.any():
             return None
         scores = votes(best[known], labels[at[known]], self.classes, TAU)
-        return (true_class_rank(scores, targets[known]) == 0).double().mean()
+        right = true_class_rank(scores, targets[known]) == 0
+        return right.to(widest_float(self.device)).mean()
 
 
 class _Clock:

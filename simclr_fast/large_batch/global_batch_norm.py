@@ -20,13 +20,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from simclr_fast.ops import widest_float
+
 _INT32_MAX = 2**31 - 1
 _KEPT_COUNTS = 256
 
 
 class Moments(NamedTuple):
     """Of some rows. mean: [C]. spread: [C], (variance + eps)^-½ on CUDA, else M2 = Σ (x - mean)².
-    n: values per channel. CUDA's are float32 or wider, the others float64."""
+    n: values per channel. CUDA's are float32 or wider, the others as wide as the device can."""
 
     mean: Tensor
     spread: Tensor
@@ -123,9 +125,15 @@ def moments(x: Tensor, eps: float) -> list[Moments]:
             return [Moments(zeros[0], zeros[1] + 1, 0)]
         parts = _parts(x)
         return [Moments(*torch.batch_norm_stats(p, eps), p.numel() // p.size(1)) for p in parts]
+    widest = widest_float(x.device)
     if not n:
-        zeros = x.new_zeros(2, x.size(1), dtype=torch.float64)
+        zeros = x.new_zeros(2, x.size(1), dtype=widest)
         return [Moments(zeros[0], zeros[1], 0)]
+    if widest is not torch.float64:
+        # Such devices have no batch_norm_update_stats either.
+        own_axes = [0, *range(2, x.dim())]
+        variance, mean = torch.var_mean(x.to(widest), own_axes, correction=0)
+        return [Moments(mean, variance * n, n)]
     # With momentum 0 these stay zeros; their dtype is that of the result.
     unused = x.new_zeros(2, x.size(1), dtype=_wide(x))
     mean, variance = torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0)
@@ -177,7 +185,7 @@ def global_statistics(
 
 
 def merge(rows: Sequence[Tensor]) -> Tensor:
-    """(mean, M2, n) of all parts together: float64 [2C + 1], from those of each."""
+    """(mean, M2, n) of all parts together: [2C + 1], from those of each."""
     if len(rows) == 1:
         return rows[0]
     table = torch.stack(list(rows))  # [parts, 2C + 1]

@@ -12,13 +12,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 PROGRAM = """
-import sys, warnings
+import copy, sys, warnings
 sys.modules["simclr_fast._C"] = None
 warnings.simplefilter("ignore")
 import numpy as np, torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from simclr_fast import LARS, SimCLRViews, nt_xent_loss, reference, sup_con_loss
+from simclr_fast import LARS, LargeBatch, SimCLRViews, nt_xent_loss, reference, sup_con_loss
+from simclr_fast.evaluation.knn import votes
+from simclr_fast.evaluation.linear import linear_probe
+from simclr_fast.evaluation.online import OnlineProbe
 from simclr_fast.ops import library
 {allow}library._WITHOUT_FLOAT64.add("cpu")
 
@@ -113,6 +116,45 @@ image = torch.randint(0, 255, (2, 20, 17, 3), dtype=torch.uint8)
 with NoFloat64():
     views = SimCLRViews(8)(image, ids=[0, 1])
 assert all(view.isfinite().all() for view in views)
+
+probe = OnlineProbe(np.arange(40) % 2, 1, torch.device("cpu"))
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(3, 3, 3), torch.nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)).relu()
+
+
+model = torch.nn.Sequential(Block(), Block(), Block(), torch.nn.Flatten())
+images = torch.randn(16, 3, 8, 8)
+
+
+def gradient(memory):
+    one = copy.deepcopy(model)
+    z = []
+    step = LargeBatch(one, memory=memory)
+    step.backward(images, lambda out: (z.append(out), nt_xent_loss(out))[1])
+    return z[0].detach(), torch.cat([p.grad.flatten() for p in one.parameters()])
+
+
+_, exact = gradient("plain")
+for memory in ("replay", "lockstep"):
+    with NoFloat64():
+        h, found = gradient(memory)
+    assert error(found, exact.double()) < 1e-5, (memory, error(found, exact.double()))
+with NoFloat64():
+    for step in range(5):
+        probe.take(h)
+        row = probe.after_step(step + 1, torch.arange(8) + 8 * step)
+    assert row["knn"] is not None
+    assert votes(torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.int64), 2).dtype == torch.float32
+# The fit itself needs float64, so it goes to the CPU.
+library._WITHOUT_FLOAT64.discard("cpu")
+linear_probe(torch.randn(30, 4), np.arange(30) % 2, images[:, 0, 0, :4], [0, 1] * 8, device="mps")
 print("right")
 """
 
