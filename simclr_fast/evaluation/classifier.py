@@ -23,6 +23,7 @@ from simclr_fast.evaluation.features import fingerprint
 from simclr_fast.optim.lars import LARS, lars_param_groups
 from simclr_fast.optim.schedule import scaled_lr, warmup_cosine
 from simclr_fast.utils.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from simclr_fast.utils.device import seed_step
 from simclr_fast.utils.extras import need
 
 _SECONDS_BETWEEN_SAVES = 60.0
@@ -99,7 +100,6 @@ def train_classifier(
     total = recipe.epochs * len(loader)
     scheduler = warmup_cosine(optimizer, 0, total)
     part = model.head if recipe.frozen else model
-    torch.manual_seed(seed)
     step = 0
     if saved := checkpoints(folder):
         state = load_checkpoint(saved[-1], device)
@@ -108,7 +108,6 @@ def train_classifier(
             optimizer.load_state_dict(state["optimizer"])
             scheduler.load_state_dict(state["scheduler"])
             loader.load_state_dict(state["loader"])
-            torch.set_rng_state(state["rng"].cpu())
             step = state["step"]
         else:
             # Another encoder's, or another recipe's.
@@ -123,7 +122,6 @@ def train_classifier(
             "optimizer": optimizer.state_dict(),
             "scheduler": scheduler.state_dict(),
             "loader": loader.state_dict(),
-            "rng": torch.get_rng_state(),
         }
         save_checkpoint(folder, step, state)
 
@@ -137,6 +135,7 @@ def train_classifier(
         while step < total:
             for images, index in loader:
                 images = images.to(device)
+                seed_step(seed, step, device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                     with torch.no_grad() if recipe.frozen else nullcontext():
                         h = encoder(images)

@@ -31,7 +31,7 @@ from simclr_fast.training.setup import (
     write_config,
 )
 from simclr_fast.utils import checkpoint
-from simclr_fast.utils.device import autocast_dtype
+from simclr_fast.utils.device import autocast_dtype, seed_step
 from simclr_fast.utils.distributed import World
 from simclr_fast.utils.interrupts import Interrupted, catch_signals
 
@@ -120,7 +120,7 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
                 metrics.waited += time.perf_counter() - waiting
 
             world.mark(step + 1, "training")
-            seed_step(config.seed, step, world)
+            seed_step(config.seed, step, world.device, world.rank)
 
             def loss_fn(
                 outputs: tuple[Tensor, Tensor], index: Tensor = index
@@ -215,20 +215,6 @@ def resume(
     if world.rank == 0:
         log.info("resuming at step %d from %s", state["step"], path)
     return state["step"]
-
-
-def seed_step(seed: int, step: int, world: World) -> None:
-    """Seed what the model draws in a step, such as dropout: another on each rank and step.
-
-    So a resumed run draws what the uninterrupted one would have, without saved generators.
-    """
-    mixed = seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + world.rank * 0x94D049BB133111EB
-    mixed ^= mixed >> 31
-    mixed = mixed * 0xD6E8FEB86659FD93 % (1 << 63)
-    # The generators themselves: torch.manual_seed would seed those of all GPUs.
-    torch.default_generator.manual_seed(mixed ^ mixed >> 32)
-    if world.device.type == "cuda":
-        torch.cuda.default_generators[world.device.index].manual_seed(mixed)
 
 
 def summary(

@@ -91,3 +91,18 @@ def release_memory() -> None:
     # Unless DALI is in use there is nothing to give back, and no need to import it.
     if dali := sys.modules.get("nvidia.dali"):
         dali.backend.ReleaseUnusedMemory()
+
+
+def seed_step(seed: int, step: int, device: torch.device, rank: int = 0) -> None:
+    """Seed what a model draws in a step, such as dropout: another on each rank and step.
+
+    So a resumed run draws what the uninterrupted one would have, without saved generators.
+    """
+    mixed = seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB
+    mixed ^= mixed >> 31
+    mixed = mixed * 0xD6E8FEB86659FD93 % (1 << 63)
+    # The generators themselves: torch.manual_seed would seed those of all GPUs.
+    torch.default_generator.manual_seed(mixed ^ mixed >> 32)
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(mixed)

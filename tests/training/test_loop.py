@@ -20,7 +20,7 @@ from simclr_fast.training import pretrain as module
 from simclr_fast.training.config import PRESETS
 from simclr_fast.training.pretrain import pretrain
 from simclr_fast.utils.checkpoint import checkpoints, load_checkpoint
-from simclr_fast.utils.distributed import World
+from simclr_fast.utils.device import seed_step
 from simclr_fast.utils.interrupts import Interrupted
 from simclr_fast.utils.locks import locked
 
@@ -195,7 +195,7 @@ def test_draws_differ_between_ranks_and_steps(monkeypatch):
             seeded.append(seed)
 
     def drawn(seed, step, rank, device=CPU):
-        loop.seed_step(seed, step, World(rank, 8, device))
+        seed_step(seed, step, device, rank)
         return torch.rand(4).tolist()
 
     cases = [(seed, step, rank) for seed in range(3) for step in range(20) for rank in range(8)]
