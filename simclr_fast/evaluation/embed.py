@@ -15,7 +15,7 @@ from simclr_fast.augment.params import Augmentation
 from simclr_fast.data.loader import ImageLoader
 from simclr_fast.data.sources import Source, subset
 from simclr_fast.evaluation.knn import nearest
-from simclr_fast.evaluation.plots import class_style
+from simclr_fast.evaluation.plots import class_style, densest_point
 from simclr_fast.utils.checkpoint import write_atomic
 from simclr_fast.utils.extras import need
 
@@ -78,12 +78,10 @@ def thumbnails(source: Source, augmentation: Augmentation, side: int) -> np.ndar
 def class_pictures(
     source: Source, points: np.ndarray, labels: np.ndarray, augmentation: Augmentation
 ) -> dict[int, np.ndarray]:
-    """Class number → its image with the point nearest to the class's median: uint8 [64, 64, 3]."""
-    central: dict[int, int] = {}
-    for label in np.unique(labels).tolist():
-        mine = np.flatnonzero(labels == label)
-        away = np.linalg.norm(points[mine] - np.median(points[mine], axis=0), axis=1)
-        central[label] = int(mine[away.argmin()])
+    """Class number → its image where the class's points are densest: uint8 [64, 64, 3]."""
+    names = tuple(map(str, range(int(labels.max()) + 1)))
+    found = _densest_by_class(points, labels, names)
+    central = {label: row for label, row in enumerate(found) if row is not None}
     chosen = subset(source, np.array(list(central.values())))
     return dict(zip(central, thumbnails(chosen, augmentation, _CLASS_PICTURE), strict=True))
 
@@ -123,6 +121,7 @@ def write_page(
         "side": side,
         "columns": columns,
         "points": {name: _unit_square(p).round(4).tolist() for name, p in points.items()},
+        "named_at": {name: _densest_by_class(p, labels, classes) for name, p in points.items()},
         "labels": np.asarray(labels).tolist(),
         "classes": list(classes),
         "styles": [class_style(label) for label in range(len(classes))],
@@ -135,6 +134,14 @@ def write_page(
     # No name can end the script element that holds it.
     text = json.dumps(data).replace("<", "\\u003c")
     write_atomic(path, lambda p: p.write_text(template.replace("DATA_GOES_HERE", text, 1)))
+
+
+def _densest_by_class(
+    points: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]
+) -> list[int | None]:
+    """Each class's point that its name is written at; None for a class without points."""
+    rows = [np.flatnonzero(np.asarray(labels) == label) for label in range(len(classes))]
+    return [int(mine[densest_point(points[mine])]) if mine.size else None for mine in rows]
 
 
 def _unit_square(points: np.ndarray) -> np.ndarray:

@@ -19,7 +19,13 @@ from simclr_fast.evaluation.embed import (
     short_name,
     thumbnails,
 )
-from simclr_fast.evaluation.plots import class_style, plot_embedding, plot_loss, plot_neighbours
+from simclr_fast.evaluation.plots import (
+    class_style,
+    densest_point,
+    plot_embedding,
+    plot_loss,
+    plot_neighbours,
+)
 from simclr_fast.models.encoders import build_encoder
 from simclr_fast.models.weights import about_encoder
 
@@ -78,7 +84,7 @@ def test_thumbnails_and_pictures_of_classes(tmp_path):
     path = tmp_path / "neighbours.png"
     plot_neighbours(thumbs, torch.rand(9, 1), indices, labels, classes, queries, path)
     assert min(Image.open(path).size) > 200
-    # The image nearest to the median of its class: 0 of 0, 3 and 6 at 5, 4 and 100.
+    # Of three points the tenth nearest is the farther one: of 5, 4 and 100, image 0's at 5.
     points = np.array([[5, 0], [0, 0], [0, 0], [4, 0], [0, 0], [0, 0], [100, 0], [0, 0], [0, 0]])
     pictures = class_pictures(ArraySource(images), points, labels, normal)
     assert list(pictures) == [0, 1, 2]
@@ -88,6 +94,15 @@ def test_thumbnails_and_pictures_of_classes(tmp_path):
     path = tmp_path / "embedding.png"
     plot_embedding(points, labels, classes, path, "title", pictures)
     assert min(Image.open(path).size) > 200
+
+
+def test_a_class_in_two_crowds_is_named_within_one():
+    rng = np.random.default_rng(0)
+    crowds = [rng.normal(0, 0.1, (40, 2)), rng.normal(10, 0.1, (60, 2))]
+    points = np.concatenate(crowds)
+    chosen = points[densest_point(points)]
+    assert min(np.linalg.norm(chosen - center) for center in (0, 10)) < 0.5
+    assert densest_point(points[:1]) == 0
 
 
 # Machado, Oliveira and Fernandes (2009): what people without one kind of cones see, linear RGB.
