@@ -51,7 +51,7 @@ class Scores:
 
 
 def bootstrap(correct: np.ndarray, seed: int = 0) -> Accuracy:
-    """The mean of `correct`, bool [n], and the 2.5 and 97.5 percentiles of its resampled means."""
+    """The mean of `correct`, bool [n], with the 2.5% and 97.5% quantiles of its resampled means."""
     n = len(correct)
     means = np.random.default_rng(seed).binomial(n, correct.mean(), _BOOTSTRAPS) / n
     low, high = np.percentile(means, [2.5, 97.5])
@@ -59,7 +59,7 @@ def bootstrap(correct: np.ndarray, seed: int = 0) -> Accuracy:
 
 
 def true_class_rank(scores: Tensor, labels: Tensor) -> Tensor:
-    """How many classes come before the true one: int64 [n]. Of equal scores the lower index wins.
+    """How many classes score higher than the true one: int64 [n]. Ties go to the lower index.
 
     scores: [n, C], higher is likelier; labels: int64 [n] on the same device.
     """
@@ -69,7 +69,10 @@ def true_class_rank(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def score(rank: Tensor, labels: np.ndarray, classes: tuple[str, ...], seed: int = 0) -> Scores:
-    """rank: what `true_class_rank` gives, int64 [n]; labels: integers [n] below len(classes)."""
+    """Accuracies from the rank of each image's true class.
+
+    rank: int64 [n] from `true_class_rank`; labels: integers [n] below len(classes).
+    """
     first = (rank == 0).numpy(force=True)
     five = (rank < 5).numpy(force=True)
     labels = np.asarray(labels)

@@ -1,8 +1,9 @@
 """A linear classifier on an encoder, trained with random crops: linear evaluation, fine-tuning.
 
-The recipes are those of arXiv:2002.05709, B.5 and B.6, with the schedule and the zero start of
-google-research/simclr: Nesterov SGD with momentum .9, batch 4096, lr = base · batch / 256 without
-warm-up, cosine decay; only random crops and flips. B.6 allows LARS as in pretraining instead.
+The recipes are those of arXiv:2002.05709, B.5 and B.6. The learning-rate schedule and the head's
+zero weights at the start are those of google-research/simclr. That is: Nesterov SGD with momentum
+0.9, batch 4096, lr = base · batch / 256, cosine decay without warm-up, random crops and flips only.
+B.6 also allows LARS, as in pretraining.
 """
 
 import hashlib
@@ -31,9 +32,12 @@ _SECONDS_BETWEEN_SAVES = 60.0
 
 @dataclass(frozen=True)
 class Recipe:
-    """frozen: the encoder stays as it is, batch norm in eval mode; else everything is trained.
+    """How a classifier is trained.
 
-    lr: per 256 images of the batch, for SGD; LARS takes 0.3 (`scaled_lr`) and weight decay 1e-6.
+    frozen: train only the linear head; the encoder keeps its weights and runs in eval mode.
+        Otherwise encoder and head are trained.
+    lr: for SGD, per 256 images of the batch. LARS ignores it: it uses 0.3 per 256 images
+        (`scaled_lr`) and weight decay 1e-6.
     """
 
     frozen: bool
@@ -77,10 +81,13 @@ def train_classifier(
 ) -> Classifier:
     """Train by `recipe` on the labelled images of `source`; the encoder is trained in place.
 
-    augmentation: its crops and flips are used, the rest is left out.
-    folder: of checkpoints, one per epoch or minute; what stopped goes on from the newest of the
-        same encoder, images and arguments, and what is finished is only read.
-    A batch larger than the data is all of the data. On GPUs with bfloat16 its autocast is used.
+    augmentation: its crops and flips are used, and nothing else of it.
+    folder: for checkpoints, written after every epoch and once a minute. Training continues from
+        the newest one that belongs to the same encoder, images and arguments. If that one is of the
+        last step, it is loaded and nothing is trained. Other checkpoints are deleted.
+
+    A batch size above the number of images is lowered to it. GPUs with native bfloat16 train under
+    autocast.
     """
     device = torch.device(device)
     if source.labels is None:
@@ -110,7 +117,7 @@ def train_classifier(
             loader.load_state_dict(state["loader"])
             step = state["step"]
         else:
-            # Another encoder's, or another recipe's.
+            # These checkpoints belong to another encoder or recipe.
             for path in saved:
                 path.unlink()
 
@@ -170,7 +177,7 @@ def classify(
     batch_size: int = 256,
     workers: int | None = None,
 ) -> Tensor:
-    """The rank of the true class for every undistorted image: int64 [n], 0 where top-1 is right."""
+    """`true_class_rank` of every image, without augmentation: int64 [n], 0 where top-1 is right."""
     assert source.labels is not None
     labels, device = torch.from_numpy(source.labels), torch.device(device)
     loader = ImageLoader(

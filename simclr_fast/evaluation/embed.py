@@ -1,4 +1,4 @@
-"""Features to look at: in two dimensions, and every image beside its nearest neighbours."""
+"""Pictures of features: projections to two dimensions, and the nearest neighbours of an image."""
 
 import base64
 import io
@@ -27,10 +27,12 @@ _CLASS_PICTURE = 64
 
 
 def project(features: Tensor, method: Method, seed: int = 0) -> np.ndarray:
-    """Standardised features [n, D] in two dimensions: float [n, 2].
+    """Standardise features [n, D] and project them to two dimensions: float [n, 2].
 
-    t-SNE and UMAP start from the principal components. Raises ImportError for umap without
-    umap-learn.
+    t-SNE and UMAP start from the principal components.
+
+    Raises:
+        ImportError: "umap" without umap-learn, "tsne" without scikit-learn.
     """
     standard = (features - features.mean(0)) / features.std(0).clamp_min(1e-6)
     if method == "umap":
@@ -43,18 +45,23 @@ def project(features: Tensor, method: Method, seed: int = 0) -> np.ndarray:
     if method != "pca":
         raise ValueError(f"method must be 'pca', 'tsne' or 'umap', got {method!r}")
     _, _, axes = torch.linalg.svd(standard.double(), full_matrices=False)
-    # A component's sign is free: its largest weight is made positive.
+    # The sign of a principal axis is arbitrary. Choose it so that the largest weight is positive.
     axes = axes[:2] * axes[:2].gather(1, axes[:2].abs().argmax(1, keepdim=True)).sign()
     return (standard.double() @ axes.T).numpy()
 
 
 def neighbours(features: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """The 8 most cosine-similar other rows of each row: similarities and numbers, [n, 8] each."""
+    """For each row, the 8 other rows of highest cosine similarity.
+
+    Returns:
+        similarities, float32 [n, 8], and row numbers, int64 [n, 8]; fewer columns if n < 9.
+    """
     if len(features) < 2:
         raise ValueError(f"neighbours need at least 2 images, got {len(features)}")
     count = min(NEIGHBOURS, len(features) - 1)
     similarities, indices = nearest(features, features, count + 1, device=device)
-    # Of duplicates, another may come before the image itself.
+    # An image is its own nearest neighbour: leave it out. If so many duplicates come first that it
+    # is not among them, leave the last one out.
     itself = indices == torch.arange(len(features))[:, None]
     itself[~itself.any(1), -1] = True
     keep = ~itself
@@ -62,7 +69,7 @@ def neighbours(features: Tensor, device: torch.device | str = "cpu") -> tuple[Te
 
 
 def thumbnails(source: Source, augmentation: Augmentation, side: int) -> np.ndarray:
-    """What the encoder sees of each image, at `side` pixels: uint8 [n, side, side, 3]."""
+    """The images as the encoder sees them, resized to `side` pixels: uint8 [n, side, side, 3]."""
     image = need("PIL.Image")
     plain = Augmentation(
         size=augmentation.size, spec=augmentation.spec, interpolation=augmentation.interpolation
@@ -78,7 +85,7 @@ def thumbnails(source: Source, augmentation: Augmentation, side: int) -> np.ndar
 def class_pictures(
     source: Source, points: np.ndarray, labels: np.ndarray, augmentation: Augmentation
 ) -> dict[int, np.ndarray]:
-    """Class number → its image where the class's points are densest: uint8 [64, 64, 3]."""
+    """Class number → the image where the points of the class are densest: uint8 [64, 64, 3]."""
     names = tuple(map(str, range(int(labels.max()) + 1)))
     found = _densest_by_class(points, labels, names)
     central = {label: row for label, row in enumerate(found) if row is not None}
@@ -87,7 +94,7 @@ def class_pictures(
 
 
 def short_name(name: str) -> str:
-    """An image's name without the folders that say whose machine it is on: its last two parts."""
+    """The last two parts of an image's path; the folders before them would show a private path."""
     return "/".join(PurePath(name).parts[-2:])
 
 
@@ -102,10 +109,10 @@ def write_page(
     similarities: Tensor,
     indices: Tensor,
 ) -> None:
-    """One HTML file that needs nothing else: the scatter plots, and neighbours at a click.
+    """Write one self-contained HTML file: scatter plots, and an image's neighbours at a click.
 
-    points: name of a projection → [n, 2]; thumbs: [n, side, side, 3]; names: of the images; classes
-    are drawn as in `plots.plot_embedding`.
+    points: name of a projection → [n, 2]; thumbs: [n, side, side, 3]; names: one per image. Classes
+    have the colours and markers of `plots.class_style`.
     """
     image = need("PIL.Image")
     n, side = thumbs.shape[:2]
@@ -131,7 +138,7 @@ def write_page(
         "sprite": "data:image/jpeg;base64," + base64.b64encode(packed.getvalue()).decode(),
     }
     template = (files("simclr_fast") / "assets" / _PAGE).read_text()
-    # No name can end the script element that holds it.
+    # Escaped, so that a name with "</script>" cannot end the script element that holds it.
     text = json.dumps(data).replace("<", "\\u003c")
     write_atomic(path, lambda p: p.write_text(template.replace("DATA_GOES_HERE", text, 1)))
 
@@ -139,7 +146,7 @@ def write_page(
 def _densest_by_class(
     points: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]
 ) -> list[int | None]:
-    """Each class's point that its name is written at; None for a class without points."""
+    """The row of each class's `densest_point`, where its name is written; None without points."""
     rows = [np.flatnonzero(np.asarray(labels) == label) for label in range(len(classes))]
     return [int(mine[densest_point(points[mine])]) if mine.size else None for mine in rows]
 

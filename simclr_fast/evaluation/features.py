@@ -22,15 +22,15 @@ from simclr_fast.utils.locks import locked
 
 log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_SAVES = 10.0
-# Features are computed under autocast if they stay within this of 1 in cosine similarity.
+# Autocast is used if it keeps the cosine similarity to float32 features above 1 minus this.
 _COSINE_ERROR = 1e-3
 
 
 class Inference:
     """An encoder in eval mode: images [N, 3, H, W] → float32 features [N, feature_dim].
 
-    On GPUs it computes under autocast, unless the first batch shows that this encoder's features
-    then turn away from those in float32: by more than 1e-3 in cosine similarity for any image.
+    On GPUs it computes under autocast. The first batch is computed in float32 as well; if the two
+    features of any image have a cosine similarity below 1 - 1e-3, all batches use float32.
     """
 
     def __init__(self, encoder: nn.Module, device: torch.device) -> None:
@@ -44,9 +44,9 @@ class Inference:
             self.checked = True
             exact = self.encoder(images).float()
             cosine = nn.functional.cosine_similarity(exact, self(images), dim=1)
-            # Not "<": features that are not finite have no cosine.
+            # "not all(<=)" instead of "any(>)": it also catches NaN.
             if not bool((1 - cosine <= _COSINE_ERROR).all()):
-                log.info("features in float32: %s turns them by more than 1e-3", self.dtype)
+                log.info("features in float32: %s changes them too much", self.dtype)
                 self.dtype = None
             return exact
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
@@ -61,7 +61,7 @@ def features(
     device: torch.device | str = "cpu",
     batch_size: int = 256,
 ) -> Tensor:
-    """h of every image, undistorted: float32 [n, feature_dim] on the CPU, in the source's order."""
+    """h of every image without augmentation, in order: float32 [n, feature_dim] on the CPU."""
     was_training, device = encoder.training, torch.device(device)
     loader = ImageLoader(source, batch_size, augmentation, channels_last=True, device=device)
     infer = Inference(encoder, device)
@@ -73,7 +73,7 @@ def features(
 
 
 def pixels(source: Source, augmentation: Augmentation) -> Tensor:
-    """Every image, undistorted, as a row of its values: float32 [n, 3·size·size]."""
+    """The pixels of every image without augmentation, one row each: float32 [n, 3·size·size]."""
     loader = ImageLoader(source, min(256, len(source)), augmentation)
     return torch.cat([images.flatten(1).clone() for images, _ in loader])
 
@@ -91,13 +91,16 @@ def cached_features(
 ) -> Tensor:
     """`features` kept on disk: float32 [n, feature_dim], mapped read-only into memory.
 
-    folder: of the files; by default "features" in the cache folder of the embedded data. A file's
-        name is the fingerprint of weights, images and preprocessing, with autocast's dtype on a
-        GPU: nothing else is ever read.
-    name: on the progress bar.
+    folder: where the files are; by default "features" in the cache folder of the demo data. A
+        file's name is the fingerprint of weights, images and preprocessing, plus autocast's dtype
+        on a GPU, so features of other weights or images are never read.
+    name: the progress bar's label.
 
-    An interrupted extraction goes on where it stopped. Two processes that want the same features
-    take turns. Raises ValueError if a feature is not finite: nothing is kept then.
+    An interrupted extraction continues where it stopped. If two processes want the same features,
+    the second waits for the first.
+
+    Raises:
+        ValueError: a feature is not finite. No finished file is written then.
     """
     folder = folder or cache_folder() / "features"
     name_of_file = fingerprint(encoder, source, augmentation)
@@ -108,7 +111,7 @@ def cached_features(
         with locked(path.with_suffix(".lock")):
             if not path.exists():
                 _extract(encoder, source, augmentation, path, device, batch_size, workers, name)
-    # Copy-on-write: torch wants writable memory, the file never changes.
+    # Copy-on-write: torch wants writable memory, and the file must never change.
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
@@ -174,7 +177,7 @@ def _extract(
 
 
 def _note(rows: np.ndarray, done: int, progress: Path) -> None:
-    """The rows reach the disk before the note that they are there."""
+    """Record that `done` rows are computed, after those rows have reached the disk."""
     assert isinstance(rows, np.memmap)
     rows.flush()
     write_atomic(progress, lambda p: p.write_text(json.dumps({"rows": done})))

@@ -16,8 +16,9 @@ from simclr_fast.ops import widest_float
 K = (20, 200)
 TAU = 0.07
 _QUERIES, _BANK = 1024, 16384
-# Of queries on the device with their best rows: 150,000 of ResNet-50's features with k = 200.
-_HELD_BYTES = 2e9
+# Memory on the device for queries and their best rows so far. With ResNet-50's features and
+# k = 200 it holds 150,000 queries.
+_CACHED_BYTES = 2e9
 
 
 def nearest(
@@ -28,37 +29,39 @@ def nearest(
     device: torch.device | str = "cpu",
     query_block: int = _QUERIES,
     bank_block: int = _BANK,
-    held_bytes: float = _HELD_BYTES,
+    cached_bytes: float = _CACHED_BYTES,
 ) -> tuple[Tensor, Tensor]:
     """The k most similar rows of `bank` for every query, most similar first.
 
-    queries: [n, D], bank: [m, D], on any device or mapped from a file; k ≤ m. As many queries as
-    fit `held_bytes` are kept on `device` with their best rows so far, and the bank passes once by
-    all of them. Beside them memory holds query_block × (bank_block + 2k) similarities, never n × m.
+    queries: [n, D], bank: [m, D], on any device or mapped from a file; k ≤ m.
+
+    The n × m similarities are never in memory at once. `device` keeps as many queries as fit
+    `cached_bytes`, with their best rows so far. The bank is read once for all of them, in blocks of
+    `bank_block` rows; each block's similarities to `query_block` queries are computed at a time.
 
     Returns:
-        cosine similarities, float32 [n, k], and row numbers, int64 [n, k], on the CPU. Of equally
-        similar rows any may come first.
+        cosine similarities, float32 [n, k], and row numbers, int64 [n, k], on the CPU. The order of
+        equally similar rows is undefined.
     """
     if not 1 <= k <= len(bank):
         raise ValueError(f"k must be in [1, {len(bank)}], the size of the bank, got {k}")
     similarities = torch.empty(len(queries), k)
     indices = torch.empty(len(queries), k, dtype=torch.int64)
-    # A query's features, and its k similarities and row numbers.
-    held = max(query_block, int(held_bytes / (4 * queries.shape[1] + 12 * k)))
-    for first in range(0, len(queries), held):
-        part = slice(first, first + held)
-        found = _nearest_of_held(
+    # A query takes 4 bytes per feature, 4 per similarity and 8 per row number.
+    count = max(query_block, int(cached_bytes / (4 * queries.shape[1] + 12 * k)))
+    for first in range(0, len(queries), count):
+        part = slice(first, first + count)
+        found = _nearest_on_device(
             _normalized(queries[part], device), bank, k, query_block, bank_block
         )
         similarities[part], indices[part] = found
     return similarities, indices
 
 
-def _nearest_of_held(
+def _nearest_on_device(
     queries: Tensor, bank: Tensor, k: int, query_block: int, bank_block: int
 ) -> tuple[Tensor, Tensor]:
-    """`nearest` for normalised queries on the device: every row of the bank is moved there once."""
+    """`nearest` for normalised queries that are on the device. Copies the bank there once."""
     best = queries.new_full((len(queries), k), -torch.inf)
     which = torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)
     for b in range(0, len(bank), bank_block):
@@ -75,8 +78,13 @@ def _nearest_of_held(
 def votes(
     similarities: Tensor, neighbour_labels: Tensor, n_classes: int, tau: float = TAU
 ) -> Tensor:
-    """[n, C] sums of exp(similarity / tau) over neighbours of each class, from two [n, k]."""
-    # Less the largest: a common factor per query, which keeps float32 in range for small tau.
+    """The votes of k neighbours for each class: sums of exp(similarity / tau), [n, C].
+
+    similarities: float32 [n, k], the largest first; neighbour_labels: int64 [n, k]. The result is
+    float64 where the device has it. Each of its rows is divided by exp(largest similarity / tau),
+    which does not change the order.
+    """
+    # Without the division a small tau would overflow.
     weights = ((similarities - similarities[:, :1]) / tau).exp()
     weights = weights.to(widest_float(weights.device))
     out = weights.new_zeros(len(weights), n_classes)
@@ -94,7 +102,10 @@ def knn_ranks(
     tau: float = TAU,
     device: torch.device | str = "cpu",
 ) -> dict[int, Tensor]:
-    """k → `true_class_rank` of every test image, int64 [m], for each of `ks` up to len(train)."""
+    """`true_class_rank` of every test image by k-NN, int64 [m], for each k of `ks`.
+
+    Leaves out values of `ks` above len(train); if all are, uses k = len(train).
+    """
     if tau <= 0:
         raise ValueError(f"tau must be positive, got {tau}")
     for name, features in (("train", train), ("test", test)):

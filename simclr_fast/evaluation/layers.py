@@ -1,4 +1,4 @@
-"""Where along encoder and projector the features are best: h, each projector layer, z."""
+"""The features after each layer: h, each layer of the projector, z. Which classify best?"""
 
 import json
 from pathlib import Path
@@ -12,17 +12,22 @@ from simclr_fast.utils.checkpoint import checkpoints, load_checkpoint, load_stri
 
 
 def load_run(folder: Path) -> tuple[SimCLR, Augmentation]:
-    """Encoder and projector of a run's newest checkpoint, in eval mode, and its augmentation.
+    """The model of a run's newest checkpoint, in eval mode, and the run's augmentation.
+
+    folder: the output folder of the run.
 
     Raises:
-        FileNotFoundError: no run's config.json or checkpoint there. ValueError: a bad checkpoint.
+        FileNotFoundError: the folder has no config.json, or no checkpoint. ValueError: the
+            checkpoint is unreadable or does not fit.
     """
     described = folder / "config.json"
     if not described.is_file():
         raise FileNotFoundError(f"{folder} is not the output folder of a run: no config.json")
     saved = checkpoints(folder / "checkpoints")
     if not saved:
-        raise FileNotFoundError(f"no checkpoint in {folder / 'checkpoints'}: it has the projector")
+        raise FileNotFoundError(
+            f"no checkpoint in {folder / 'checkpoints'}: the projector's weights are stored there"
+        )
     config = json.loads(described.read_text())
     augmentation = augmentation_from(config["augmentation"])
     encoder, dim = build_encoder(
@@ -37,7 +42,7 @@ def load_run(folder: Path) -> tuple[SimCLR, Augmentation]:
 
 
 def projector_layers(projector: nn.Module) -> list[nn.Sequential]:
-    """The projector cut before each Linear: what is between two is one layer. [] for none."""
+    """Split the projector before each Linear; [] if it has no layers."""
     layers: list[list[nn.Module]] = []
     for module in projector if isinstance(projector, nn.Sequential) else []:
         if isinstance(module, nn.Linear) or not layers:
@@ -47,7 +52,7 @@ def projector_layers(projector: nn.Module) -> list[nn.Sequential]:
 
 
 class Taps(nn.Module):
-    """images [N, 3, H, W] → h, every projector layer's output and z beside each other [N, ΣD]."""
+    """images [N, 3, H, W] → h, every projector layer's output and z, concatenated: [N, ΣD]."""
 
     def __init__(self, model: SimCLR) -> None:
         super().__init__()
@@ -56,12 +61,12 @@ class Taps(nn.Module):
 
     @property
     def names(self) -> list[str]:
-        """Of the outputs: h, layer 1, …, z."""
+        """The name of each output: h, projector layer 1, …, z."""
         inner = [f"projector layer {i}" for i in range(1, len(self.layers))]
         return ["h", *inner, *(["z"] if len(self.layers) else [])]
 
     def widths(self, total: int) -> list[int]:
-        """D of every output, `total` being their sum."""
+        """The number of features of each output. total: their sum."""
         linears = [m for m in self.layers.modules() if isinstance(m, nn.Linear)]
         outputs = [linear.out_features for linear in linears]
         return [total - sum(outputs), *outputs]

@@ -1,13 +1,14 @@
 """L2-regularised logistic regression on frozen features, by L-BFGS to convergence.
 
-The objective is scikit-learn's: Σᵢ CE(W xᵢ + b, yᵢ) + l2/2 ‖W‖², so l2 = 1/C and the bias is free.
-Features are standardised by the training images' mean and deviation. The protocol is that of
-arXiv:2002.05709, B.8.1: no augmentation, L-BFGS, l2 from 45 logarithmically spaced values between
-1e-6 and 1e5, chosen on held-out training images.
+The objective is scikit-learn's: Σᵢ CE(W xᵢ + b, yᵢ) + l2/2 ‖W‖². So l2 = 1/C, and the bias is not
+penalised. Features are standardised by the training images' mean and deviation. The protocol is
+that of arXiv:2002.05709, B.8.1: no augmentation, L-BFGS, l2 from 45 logarithmically spaced values
+between 1e-6 and 1e5, chosen on held-out training images.
 
-L-BFGS runs in float64 on the features' principal components, each divided by the root of
-(variance / C + l2 / n): about the Hessian's diagonal, so that tens of steps suffice. The minimiser
-is the same, since the penalty does not change under a rotation.
+L-BFGS runs in float64 on the features' principal components. Each component is divided by
+sqrt(variance / classes + l2 / n), because variance / classes + l2 / n is about the Hessian's
+diagonal. With this scaling tens of steps suffice. The minimiser is the same, because a rotation
+does not change the penalty.
 """
 
 from collections.abc import Iterator
@@ -27,16 +28,17 @@ from simclr_fast.utils.checkpoint import load_checkpoint, write_atomic
 from simclr_fast.utils.extras import need
 
 SWEEP = tuple(float(v) for v in np.logspace(5, -6, 45))
-# Tolerances on the largest component of the scaled gradient of the objective over n: of the final
-# fit; of the exploratory fits, which only choose l2, and of `linear_probe`.
-_TOLERANCE, _ROUGH = 1e-6, 1e-4
+# A fit has converged when no component of the scaled gradient of (objective / n) exceeds this.
+_TOLERANCE = 1e-6
+# For the fits that only choose l2, and for `linear_probe`.
+_ROUGH_TOLERANCE = 1e-4
 _ITERATIONS = 2000
 _HISTORY = 10
-# Logits in memory at once.
+# Elements of a matrix that is in memory at once, logits for example.
 _BLOCK = 2**24
 _VALIDATION = 0.2
-# The l2 of `linear_probe`, chosen on held-out training images of the demo data. Ten times as much
-# changes the result there by a point.
+# The l2 of `linear_probe`, chosen on held-out training images of the demo data. There a value ten
+# times as large changes the accuracy by one percentage point.
 _L2 = 1.0
 
 
@@ -45,7 +47,8 @@ class Logistic:
     """x [n, D] → logits (x - mean) / std · weightᵀ + bias.
 
     weight: float64 [C, D]; bias: float64 [C]; mean, std: float32 [D].
-    iterations: of L-BFGS. gradient: its largest component at the end. converged: small enough.
+    iterations: steps of L-BFGS. gradient: the largest component of the scaled gradient at the end.
+    converged: whether that is within the tolerance.
     """
 
     weight: Tensor
@@ -85,15 +88,15 @@ def fit_logistic(
     tolerance: float = _TOLERANCE,
     max_iterations: int = _ITERATIONS,
 ) -> Logistic:
-    """The minimiser of the objective above.
+    """Minimise the objective that is given at the top of this module.
 
     x: float [n, D]; labels: integers [n] in [0, n_classes). start: a fit on the same features
-        to go on from.
-    tolerance: on the largest component of the gradient of the objective divided by n, in the
-        scaled coordinates. Fits that stop at max_iterations have converged=False.
+        that L-BFGS starts from.
+    tolerance: the largest component that the gradient of (objective / n) may have in the scaled
+        coordinates. A fit that stops at max_iterations before has converged=False.
 
     Raises:
-        ValueError: features that are not finite, l2 that is not positive, labels out of range.
+        ValueError: a feature is not finite, l2 is not positive, or a label is out of range.
     """
     if not l2 > 0:
         raise ValueError(f"l2 must be positive, got {l2}")
@@ -110,8 +113,8 @@ class _Problem:
 
     z: [n, D] with covariance diag(variance); axes: float64 [D, D], standardised x = z · axesᵀ.
     products: the dtype in which the objective multiplies matrices. Sums over blocks of rows are
-        float64 anyway. Float64 products are 32 to 64 times slower on GPUs without such units.
-    device: where all this is; the CPU in place of a device without float64.
+        always float64. Many GPUs multiply float64 matrices 32 to 64 times more slowly than float32.
+    device: where the data and the fits are; the CPU if the device has no float64.
     """
 
     def __init__(
@@ -143,7 +146,7 @@ class _Problem:
     def fit(
         self, l2: float, start: Tensor | None, tolerance: float, max_iterations: int
     ) -> Logistic:
-        """start: float64 [C, D + 1], weights and biases to start from."""
+        """start: weights and biases to start from, float64 [C, D + 1]; None for zeros."""
         n, dim = self.z.shape
         scale = (self.variance / self.classes + l2 / n).rsqrt()
         scale = torch.cat([scale, scale.new_full((1,), self.classes**0.5)])
@@ -198,7 +201,11 @@ class _Problem:
 
 @dataclass
 class Sweep:
-    """fit: on all training images with the chosen l2; validation: l2 → top-1 on held-out ones."""
+    """What `sweep_logistic` finds.
+
+    fit: the fit on all training images with the chosen l2. validation: l2 → top-1 on the held-out
+    training images.
+    """
 
     fit: Logistic
     validation: dict[float, float]
@@ -216,19 +223,19 @@ def sweep_logistic(
 ) -> Sweep:
     """Choose l2 on a class-balanced fifth of the training images, then fit on all of them.
 
-    values: from the strongest to the weakest; each fit starts from the one before. Of values that
-        do equally well the strongest is taken.
-    progress: a file that holds what is done; a sweep of the same features, labels and arguments
-        goes on from it. The caller deletes it.
+    values: the values of l2, largest first; each fit starts from the one before. If several reach
+        the same accuracy, the largest is chosen.
+    progress: a file for the finished fits; a sweep of the same features, labels and arguments
+        continues from it. The caller deletes it.
     """
     targets = _integers(labels)
-    held = np.zeros(len(x), bool)
-    held[balanced_subset(targets.numpy(), _VALIDATION, seed)] = True
-    # The exploratory fits need no float64 products, and there are 45 of them.
-    problem = _Problem(x[~held], targets[~held], n_classes, device, _rough_products(device))
+    held_out = np.zeros(len(x), bool)
+    held_out[balanced_subset(targets.numpy(), _VALIDATION, seed)] = True
+    # These fits only choose l2, and there are 45 of them: fast products are exact enough.
+    problem = _Problem(x[~held_out], targets[~held_out], n_classes, device, _rough_products(device))
     done: dict[float, float] = {}
     start = None
-    # An older file may be of other arguments or features.
+    # The file may belong to other arguments or features.
     key = [list(values), seed, len(x), float(x[0].sum()), float(x[-1].sum())]
     if progress is not None and progress.exists():
         saved = load_checkpoint(progress)
@@ -237,12 +244,13 @@ def sweep_logistic(
     for l2 in need("tqdm").tqdm(values, desc="l2 sweep", leave=False):
         if l2 in done:
             continue
-        fit = problem.fit(l2, start, _ROUGH, _ITERATIONS)
-        done[l2] = float((fit.true_class_rank(x[held], targets[held]) == 0).double().mean())
+        fit = problem.fit(l2, start, _ROUGH_TOLERANCE, _ITERATIONS)
+        rank = fit.true_class_rank(x[held_out], targets[held_out])
+        done[l2] = float((rank == 0).double().mean())
         start = fit.parameters()
         if progress is not None:
             write_atomic(progress, partial(torch.save, {"key": key, "done": done, "start": start}))
-    # Its copy of the features would lie beside the final fit's.
+    # Free its copy of the features before the final fit makes another.
     del problem
     best = max(done, key=lambda l2: (done[l2], l2))
     return Sweep(fit_logistic(x, targets, best, n_classes=n_classes, device=device), done)
@@ -256,10 +264,10 @@ def linear_probe(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Accuracy:
-    """A quick look: the logistic regression at one l2. `sweep_logistic` is the protocol.
+    """A quick estimate: the logistic regression at one fixed l2. `sweep_logistic` is the protocol.
 
-    train: [n, D], test: [m, D]; labels: integers [n] and [m], rows with negative ones (STL-10's
-    unlabelled images) are left out. seed: of the bootstrap. device: where the fit is computed.
+    train: [n, D], test: [m, D]; labels: integers [n] and [m]. Rows with a negative label (STL-10's
+    unlabelled images) are left out. seed: for the bootstrap. device: where the fit is computed.
     """
     (train, train_labels), (test, test_labels) = (
         (x[labels >= 0], labels[labels >= 0])
@@ -267,12 +275,12 @@ def linear_probe(
     )
     classes = 1 + int(max(np.max(train_labels), np.max(test_labels)))
     problem = _Problem(train, _integers(train_labels), classes, device, _rough_products(device))
-    fit = problem.fit(_L2, None, _ROUGH, _ITERATIONS)
+    fit = problem.fit(_L2, None, _ROUGH_TOLERANCE, _ITERATIONS)
     return bootstrap((fit.true_class_rank(test, test_labels) == 0).numpy(), seed)
 
 
 def _moments(x: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (of a constant feature: 1), float32 [D]."""
+    """Mean and standard deviation of each feature, float32 [D]; 1 for a constant feature."""
     total = torch.zeros(x.shape[1], dtype=torch.float64)
     squares = torch.zeros_like(total)
     for rows in _blocks(len(x), x.shape[1]):
@@ -288,7 +296,7 @@ def _moments(x: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
 
 
 def _rough_products(device: torch.device | str) -> torch.dtype:
-    """What the matrix products of an exploratory fit are computed in."""
+    """The dtype of the matrix products in a fit that only chooses l2."""
     return torch.float32 if torch.device(device).type == "cuda" else torch.float64
 
 

@@ -1,10 +1,9 @@
-"""A linear classifier and k-NN beside training, on the features that it computes anyway.
+"""A linear classifier and k-NN during training, on the features that training computes anyway.
 
 They read the encoder's features of each step's views, detached. No image is encoded twice, no
 random number is drawn, and no weight of the model changes. arXiv:2002.05709, B.6 also trains a
-linear classifier beside pretraining. The features are those of distorted training images, so the
-accuracies are lower than those of `simclr-fast eval`: they show the course of a run, not its
-result.
+linear classifier during pretraining. The features are those of augmented training images, so the
+accuracies are lower than those of `simclr-fast eval`. They show how a run develops, not its result.
 """
 
 import json
@@ -24,21 +23,23 @@ from simclr_fast.utils.lines import keep_until
 
 log = logging.getLogger(__name__)
 _K, _BANK, _QUERIES = 20, 4096, 512
-# On features of mean 0 and length about 1, where SGD is stable up to 2 (1 + momentum) / (1 / 2).
+# The features have mean 0 and length about 1. There SGD is stable up to a learning rate of
+# 2 (1 + momentum) / (1 / 2).
 _LR, _MOMENTUM = 2.0, 0.9
 
 
 class OnlineProbe:
     """Accuracies of a run's features on the training images, every `every` steps.
 
-    linear: top-1 of a linear classifier on the first views of all steps since the last report; each
-        batch is classified before the classifier learns from it. It takes one Nesterov step per
-        batch, on both views, standardised over the batch.
-    knn: top-1 of weighted 20-NN of the step's first views (at most 512) among those of the steps
-        before (at most 4,096 images); the image itself does not count.
-    percent_of_time: the probe's share of the time since the last report.
+    labels: int64 [n], one per image of the source, -1 for images without one.
 
-    labels: int64 [n] of the source, -1 where there is none.
+    A report has:
+    linear: top-1 of a linear classifier on the first views of all steps since the last report. Each
+        batch is classified before the classifier learns from it. The classifier takes one Nesterov
+        step per batch, on the features of both views, standardised over the batch.
+    knn: top-1 of weighted 20-NN. The queries are the first views of this step (at most 512), the
+        bank those of earlier steps (at most 4,096). An image is not its own neighbour.
+    percent_of_time: the probe's share of the time since the last report.
     """
 
     def __init__(self, labels: np.ndarray | None, every: int, device: torch.device) -> None:
@@ -48,23 +49,23 @@ class OnlineProbe:
         self.labels = torch.from_numpy(labels).to(device)
         self.classes = int(labels.max()) + 1
         self.h: Tensor | None = None
-        # Empty until the first step; a checkpoint's otherwise.
+        # Empty until the first step or a checkpoint fills it.
         self.state: dict[str, Tensor] = {}
         self.path: Path | None = None
         self._clock = _Clock(device)
 
     def open(self, path: Path, step: int) -> None:
-        """Append reports to `path` as JSON lines; drop those after `step`, which come again."""
+        """Append reports to `path` as JSON lines. First drop its lines after `step`."""
         keep_until(path, step)
         self.path = path
 
     def take(self, h: Tensor) -> None:
-        """Note the features of a step's views: [2n, D], first views first."""
+        """Keep the features of a step's views: [2n, D], first views first."""
         self.h = h.detach()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint's `state`; an empty one begins anew."""
-        # "next" stays on the host, which reads it in every step.
+        """Continue from a checkpoint's `state`; an empty one starts anew."""
+        # "next" stays on the CPU, because every step reads it there.
         self.state = {
             name: value.cpu() if name == "next" else value.to(self.device)
             for name, value in state.items()
@@ -72,7 +73,7 @@ class OnlineProbe:
 
     @torch.no_grad()
     def after_step(self, step: int, index: Tensor) -> dict[str, Any] | None:
-        """Learn from the noted features of images `index`, int64 [n]; a report when it is due."""
+        """Learn from the features of images `index`, int64 [n]; return a report if one is due."""
         assert self.h is not None
         with self._clock:
             h, self.h = self.h.float(), None
@@ -119,7 +120,7 @@ class OnlineProbe:
             "bank": torch.zeros(bank, dim, device=self.device),
             # -1: not filled yet.
             "bank_ids": torch.full((bank,), -1, device=self.device),
-            # Read by the host.
+            # On the CPU, because every step reads it there.
             "next": torch.zeros((), dtype=torch.int64),
         }
 
@@ -164,7 +165,7 @@ class OnlineProbe:
 
 
 class _Clock:
-    """Time spent inside `with`, and its share of all; by events on a GPU, which waits for none."""
+    """Measures the share of time inside `with` blocks; on a GPU by events, synced in `percent`."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"

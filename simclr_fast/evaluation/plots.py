@@ -1,7 +1,7 @@
 """The pictures of a run and of an evaluation, drawn by Matplotlib.
 
-Colours are those of Okabe and Ito, which people with any form of colour blindness can tell apart;
-classes also differ in their marker, and stand by name where their points are.
+The colours are Okabe and Ito's, which people with any form of colour blindness can tell apart.
+Classes also differ in their marker, and their names are written where their points are.
 """
 
 import json
@@ -18,8 +18,8 @@ from simclr_fast.utils.checkpoint import write_atomic
 from simclr_fast.utils.extras import need
 
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "0.45"
-# Okabe and Ito's, without the black that text is in; Matplotlib's codes of the markers. Five and
-# seven have no common divisor: 35 classes differ in colour or marker.
+# Okabe and Ito's colours without black, which is for text, and Matplotlib's codes of markers.
+# 7 colours and 5 markers make 35 distinct styles, because 5 and 7 have no common divisor.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 _MARKERS = ("o", "s", "^", "D", "X")
 _NAMED_CLASSES = 20
@@ -33,15 +33,14 @@ class Style(NamedTuple):
 
 
 def class_style(label: int) -> Style:
-    """The style of class number `label`, in every picture and on the page of `eval embed`."""
+    """The style of class `label`, the same in every picture and on the page of `eval embed`."""
     return Style(_COLOURS[label % len(_COLOURS)], _MARKERS[label % len(_MARKERS)])
 
 
 def plot_loss(metrics: Path, path: Path, batch_size: int) -> None:
-    """Loss and contrastive accuracy over steps, from metrics.jsonl.
+    """Draw loss and contrastive accuracy over steps, from metrics.jsonl.
 
-    A dashed line is where the loss would be if all similarities were equal: ln(2N - 1) for
-    N = batch_size images.
+    A dashed line marks the loss if all similarities were equal: ln(2N - 1) for N = batch_size.
     """
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps = [row["step"] for row in rows]
@@ -71,9 +70,9 @@ def plot_embedding(
     title: str,
     pictures: dict[int, np.ndarray] | None = None,
 ) -> None:
-    """Points [n, 2] by class: a colour and a marker each.
+    """Draw points [n, 2]; each class has its colour and marker.
 
-    Up to 20 classes are named where their points are densest, and listed beside the plot.
+    Up to 20 classes are named where their points are densest, and listed next to the plot.
     pictures: class number → uint8 [side, side, 3], shown in the list.
     """
     figure, (axis,) = _figure(1, (8, 7))
@@ -95,9 +94,10 @@ def plot_embedding(
 
 
 def densest_point(points: np.ndarray) -> int:
-    """The row of points [n, 2] whose tenth nearest other point (or the last) is nearest.
+    """The row of points [n, 2] with the smallest distance to its tenth nearest neighbour.
 
-    It lies within a crowd also where a class falls into several. Of many points, the first 2,000.
+    This point lies within a cluster, even if the class has several. Only the first 2,000 points are
+    used.
     """
     points = points[:2000]
     away = np.linalg.norm(points[:, None] - points, axis=2)  # [n, n]
@@ -106,7 +106,7 @@ def densest_point(points: np.ndarray) -> int:
 
 
 def _list_classes(axis: Any, classes: tuple[str, ...], pictures: dict[int, np.ndarray]) -> None:
-    """A list beside the axis: the marker of each class, its picture if there is one, its name."""
+    """Draw a list right of the axis: each class's marker, its picture if given, its name."""
     from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
     step = min(1 / len(classes), 0.075)
@@ -131,10 +131,10 @@ def plot_neighbours(
     queries: np.ndarray,
     path: Path,
 ) -> None:
-    """A row per query: the image, then its neighbours with class and cosine similarity.
+    """Draw a row per query: the image, then its neighbours with class and cosine similarity.
 
-    thumbs: uint8 [n, side, side, 3]; similarities, indices: [n, k]; labels: [n]; queries: rows to
-    show. A neighbour of another class has a thick dashed frame.
+    thumbs: uint8 [n, side, side, 3]; similarities, indices: [n, k]; labels: [n]; queries: numbers
+    of the images to show. A neighbour of another class has a thick dashed frame.
     """
     count = indices.shape[1]
     figure, (axis,) = _figure(1, (1.1 * (count + 1.4), 1.32 * len(queries) + 0.8))
@@ -161,7 +161,7 @@ def plot_neighbours(
 
 
 def _left(column: int) -> float:
-    """The left edge of a column of the picture of neighbours: a gap follows the queries."""
+    """The left edge of a column of `plot_neighbours`; a gap follows the column of queries."""
     return 1.06 * column + 0.25 * (column > 0)
 
 
@@ -172,7 +172,7 @@ def _frame(axis: Any, x: float, y: float) -> None:
 
 
 def plot_layers(accuracies: dict[str, Accuracy], path: Path) -> None:
-    """Top-1 after each layer, with its interval."""
+    """Draw the top-1 of each layer's features, with its 95% interval."""
     figure, (axis,) = _figure(1, (1.6 + 1.5 * len(accuracies), 4))
     values = np.array([a.value for a in accuracies.values()])
     errors = np.array([[a.value - a.low, a.high - a.value] for a in accuracies.values()]).T
@@ -186,7 +186,7 @@ def plot_layers(accuracies: dict[str, Accuracy], path: Path) -> None:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """One table of a picture. values: [len(rows), len(columns)] in percent, NaN where unknown."""
+    """One table to draw. values: [len(rows), len(columns)] in percent, NaN where unknown."""
 
     title: str
     row_axis: str
@@ -199,7 +199,7 @@ class HeatMap:
 def plot_heat_maps(
     maps: list[HeatMap], path: Path, heading: str = "", untrained: float | None = None
 ) -> None:
-    """Tables as coloured squares with their numbers, on one colour scale.
+    """Draw tables as coloured squares with their numbers, all on one colour scale.
 
     untrained: the accuracy of an untrained encoder in percent, marked on the colour bar.
     """
@@ -234,7 +234,7 @@ def plot_heat_maps(
 
 def _figure(columns: int, size: tuple[float, float]) -> Any:
     need("matplotlib")
-    # Figure without pyplot: no window system, no global state.
+    # Figure instead of pyplot: needs no window system and keeps no global state.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")

@@ -1,4 +1,4 @@
-"""Which training images a protocol may see: class-balanced parts, and lists of file names."""
+"""The images of a protocol: class-balanced parts, lists of file names, training and test sets."""
 
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -12,7 +12,7 @@ from simclr_fast.data.sources import Source, subset
 def balanced_subset(labels: np.ndarray, fraction: float, seed: int = 0) -> np.ndarray:
     """Sorted indices of `fraction` of every class, at least one image of each: int64 [m].
 
-    The images of a class are ranked once per seed: a smaller fraction is a part of a larger one.
+    For the same seed, a smaller fraction is a part of a larger one.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be in (0, 1], got {fraction}")
@@ -28,11 +28,11 @@ def balanced_subset(labels: np.ndarray, fraction: float, seed: int = 0) -> np.nd
 def listed_subset(source: Source, listing: Path) -> np.ndarray:
     """Sorted indices of the images that a file lists, one file name per line: int64 [m].
 
-    A line is a file's name, with or without folders: google-research/simclr's
-    imagenet_subsets/1percent.txt and 10percent.txt are such lists.
+    A line is a file's name, with or without folders. imagenet_subsets/1percent.txt and
+    10percent.txt of google-research/simclr are such lists.
 
     Raises:
-        ValueError: a name that the source does not have or has twice, or an empty list.
+        ValueError: the list is empty, or the source lacks a name or has it twice.
     """
     wanted = listing.read_text().split("\n")
     names = [line.strip() for line in wanted if line.strip()]
@@ -44,17 +44,19 @@ def listed_subset(source: Source, listing: Path) -> np.ndarray:
     where: dict[str, list[int]] = {}
     depths = {len(PurePath(name).parts) for name in names}
     for i in range(len(source)):
-        # Shards name a record SHARD:KEY.
+        # The name of a record in a shard is SHARD:KEY.
         parts = PurePath(source.name(i).rpartition(":")[2]).parts
         for depth in depths:
             where.setdefault("/".join(parts[-depth:]), []).append(i)
     if missing := [name for name in names if name not in where]:
         raise ValueError(
-            f"{len(missing)} of the {len(names)} names in {listing} are not in the data, "
-            f"{missing[0]} first"
+            f"{len(missing)} of the {len(names)} names in {listing} are not in the data; the first "
+            f"is {missing[0]}"
         )
     if double := [name for name in names if len(where[name]) > 1]:
-        raise ValueError(f"{listing}: {double[0]} is {len(where[double[0]])} images of the data")
+        raise ValueError(
+            f"{listing}: the data has {len(where[double[0]])} images named {double[0]}"
+        )
     return np.sort(np.array([where[name][0] for name in names], dtype=np.int64))
 
 
@@ -72,19 +74,21 @@ class LabelledPair:
 def labelled_pair(data: str, test: str | None) -> LabelledPair:
     """Training and test images that have labels.
 
-    data, test: as for `named_source`; without `test`, the test split of `data`; a `test` with a
-    test split of its own means that. Images labelled -1 (STL-10's) are left out.
+    data: the training images, as for `named_source`.
+    test: the test images; by default the test split of `data`. If `test` itself has a test split,
+        that split is used.
+    Images labelled -1 (STL-10's unlabelled ones) are left out.
 
     Raises:
-        ValueError: no test images, the training images as such, no labels, or other classes in
-            the one than in the other.
+        ValueError: there are no test images, they are the training images, labels are missing, or
+            the two have different classes.
     """
     train, labels = _labelled(named_source(data), data)
     given = _test_source(test) if test else named_source(data, "test")
     if given is None:
-        raise ValueError(f"{data!r} has no test images of its own: pass --test")
+        raise ValueError(f"{data!r} has no test split: pass --test")
     if test and given.fingerprint() == train.fingerprint():
-        raise ValueError(f"{test!r} is the training images: an accuracy on them says nothing")
+        raise ValueError(f"--test {test!r} holds the training images: give other images")
     tested, test_labels = _labelled(given, test or data)
     if train.classes and tested.classes and train.classes != tested.classes:
         only = sorted(set(train.classes) ^ set(tested.classes))
@@ -92,13 +96,14 @@ def labelled_pair(data: str, test: str | None) -> LabelledPair:
     classes = train.classes or tuple(str(i) for i in range(int(labels.max()) + 1))
     if int(test_labels.max()) >= len(classes):
         raise ValueError(
-            f"{test or data} has label {int(test_labels.max())}, {data} {len(classes)} classes"
+            f"{test or data} has label {int(test_labels.max())}, but {data} has only "
+            f"{len(classes)} classes"
         )
     return LabelledPair(train, labels, tested, test_labels, classes)
 
 
 def shown_source(data: str, test: str | None) -> Source:
-    """The images to look at: those of `test`, else the test split of `data`, else `data`."""
+    """The images to show: those of `test`, else the test split of `data`, else `data`."""
     return _test_source(test or data)
 
 
@@ -116,7 +121,7 @@ def _test_source(data: str) -> Source:
 
 def _labelled(source: Source, name: str) -> tuple[Source, np.ndarray]:
     if source.labels is None:
-        raise ValueError(f"{name!r} has no labels: a folder of one folder per class has them")
+        raise ValueError(f"{name!r} has no labels: give a folder that has one folder per class")
     known = np.flatnonzero(source.labels >= 0)
     if len(known) == len(source):
         return source, source.labels

@@ -177,7 +177,7 @@ def test_test_images(tmp_path):
     data = f"food101:{tmp_path}"
     assert labelled_pair(data, data).test_labels.tolist() == [0, 1]
     folder = str(tmp_path / "food-101/images")
-    with pytest.raises(ValueError, match="is the training images"):
+    with pytest.raises(ValueError, match="holds the training images"):
         labelled_pair(folder, folder)
 
 

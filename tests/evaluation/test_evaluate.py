@@ -270,7 +270,7 @@ def test_subset_lists(tmp_path):
     assert listed_subset(source, listing).tolist() == [1, 3]
     for text, says in (
         ("n03_1.JPEG\n", "n03_1.JPEG"),
-        ("a.JPEG", "is 2 images"),
+        ("a.JPEG", "2 images named a.JPEG"),
         ("", "no names"),
         ("n01_3.JPEG\nn01_3.JPEG", "twice"),
     ):

@@ -81,8 +81,8 @@ def test_k_beyond_the_bank_is_left_out_and_bad_arguments_are_named():
         knn_ranks(train, labels, test, test_labels, 4)
 
 
-@pytest.mark.parametrize("held", [1e9, 40 * (4 * 8 + 12 * 5)])
-def test_the_bank_is_moved_once_per_share_of_the_queries(monkeypatch, held):
+@pytest.mark.parametrize("cached", [1e9, 40 * (4 * 8 + 12 * 5)])
+def test_the_bank_is_moved_once_per_share_of_the_queries(monkeypatch, cached):
     """Not once per block of queries: on a GPU every pass of the bank is an upload of all of it."""
     rows = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
     moved = []
@@ -93,8 +93,8 @@ def test_the_bank_is_moved_once_per_share_of_the_queries(monkeypatch, held):
 
     whole = nearest(rows, rows, 5)
     monkeypatch.setattr(knn, "_normalized", count)
-    found = nearest(rows, rows, 5, query_block=10, bank_block=64, held_bytes=held)
-    passes = 1 if held == 1e9 else 5
+    found = nearest(rows, rows, 5, query_block=10, bank_block=64, cached_bytes=cached)
+    passes = 1 if cached == 1e9 else 5
     assert sum(moved) == 200 + passes * 200
     assert torch.equal(found[1], whole[1])
     assert torch.allclose(found[0], whole[0], atol=1e-6)
