@@ -1,7 +1,7 @@
 """Ablations: a grid of short runs, each pretrained and probed, as in the figures of the paper.
 
-Every cell of the grid is one `pretrain` run and the linear probe of its encoder on the test images.
-Finished cells are lines of results.jsonl and are never run again.
+For every cell of the grid, `pretrain` trains an encoder and a linear probe measures it on the test
+images. A finished cell is a line of results.jsonl and is never run again.
 """
 
 import itertools
@@ -24,7 +24,7 @@ from simclr_fast.evaluation.features import features
 from simclr_fast.evaluation.linear import linear_probe
 from simclr_fast.evaluation.plots import HeatMap, plot_heat_maps
 from simclr_fast.models.weights import load_weights
-from simclr_fast.training.config import APART, PretrainConfig, to_json
+from simclr_fast.training.config import NOT_COMPARED, PretrainConfig, to_json
 from simclr_fast.training.pretrain import pretrain
 from simclr_fast.training.setup import build_model
 from simclr_fast.utils import checkpoint
@@ -32,7 +32,7 @@ from simclr_fast.utils.device import release_memory, resolve_device
 from simclr_fast.utils.extras import need
 from simclr_fast.utils.locks import locked
 
-# An operation's probability where the recipe leaves it out: the paper's.
+# The paper's probability of each operation, for operations that the recipe does not have.
 _PAPER = {"p_jitter": 0.8, "p_gray": 0.2, "p_blur": 0.5, "p_flip": 0.5}
 # Colour distortion is jitter and gray (arXiv:2002.05709, appendix A).
 _FIELDS = {
@@ -71,13 +71,14 @@ def grid(
     projectors: Sequence[str] = (),
     seeds: Sequence[int] = (),
 ) -> list[Cell]:
-    """All combinations of the given values; an axis without values has `base`'s only.
+    """All combinations of the given values. An axis without values takes that of `base`.
 
-    operations: of OPERATIONS: every one alone and every pair (arXiv:2002.05709, figure 5).
+    operations: names from OPERATIONS. The grid has each of them without the others, and each pair
+        (arXiv:2002.05709, figure 5).
     """
     if unknown := set(operations) - set(OPERATIONS):
         allowed = ", ".join(OPERATIONS)
-        raise ValueError(f"operations must be of {allowed}; got {', '.join(sorted(unknown))}")
+        raise ValueError(f"operations must be among {allowed}; got {', '.join(sorted(unknown))}")
     pairs = itertools.combinations(operations, 2)
     augmentations = [*operations, *map("+".join, pairs)] or [RECIPE]
     axes = (
@@ -91,7 +92,11 @@ def grid(
 
 
 def cell_config(base: PretrainConfig, cell: Cell, out: Path) -> PretrainConfig:
-    """The run of a cell. Another batch size sees as many images, with lr scaled by `lr_rule`."""
+    """The configuration of a cell's run.
+
+    If its batch size differs from that of `base`, the steps are scaled to see as many images, and
+    the learning rate is scaled by `lr_rule`.
+    """
     augmentation = base.augmentation
     if cell.augmentation != RECIPE:
         augmentation = only(augmentation, cell.augmentation.split("+"))
@@ -112,10 +117,11 @@ def cell_config(base: PretrainConfig, cell: Cell, out: Path) -> PretrainConfig:
 
 
 def only(augmentation: Augmentation, operations: Sequence[str]) -> Augmentation:
-    """`augmentation` with these operations alone, on both views.
+    """`augmentation` reduced to these operations, on both views.
 
-    The paper's figure 5 crops every image at random, then distorts one of its two views; here
-    every operation, the crop too, is on both views or absent.
+    This differs from the paper's figure 5. There every image is cropped at random, and the
+    operations are applied to one of its two views. Here an operation, cropping included, is applied
+    to both views or to none.
     """
     wanted = {field for name in operations for field in _FIELDS.get(name, ())}
     chances: dict[str, Any] = {
@@ -128,20 +134,21 @@ def only(augmentation: Augmentation, operations: Sequence[str]) -> Augmentation:
 def ablate(
     base: PretrainConfig, cells: Sequence[Cell], folder: Path, max_cells: int | None = None
 ) -> list[dict[str, Any]]:
-    """Run at most `max_cells` of the cells without a result in `folder`; all results so far.
+    """Run at most `max_cells` of the cells that have no result in `folder`; return all results.
 
-    Writes results.jsonl (a line per finished cell: its settings, top-1 with a 95% bootstrap
-    interval, the last loss, seconds) and cells/NAME/. Interrupted, the same call goes on.
+    Writes results.jsonl and cells/NAME/. A line of results.jsonl is a finished cell: its settings,
+    top-1 with a 95% bootstrap interval, the last loss, seconds. After an interruption, the same
+    call continues.
 
     Raises:
         FileExistsError: the folder holds something else. ValueError: it holds results of another
-            `base`, or the data have no labelled test images. BlockingIOError: another process is
-            at work there.
+            `base`, or the data have no labelled test images. BlockingIOError: another process uses
+            the folder.
     """
     train, test = named_source(base.data, "train"), named_source(base.data, "test")
     if train.labels is None or test is None or test.labels is None:
         raise ValueError(
-            f"an ablation needs labelled training and test images, which data {base.data!r} lack"
+            f"an ablation needs labelled training and test images: data {base.data!r} has none"
         )
     _claim(folder, base)
     with locked(folder / ".lock", f"another process runs the ablation in {folder}"):
@@ -195,7 +202,7 @@ def _run_cells(
         rows.append(row)
         _write(results, "".join(json.dumps(row) + "\n" for row in rows))
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
-        # The next cell's memory mode is chosen by what is free.
+        # Free memory: it decides the memory mode of the next cell.
         del encoder
         release_memory()
         bar.write(f"{cell!s:<48} {accuracy}")
@@ -203,18 +210,23 @@ def _run_cells(
 
 
 def _claim(folder: Path, base: PretrainConfig) -> None:
-    """Make the folder for ablations of `base`, or check that it is."""
+    """Create the folder for ablations of `base`, or check that it is one."""
     about = folder / "base.json"
     values = json.loads(to_json(base))
-    text = json.dumps({k: v for k, v in values.items() if k not in APART}, indent=2) + "\n"
+    text = json.dumps({k: v for k, v in values.items() if k not in NOT_COMPARED}, indent=2) + "\n"
     if about.exists():
         if (before := about.read_text()) != text:
             old, new = json.loads(before), json.loads(text)
             changed = [key for key in new if old.get(key) != new[key]]
-            raise ValueError(f"{folder} is of other settings: {', '.join(changed)} differ")
+            raise ValueError(
+                f"{folder} holds results of other settings ({', '.join(changed)} differ): choose "
+                "another --out"
+            )
         return
     if folder.is_dir() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty, and no ablation: choose another --out")
+        raise FileExistsError(
+            f"{folder} holds files that are not of an ablation: choose another --out"
+        )
     _write(folder / "results.jsonl", "")
     _write(about, text)
 
@@ -224,7 +236,7 @@ def _write(path: Path, text: str) -> None:
 
 
 class Setting(NamedTuple):
-    """What a cell is, but for its seed."""
+    """A cell without its seed."""
 
     augmentation: str
     batch_size: int
@@ -236,7 +248,7 @@ _AXES = ("augmentation", "batch size", "temperature", "projector")
 
 
 def mean_top1(rows: Sequence[dict[str, Any]]) -> dict[Setting, float]:
-    """Top-1 of each setting, over its seeds."""
+    """Top-1 of each setting, averaged over its seeds."""
     groups: dict[Setting, list[float]] = {}
     for row in rows:
         setting = Setting(*(row[name] for name in Setting._fields))
@@ -245,7 +257,7 @@ def mean_top1(rows: Sequence[dict[str, Any]]) -> dict[Setting, float]:
 
 
 def untrained_top1(base: PretrainConfig, folder: Path) -> float:
-    """Top-1 of the probe on the encoder as it is before training; kept in untrained.json."""
+    """Top-1 of the probe on the untrained encoder; saved in untrained.json."""
     kept = folder / "untrained.json"
     if not kept.exists():
         train, test = named_source(base.data, "train"), named_source(base.data, "test")
@@ -263,8 +275,11 @@ def untrained_top1(base: PretrainConfig, folder: Path) -> float:
 def plot_ablation(
     rows: Sequence[dict[str, Any]], path: Path, untrained: float | None = None
 ) -> None:
-    """Heat maps of top-1: operations against operations if there are several, else the two axes
-    with the most values. untrained: top-1 before training, marked on the colour bar."""
+    """Draw heat maps of top-1.
+
+    With several operations, a map shows one operation against another; otherwise it shows the two
+    axes with the most values. untrained: top-1 before training, marked on the colour bar.
+    """
     means = mean_top1(rows)
     operations = [
         name
@@ -273,7 +288,7 @@ def plot_ablation(
     ]
     if len(operations) > 1:
         maps = operation_maps(means, operations)
-        heading = "Operations of the augmentation: diagonal = alone, elsewhere = both together"
+        heading = "Operations of the augmentation: one on the diagonal, two elsewhere"
     else:
         maps, heading = axis_maps(means), "Ablation"
     seeds = len({row["seed"] for row in rows})
@@ -282,7 +297,7 @@ def plot_ablation(
 
 
 def operation_maps(means: dict[Setting, float], operations: list[str]) -> list[HeatMap]:
-    """A map per batch size, temperature and projector: one operation against another."""
+    """One map per batch size, temperature and projector: an operation against another."""
     maps = []
     for rest in dict.fromkeys(setting[1:] for setting in means):
 

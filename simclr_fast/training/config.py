@@ -1,4 +1,4 @@
-"""What a pretraining run is made of. Presets are functions that return a PretrainConfig."""
+"""The settings of a run. Presets are functions that return a PretrainConfig."""
 
 import dataclasses
 import json
@@ -42,66 +42,77 @@ class PretrainConfig:
     optimizer: Literal["lars", "adam"] = "lars"
     """LARS is the paper's. Adam is for small runs."""
     lr: float | None = None
-    """Peak learning rate. By default that of lr_rule for LARS, and 0.002 for Adam."""
+    """Peak learning rate. By default lr_rule decides for LARS, and Adam takes 0.002."""
     lr_rule: Literal["linear", "sqrt"] = "linear"
     """Peak learning rate of LARS. linear: 0.3 × batch / 256. sqrt: 0.075 × √batch."""
     weight_decay: float = 1e-6
-    """Of all weights but biases and norm layers."""
+    """Weight decay of all weights except biases and norm layers."""
     warmup_epochs: float = 10
-    """Epochs in which the learning rate rises to its peak."""
+    """Epochs during which the learning rate rises to its peak."""
     seed: int = 0
-    """Decides the first weights, the order of the images and their views."""
+    """Determines the initial weights, the order of the images and their views."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps. auto: a GPU if torch sees one, else the CPU."""
     backend: Literal["fused", "dali"] | None = None
-    """What makes the views. By default what fits the device and the data."""
+    """How views are made. By default chosen by the device and the data."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto: on the CPU float32; on GPUs bfloat16 autocast where they compute in it, else float16
-    autocast with a scaled loss."""
+    """auto: float32 on the CPU; bfloat16 autocast on GPUs that compute in it; float16 autocast with
+    a scaled loss on other GPUs."""
     memory: Literal["auto", "plain", "replay", "lockstep", "grad-cache"] = "auto"
-    """How the batch's gradient is made to fit; see simclr_fast.large_batch.LargeBatch. auto: the
-    first that `simclr-fast plan` predicts to fit."""
+    """How the gradient of the batch fits into memory; see simclr_fast.large_batch.LargeBatch. auto:
+    the first mode that `simclr-fast plan` predicts to fit."""
     micro_batch: int | None = None
-    """Views at a time in lockstep and grad-cache, per rank. By default 256."""
+    """Views per rank that lockstep and grad-cache process at a time. By default 256."""
     offload_gb: float = 0
     """Host memory per rank for lockstep's block inputs, in GB."""
     keep_every: int = 1
     """Lockstep keeps the input of every k-th block and recomputes the others."""
     compile: bool = False
-    """Lockstep runs what lies between batch norms and convolutions through torch.compile."""
+    """Lockstep uses torch.compile for the layers between batch norms and convolutions."""
     allow_ghost_bn: bool = False
-    """Let grad-cache run with batch norms. Their statistics are then those of a micro-batch."""
+    """Let grad-cache run models with batch norm. Its statistics are then of a micro-batch only."""
     channels_last: bool = True
     """Memory format of views and weights; faster for convolutions."""
     on_error: Literal["raise", "skip"] = "raise"
-    """What to do about a corrupt image. raise: end the run with its name. skip: use another."""
+    """What to do with a corrupt image. raise: end the run and name the image. skip: take another
+    image instead."""
     workers: int | None = None
     """Threads that decode images. By default the number of cores, at most 8."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     probe_every: int | None = None
-    """Steps between reports of a linear and a k-NN probe on the features of the run's own steps.
+    """Steps between reports of a linear and a k-NN probe on the features that training computes.
     Needs labels; they train only the probe."""
     checkpoint_every: int = 500
     """Steps between checkpoints. The newest two are kept."""
     checkpoint_minutes: float = 15
     """Minutes after which a checkpoint is written even if checkpoint_every is not reached."""
     timeout: float = 600
-    """Seconds without progress after which a run of several ranks ends and names who stalled."""
+    """Seconds without progress after which a run of several ranks ends and names the rank that
+    stalled."""
     resume: bool = False
-    """Go on from the newest checkpoint in `out`."""
+    """Continue from the newest checkpoint in `out`."""
     overwrite: bool = False
-    """Delete what `out` holds."""
+    """Delete the contents of `out` first."""
 
     def __post_init__(self) -> None:
         for name in (
-            *("batch_size", "epochs", "steps", "projector_dim", "projector_depth", "keep_every"),
-            *("micro_batch", "workers", "log_every", "probe_every", "checkpoint_every"),
+            "batch_size",
+            "epochs",
+            "steps",
+            "projector_dim",
+            "projector_depth",
+            "keep_every",
+            "micro_batch",
+            "workers",
+            "log_every",
+            "probe_every",
+            "checkpoint_every",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        # Written so that NaN is refused as well.
+        # "not >" instead of "<=" also refuses NaN.
         for name in ("width", "temperature", "lr", "checkpoint_minutes", "timeout"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -128,14 +139,14 @@ def imagenet() -> PretrainConfig:
 
 
 def imagenet100() -> PretrainConfig:
-    """The 100-class subset, at a batch that fits one large GPU."""
+    """ResNet-50 on ImageNet-100, at a batch size that fits one large GPU."""
     return PretrainConfig(
         data="imagenet100/train", batch_size=512, epochs=400, lr_rule="sqrt", temperature=0.1
     )
 
 
 def cifar10() -> PretrainConfig:
-    """The paper's appendix B.9 with ResNet-18: small stem, no blur, s = .5, τ .5."""
+    """The paper's appendix B.9 with ResNet-18: small stem, no blur, s = 0.5, temperature 0.5."""
     return PretrainConfig(
         data="cifar10:data",
         model="resnet18",
@@ -147,7 +158,7 @@ def cifar10() -> PretrainConfig:
 
 
 def demo() -> PretrainConfig:
-    """The embedded data set, minutes on two CPU cores. Chosen on held-out training images."""
+    """The demo data; takes minutes on two CPU cores. Tuned on held-out training images."""
     return PretrainConfig(
         data="demo",
         model="resnet10",
@@ -162,16 +173,24 @@ def demo() -> PretrainConfig:
     )
 
 
-# How a run is carried out and what it prints and keeps: not what it computes.
-APART = (
-    *("out", "resume", "overwrite", "device", "workers", "timeout"),
-    *("log_every", "probe_every", "checkpoint_every", "checkpoint_minutes"),
+# Settings that do not change what a run computes.
+NOT_COMPARED = (
+    "out",
+    "resume",
+    "overwrite",
+    "device",
+    "workers",
+    "timeout",
+    "log_every",
+    "probe_every",
+    "checkpoint_every",
+    "checkpoint_minutes",
 )
 PRESETS = {"demo": demo, "cifar10": cifar10, "imagenet100": imagenet100, "imagenet": imagenet}
 
 
 def to_json(config: Any) -> str:
-    """The dataclass as JSON."""
+    """A dataclass as JSON."""
     return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
 
 
@@ -184,7 +203,10 @@ def from_json(text: str) -> PretrainConfig:
 
 
 def differences(before: str, after: str) -> list[str]:
-    """What differs between two JSON texts of `to_json`, apart from `APART`: "lr: 2.0 → 1.0"."""
+    """The settings that differ between two texts of `to_json`, such as "lr: 2.0 → 1.0".
+
+    Ignores those in NOT_COMPARED.
+    """
     old, new = json.loads(before), json.loads(after)
-    names = [name for name in new if name not in APART and old.get(name) != new[name]]
+    names = [name for name in new if name not in NOT_COMPARED and old.get(name) != new[name]]
     return [f"{name}: {old.get(name)} → {new[name]}" for name in names]

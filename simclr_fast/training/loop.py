@@ -40,12 +40,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained.
+    """A model, a loader and a loss to train.
 
-    loss: called once per step with the model's outputs for this rank's views and the images'
-        numbers, int64 [n] on the CPU. Returns the loss, whose gradient averaged over ranks is the
-        step's, and what metrics.jsonl shows: detached 0-dim tensors, alike on all ranks, the loss
-        and an accuracy among them.
+    loss: called once per step with the model's outputs for this rank's views and the numbers of
+        the images, int64 [n] on the CPU. It returns the loss of this rank and the values for
+        metrics.jsonl. Gradients of the loss are averaged over ranks. The values are detached 0-dim
+        tensors, equal on all ranks, with the loss and an accuracy among them.
     """
 
     name: str
@@ -59,8 +59,8 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
 
     Raises:
         FileExistsError, BlockingIOError: the output folder is in use. Interrupted: a signal ended
-            the run. OutOfMemory: with the flags to try next. FloatingPointError: the loss or a
-            weight is no longer finite; the last checkpoint is from before that.
+            the run. OutOfMemory: the message says which flags to try next. FloatingPointError: the
+            loss or a weight is no longer finite; the last checkpoint was written before that.
     """
     model, loader = task.model.to(world.device), task.loader
     if config.channels_last:
@@ -82,7 +82,7 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
     def where() -> str:
         return f"rank {world.rank}, step {step + 1}"
 
-    # The folder comes after everything that a wrong argument stops.
+    # Created only now: a wrong argument fails above and leaves no empty folder.
     with ExitStack() as stack:
         out = stack.enter_context(output_folder(config, world))
         folder = out / "checkpoints"
@@ -109,7 +109,7 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
         caught = stack.enter_context(catch_signals())
         stack.enter_context(planner.out_of_memory(work, memory, where))
         model.train()
-        # Closed also after an error: a thread may be making the next batch.
+        # Closed after an error too: a thread may be making the next batch.
         batches = stack.enter_context(closing(endless(loader)))
         saved_at = time.monotonic()
         while step < total_steps:
@@ -133,7 +133,7 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
             optimizer.zero_grad(set_to_none=True)
             _, shown = large_batch.backward(views, loss_fn, loader.row_counts())
             lr = optimizer.param_groups[0]["lr"]
-            # Averaged gradients are the same on all ranks, and so is an overflow in them.
+            # All ranks have the same averaged gradients, so all skip the same overflowing steps.
             scaler.step(optimizer)
             scaler.update()
             scheduler.step()
@@ -157,7 +157,7 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
                 checkpoint.save_checkpoint(folder, step, state)
                 saved_at = time.monotonic()
             if stop is not None:
-                # A launcher kills the others once a rank is gone, and rank 0 is still saving.
+                # Wait for rank 0, which is saving: a launcher kills all ranks when one ends.
                 world.meet()
                 world.leave()
                 raise Interrupted(stop, out)
@@ -167,14 +167,14 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
         if world.rank == 0:
             checkpoint.save_encoder(out / "encoder.safetensors", model.encoder, describe(config))
         if caught:
-            # In the last step. What would follow, such as a report, is not begun.
+            # The signal came in the last step. Raise, so that no report follows.
             world.leave()
             raise Interrupted(caught[0], out)
     return out
 
 
 def endless(loader: TwoViewLoader | OneViewLoader) -> Generator[tuple[Tensor, ...]]:
-    """The batches of one epoch after the other."""
+    """The batches of all epochs, one after the other, without end."""
     while True:
         yield from loader
 
@@ -182,7 +182,7 @@ def endless(loader: TwoViewLoader | OneViewLoader) -> Generator[tuple[Tensor, ..
 def resume(
     folder: Path, world: World, parts: dict[str, Any], probe: OnlineProbe | None = None
 ) -> int:
-    """Give `parts` their states of the newest checkpoint that rank 0 finds; the step, 0 if none.
+    """Load the newest checkpoint that rank 0 finds into `parts`; return its step, 0 without one.
 
     The other ranks get the state from rank 0, so their machines need not see the file.
     """
@@ -204,7 +204,7 @@ def resume(
     ]
     peaks = list(scheduler.base_lrs)
     checkpoint.restore(state, path, **parts)
-    # Learning rate, decay and momentum are those of this run, also where the checkpoint's differ.
+    # This run's learning rate, weight decay and momentum replace the checkpoint's.
     scheduler.base_lrs = peaks
     for group, given, peak, factor in zip(
         optimizer.param_groups, options, peaks, scheduler.lr_lambdas, strict=True
@@ -226,7 +226,7 @@ def summary(
     total_steps: int,
     out: Path,
 ) -> str:
-    """What a run is about to do, in a few lines."""
+    """A few lines that describe a run before it starts."""
     loader = task.loader
     source = loader.source
     classes = f", {len(source.classes)} classes" if source.classes else ""

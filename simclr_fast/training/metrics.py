@@ -1,4 +1,4 @@
-"""What a run shows while it trains: the progress bar, and lines of metrics.jsonl."""
+"""The output of a run while it trains: the progress bar and the lines of metrics.jsonl."""
 
 import json
 import logging
@@ -15,16 +15,16 @@ from simclr_fast.utils.extras import need
 from simclr_fast.utils.lines import keep_until
 
 log = logging.getLogger(__name__)
-# Percent of the time spent waiting for data above which a run says what to try.
+# If a larger percentage of the time is spent waiting for data, a run says what to try.
 _SLOW_DATA = 5.0
-# Seconds that a measurement of the waiting time must last to be believed.
+# Shorter measurements of the waiting time, in seconds, are not trusted.
 _MEASURED = 1.0
 
 
 class Metrics:
     """The progress bar, and a line of metrics.jsonl every `log_every` steps; for rank 0.
 
-    first: the last step of the run that this one resumes, 0 for a new one. total: the run's steps.
+    first: the step at which this run resumes, 0 for a new run. total: all steps of the run.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Metrics:
             unit_scale=True,
             desc=self.name,
             smoothing=0.05,
-            # A log file wants a line now and then, not a screen that moves.
+            # In a log file each update is a line of text: write few.
             mininterval=0.5 if sys.stderr.isatty() else 20,
             dynamic_ncols=True,
         )
@@ -59,9 +59,9 @@ class Metrics:
         self._file.close()
 
     def after_step(self, step: int, shown: dict[str, Tensor], lr: float) -> None:
-        """Note a step. Every `log_every` steps reads `shown` from the device.
+        """Count a step. Every `log_every` steps, read `shown` from the device and write a line.
 
-        shown: 0-dim tensors, the loss and an accuracy among them.
+        shown: 0-dim tensors, with the loss and an accuracy among them.
 
         Raises:
             FloatingPointError: the loss is NaN or infinite.
@@ -91,7 +91,7 @@ class Metrics:
             raise FloatingPointError(
                 f"the loss is {row['loss']} at step {step}: lower the learning rate (--lr)"
             )
-        # The first line also measures the start.
+        # The first measurement includes the start of the run: give no advice on it.
         if self._logged != self.first and seconds > _MEASURED:
             self._advise(row["data_wait_percent"])
         self._since, self._logged, self.waited = now, step, 0.0
@@ -100,7 +100,7 @@ class Metrics:
         """Say once what to try when the data are slow."""
         if waited > _SLOW_DATA and not self._advised:
             self._advised = True
-            log.warning("%.0f%% of the time goes into waiting for data. %s", waited, _REMEDIES)
+            log.warning("%.0f%% of the time is spent waiting for data. %s", waited, _REMEDIES)
 
 
 _REMEDIES = (

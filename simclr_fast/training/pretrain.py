@@ -17,16 +17,16 @@ from simclr_fast.utils.distributed import join_world
 def pretrain(config: PretrainConfig) -> Path:
     """Run `config` to its end and return the output folder.
 
-    The folder holds config.json, metrics.jsonl, checkpoints/, encoder.safetensors. Under a launcher
-    every rank calls this; batch, loss and batch normalisation are those of all ranks together.
+    The folder holds config.json, metrics.jsonl, checkpoints/ and encoder.safetensors. Under a
+    launcher every rank calls this. Batch size, loss and batch normalisation are over all ranks.
 
     Raises:
         FileExistsError: the output folder is not empty, without resume or overwrite.
-        BlockingIOError: another run is at work in the output folder.
-        Interrupted: SIGINT, SIGTERM or SIGUSR1, after the checkpoint is written.
-        OutOfMemory: with the flags to try next.
-        FloatingPointError: the loss or a weight is NaN or infinite; the checkpoints are not.
-        RankFailure: another rank died or stalled; named, with its step.
+        BlockingIOError: another run uses the output folder.
+        Interrupted: SIGINT, SIGTERM or SIGUSR1 arrived; a checkpoint was written.
+        OutOfMemory: the message says which flags to try next.
+        FloatingPointError: the loss or a weight is NaN or infinite; it is in no checkpoint.
+        RankFailure: another rank died or stalled; the message names it and its step.
     """
     with join_world(config.device, config.timeout) as world:
         torch.manual_seed(config.seed)

@@ -1,4 +1,4 @@
-"""The end of a run: a linear probe of its encoder beside two baselines, and what to do next."""
+"""The report at the end of a run: a linear probe, two baselines, and what to do next."""
 
 import json
 from collections.abc import Iterator
@@ -19,17 +19,17 @@ from simclr_fast.training.config import PretrainConfig
 from simclr_fast.utils import checkpoint
 from simclr_fast.utils.device import resolve_device
 
-# Raw pixels are compared at this size at most: the fit needs memory with the square of their
-# number, 181 GB at 224 pixels, and here 0.08 GB.
+# Raw pixels are probed at no more than this size. The fit's memory grows with the square of their
+# number: 0.08 GB at 32 × 32 pixels, 181 GB at 224 × 224.
 _PIXELS = 32
 
 
 def probe_report(config: PretrainConfig, out: Path) -> Iterator[str]:
-    """Lines to print. Writes probe.json and embedding.png; nothing for data without a test split.
+    """Probe the run's encoder; yield lines to print; write probe.json and embedding.png.
 
-    The baselines are measured on the same images: logistic regression on the raw pixels, shrunk to
-    32 × 32 where they are larger, and the same encoder untrained, with the weights that this run
-    began with.
+    Yields nothing if the data have no labelled test split. Two baselines are measured on the same
+    images: logistic regression on the raw pixels, shrunk to 32 × 32 if larger, and the same encoder
+    with the run's initial weights.
     """
     train, test = named_source(config.data, "train"), named_source(config.data, "test")
     if train is None or test is None or train.labels is None or test.labels is None:
@@ -69,12 +69,12 @@ def probe_report(config: PretrainConfig, out: Path) -> Iterator[str]:
 
 
 def next_steps(config: PretrainConfig, out: Path) -> Iterator[str]:
-    """Commands that go on from a finished run, to be typed as they are."""
+    """Commands to run after a finished run, ready to be copied."""
     data = f" --data {config.data}" if config.data != "demo" else ""
-    # Only data with test images of its own can be evaluated without another folder.
+    # `eval linear` needs test images. `eval embed` does not.
     protocol = "embed" if named_source(config.data, "test") is None else "linear"
     stem = config.stem or default_stem(config.augmentation.size)
-    # What torchvision can hold; torch.export takes any encoder.
+    # torchvision has only some of our encoders; torch.export takes any.
     plain = config.model in RESNETS and config.model != "resnet10" and stem == "imagenet"
     form = "torchvision" if plain and config.width == 1 else "torch-export"
     yield "next:"

@@ -1,4 +1,4 @@
-"""What a PretrainConfig describes, built: model, optimizer, memory mode, output folder."""
+"""Build what a PretrainConfig describes: model, optimizer, memory mode, output folder."""
 
 import logging
 import shutil
@@ -24,7 +24,7 @@ from simclr_fast.utils.distributed import World
 from simclr_fast.utils.locks import locked
 
 log = logging.getLogger(__name__)
-# Adam's, for runs too small for LARS.
+# The default learning rate of Adam.
 _ADAM_LR = 2e-3
 _LOCK = ".lock"
 
@@ -39,7 +39,7 @@ def build_model(config: PretrainConfig) -> SimCLR:
 
 
 def build_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.Optimizer:
-    """LARS as in the paper, or Adam; biases and norm layers are neither decayed nor adapted."""
+    """LARS as in the paper, or Adam. Biases and norm layers are not decayed and not adapted."""
     groups = lars_param_groups(model, config.weight_decay)
     if config.optimizer == "lars":
         return LARS(
@@ -55,7 +55,7 @@ def build_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.Opt
 
 
 def loader_options(config: PretrainConfig, world: World) -> dict[str, Any]:
-    """A loader's arguments beside its source and batch size."""
+    """A loader's arguments except its source and batch size."""
     return {
         "augmentation": config.augmentation,
         "seed": config.seed,
@@ -64,7 +64,7 @@ def loader_options(config: PretrainConfig, world: World) -> dict[str, Any]:
         "device": world.device,
         "backend": config.backend,
         "channels_last": config.channels_last,
-        # What autocast would round the views to.
+        # Autocast would round the views to this anyway.
         "dtype": autocast_dtype(config.precision, world.device) or torch.float32,
         "on_error": config.on_error,
         "num_threads": config.workers,
@@ -72,7 +72,7 @@ def loader_options(config: PretrainConfig, world: World) -> dict[str, Any]:
 
 
 def workload(config: PretrainConfig, world: World, n_views: int) -> planner.Workload:
-    """The planner's view of a run with `n_views` views per image; the planner's own are two."""
+    """Describe a run with `n_views` views per image to the planner, which always counts two."""
     images = max(world.size, -(-config.batch_size * n_views // 2))
     return planner.Workload(
         partial(build_model, config),
@@ -88,9 +88,10 @@ def workload(config: PretrainConfig, world: World, n_views: int) -> planner.Work
 def choose_memory(
     config: PretrainConfig, world: World, work: planner.Workload
 ) -> tuple[dict[str, Any], float | None]:
-    """`LargeBatch`'s options, alike on all ranks, and the predicted bytes per rank.
+    """The options for `LargeBatch`, equal on all ranks, and the predicted bytes per rank.
 
-    The options are those of `config`; the planner chooses for memory "auto" and predicts.
+    For memory "auto" the planner chooses and predicts. Otherwise the options are those of `config`,
+    and the prediction is None.
     """
     chosen = {
         "memory": config.memory,
@@ -105,7 +106,7 @@ def choose_memory(
     free = world.least(free_memory(world.device))
     setting = planner.choose(work, free)
     if config.compile and setting.memory != "lockstep":
-        log.warning("memory 'auto' takes %s, which is not compiled", setting.memory)
+        log.warning("compile has no effect: memory 'auto' chose %s", setting.memory)
     return chosen | {
         "memory": setting.memory,
         "micro_batch": config.micro_batch or setting.micro_batch,
@@ -115,17 +116,17 @@ def choose_memory(
 
 
 def describe(config: PretrainConfig) -> dict[str, str]:
-    """Metadata of encoder.safetensors: what builds the encoder again, and what its images were."""
+    """The metadata of encoder.safetensors: how to rebuild the encoder, and its augmentation."""
     return about_encoder(config.model, config.width, config.stem, config.augmentation)
 
 
 @contextmanager
 def output_folder(config: PretrainConfig, world: World) -> Iterator[Path]:
-    """The run's folder, on rank 0 made and locked until the run ends; only rank 0 writes there.
+    """The run's folder. Only rank 0 writes there; it creates and locks it until the run ends.
 
     Raises:
         FileExistsError: it is not empty, without resume or overwrite. BlockingIOError: another run
-            is at work in it. ValueError: several ranks and no `out`.
+            uses it. ValueError: there are several ranks and no `out`.
     """
     if config.out is None and world.size > 1:
         raise ValueError("out must be given when several ranks run")
@@ -136,7 +137,7 @@ def output_folder(config: PretrainConfig, world: World) -> Iterator[Path]:
         return
     if _contents(out) and not (config.resume or config.overwrite):
         raise FileExistsError(f"{out} is not empty: pass --resume, --overwrite or another --out")
-    with locked(out / _LOCK, f"another run is at work in {out}: wait for its end, or end it"):
+    with locked(out / _LOCK, f"another run uses {out}: wait until it ends, or stop it"):
         if config.overwrite:
             for path in _contents(out):
                 if path.is_dir() and not path.is_symlink():
@@ -147,10 +148,10 @@ def output_folder(config: PretrainConfig, world: World) -> Iterator[Path]:
 
 
 def write_config(config: PretrainConfig, out: Path) -> None:
-    """Write config.json; a resumed run says first what differs from the one that is there."""
+    """Write config.json. If there is an older one, first warn of the settings that differ."""
     path, text = out / "config.json", to_json(config)
     if path.exists() and (changed := differences(path.read_text(), text)):
-        log.warning("goes on with other settings than before: %s", "; ".join(changed))
+        log.warning("continues with changed settings: %s", "; ".join(changed))
     write_atomic(path, lambda part: part.write_text(text))
 
 

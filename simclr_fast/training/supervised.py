@@ -1,6 +1,6 @@
 """The supervised baseline: images → one view → encoder → linear layer → cross-entropy.
 
-The same encoder, data, augmentation, optimizer and schedule as `pretrain`, with labels.
+Encoder, data, augmentation, optimizer and schedule are those of `pretrain`; it also uses labels.
 """
 
 import json
@@ -24,20 +24,22 @@ from simclr_fast.utils.distributed import join_world
 
 
 def supervise(config: PretrainConfig) -> tuple[Path, Scores | None]:
-    """Train a classifier to its end; the output folder, and its scores on the test images.
+    """Train a classifier to its end; return the output folder and the scores on the test images.
 
-    The folder is that of `pretrain`, and supervised.json: the scores, with bootstrap intervals.
-    Scores are None for data without labelled test images, and on ranks other than 0. The projector
-    and temperature of `config` are not used.
+    The folder holds the files of `pretrain` and supervised.json: the scores, with bootstrap
+    intervals. The scores are None for data without labelled test images, and on ranks other than 0.
+    The projector and temperature of `config` are not used.
 
     Raises:
-        ValueError: the data have no labels. Else as `pretrain`.
+        ValueError: the data have no labels. All errors of `pretrain`.
     """
     with join_world(config.device, config.timeout) as world:
         torch.manual_seed(config.seed)
         source = named_source(config.data)
         if source.labels is None or source.labels.min() < 0:
-            raise ValueError(f"data {config.data!r} have no labels: name a folder of class folders")
+            raise ValueError(
+                f"data {config.data!r} have no labels: give a folder that has one folder per class"
+            )
         labels = torch.from_numpy(source.labels).to(world.device)
         loader = OneViewLoader(source, config.batch_size, **loader_options(config, world))
         model = build_classifier(config, int(source.labels.max()) + 1)
@@ -65,7 +67,10 @@ def supervise(config: PretrainConfig) -> tuple[Path, Scores | None]:
 
 
 def build_classifier(config: PretrainConfig, n_classes: int) -> SimCLR:
-    """The untrained encoder of `build_model`, same weights for a seed, and a linear layer."""
+    """The untrained encoder of `build_model`, and a linear layer in place of the projector.
+
+    From the same random state the encoder has the same weights as `build_model`'s.
+    """
     encoder, dim = build_encoder(
         config.model, width=config.width, image_size=config.augmentation.size, stem=config.stem
     )
@@ -76,7 +81,7 @@ def build_classifier(config: PretrainConfig, n_classes: int) -> SimCLR:
 def score_classifier(
     model: SimCLR, test: Source, config: PretrainConfig, device: torch.device
 ) -> Scores:
-    """Top-1 and top-5 on the undistorted test images."""
+    """Top-1 and top-5 on the test images, without augmentation."""
     assert test.labels is not None
     model.eval()
     labels, found = torch.from_numpy(test.labels), []

@@ -92,7 +92,7 @@ def test_two_runs_in_one_folder(config):
     for again in ({"resume": True}, {"overwrite": True}):
         with (
             locked(config.out / ".lock"),
-            pytest.raises(BlockingIOError, match="another run is at work in"),
+            pytest.raises(BlockingIOError, match="another run uses"),
         ):
             pretrain(replace(config, **again))
         assert last_step(config.out) == 2
@@ -114,7 +114,7 @@ def test_a_resumed_run_takes_this_runs_settings_and_says_so(config, caplog):
     config = replace(config, warmup_epochs=0, lr=1.0, weight_decay=1e-4)
     pretrain(replace(config, steps=3))
     pretrain(replace(config, lr=0.5, weight_decay=1e-3, resume=True, log_every=2))
-    said = "other settings than before: steps: 3 → 6; lr: 1.0 → 0.5; weight_decay: 0.0001 → 0.001"
+    said = "changed settings: steps: 3 → 6; lr: 1.0 → 0.5; weight_decay: 0.0001 → 0.001"
     assert said in caplog.text
     groups = load_checkpoint(checkpoints(config.out / "checkpoints")[-1])["optimizer"]
     assert groups["param_groups"][0]["weight_decay"] == 1e-3
