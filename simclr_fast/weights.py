@@ -1,4 +1,4 @@
-"""`load_weights`; it lives in simclr_fast.models."""
+"""`load_weights` under a short path. Its code is in simclr_fast.models.weights."""
 
 from simclr_fast.models.weights import Weights, load_weights
 

@@ -1,4 +1,4 @@
-"""Encoders and projectors; reading weights of any library, and writing them for others."""
+"""Encoders and projectors, and their weights from and for other libraries."""
 
 from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector
 from simclr_fast.models.weights import Weights, load_weights

@@ -1,4 +1,4 @@
-"""Encoders and projection heads: images → h, what evaluation uses → z, what the loss sees."""
+"""Encoders (images → h, which evaluation uses) and projection heads (h → z, for the loss)."""
 
 from typing import Any, Literal
 
@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from simclr_fast.utils.extras import need
 
-# Blocks per stage. resnet10 is the embedded data set's; the others are He et al. 2015.
+# Name → kind of block and blocks per stage. resnet10 is for the demo data; the others are those of
+# He et al. 2015.
 RESNETS = {
     "resnet10": ("BasicBlock", (1, 1, 1, 1)),
     "resnet18": ("BasicBlock", (2, 2, 2, 2)),
@@ -21,12 +22,14 @@ Stem = Literal["imagenet", "cifar", "cifar-stride2", "cifar-pad2", "cifar-no-rel
 class ResNet(nn.Module):
     """torchvision's ResNet at any width, with torchvision's parameter names and no classifier.
 
-    images: [N, 3, H, W] → h: [N, feature_dim]. width multiplies every layer's channels, the stem's
-    too, as in the SimCLR paper (torchvision's wide_resnet widens only inner layers). stem: 7×7
-    stride 2 and max-pooling ("imagenet"); 3×3 without pooling ("cifar", arXiv:2002.05709, B.9), or
-    the same with stride 2 ("cifar-stride2"). For imported weights: "cifar" padded by 2, which is
-    solo-learn's ("cifar-pad2"), and "cifar" without the ReLU, lightly's ResNetGenerator in a
-    Sequential ("cifar-no-relu").
+    images: [N, 3, H, W] → h: [N, feature_dim].
+    width: multiplies the channels of every layer, the stem included, as in the SimCLR paper.
+        (torchvision's wide_resnet widens only the inner layers of its blocks.)
+    stem: "imagenet": 7×7 convolution with stride 2, then max-pooling. "cifar": 3×3 convolution
+        without pooling (arXiv:2002.05709, B.9). "cifar-stride2": the same with stride 2. Two more
+        are for imported weights. "cifar-pad2": "cifar" padded by 2, as solo-learn has it.
+        "cifar-no-relu": "cifar" without the ReLU, as lightly's ResNetGenerator has it in a
+        Sequential.
     """
 
     def __init__(self, name: str, width: float = 1, stem: Stem = "imagenet") -> None:
@@ -43,7 +46,7 @@ class ResNet(nn.Module):
             padding = 2 if stem == "cifar-pad2" else 1
             self.conv1 = nn.Conv2d(3, channels[0], 3, stride=stride, padding=padding, bias=False)
             maxpool = nn.Identity()
-        # In the order of use: torchvision's IntermediateLayerGetter runs the children in turn.
+        # Registered in the order of use: torchvision's IntermediateLayerGetter runs them in it.
         self.bn1 = nn.BatchNorm2d(channels[0])
         self.relu = nn.Identity() if stem == "cifar-no-relu" else nn.ReLU(inplace=True)
         self.maxpool = maxpool
@@ -79,12 +82,14 @@ def build_encoder(
 ) -> tuple[nn.Module, int]:
     """An untrained encoder and its feature dimension.
 
-    name: resnet10/18/34/50/101/152 (any `width`), or any torchvision classification model, or any
-        of timm's ("timm:NAME", or a name that torchvision does not have). The classifier is cut.
-    stem: of ResNets; by default "cifar" up to 64 pixels, else "imagenet".
+    name: resnet10/18/34/50/101/152 (with any `width`), a classification model of torchvision, or a
+        model of timm ("timm:NAME", or a name that torchvision does not have). The classifier is
+        removed.
+    stem: the first layers of a ResNet; by default "cifar" up to 64 pixels, else "imagenet".
 
     Raises:
-        ValueError: unknown name, or a width of a model that has none. ImportError: no torchvision.
+        ValueError: the name is unknown, or the model has no width. ImportError: torchvision is not
+            installed.
     """
     if width <= 0:
         raise ValueError(f"width must be positive, got {width}")
@@ -92,7 +97,9 @@ def build_encoder(
         resnet = ResNet(name, width, stem or default_stem(image_size))
         return resnet, resnet.feature_dim
     if width != 1:
-        raise ValueError(f"width={width} is for {', '.join(RESNETS)}; {name} has its own")
+        raise ValueError(
+            f"width must be 1 for {name}, got {width}; only {', '.join(RESNETS)} have a width"
+        )
     models = need("torchvision").models
     if not name.startswith("timm:") and name in models.list_models(module=models):
         return cut_classifier(models.get_model(name, weights=None), name)
@@ -100,24 +107,24 @@ def build_encoder(
         import timm
     except ImportError as error:
         raise ValueError(
-            f"no such torchvision model: {name!r}; for timm's models, pip install timm"
+            f"torchvision has no model {name!r}; for models of timm: pip install timm"
         ) from error
     bare = name.removeprefix("timm:")
     if not timm.is_model(bare):
         raise ValueError(f"neither torchvision nor timm has a model {bare!r}")
     encoder: Any = timm.create_model(bare, num_classes=0)
-    # num_features is not always what pooling puts out (timm's own note on MobileNetV3 and kin).
+    # Some models, such as MobileNetV3, widen the pooled features: head_hidden_size is their number.
     dim: int = getattr(encoder, "head_hidden_size", None) or encoder.num_features
     return encoder, dim
 
 
 def default_stem(image_size: int) -> Stem:
-    """A ResNet's first layers by the size of its images."""
+    """The first layers of a ResNet for images of this size in pixels."""
     return "cifar" if image_size <= 64 else "imagenet"
 
 
 def cut_classifier(model: nn.Module, name: str) -> tuple[nn.Module, int]:
-    """Replace the last Linear of the model's head by Identity."""
+    """Replace the last Linear of the head by Identity; also return the number of features."""
     for attribute in ("fc", "classifier", "heads", "head"):
         head = getattr(model, attribute, None)
         if isinstance(head, nn.Linear):
@@ -128,17 +135,19 @@ def cut_classifier(model: nn.Module, name: str) -> tuple[nn.Module, int]:
                 if isinstance(layer, nn.Linear):
                     setattr(head, key, nn.Identity())
                     return model, layer.in_features
-    raise ValueError(f"{name} has no linear classifier to cut; choose another or pass a module")
+    raise ValueError(f"{name} has no linear classifier that can be removed: choose another model")
 
 
 def build_projector(
     kind: Literal["nonlinear", "linear", "none"], in_dim: int, out_dim: int = 128, depth: int = 2
 ) -> nn.Module:
-    """h [N, in_dim] → z: the head that the loss sees and evaluation throws away.
+    """The head between encoder and loss: h [N, in_dim] → z. Evaluation does not use it.
 
-    "nonlinear": depth - 1 times (linear, batch norm, ReLU) at the feature width, then linear and
-    batch norm without shift; depth 2 is SimCLR's, 3 SimCLR v2's. "linear": the last part alone.
-    "none": z = h. (google-research/simclr, model_util.py.)
+    kind: "nonlinear": depth - 1 times (linear, batch norm, ReLU) at width in_dim, then linear and
+        batch norm without shift. "linear": only the last linear and batch norm. "none": z = h.
+    depth: the number of linear layers: 2 in SimCLR, 3 in SimCLR v2.
+
+    Source: google-research/simclr, model_util.py.
     """
     if kind not in ("nonlinear", "linear", "none"):
         raise ValueError(f"kind must be 'nonlinear', 'linear' or 'none', got {kind!r}")
@@ -155,7 +164,7 @@ def build_projector(
 
 
 class SimCLR(nn.Module):
-    """encoder and projector: images [N, 3, H, W] → (h [N, feature_dim], z [N, out_dim])."""
+    """Encoder, then projector: images [N, 3, H, W] → (h [N, feature_dim], z [N, out_dim])."""
 
     def __init__(self, encoder: nn.Module, projector: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""An encoder for other programs: written only after its outputs there equal ours."""
+"""Write an encoder for other libraries, after a check that its outputs there equal ours."""
 
 import json
 import re
@@ -17,13 +17,18 @@ from simclr_fast.utils.extras import need
 
 Format = Literal["torchvision", "timm", "safetensors", "torch-export", "onnx"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-# Of the largest output. Other libraries pool and fuse in another order: float32 rounding.
+# Relative to the largest output. Other libraries pool and fuse in another order, so that float32
+# rounds differently.
 _TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
 class Exported:
-    """path: the file. difference: largest of outputs, relative to the largest. usage: loads it."""
+    """An exported encoder.
+
+    path: the file. difference: the largest difference of outputs, relative to the largest output.
+    usage: Python code that loads it.
+    """
 
     path: Path
     difference: float
@@ -33,15 +38,17 @@ class Exported:
 def export_encoder(weights: Weights, folder: str | Path, form: Format) -> Exported:
     """Write `weights.encoder` into `folder` in one of FORMATS.
 
-    torchvision: NAME.pth, the state_dict of torchvision's model with its last layer cut (also that
-        of torchvision's detection and segmentation backbones). timm: a folder for timm's
-        "local-dir:". Both for width 1 and the ImageNet stem.
-    safetensors: encoder.safetensors, ours. torch-export: encoder.pt2. onnx: encoder.onnx. The last
-        two take any batch size, and images of `weights.augmentation.size`.
+    torchvision: NAME.pth, the state_dict of torchvision's model without its last layer.
+        torchvision's detection and segmentation backbones load it too.
+    timm: a folder for timm's "local-dir:".
+        These two formats need width 1 and the ImageNet stem.
+    safetensors: encoder.safetensors, for `load_weights`.
+    torch-export: encoder.pt2. onnx: encoder.onnx.
+        These two take any batch size, and images of `weights.augmentation.size` pixels.
 
     Raises:
-        ValueError: the other library has no such model, or computes something else with these
-            weights. ImportError: the format's library is missing.
+        ValueError: the other library has no such model, or its outputs with these weights differ
+            from ours. ImportError: the format's library is missing.
     """
     if form not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {form!r}")
@@ -118,7 +125,7 @@ def _torch_export(weights: Weights, folder: Path) -> Exported:
 
 
 def _save_program(program: Any, path: Path) -> None:
-    # torch.export.save warns of a path that does not end in .pt2, as a temporary one.
+    # torch.export.save warns if a path does not end in .pt2, and a temporary file's does not.
     with path.open("wb") as file:
         torch.export.save(program, file)
 
@@ -157,8 +164,9 @@ _ANY_BATCH = ({0: torch.export.Dim("N")},)
 def _plain_name(weights: Weights, library: str) -> str:
     if weights.width != 1 or weights.stem not in (None, "imagenet"):
         raise ValueError(
-            f"{library} has {weights.model} at width 1 with the ImageNet stem only; this one has "
-            f"width {weights.width:g}, stem {weights.stem}: use safetensors, torch-export or onnx"
+            f"{library} has {weights.model} only at width 1 with the ImageNet stem; this encoder "
+            f"has width {weights.width:g} and stem {weights.stem}: use safetensors, torch-export "
+            "or onnx"
         )
     return weights.model.removeprefix("timm:")
 
@@ -179,13 +187,22 @@ def _images(weights: Weights, count: int = 2) -> Tensor:
 
 @torch.no_grad()
 def _compare(weights: Weights, theirs: Callable[[Tensor], Tensor]) -> float:
-    """The largest difference of outputs, relative to the largest; an error if it is one."""
-    # Not the batch that an export saw.
+    """The largest difference of outputs, relative to the largest output.
+
+    Raises:
+        ValueError: it exceeds rounding.
+    """
+    # 3 images: the exporters traced a batch of 2.
     images = _images(weights, 3)
     h, other = weights.encoder(images), theirs(images)
     if other.shape != h.shape:
-        raise ValueError(f"not exported: h is {list(other.shape)} there, {list(h.shape)} here")
+        raise ValueError(
+            f"not exported: h has shape {list(other.shape)} there, {list(h.shape)} here"
+        )
     difference = float((h - other).abs().max() / h.abs().max().clamp_min(1e-30))
     if not difference <= _TOLERANCE:
-        raise ValueError(f"not exported: outputs differ by {difference:.1e} of the largest")
+        raise ValueError(
+            f"not exported: outputs differ by {difference:.1e} of the largest output, allowed is "
+            f"{_TOLERANCE:.0e}"
+        )
     return difference

@@ -1,4 +1,4 @@
-"""Encoders from checkpoints of any library: the key layout is detected, the fit is strict."""
+"""Encoders from checkpoints of any library. The layout of the keys is detected."""
 
 import json
 import re
@@ -18,7 +18,7 @@ Layout = Literal[
     "simclr_fast", "torchvision", "timm", "torchvision and timm", "lightly", "solo-learn"
 ]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Where training programs keep the weights among the rest of a checkpoint.
+# The keys under which training programs store the weights in a checkpoint.
 _CONTAINERS = ("state_dict", "model_state_dict", "model")
 _CLASSIFIERS = ("fc.", "classifier.", "head.", "heads.", "linear.")
 _STAGES = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
@@ -26,13 +26,15 @@ _STAGES = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
 
 @dataclass(frozen=True)
 class Weights:
-    """An encoder with the weights of `path`, in eval mode, and what builds it.
+    """An encoder with the weights of `path`, in eval mode, and the settings that build it.
 
-    encoder: images [N, 3, H, W] → h [N, feature_dim]. Its state_dict has torchvision's names, for
-        timm's models timm's, and no classifier.
-    layout: whose key names the file had. unused: the file's keys that are not the encoder's: heads.
-    model, width, stem: of `build_encoder`. augmentation: what images the encoder was trained on:
-        size and normalisation, and for our own runs the whole distribution.
+    encoder: images [N, 3, H, W] → h [N, feature_dim]. Its state_dict has no classifier. The names
+        in it are torchvision's, or timm's for a model of timm.
+    layout: the library whose names the file used.
+    unused: keys of the file that the encoder does not have, such as those of heads.
+    model, width, stem: as in `build_encoder`.
+    augmentation: the size and normalisation of the training images; for our own runs the whole
+        augmentation.
     """
 
     path: Path
@@ -46,16 +48,16 @@ class Weights:
     unused: tuple[str, ...]
 
     def build(self) -> nn.Module:
-        """The same encoder untrained, from torch's current random state."""
+        """The same encoder with new random weights, from torch's current random state."""
         return build_encoder(self.model, width=self.width, stem=self.stem)[0]
 
     def about(self) -> dict[str, str]:
-        """Metadata for `save_encoder`, which `load_weights` reads back."""
+        """Metadata for `save_encoder`; `load_weights` reads it."""
         return about_encoder(self.model, self.width, self.stem, self.augmentation)
 
     def __str__(self) -> str:
         stem = f", stem {self.stem}" if self.stem else ""
-        heads = f"; left aside: {', '.join(_first_parts(self.unused))}" if self.unused else ""
+        heads = f"; not used: {', '.join(_first_parts(self.unused))}" if self.unused else ""
         return f"{self.model} ×{self.width:g}{stem} from {self.layout} keys in {self.path}{heads}"
 
 
@@ -67,22 +69,24 @@ def load_weights(
     stem: Stem | None = None,
     augmentation: Augmentation | None = None,
 ) -> Weights:
-    """Read an encoder out of a checkpoint; no code in the file is run.
+    """Read an encoder from a checkpoint. No code in the file is run.
 
-    path: a .safetensors file, or what torch.save wrote (.pth, .pt, .ckpt) of a state_dict or of a
-        dict that holds one; or the output folder of a run. Key layouts: ours (encoder.safetensors,
-        checkpoints/step-*.pt), torchvision's and timm's, lightly's (backbone.* as a ResNet or as
-        the Sequential of its children) and solo-learn's (backbone.*, before 1.0.3 encoder.*), each
-        also under "module." or "_orig_mod.".
-    model, width, stem: what the encoder is (`build_encoder`); by default what our files say, else
-        what the shapes of a ResNet's weights say. A 3×3 first layer says no more than that: stem
-        is then "cifar" ("cifar-pad2" for solo-learn, whose first layer pads by 2).
-    augmentation: by default what our files say; for others ImageNet's mean and standard deviation,
-        at 224 pixels, or 32 for a 3×3 first layer.
+    path: a .safetensors file; a file that torch.save wrote (.pth, .pt, .ckpt) with a state_dict or
+        a dict that holds one; or the output folder of a run. Keys may be named as here
+        (encoder.safetensors, checkpoints/step-*.pt), as in torchvision and timm, as in lightly
+        (backbone.* as a ResNet or as the Sequential of its children) or as in solo-learn
+        (backbone.*; encoder.* before 1.0.3). The prefixes "module." and "_orig_mod." are removed.
+    model, width, stem: the encoder's architecture, as in `build_encoder`. By default it is read
+        from our own files, and for other files of ResNets inferred from the shapes of the weights.
+        Shapes do not tell the stride and padding of a 3×3 first layer: stem is then "cifar", or
+        "cifar-pad2" for solo-learn.
+    augmentation: by default read from our own files. For other files it has the mean and standard
+        deviation of ImageNet, at 224 pixels, or at 32 for a 3×3 first layer.
 
     Raises:
-        ValueError: an unreadable file, an unknown architecture, or weights that do not fit whole:
-            keys missing or unexpected, shapes, NaN; with path and keys. FileNotFoundError.
+        ValueError: the file is unreadable, the architecture is unknown, or the weights do not fit
+            it: keys are missing or unexpected, shapes differ, values are NaN. The message has the
+            path and the keys. FileNotFoundError: there is no such file.
     """
     path = Path(path)
     if path.is_dir():
@@ -100,8 +104,8 @@ def load_weights(
         about = _resnet_of(state, layout, stem_layers)
     if model is None and not about:
         raise ValueError(
-            f"{path}: not a plain ResNet by its keys ({', '.join(list(state)[:3])}, …): say which "
-            'model it is (model="…", --model …: a torchvision or timm name)'
+            f"{path} does not hold a plain ResNet (its keys are {', '.join(list(state)[:3])}, …): "
+            'name its torchvision or timm model with model="…" or --model …'
         )
     model = model or about["model"]
     width = float(about.get("width", 1)) if width is None else width
@@ -110,7 +114,7 @@ def load_weights(
         stem = default_stem(int(about.get("image_size", 224)))
     encoder, dim = build_encoder(model, width=width, stem=stem)
     own = encoder.state_dict()
-    # Weights from before PyTorch 0.4.1 count no batches, torchvision's own files among them.
+    # Files from before PyTorch 0.4.1, some of torchvision's among them, lack num_batches_tracked.
     for key in own:
         statistics = key.replace("num_batches_tracked", "running_mean")
         if key.endswith("num_batches_tracked") and key not in state and statistics in state:
@@ -135,7 +139,7 @@ def load_weights(
 def about_encoder(
     model: str, width: float, stem: str | None, augmentation: Augmentation
 ) -> dict[str, str]:
-    """What builds an encoder again, as text: the metadata of encoder.safetensors."""
+    """The settings that rebuild an encoder, as text: the metadata of encoder.safetensors."""
     return {
         "model": model,
         "width": str(width),
@@ -146,20 +150,23 @@ def about_encoder(
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, str], str]:
-    """The file's content; of our own files also what builds the encoder, and its keys' prefix."""
+    """The file's content, the settings that rebuild the encoder, and the prefix of its keys.
+
+    The settings are empty unless the file is our own.
+    """
     if path.suffix == ".safetensors":
         weights, about = checkpoint.load_encoder(path)
         return weights, about if "model" in about else {}, ""
     content: object = checkpoint.load_checkpoint(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not weights by name")
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of weights")
     entry = content.get("encoder")
     ours = isinstance(entry, dict) and isinstance(entry.get("model"), str)
     return content, cast("dict[str, str]", entry) if ours else {}, "encoder."
 
 
 def _tensors(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
-    """The weights by name, wrappers' prefixes taken off."""
+    """The weights by name, without the prefixes of DistributedDataParallel and torch.compile."""
     for name in _CONTAINERS:
         if isinstance(content.get(name), dict):
             content = content[name]
@@ -170,12 +177,12 @@ def _tensors(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
         if isinstance(value, Tensor)
     }
     if not tensors:
-        raise ValueError(f"{path} holds no weights by name; it has {', '.join(map(str, content))}")
+        raise ValueError(f"{path} holds no weights; its keys are {', '.join(map(str, content))}")
     return tensors
 
 
 def _layout(tensors: Iterable[str]) -> tuple[Layout, str]:
-    """Whose names these are, and the prefix of the encoder's."""
+    """The library that these names are from, and the prefix of the encoder's names."""
     tops = set(_first_parts(tensors))
     if "backbone" in tops:
         return "solo-learn" if tops & {"classifier", "projector"} else "lightly", "backbone."
@@ -191,10 +198,12 @@ def _first_parts(keys: Iterable[str]) -> list[str]:
 
 
 def _lightly_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], int | None]:
-    """torchvision's names for those of Sequential(*list(resnet.children())[:-1]).
+    """Rename the keys of Sequential(*list(resnet.children())[:-1]) to torchvision's.
 
-    The second is the number of modules between batch norm and the stages: 2 in torchvision's ResNet
-    (ReLU, pooling), 0 in lightly's, whose ReLU is in a forward that the Sequential does not have.
+    Returns:
+        The renamed weights, and the number of modules between batch norm and the stages: 2 in
+        torchvision's ResNet (ReLU, pooling). It is 0 in lightly's ResNet: there the ReLU is called
+        in forward(), which the Sequential does not have.
     """
     state = {key.replace(".shortcut.", ".downsample."): tensor for key, tensor in state.items()}
     numbers = sorted({int(key.partition(".")[0]) for key in state if key[0].isdigit()})
@@ -207,10 +216,10 @@ def _lightly_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], int | N
 
 
 def _resnet_of(state: dict[str, Tensor], layout: Layout, stem_layers: int | None) -> dict[str, str]:
-    """Which ResNet has these weights, by blocks, channels and the first kernel; {} if none does."""
+    """Recognise a ResNet by the shapes of its blocks, channels and first kernel; {} for others."""
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
     first, inner = shapes.get("conv1.weight", ()), shapes.get("layer1.0.conv1.weight", ())
-    # Grouped and wide variants have other channels inside their blocks.
+    # ResNeXt and wide variants have other numbers of channels inside their blocks.
     if len(first) != 4 or inner[:2] != (first[0], first[0]) or first[2] not in (3, 7):
         return {}
     kind = "Bottleneck" if "layer1.0.conv3.weight" in shapes else "BasicBlock"
@@ -233,7 +242,7 @@ def _augmentation(about: dict[str, str], stem: Stem | None, encoder: nn.Module) 
         return augmentation_from(json.loads(about["augmentation"]))
     if "image_size" in about:
         return Augmentation(size=int(about["image_size"]))
-    # timm's models say what they were trained on.
+    # A model of timm knows the images that it was trained on.
     given: Any = getattr(encoder, "pretrained_cfg", {})
     size = given.get("input_size", (3, 224))[-1] if stem in (None, "imagenet") else 32
     return Augmentation(
@@ -246,7 +255,7 @@ def _augmentation(about: dict[str, str], stem: Stem | None, encoder: nn.Module) 
 
 
 def _library(model: str) -> Layout:
-    """Whose model names: torchvision's and timm's ResNets have the same keys."""
+    """The library of a model. torchvision and timm have the same keys for the plain ResNets."""
     if model in RESNETS:
         return "torchvision and timm"
     from torchvision import models

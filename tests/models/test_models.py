@@ -62,7 +62,7 @@ def test_any_timm_model(name):
     [
         ({"name": "resnet51"}, "resnet51"),
         ({"name": "resnet50", "width": 0}, "width"),
-        ({"name": "vgg11", "width": 2}, "width=2"),
+        ({"name": "vgg11", "width": 2}, "width must be 1 for vgg11, got 2"),
     ],
 )
 def test_bad_names(arguments, says):

@@ -80,7 +80,9 @@ def test_architecture_from_shapes(name):
 def test_other_models_are_named(tmp_path):
     theirs = lived_in(torchvision.models.mobilenet_v3_small())
     torch.save({"model": theirs.state_dict()}, tmp_path / "m.pth")
-    with pytest.raises(ValueError, match=r"m\.pth: not a plain ResNet .*features\.0\.0\.weight"):
+    with pytest.raises(
+        ValueError, match=r"m\.pth does not hold a plain ResNet .*features\.0\.0\.weight"
+    ):
         load_weights(tmp_path / "m.pth")
     theirs.classifier[-1] = nn.Identity()
     loaded = load_weights(tmp_path / "m.pth", model="mobilenet_v3_small")
@@ -213,9 +215,9 @@ def test_bad_files_name_themselves(resnet18, tmp_path):
     fails(state, r"missing .*layer1\.2\.conv1", model="resnet34")
     fails(state | {"layer9.weight": torch.ones(1)}, r"unexpected layer9\.weight")
     fails({"state_dict": state, "args": argparse.Namespace()}, "argparse.Namespace")
-    fails({"epoch": 3}, "no weights by name; it has epoch")
+    fails({"epoch": 3}, "no weights; its keys are epoch")
     fails([torch.ones(3)], "holds a list")
-    fails({k.replace("conv", "cnv"): v for k, v in state.items()}, "not a plain ResNet")
+    fails({k.replace("conv", "cnv"): v for k, v in state.items()}, "not hold a plain ResNet")
     torch.save(state, path)
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=r"not a readable checkpoint: .*bad\.pth"):
