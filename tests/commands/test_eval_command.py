@@ -176,7 +176,8 @@ def test_signals_end_it_and_the_same_command_goes_on(home, tmp_path, capsys, mon
 
 
 def test_several_processes_are_refused(home, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
     encoder = ["--encoder", str(home / "run")]
     export = ["export", *encoder, "--to", str(home / "never"), "--format", "safetensors"]
     for command in (["eval", "knn", *encoder], ["ablate"], export):

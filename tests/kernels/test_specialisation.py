@@ -86,7 +86,7 @@ def strided(n: int) -> None:
 def _as_second_rank(n: int, loss: Callable[[], Tensor]) -> None:
     """Two ranks with as many rows each; gathering repeats this rank's."""
     twice = {
-        "gather_row_counts": lambda count, device, group: [count, count],
+        "row_counts_of": lambda rows, device, group, given: [rows, rows],
         "all_gather_rows": lambda rows, group, counts: torch.cat((rows, rows)),
         "dist": SimpleNamespace(get_rank=lambda group: 1),
     }
