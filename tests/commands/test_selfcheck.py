@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -293,6 +294,49 @@ def _run_of(config, losses):
     return config.out
 
 
+def test_a_gpu_too_small_for_the_full_batch_is_no_failure(pretended_cuda, monkeypatch):
+    def refuse(config):
+        raise ValueError(f"batch_size 4096 {why}")
+
+    monkeypatch.setattr(checks, "pretrain", refuse)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    why = "fits in no mode: --memory lockstep would need 9.1 GB of 7.6"
+    with pytest.raises(checks.Skip, match=r"too small: .*9\.1 GB of 7\.6"):
+        checks.full_batch(torch.device("cuda", 0))
+    why = "is odd"
+    with pytest.raises(ValueError, match="is odd"):
+        checks.full_batch(torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19 2023",
+            "535.129.03",
+        ),
+        (
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release",
+            "580.65.06",
+        ),
+        ("NVRM version: 390.1", "390.1"),
+        ("something else", None),
+    ],
+)
+def test_the_driver_is_read_however_it_is_written(text, found, monkeypatch, tmp_path):
+    (tmp_path / "version").write_text(text)
+    monkeypatch.setattr(checks, "Path", lambda path: tmp_path / "version")
+    assert checks._driver() == found
+
+
+def test_there_are_tests_for_a_gpu():
+    command = [sys.executable, "-m", "pytest", "--co", "-q", "-p", "no:cacheprovider"]
+    command += ["--device", "cuda:0", "tests/kernels/interpreted"]
+    status, lines = checks._bounded(command, Path(__file__).parents[2], 100)
+    assert status == 0, lines
+    assert any("test_nt_xent_kernels" in line for line in lines)
+
+
 def test_the_tests_run_in_a_process_of_their_own(pretended_cuda, monkeypatch, tmp_path):
     calls = []
 
@@ -302,19 +346,19 @@ def test_the_tests_run_in_a_process_of_their_own(pretended_cuda, monkeypatch, tm
 
     monkeypatch.setattr(checks, "_bounded", bounded)
     results = [(0, ["== 12 passed in 3 s =="]), (1, ["FAILED tests/x.py::y", "1 failed"])]
-    folder = tmp_path / "tests" / "kernels"
+    folder = tmp_path / "tests" / "kernels" / "interpreted"
     monkeypatch.setattr(checks.simclr_fast, "__file__", str(tmp_path / "simclr_fast" / "x.py"))
     with pytest.raises(checks.Skip, match="no tests folder"):
         checks.device_tests(torch.device("cuda", 0))
     folder.mkdir(parents=True)
-    conftest = folder.parent / "conftest.py"
+    conftest = tmp_path / "tests" / "conftest.py"
     conftest.write_text("")
     with pytest.raises(checks.Skip, match="no option --device"):
         checks.device_tests(torch.device("cuda", 0))
     conftest.write_text('parser.addoption("--device")')
     assert checks.device_tests(torch.device("cuda", 0)) == "12 passed in 3 s"
     command, folder = calls[0]
-    assert command[-3:] == ["--device", "cuda:0", "tests/kernels"]
+    assert command[-3:] == ["--device", "cuda:0", "tests/kernels/interpreted"]
     assert (folder / "tests" / "kernels").is_dir()
     with pytest.raises(AssertionError, match=r"FAILED tests/x\.py::y"):
         checks.device_tests(torch.device("cuda", 0))
