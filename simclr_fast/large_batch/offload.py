@@ -47,11 +47,11 @@ class Arena:
             for t in tensors:
                 dense = t if t.stride() == _dense_strides(t) else t.clone()
                 places.append(self._place(dense.numel() * dense.element_size()))
-                for host, part in zip(places[-1], _bytes(dense, places[-1]), strict=True):
-                    host.copy_(part, non_blocking=True)
                 if self.stream is not None:
                     # The allocator must not hand the memory on before the copy is done.
                     dense.record_stream(self.stream)
+                for host, part in zip(places[-1], _bytes(dense, places[-1]), strict=True):
+                    host.copy_(part, non_blocking=True)
                 self.used += _padded(t)
         shapes = [torch.empty_like(t, device="meta") for t in tensors]
         return Stored(shapes, places, tensors[0].device, self.stream)
@@ -96,6 +96,9 @@ class Stored:
             self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         with torch.cuda.stream(self.stream):
             for t, hosts in zip(back, self.places, strict=True):
+                if self.stream is not None:
+                    # After an error nobody may take them, and the copy goes on.
+                    t.record_stream(self.stream)
                 for part, host in zip(_bytes(t, hosts), hosts, strict=True):
                     part.copy_(host, non_blocking=True)
         self.tensors, self.places = back, None

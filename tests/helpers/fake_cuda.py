@@ -23,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _HOST = -1
+# These look at no value.
+_SHAPES_ONLY = {"aten::empty_like", "aten::new_empty", "aten::new_empty_strided"}
 
 
 class FakeCuda:
@@ -130,6 +132,8 @@ class FakeCuda:
             if alias is not None and not alias.is_write:
                 continue
             written = alias is not None
+            if function._schema.name in _SHAPES_ONLY:
+                continue
             for tensor in self._tensors(value):
                 (writes if written else reads).add(tensor)
         for returned in function._schema.returns:
@@ -194,7 +198,8 @@ class FakeCuda:
 
     def _tensors(self, value: Any) -> list[int]:
         """The storages of tensors within `value`."""
-        storages = [t.untyped_storage() for t in tree_leaves(value) if isinstance(t, torch.Tensor)]
+        tensors = [t for t in tree_leaves(value) if isinstance(t, torch.Tensor)]
+        storages = [t.untyped_storage() for t in tensors if not t.is_meta]
         self._alive += storages
         return [s.data_ptr() for s in storages if s.nbytes()]
 

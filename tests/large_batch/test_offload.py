@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fake_cuda import FakeCuda, FakeStream
 
 from simclr_fast.large_batch import offload
 from simclr_fast.large_batch.offload import Arena, powers_of_two
@@ -72,3 +73,40 @@ def test_it_is_full_to_the_last_byte():
     assert arena.used == arena.capacity
     more = torch.ones(1)
     assert arena.store([more]).take()[0] is more
+
+
+def two_steps():
+    """The arena on a stream of its own, beside a computing stream, on a GPU that is not there."""
+    device = torch.device("cuda", 0)
+    with FakeCuda() as cuda:
+        arena = Arena(1e-5, device)
+        for step in range(2):
+            arena.clear()
+            kept = [
+                torch.full((8, n), step + n, dtype=torch.float32, device=device) for n in (3, 5)
+            ]
+            inputs = [t * 2 for t in kept]
+            stored = arena.store(inputs)
+            # Its tensors lie on the CPU.
+            stored.device = device
+            # What computes meanwhile, and then takes them back.
+            sum(t.sum() for t in kept)
+            stored.fetch()
+            for found, want in zip(stored.take(), kept, strict=True):
+                assert torch.equal(found * 1, want * 2)
+    return cuda.faults
+
+
+def test_copies_wait_for_what_they_read_and_are_waited_for():
+    assert not two_steps()
+
+
+@pytest.mark.parametrize("missing", ["wait_stream", "wait_event"])
+def test_a_missing_wait_is_found(missing, monkeypatch):
+    monkeypatch.setattr(FakeStream, missing, lambda self, other: None)
+    assert any("writing to" in fault for fault in two_steps())
+
+
+def test_memory_that_is_not_recorded_is_found(monkeypatch):
+    monkeypatch.setattr(FakeCuda, "_record_stream", lambda self, tensor, stream: None)
+    assert any("not recorded" in fault for fault in two_steps())
