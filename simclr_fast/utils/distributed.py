@@ -77,8 +77,10 @@ def _gather(rows: Tensor, ranks: int, group: dist.ProcessGroup) -> Tensor:
     if dist.get_backend(group) == "mpi":
         dist.all_gather(list(gathered.chunk(ranks)), rows, group=group)
     else:
-        # Straight into place. A list of tensors costs NCCL's backend a copy of each.
-        dist.all_gather_into_tensor(gathered, rows, group=group)
+        # Straight into place: a list of tensors costs NCCL's backend a copy of each. torch 2.14
+        # renames it, and warns of the old name.
+        into_place = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        into_place(gathered, rows, group=group)
     return gathered
 
 

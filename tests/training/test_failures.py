@@ -185,8 +185,9 @@ class AsNccl:
 
     def __call__(self, rank):
         dist.destroy_process_group = hang
-        for name in ("all_gather", "all_gather_into_tensor", "all_reduce"):
-            setattr(dist, name, self.hanging(getattr(dist, name)))
+        for name in ("all_gather", "all_gather_into_tensor", "all_gather_single", "all_reduce"):
+            if hasattr(dist, name):
+                setattr(dist, name, self.hanging(getattr(dist, name)))
         if rank == self.who:
             kind, name = {
                 "loader": (train.TwoViewLoader, "_batch_ids"),
