@@ -7,7 +7,6 @@ number of ranks and threads, and a loader restored from its state goes on bit fo
 """
 
 import logging
-import os
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from simclr_fast.data.decode import CorruptImageError, Part
 from simclr_fast.data.pipelines import Backend, make_pipeline
 from simclr_fast.data.prefetch import PinnedViews, Slot, Slots, ahead
 from simclr_fast.data.sources import Source
+from simclr_fast.utils.device import usable_cores
 
 __all__ = ["CorruptImageError", "ImageLoader", "OneViewLoader", "TwoViewLoader"]
 
@@ -95,7 +95,7 @@ class _Loader:
         self._pipeline = make_pipeline(
             self.source,
             self.rows,
-            num_threads or min(8, os.cpu_count() or 1),
+            num_threads or min(8, usable_cores()),
             augmentation,
             lambda ids, sizes: self._draw(ids, sizes),
             self.device,

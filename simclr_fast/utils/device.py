@@ -106,3 +106,13 @@ def seed_step(seed: int, step: int, device: torch.device, rank: int = 0) -> None
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         torch.cuda.default_generators[index].manual_seed(mixed)
+
+
+def usable_cores() -> int:
+    """This process's share of the cores that the system lets it use."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    # torchrun's processes may all use the same cores; srun gives each its own.
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

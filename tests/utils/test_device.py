@@ -1,9 +1,11 @@
 """What --device means, what a device computes in, and what memory is left; with a pretended GPU."""
 
+import os
+
 import pytest
 import torch
 
-from simclr_fast.utils.device import autocast_dtype, free_memory, resolve_device
+from simclr_fast.utils.device import autocast_dtype, free_memory, resolve_device, usable_cores
 
 GPU = torch.device("cuda", 0)
 
@@ -100,3 +102,16 @@ def test_the_hosts_memory_is_shared(monkeypatch):
     whole = free_memory(torch.device("cpu"))
     rank_of_four(monkeypatch, 2)
     assert free_memory(torch.device("cpu")) == pytest.approx(whole / 4, rel=0.2)
+
+
+def test_cores_are_those_of_this_process(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
+    assert usable_cores() == 6
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert usable_cores() == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert usable_cores() == 1
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert usable_cores() == 8
