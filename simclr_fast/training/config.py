@@ -77,7 +77,7 @@ class PretrainConfig:
     """What to do with a corrupt image. raise: end the run and name the image. skip: take another
     image instead."""
     workers: int | None = None
-    """Threads that decode images. By default the number of cores, at most 8."""
+    """Threads that decode images. By default the cores that this process may use, at most 8."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     probe_every: int | None = None
