@@ -182,7 +182,7 @@ _BLACKWELL: Configs = {
         None,
     ),
     "gradient": (
-        Config(128, 64, 64, 8, 3, 2),
+        Config(128, 32, 64, 8, 3, 2),
         Config(128, 64, 128, 8, 2),
         Config(128, 64, 256, 8, 2),
         Config(64, 32, 512, 8, 2),
@@ -215,6 +215,7 @@ _BLACKWELL_HMMA: Configs = _HMMA | {
         Config(64, 64, 256, 4, 2),
         *_HMMA["forward"][3:],
     ),
+    "sums": (_HMMA["sums"][0], Config(64, 32, 128, 4, 3), *_HMMA["sums"][2:]),
     "float32 sums": (Config(64, 32, 32, 8, 3),) * 5,
     "float32 class_gradient": (Config(64, 16, 32, 8, 2),) * 5,
 }

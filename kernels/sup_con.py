@@ -204,6 +204,8 @@ def backward(
     if rows == 0:
         return grad_z, torch.zeros((), dtype=torch.float32, device=device)
     blocks = row_blocks(padded)
+    # With as many rows as the other row-wise kernels, the float32 one spills on sm_100 and sm_103.
+    blocks = blocks._replace(rows=max(blocks.rows // 2, 1))
     programs = triton.cdiv(rows, blocks.rows)
     counter, grad_temperature = make_counter(device), floats(device)
     with torch.cuda.device_of(u_all):

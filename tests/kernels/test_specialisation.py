@@ -10,7 +10,7 @@ kernel is compiled once. `pytest -m gpu_static` reads the machine code of all of
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -308,19 +308,9 @@ def test_views_are_accepted_at_every_size(picture):
     assert not bad_grids(launches)
 
 
-# Known to spill on Triton 3.8: finish_gradient_kernel of float32, and gradient_kernel up to
-# 64 features. Strict there: whoever mends it takes it out.
-SPILLS = [(n, a) for n in ("float32", "statistics float32", "features") for a in (100, 103)]
-
-
-def code_of_losses() -> list[Any]:
-    mark = pytest.mark.xfail(strict=WANTED_TRITON is None, reason="spills a few registers")
-    cases = [(name, arch) for name in LOSSES | FEATURES for arch in ARCHITECTURES]
-    return [pytest.param(*case, marks=mark if case in SPILLS else ()) for case in cases]
-
-
 @pytest.mark.gpu_static
-@pytest.mark.parametrize(("name", "arch"), code_of_losses())
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", LOSSES | FEATURES)
 def test_machine_code_of_losses(name, arch):
     launches = of_loss(arch, name, BATCH_SIZES if name in LOSSES else (2, 256))
     assert not faulty_code(launches)
