@@ -12,7 +12,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from simclr_fast.kernels.normalize import normalize_kernel, padded_dim, row_blocks
+from simclr_fast.kernels.normalize import (
+    finish_blocks,
+    normalize_kernel,
+    padded_dim,
+    row_blocks,
+)
 from simclr_fast.kernels.nt_xent import SLOT_BLOCK, WEIGHTS_BLOCK
 from simclr_fast.kernels.nt_xent_backward import (
     finish_class_gradient_kernel,
@@ -235,7 +240,7 @@ def row_kernel_static(kernel: str, arch: int, dtype: torch.dtype, dim: int) -> S
     z = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     types = argument_types(function, "fp32" if dtype == torch.float32 else "fp16", z)
     padded = padded_dim(dim)
-    blocks = row_blocks(padded)
+    blocks = finish_blocks(padded) if kernel.startswith("finish") else row_blocks(padded)
     constants = {
         "PADDED": padded,
         "BLOCK_P": blocks.rows,

@@ -137,6 +137,12 @@ def row_blocks(padded: int) -> RowBlocks:
     return RowBlocks(max(BLOCK_ELEMENTS // columns, 1), columns, warps)
 
 
+def finish_blocks(padded: int) -> RowBlocks:
+    """Half as many rows, for the kernels that finish a gradient: with all of them they spill."""
+    blocks = row_blocks(padded)
+    return blocks._replace(rows=max(blocks.rows // 2, 1))
+
+
 def normalize(z1: Tensor, z2: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """û and 1/max(|z|, 1e-12) of two views, rows interleaved.
 

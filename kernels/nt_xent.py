@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .normalize import normalize, padded_dim, row_blocks
+from .normalize import finish_blocks, normalize, padded_dim, row_blocks
 from .nt_xent_autotune import tuned
 from .nt_xent_backward import (
     finish_gradient_kernel,
@@ -379,7 +379,7 @@ def backward(
     grad_z = torch.empty((rows, dim), dtype=z1.dtype, device=device)
     if rows == 0:
         return grad_z, torch.zeros((), dtype=torch.float32, device=device)
-    blocks = row_blocks(padded)
+    blocks = finish_blocks(padded)
     programs = triton.cdiv(rows // 2, blocks.rows)
     counter, grad_temperature = make_counter(device), floats(device)
     with torch.cuda.device_of(u_all):

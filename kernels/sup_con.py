@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .normalize import UNSPECIALIZED, normalize_rows, row_blocks
+from .normalize import UNSPECIALIZED, finish_blocks, normalize_rows
 from .nt_xent import WEIGHTS_BLOCK, floats, make_counter, row_weights, weighted_sums
 from .nt_xent_backward import finish_class_gradient_kernel
 from .nt_xent_configs import dot_precision, plan_for
@@ -203,9 +203,7 @@ def backward(
     grad_z = torch.empty((rows, dim), dtype=z.dtype, device=device)
     if rows == 0:
         return grad_z, torch.zeros((), dtype=torch.float32, device=device)
-    blocks = row_blocks(padded)
-    # With as many rows as the other row-wise kernels, the float32 one spills on sm_100 and sm_103.
-    blocks = blocks._replace(rows=max(blocks.rows // 2, 1))
+    blocks = finish_blocks(padded)
     programs = triton.cdiv(rows, blocks.rows)
     counter, grad_temperature = make_counter(device), floats(device)
     with torch.cuda.device_of(u_all):
