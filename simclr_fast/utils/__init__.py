@@ -1,1 +1,1 @@
-"""What every part uses: checkpoints, groups of processes, signals, locks, optional packages."""
+"""Shared by all packages: checkpoints, process groups, signals, locks, optional packages."""

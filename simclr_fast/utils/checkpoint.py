@@ -1,4 +1,4 @@
-"""Checkpoints: written to a temporary file, synced, then renamed, so that a kill harms none."""
+"""Checkpoints. Each is written to a temporary file, synced, then renamed: a kill damages none."""
 
 import contextlib
 import os
@@ -15,24 +15,24 @@ from simclr_fast.utils.extras import need
 from simclr_fast.utils.locks import lock
 
 _KEEP = 2
-# How the name of a file ends while it is written.
+# The suffix of a file while it is being written.
 _PART = ".simclr-part"
-# So many keys are named in an error; the rest are counted.
+# An error names at most this many keys and counts the rest.
 _NAMED = 5
-# The parts of a checkpoint that training cannot go on from once they are NaN or infinite.
+# Training cannot continue from a checkpoint in which one of these is NaN or infinite.
 _TRAINED = ("loss", "model", "optimizer")
-# What torch says of a class or function that weights_only refuses.
+# How torch's error names a class or function that weights_only refuses.
 _FOREIGN = re.compile(r"GLOBAL ([\w.]+)")
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Call write(temporary path), sync the file, and rename it to `path`: all or nothing.
+    """Call write(temporary path), sync the file and rename it to `path`: all or nothing.
 
-    Removes temporary files of killed processes from the folder; locks tell them from files that are
-    being written, so without locks they stay.
+    Also removes temporary files of killed processes from the folder. Locks tell those from files
+    that are being written; where the system has no file locks, nothing is removed.
 
     Raises:
-        OSError: writing failed, as on a full disk; the message has `path`.
+        OSError: writing failed, for example on a full disk. The message has `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path.parent)
@@ -40,7 +40,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     temporary = Path(name)
     held = lock(handle)
     if not held:
-        # Windows renames no open file.
+        # Windows cannot rename an open file.
         os.close(handle)
     try:
         write(temporary)
@@ -86,7 +86,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
         kept = checkpoints(folder)
         last = f"the last checkpoint is {kept[-1]}" if kept else "no checkpoint was written before"
         raise FloatingPointError(
-            f"{_some(bad)} is NaN or infinite at step {step}, which is not saved: lower the "
+            f"{_some(bad)} is NaN or infinite at step {step}; this step is not saved: lower the "
             f"learning rate (--lr); {last}"
         )
     write_atomic(path, lambda temporary: torch.save(state, temporary))
@@ -96,7 +96,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
 
 
 def not_finite(state: dict[Any, Any]) -> list[str]:
-    """Names of the tensors in nested dicts that hold NaN or infinity; a single wait for a GPU."""
+    """Names of the tensors in nested dicts that hold NaN or infinity. Syncs with a GPU once."""
     found: dict[str, Tensor] = {}
 
     def walk(name: str, value: Any) -> None:
@@ -120,7 +120,12 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint; no code in it is run. Raises ValueError with its path if unreadable."""
+    """Read a checkpoint. No code in it is run.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it is unreadable, or holds objects
+            other than tensors and plain Python values.
+    """
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
@@ -128,26 +133,29 @@ def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dic
     except Exception as error:
         if found := _FOREIGN.search(str(error)):
             raise ValueError(
-                f"{path} holds objects other than tensors ({found[1]}); no code in a checkpoint is "
-                "run: save its state_dict alone, with the program that wrote it"
+                f"{path} holds objects other than tensors ({found[1]}), which could run code when "
+                "they are read: save only its state_dict, with the program that wrote it"
             ) from error
         cause = str(error).partition("\n")[0]
         raise ValueError(f"not a readable checkpoint: {path}: {cause}") from error
 
 
 def restore(state: dict[str, Any], path: Path, **parts: Any) -> None:
-    """Give each part (model, optimizer, …) its state in the checkpoint `state`, read from `path`.
+    """Load the checkpoint `state`, read from `path`, into each part (model, optimizer, …).
 
     Raises:
-        ValueError: naming `path` and what is missing or does not fit; `model` is unchanged then.
+        ValueError: something is missing or does not fit; the message has it and `path`. `model` is
+            unchanged then.
     """
     if missing := [name for name in (*parts, "step") if name not in state]:
-        raise ValueError(f"{path} is no checkpoint of this kind of run: missing {_some(missing)}")
+        raise ValueError(
+            f"{path} is not a checkpoint of this kind of run: missing {_some(missing)}"
+        )
     if problems := misfits(parts["model"], state["model"]):
         raise ValueError(f"{path} does not fit this model: {'; '.join(problems)}")
-    # The model last: it is the part that has nothing left to refuse.
+    # The model last: it was checked above, so it stays unchanged if another part fails.
     for name in sorted(parts, key=lambda name: name == "model"):
-        # A scaler that is off has no state.
+        # A disabled GradScaler has no state.
         if not state[name]:
             continue
         try:
@@ -157,11 +165,11 @@ def restore(state: dict[str, Any], path: Path, **parts: Any) -> None:
 
 
 def load_strictly(module: nn.Module, state: dict[str, Any], path: Path) -> None:
-    """Load all of `state` into `module`, or raise and leave it as it was.
+    """Load all of `state` into `module`. If it does not fit, raise and change nothing.
 
     Raises:
-        ValueError: naming `path` and the keys that are missing, unexpected, of another shape or
-            kind, or hold NaN or infinity.
+        ValueError: keys are missing or unexpected, have another shape or dtype, or hold NaN or
+            infinity. The message has the keys and `path`.
     """
     if problems := misfits(module, state):
         raise ValueError(f"{path} does not fit this model: {'; '.join(problems)}")
@@ -169,7 +177,7 @@ def load_strictly(module: nn.Module, state: dict[str, Any], path: Path) -> None:
 
 
 def misfits(module: nn.Module, state: dict[str, Any]) -> list[str]:
-    """Why `state` cannot be loaded into `module`, whole and finite; nothing if it can."""
+    """The reasons why `state` cannot be loaded into `module`; [] if it fits and is finite."""
     own = module.state_dict()
     problems = []
     if missing := [key for key in own if key not in state]:
@@ -197,9 +205,9 @@ def _some(keys: list[str]) -> str:
 
 
 def save_encoder(path: Path, encoder: nn.Module, about: dict[str, str]) -> None:
-    """Write the encoder's weights as safetensors, under the names of its own state_dict.
+    """Write the encoder's state_dict as safetensors.
 
-    about: text for the file's metadata: how to build the encoder that these weights are for.
+    about: the file's metadata: the settings that rebuild the encoder.
     """
     safetensors = need("safetensors.torch")
     weights = {name: t.detach().cpu().contiguous() for name, t in encoder.state_dict().items()}
@@ -214,7 +222,7 @@ def save_encoder(path: Path, encoder: nn.Module, about: dict[str, str]) -> None:
 
 
 def load_encoder(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The weights and the metadata of `save_encoder`'s file."""
+    """The weights and the metadata of a file that `save_encoder` wrote."""
     safetensors = need("safetensors")
     try:
         with safetensors.safe_open(path, "pt") as file:

@@ -13,13 +13,14 @@ _ALLOWED = '"auto", "cpu", "cuda", "cuda:N" or "mps"'
 
 
 def resolve_device(text: str) -> torch.device:
-    """The device that `text` names, with its number; a GPU becomes the current one.
+    """The device that `text` names, with its index. A GPU also becomes the current device.
 
-    "auto": a GPU if torch sees one, else the CPU. "cuda": under a launcher each local rank's own
-    GPU, else GPU 0. "mps" is taken only when asked for: no kernel here is written for it.
+    "auto": a GPU if torch sees one, else the CPU. It never chooses "mps", because no kernel here
+        is written for it.
+    "cuda": under a launcher the GPU of this local rank, else GPU 0.
 
     Raises:
-        ValueError: no such device here, or several ranks on one GPU.
+        ValueError: there is no such device, or several ranks would use one GPU.
     """
     if text == "auto":
         text = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,7 +47,7 @@ def resolve_device(text: str) -> torch.device:
             "which gives each its own"
         )
     if index is None:
-        # Schedulers may show each process its own GPU alone.
+        # A scheduler may let each process see only one GPU, which then has index 0.
         index = 0 if count == 1 and launch.url != "env://" else launch.local_rank
     if index >= count:
         raise ValueError(f"device 'cuda:{index}': there are {count} GPUs, numbered from 0")
@@ -56,9 +57,9 @@ def resolve_device(text: str) -> torch.device:
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """What `precision` is on `device`: the dtype of torch.autocast, None for the parameters' own.
+    """The dtype of torch.autocast for `precision` on `device`; None for no autocast.
 
-    "auto": on GPUs bfloat16 where the hardware computes in it, else float16; float32 elsewhere.
+    "auto": on a GPU bfloat16 if its hardware computes in it, else float16; on other devices None.
     """
     if precision == "auto":
         if device.type != "cuda":
@@ -70,9 +71,9 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that this process may still use: of the GPU, or its share of the host's memory."""
+    """Bytes that this process may still use: on the GPU, or its share of the host's memory."""
     if device.type == "cuda":
-        # What torch's allocator holds and nobody uses is not free for CUDA, but for us.
+        # Blocks that torch's allocator keeps unused: CUDA counts them as used, but we may use them.
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     share = launched().local_size
@@ -85,23 +86,23 @@ def free_memory(device: torch.device) -> float:
 
 
 def release_memory() -> None:
-    """Give back what nobody uses any more and torch's and DALI's allocators keep for themselves."""
+    """Return unused memory that the allocators of torch and DALI keep to the GPU."""
     gc.collect()
     torch.cuda.empty_cache()
-    # Unless DALI is in use there is nothing to give back, and no need to import it.
+    # If DALI was never imported, it keeps no memory.
     if dali := sys.modules.get("nvidia.dali"):
         dali.backend.ReleaseUnusedMemory()
 
 
 def seed_step(seed: int, step: int, device: torch.device, rank: int = 0) -> None:
-    """Seed what a model draws in a step, such as dropout: another on each rank and step.
+    """Seed the model's random numbers, such as dropout's, differently for each rank and step.
 
-    So a resumed run draws what the uninterrupted one would have, without saved generators.
+    A resumed run then draws the same numbers as an uninterrupted one, without saved generators.
     """
     mixed = seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB
     mixed ^= mixed >> 31
     mixed = mixed * 0xD6E8FEB86659FD93 % (1 << 63)
-    # The generators themselves: torch.manual_seed would seed those of all GPUs.
+    # Only the generators in use: torch.manual_seed would seed those of all GPUs.
     torch.default_generator.manual_seed(mixed ^ mixed >> 32)
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index

@@ -1,4 +1,4 @@
-"""Ranks: joining them, what they decide together, and gathers of uneven numbers of rows."""
+"""Processes of one run (ranks): joining, common decisions, gathers of uneven numbers of rows."""
 
 import io
 import logging
@@ -24,12 +24,12 @@ from simclr_fast.utils.rank_watch import RankFailure, RankWatch
 log = logging.getLogger(__name__)
 # Bytes per message of World.share.
 _CHUNK = 64 << 20
-# Seconds that aborting the process group may take.
+# Aborting the process group may take this many seconds.
 _ABORT = 5.0
 
 
 def gather_row_counts(rows: int, device: torch.device, group: dist.ProcessGroup) -> list[int]:
-    """Number of rows of every rank, in rank order."""
+    """The number of rows of every rank, in rank order."""
     own = torch.tensor([rows], dtype=torch.int64, device=device)
     return _gather(own, dist.get_world_size(group), group).tolist()
 
@@ -37,13 +37,13 @@ def gather_row_counts(rows: int, device: torch.device, group: dist.ProcessGroup)
 def row_counts_of(
     rows: int, device: torch.device, group: dist.ProcessGroup, given: Sequence[int] | None = None
 ) -> list[int]:
-    """`given`, checked, or what `gather_row_counts` finds. rows: this rank's own."""
+    """Check `given`, or call `gather_row_counts` if it is None. rows: those of this rank."""
     if given is None:
         return gather_row_counts(rows, device, group)
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     if len(given) != ranks or given[rank] != rows:
         raise ValueError(
-            f"row_counts must hold the rows of {ranks} ranks, of which rank {rank} has {rows}, "
+            f"row_counts must hold the numbers of rows of {ranks} ranks, {rows} for rank {rank}, "
             f"got {list(given)}"
         )
     return list(given)
@@ -54,8 +54,8 @@ def all_gather_rows(
 ) -> Tensor:
     """Concatenate `rows` [n_r, ...] of every rank r along dim 0, in rank order; no gradient.
 
-    counts: `gather_row_counts` of the same rows, if known: it costs a small gather and, on CUDA,
-        a device sync.
+    counts: `gather_row_counts` of the same rows, if known. Without it, an extra gather and, on
+        CUDA, a device sync are needed.
     """
     if counts is None:
         counts = gather_row_counts(rows.size(0), rows.device, group)
@@ -77,8 +77,8 @@ def _gather(rows: Tensor, ranks: int, group: dist.ProcessGroup) -> Tensor:
     if dist.get_backend(group) == "mpi":
         dist.all_gather(list(gathered.chunk(ranks)), rows, group=group)
     else:
-        # Straight into place: a list of tensors costs NCCL's backend a copy of each. torch 2.14
-        # renames it, and warns of the old name.
+        # Into one tensor: with a list of tensors, NCCL's backend copies each of them. torch 2.14
+        # renames the operation and warns of the old name.
         into_place = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         into_place(gathered, rows, group=group)
     return gathered
@@ -86,7 +86,7 @@ def _gather(rows: Tensor, ranks: int, group: dist.ProcessGroup) -> Tensor:
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that a launcher started; rank 0 of 1 without one."""
+    """This process among those that a launcher started; rank 0 of 1 without a launcher."""
 
     rank: int
     size: int
@@ -111,10 +111,10 @@ class World:
         self.least(0.0)
 
     def share(self, make: Callable[[], Any]) -> Any:
-        """make() of rank 0, on every rank; where it raises, every rank raises.
+        """Call make() on rank 0 and return its value on every rank. If it raises, all ranks raise.
 
-        The value is what torch.load reads with weights_only: tensors, numbers, text, containers.
-        No other rank needs the files that rank 0 reads.
+        The value must be readable by torch.load with weights_only: tensors, numbers, text,
+        containers. Only rank 0 needs access to the files that make() reads.
         """
         if self.size == 1:
             return make()
@@ -147,7 +147,7 @@ class World:
         return received["value"]
 
     def check_alike(self, model: nn.Module, step: int) -> None:
-        """RankFailure unless every rank holds the same weights at the same step."""
+        """Raise RankFailure unless all ranks have the same weights at the same step."""
         if self.size == 1:
             return
         own = torch.tensor([step, fingerprint(model)], device=self.device)
@@ -157,19 +157,19 @@ class World:
         if others := [rank for rank, one in enumerate(found) if one.tolist() != first]:
             steps = ", ".join(f"rank {rank}: step {int(one[0])}" for rank, one in enumerate(found))
             raise RankFailure(
-                f"rank {', '.join(map(str, others))} has other weights than rank 0, so this would "
-                f"train several models as one ({steps}): do all ranks run the same versions?"
+                f"rank {', '.join(map(str, others))} has other weights than rank 0 ({steps}): "
+                "use the same versions of all packages on all ranks"
             )
 
     def mark(self, step: int, doing: str) -> None:
-        """Tell the other ranks where this one is: `doing` in `step`, counted from 1."""
+        """Tell the other ranks that this one is doing `doing` in `step`, counted from 1."""
         if self.watch is not None:
             self.watch.mark(step, doing)
 
     def stop_signal(self, step: int, caught: Sequence[int]) -> int | None:
-        """The signal that ends the run after `step`, on all ranks at once; None: it goes on.
+        """The signal that ends the run after `step`, the same on all ranks; None to go on.
 
-        caught: what `catch_signals` noted on this rank. Waits for nobody unless a signal arrived,
+        caught: the list of `catch_signals` on this rank. Waits for other ranks only after a signal,
         and never for the GPU.
         """
         if self.watch is None:
@@ -177,19 +177,19 @@ class World:
         return self.watch.stop_signal(step, caught)
 
     def leave(self) -> None:
-        """Tell the other ranks that this one's end is meant."""
+        """Tell the other ranks that this one ends on purpose."""
         if self.watch is not None:
             self.watch.leave()
 
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> int:
-    """A 63-bit number that changes with the weights' bits: exact on any device, in any order."""
+    """A 63-bit hash of the weights' bits. It is the same on every device and memory format."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     total = 0
     for place, tensor in enumerate(model.state_dict().values(), 1):
         bits = tensor.detach().contiguous().reshape(-1)
-        # Memory formats differ in order only, which a sum does not see.
+        # Memory formats only change the order of elements, and a sum does not depend on it.
         bits = bits.view(integers[bits.element_size()])
         total += place * int(bits.sum(dtype=torch.int64))
     return total % (1 << 63)
@@ -199,12 +199,12 @@ def fingerprint(model: nn.Module) -> int:
 def join_world(device: str, timeout: float = 600) -> Iterator[World]:
     """Join the launcher's process group (NCCL on GPUs, gloo on CPUs), and leave it at the end.
 
-    device: as `resolve_device` takes it.
-    timeout: seconds without progress, a collective included, that end the run.
+    device: as for `resolve_device`.
+    timeout: the run ends after this many seconds without progress.
 
     Raises:
-        RankFailure: another rank died, stalled, raised an error or never joined; it is named. A
-            rank that hangs cannot raise: its process prints the same and ends with status 1.
+        RankFailure: another rank died, stalled, raised an error or never joined; the message names
+            it. A rank that hangs cannot raise: its process prints the message and exits with 1.
     """
     launch, chosen = launched(), resolve_device(device)
     rank, size = launch.rank, launch.size
@@ -224,7 +224,7 @@ def join_world(device: str, timeout: float = 600) -> Iterator[World]:
             store=dist.PrefixStore("default_pg", store),
             rank=rank,
             world_size=size,
-            # The watch is first to end the run, and says whose fault it was.
+            # Longer than the watch's, which can say which rank failed.
             timeout=timedelta(seconds=timeout + 60),
             device_id=chosen if nccl else None,
         )
@@ -233,12 +233,12 @@ def join_world(device: str, timeout: float = 600) -> Iterator[World]:
         yield World(rank, size, chosen, watch)
     except BaseException as error:
         if watch.left:
-            # Meant, after a signal: the others end as well.
+            # This rank left on purpose after a signal, and so do the others.
             dist.destroy_process_group()
             raise
         explained = watch.explain(error)
         cause = "" if explained is not error else f"{type(error).__name__}: "
-        # Before anything that may wait: a process that hangs has then said why.
+        # Print before anything that may hang.
         print(
             f"simclr-fast: rank {rank}: {watch.where}: {cause}{explained}",
             file=sys.stderr,
@@ -267,6 +267,8 @@ def _abort() -> None:
     thread.join(_ABORT)
     if thread.is_alive():
         print(
-            "simclr-fast: the process group does not end: leaving it", file=sys.stderr, flush=True
+            "simclr-fast: the process group does not end: exiting anyway",
+            file=sys.stderr,
+            flush=True,
         )
         os._exit(1)

@@ -1,4 +1,4 @@
-"""Optional packages: imported when they are used, and what to install when one is missing."""
+"""Optional packages. Each is imported when it is used; an error says how to install it."""
 
 import platform
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 
 _DALI = "nvidia.dali"
-# Module → (its name for pip, what it is for). DALI's name depends on CUDA: see `pip_name`.
+# Module → (its name for pip, its purpose). DALI's name depends on CUDA: see `pip_name`.
 _PACKAGES = {
     "tyro": ("tyro", "reads the command line"),
     "tqdm": ("tqdm", "shows progress"),
@@ -26,7 +26,7 @@ _PACKAGES = {
     "onnxruntime": ("onnxruntime", "runs ONNX files"),
     _DALI: ("", "decodes image files on a GPU, and on the CPU in place of Pillow"),
 }
-# What is installed together: a message about one of them names all that are missing.
+# Packages that are needed together: a message about one of them names all that are missing.
 _TOGETHER = [{"onnx", "onnxscript", "onnxruntime"}]
 
 
@@ -34,7 +34,7 @@ def need(module: str) -> ModuleType:
     """Import `module`, one of the optional packages or a part of one.
 
     Raises:
-        ImportError: it is not installed; the message says what it is for and how to install it.
+        ImportError: it is not installed. The message has its purpose and the command to install it.
     """
     try:
         return import_module(module)
@@ -55,14 +55,14 @@ def require(modules: Iterable[str], also: Iterable[str] = ()) -> None:
 
 
 def missing(modules: Iterable[str]) -> list[str]:
-    """Those of `modules` that are not installed; nothing is imported but their parent packages."""
+    """Those of `modules` that are not installed. Imports at most their parent packages."""
     return [module for module in modules if not _installed(module)]
 
 
 def explain(absent: list[str], cause: ImportError | None = None) -> str:
-    """What each missing package is for, and the one command that installs them all.
+    """A message: the purpose of each missing package, and the command that installs them all.
 
-    cause: shown if the first package is installed and fails to import.
+    cause: shown if the first package is installed but fails to import.
     """
     if cause is not None and _installed(absent[0]):
         return f"{pip_name(absent[0])} is installed but cannot be imported: {cause}"
@@ -76,14 +76,14 @@ def explain(absent: list[str], cause: ImportError | None = None) -> str:
 
 
 def pip_name(module: str) -> str:
-    """What pip calls the package of `module`; DALI's has the major CUDA version of this torch."""
+    """The name of `module` for pip. DALI's contains the major CUDA version of this torch."""
     if module == _DALI:
         return f"nvidia-dali-cuda{120 if (torch.version.cuda or '').startswith('12') else 130}"
     return _PACKAGES[module][0]
 
 
 def _package(module: str) -> str:
-    """The key of _PACKAGES: `module` or the package that it is a part of."""
+    """The key in _PACKAGES: `module` itself or its parent package."""
     return module if module in _PACKAGES else module.partition(".")[0]
 
 

@@ -1,7 +1,7 @@
-"""Signals that ask a process to end: noted until a step ends, or raised at once.
+"""Signals that ask a process to end. They are recorded until a step ends, or raised at once.
 
-SIGINT is Ctrl-C; SIGTERM comes from launchers and schedulers; SIGUSR1 is what SLURM is told to send
-some time before it ends a job (`#SBATCH --signal=USR1@90`).
+Ctrl-C sends SIGINT. Launchers and schedulers send SIGTERM. SLURM can be asked to send SIGUSR1 some
+time before it ends a job (`#SBATCH --signal=USR1@90`).
 """
 
 import signal
@@ -15,7 +15,7 @@ _ENDING = [signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else
 
 
 class Interrupted(Exception):
-    """A signal ended a run after it wrote a checkpoint. signal_number: which."""
+    """A signal ended a run after it wrote a checkpoint. signal_number: that signal."""
 
     def __init__(self, signal_number: int, folder: Path) -> None:
         super().__init__(f"interrupted; {folder} holds a checkpoint: go on with --resume")
@@ -23,7 +23,7 @@ class Interrupted(Exception):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGUSR1 arrived. number: which."""
+    """SIGTERM or SIGUSR1 arrived. number: that signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """Signals that ask to end are noted in the list that this yields; the process goes on."""
+    """Record signals that ask to end in the yielded list; do not end the process."""
     caught: list[int] = []
     try:
         before = {
@@ -51,7 +51,7 @@ def catch_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def raise_sigterm() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 raise Terminated, as Ctrl-C raises KeyboardInterrupt."""
+    """Let SIGTERM and SIGUSR1 raise Terminated, like KeyboardInterrupt for Ctrl-C."""
     try:
         before = {s: signal.signal(s, _terminate) for s in _ENDING}
     except ValueError:
@@ -65,7 +65,7 @@ def raise_sigterm() -> Iterator[None]:
 
 
 def exit_status(stop: KeyboardInterrupt) -> int:
-    """The exit status that a shell reports for a process that this signal ended."""
+    """The exit status that shells use for a process ended by this signal: 128 + its number."""
     return 128 + (stop.number if isinstance(stop, Terminated) else signal.SIGINT)
 
 

@@ -1,4 +1,4 @@
-"""Which process this is among those that a launcher started: torchrun, or srun of SLURM."""
+"""The rank of this process under a launcher: torchrun, or SLURM's srun."""
 
 import os
 import re
@@ -13,7 +13,7 @@ _FIRST_PORT, _PORTS = 15_000, 15_000
 class Launch:
     """rank of size processes; local_rank of local_size on this machine.
 
-    url: the rendezvous, for torch.distributed; "env://" is what torchrun prepared.
+    url: where the processes meet, for torch.distributed; "env://" under torchrun.
     """
 
     rank: int = 0
@@ -27,13 +27,15 @@ def launched() -> Launch:
     """Read the launcher's variables; rank 0 of 1 without a launcher.
 
     Raises:
-        ValueError: several processes were started in a way that does not let them meet. Each would
-            train alone and write to the same folder.
+        ValueError: several processes were started but cannot meet. Each would train by itself and
+            write to the same folder.
     """
     env = os.environ
     if "RANK" in env or "WORLD_SIZE" in env:
         if missing := [name for name in ("RANK", "WORLD_SIZE") if name not in env]:
-            raise ValueError(f"{missing[0]} is not set beside the other one: start with torchrun")
+            raise ValueError(
+                f"of RANK and WORLD_SIZE, the variable {missing[0]} is not set: start with torchrun"
+            )
         size = int(env["WORLD_SIZE"])
         rank = int(env["RANK"])
         local_size = int(env.get("LOCAL_WORLD_SIZE", size))
@@ -47,26 +49,26 @@ def launched() -> Launch:
     for name in _MPI_SIZES:
         if int(env.get(name, 1)) > 1:
             raise ValueError(
-                f"an MPI launcher started {env[name]} processes ({name}), and they cannot meet: "
-                "start with torchrun, or with srun"
+                f"an MPI launcher started {env[name]} processes ({name}), which cannot meet: start "
+                "with torchrun or srun"
             )
     return Launch()
 
 
 def require_one_process() -> None:
-    """ValueError under a launcher that started several: each would do, and write, the same."""
+    """Raise ValueError if a launcher started several processes: all would do the same work."""
     if (size := launched().size) > 1:
         raise ValueError(
-            f"this command is one process, and {size} were started: use neither torchrun nor srun "
-            "with several tasks"
+            f"this command runs as one process, but {size} were started: start it without "
+            "torchrun, or with one task of srun"
         )
 
 
 def _slurm_tasks() -> int:
-    """Tasks of the srun that started this process; 1 if srun did not.
+    """The number of tasks of the srun that started this process; 1 without srun.
 
-    A batch script and an interactive shell see SLURM_NTASKS of their whole job, but are one process
-    each. Only srun's tasks have a step of their own.
+    Batch scripts and interactive shells also see SLURM_NTASKS of their job, but are one process.
+    Only processes that srun started have SLURM_STEP_ID.
     """
     env = os.environ
     if "SLURM_PROCID" not in env or "SLURM_STEP_ID" not in env:
@@ -82,17 +84,17 @@ def _slurm_url(size: int, machines: int) -> str:
         address = "127.0.0.1" if machines == 1 else hosts and first_host(hosts)
     if not address:
         raise ValueError(
-            f"srun started {size} tasks on {machines} machines, and no variable says where they "
+            f"srun started {size} tasks on {machines} machines, but no variable says where they "
             "meet: export MASTER_ADDR=$(scontrol show hostnames | head -n 1) before srun"
         )
-    # The same on all ranks, and another for each step of each job.
+    # The same port on all ranks, and a different one for each step of each job.
     number = int(env.get("SLURM_JOB_ID", 0)) + 7919 * int(env.get("SLURM_STEP_ID", 0))
     port = env.get("MASTER_PORT", _FIRST_PORT + number % _PORTS)
     return f"tcp://{address}:{port}"
 
 
 def first_host(hosts: str) -> str:
-    """The first of SLURM's compressed list: "gpu[03-07,12],login1" → "gpu03"."""
+    """The first host of SLURM's compressed list: "gpu[03-07,12],login1" → "gpu03"."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", hosts)
     assert first is not None
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])

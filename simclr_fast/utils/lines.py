@@ -1,4 +1,4 @@
-"""Logs of a run as JSON lines, which a resumed run goes on with."""
+"""Logs of a run as JSON lines. A resumed run appends to them."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,9 @@ from simclr_fast.utils.checkpoint import write_atomic
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drop the lines of `path` after `step`, which come again; a missing file becomes empty.
+    """Drop the lines of `path` after `step`: a run resumed there writes them again.
 
-    What a killed process left half written is dropped as well.
+    Also drops a line that a killed process left incomplete. Creates the file if it is missing.
     """
     old = path.read_text(errors="replace").splitlines() if path.exists() else []
     kept = "".join(line + "\n" for line in old if _step(line) <= step)

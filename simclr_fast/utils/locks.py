@@ -1,4 +1,4 @@
-"""Locks on files. The system releases them when the process that holds them ends, in any way."""
+"""Locks on files. The system releases a lock when its process ends, even if it is killed."""
 
 import os
 import warnings
@@ -14,10 +14,11 @@ except ImportError:  # Windows
 
 
 def lock(handle: int, wait: bool = False) -> bool | None:
-    """Lock an open file until it is closed; whether that worked.
+    """Lock an open file until it is closed.
 
-    True: it is locked. False: another process holds the lock. None: there are no locks here, as on
-    Windows and on some network file systems; the first time warns, with the cause.
+    Returns:
+        True: it is locked. False: another process holds the lock. None: the system has no file
+        locks, like Windows and some network file systems; the first call warns, with the cause.
     """
     if fcntl is None:
         _no_locks("no flock on this system")
@@ -35,8 +36,8 @@ def lock(handle: int, wait: bool = False) -> bool | None:
 @cache
 def _no_locks(cause: str) -> None:
     warnings.warn(
-        f"files cannot be locked here ({cause}): let no two processes write to one folder, and "
-        "remove what a killed one left (.*.simclr-part)",
+        f"files cannot be locked here ({cause}): do not let two processes write to one folder, and "
+        "delete the temporary files of killed ones (.*.simclr-part)",
         RuntimeWarning,
         stacklevel=4,
     )

@@ -1,15 +1,19 @@
-"""Which rank failed, and in what step: one thread per rank that outlives a hung collective.
+"""Find out which rank failed, and in which step.
 
-Every rank writes its state to the process group's store once a second and whenever it turns to
-something else: a beat. When a rank dies, the others'
-collectives fail (gloo: at once) or hang (NCCL; under either if a rank stalls). The survivors then
-look for the rank whose beats stopped or, if all beat, the one that has begun the fewest
-collectives. The first verdict stands for all; every rank ends with it.
+Each rank has a watching thread, which keeps working while the main thread hangs in a collective.
+Once a second, and whenever the main thread starts something else, it writes the rank's state to the
+process group's store. Such a write is called a beat.
 
-The threads also agree on the step after which a signal stops the run. Ranks are not in the same
-step: on a GPU the host runs ahead. So each rank's thread promises the step that its main thread is
-in, the main thread does not pass that step before all have promised, and the largest promise is
-where all stop. Threads never wait for a main thread, so this ends, and no step costs a message.
+When a rank dies, the collectives of the others fail (gloo) or hang (NCCL). When a rank stalls, they
+hang. The other ranks then look for a rank whose beats stopped. If all beat, they look for the rank
+that has begun the fewest collectives. The first verdict counts for all, and every rank ends with
+it.
+
+The threads also agree on the step after which a signal stops the run. Ranks may be in different
+steps, because on a GPU the host runs ahead. Each thread promises the step that its main thread is
+in. The main thread does not go beyond that step until all have promised. All ranks stop after the
+largest promise. Threads never wait for a main thread, so there is no deadlock. Steps without a
+signal send no message.
 """
 
 import json
@@ -28,11 +32,11 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 _BEAT = 1.0
-# Beats without which a rank counts as gone, once there is reason to look.
+# When ranks are checked, one that misses this many beats counts as dead.
 _MISSED = 4
-# Seconds that the main thread has to end by itself after a verdict.
+# After a verdict the main thread has this many seconds to end by itself.
 _GRACE = 4.0
-# Seconds after which a rank that did not answer a signal to stop is looked for.
+# If ranks do not answer a signal to stop within this many seconds, they are checked.
 _ANSWER = 5.0
 _ADVICE = "; --resume goes on from the last checkpoint"
 
@@ -42,10 +46,10 @@ class RankFailure(RuntimeError):
 
 
 class _State(NamedTuple):
-    """What a rank writes at each beat.
+    """The state that a rank writes at each beat.
 
-    beats: how many so far. step, doing: where its main thread is. collectives: how many it has
-    begun. promised: the step before which it does not stop, once a signal asked it.
+    beats: the number of beats so far. step, doing: what the main thread is doing. collectives: how
+    many it has begun. promised: after a signal, the step up to which this rank goes in any case.
     """
 
     beats: int
@@ -56,10 +60,10 @@ class _State(NamedTuple):
 
 
 class RankWatch:
-    """Writes this rank's beats and looks at the others'.
+    """Writes this rank's beats and checks those of the others.
 
-    store: the process group's, which every rank reaches. timeout: seconds without progress (a step,
-    a phase or a collective) after which the run ends.
+    store: the store of the process group. timeout: if no step, phase or collective begins for this
+    many seconds, the run ends.
 
     Raises:
         RankFailure: a rank did not join within `timeout`.
@@ -67,14 +71,14 @@ class RankWatch:
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: float) -> None:
         self.rank, self.size, self.timeout = rank, size, timeout
-        # A connection of its own: the main thread may wait in an operation of the other one.
+        # A second connection: the main thread may be waiting in an operation of the first.
         self._store = dist.PrefixStore("rank_watch", store.clone())
         self._beats = 0
         self._mark = (0, "starting")
         self._group: dist.ProcessGroup | None = None
         self._stopped = threading.Event()
-        # Guards what the two threads tell each other about stopping: the main thread's last step,
-        # this rank's promise, and what was agreed: the last step of all ranks, and the signal.
+        # Guards what both threads use for stopping: the step that the main thread finished, this
+        # rank's promise, and the agreement (the step after which all stop, the signal's number).
         self._turn = threading.Condition()
         self._finished = 0
         self._promised: int | None = None
@@ -87,7 +91,7 @@ class RankWatch:
         self._wake.setblocking(False)
         wakened.setblocking(False)
         self._woken_before: int | None = None
-        # Python runs its own handlers in the main thread alone, which may be hung.
+        # Python runs signal handlers only in the main thread, which may hang.
         with suppress(ValueError):
             self._woken_before = signal.set_wakeup_fd(wakened.fileno(), warn_on_full_buffer=False)
         self._wakened = wakened
@@ -99,26 +103,26 @@ class RankWatch:
         self._group = group
 
     def mark(self, step: int, doing: str) -> None:
-        """This rank is in `step`, counted from 1, and does `doing`; the others can read it."""
+        """Tell the other ranks that this one is doing `doing` in `step`, counted from 1."""
         self._mark = (step, doing)
         if not self._stopped.is_set():
             self._beat()
 
     @property
     def left(self) -> bool:
-        """Whether this rank's end is meant."""
+        """Whether this rank left on purpose."""
         return self._stopped.is_set()
 
     @property
     def where(self) -> str:
-        """The step of this rank, counted from 1, and what it does there."""
+        """The step of this rank, counted from 1, and what it is doing."""
         step, doing = self._mark
         return f"step {step} ({doing})"
 
     def stop_signal(self, step: int, caught: Sequence[int]) -> int | None:
-        """The signal that ends the run after `step`, the same step on all ranks; None: go on.
+        """The signal that ends the run after `step`, the same step on all ranks; None to go on.
 
-        The main thread asks after each of its steps, counted from 1, but the run's last.
+        The main thread calls this after each step, counted from 1, except the last of the run.
         caught: signals that arrived on this rank.
 
         Raises:
@@ -130,7 +134,7 @@ class RankWatch:
                 self._store.compare_set("stop", "", str(caught[0]))
                 self._promised = step
                 with suppress(OSError):
-                    # The thread looks around now, not at its next beat.
+                    # Wake the thread now, instead of at its next beat.
                     self._wakened.send(b"\0")
             if self._promised is None or step < self._promised:
                 return None
@@ -142,7 +146,7 @@ class RankWatch:
             return number if step >= last else None
 
     def leave(self) -> None:
-        """This rank is done: from now on it looks for no other, and no other looks for it."""
+        """This rank is done: it no longer checks the others, and they no longer check it."""
         if self._stopped.is_set():
             return
         self._stopped.set()
@@ -151,27 +155,24 @@ class RankWatch:
         if threading.current_thread() is not self._thread:
             self._thread.join()
         self._mark = (self._mark[0], "done")
-        # The store's host may have left before us.
+        # The process that hosts the store may have ended already.
         with suppress(dist.DistError):
             self._beat()
         self._wake.close()
         self._wakened.close()
 
     def let_others_read(self) -> None:
-        """Stay for two beats if this rank hosts the store: what it told is lost with it."""
+        """If this rank hosts the store, wait two beats: the store's content ends with it."""
         if self.rank == 0 and not self._hosted_by_launcher:
             time.sleep(2 * _BEAT)
 
     def explain(self, error: BaseException) -> BaseException:
-        """What ended this rank: RankFailure if another's end caused `error`, else `error` itself.
-
-        The others are told either way.
-        """
+        """RankFailure if another rank caused `error`, else `error`. Tells the others either way."""
         if isinstance(error, RankFailure):
             return error
         own = f"rank {self.rank} ended in {self.where}: {type(error).__name__}: {error}"
         try:
-            # The backends raise RuntimeError for a lost peer; anything else is this rank's own.
+            # Backends raise RuntimeError for a lost rank. Other errors come from this rank.
             verdict = isinstance(error, RuntimeError) and (self._told() or self._missing())
             if not verdict:
                 self._tell(own)
@@ -187,7 +188,7 @@ class RankWatch:
         self._store.set(str(self.rank), json.dumps(state))
 
     def _collectives(self) -> int:
-        # No public counter exists; without one, a hung step is not traced to its rank.
+        # There is no public counter. Without one, the rank that stalled a step cannot be found.
         count = getattr(self._group, "_get_sequence_number_for_group", None)
         return count() if count else 0
 
@@ -213,7 +214,7 @@ class RankWatch:
         return self._store.compare_set("verdict", "", verdict).decode()
 
     def _missing(self, seconds: float = _MISSED * _BEAT) -> str:
-        """Names the ranks that do not beat for `seconds`; or passes on what they say meanwhile."""
+        """Name the ranks that do not beat for `seconds`; or return a verdict that arrives first."""
         before, end = self._read(), time.monotonic() + seconds
         while time.monotonic() < end:
             time.sleep(_BEAT / 4)
@@ -230,7 +231,7 @@ class RankWatch:
         )
 
     def _behind(self) -> str:
-        """Names the ranks that have begun the fewest collectives, all of them beating."""
+        """Name the ranks that have begun the fewest collectives, given that all of them beat."""
         states = {r: state for r, state in enumerate(self._read()) if state.doing != "done"}
         fewest = min(state.collectives for state in states.values())
         return "; ".join(
@@ -241,15 +242,15 @@ class RankWatch:
 
     @property
     def _hosted_by_launcher(self) -> bool:
-        """torchrun's agent hosts the store of its ranks; without torchrun, rank 0 does."""
+        """Whether torchrun's agent hosts the store; otherwise rank 0 does."""
         return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
     def _store_lost(self) -> str:
         host = "the launcher" if self._hosted_by_launcher else "rank 0"
-        return f"{host}, which hosts the store, died or left; here it was {self.where}"
+        return f"{host}, which hosts the store, died or left; this rank was in {self.where}"
 
     def _agree(self) -> bool:
-        """Answer a signal to stop, on whatever rank; True while others' answers are awaited."""
+        """Answer a signal to stop that any rank received; True while other answers are missing."""
         if self._stop is not None or not self._store.check(["stop"]):
             return False
         with self._turn:
@@ -262,7 +263,7 @@ class RankWatch:
             if time.monotonic() - self._asked_at > _ANSWER and (verdict := self._missing()):
                 self._end(self._tell(verdict))
             return True
-        # A rank that was done before it was asked lets nobody stop before the end.
+        # If a rank finished all steps before it could promise, the others must finish them too.
         last = max(sys.maxsize if s.promised is None else s.promised for s in states)
         number = int(self._store.get("stop"))
         with self._turn:
@@ -284,7 +285,7 @@ class RankWatch:
                     progress, since = now, time.monotonic()
                 elif time.monotonic() - since > self.timeout:
                     self._end(self._tell(self._missing() or self._behind()))
-                # A launcher that saw a rank die asks the others to go, then kills them.
+                # When a rank dies, its launcher sends SIGTERM to the others, then kills them.
                 if signalled and (verdict := self._missing()):
                     self._end(self._tell(verdict))
             except dist.DistError:
@@ -293,7 +294,7 @@ class RankWatch:
                 signalled |= signal.SIGTERM in self._wake.recv(64)
 
     def _end(self, verdict: str) -> None:
-        """End the process, unless its main thread does so itself."""
+        """End the process, unless the main thread ends it within `_GRACE` seconds."""
         with self._turn:
             self._verdict = verdict
             self._turn.notify_all()

@@ -182,7 +182,7 @@ def test_several_processes_are_refused(home, capsys, monkeypatch):
     export = ["export", *encoder, "--to", str(home / "never"), "--format", "safetensors"]
     for command in (["eval", "knn", *encoder], ["ablate"], export):
         assert run(command) == 1
-        assert "one process, and 2 were started" in capsys.readouterr().err
+        assert "one process, but 2 were started" in capsys.readouterr().err
     assert not (home / "never").exists()
 
 

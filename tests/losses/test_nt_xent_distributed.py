@@ -36,7 +36,7 @@ def check_loss(group, rank, pairs, dtype, reduction, two, decoupled=False):
     options |= {"row_counts": [2 * n for n in pairs]} if decoupled else {}
     loss, stats = nt_xent_loss(*arguments, tau, reduction=reduction, group=group, **options)
     if decoupled:
-        with pytest.raises(ValueError, match="row_counts must hold the rows of"):
+        with pytest.raises(ValueError, match="row_counts must hold the numbers of rows of"):
             nt_xent_loss(*arguments, tau, group=group, row_counts=[1] * len(pairs))
     grads = torch.autograd.grad(loss * 3, [*leaves, tau])
 

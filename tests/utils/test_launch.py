@@ -42,7 +42,7 @@ def test_without_a_launcher(given):
 def test_torchrun(given):
     given(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", LOCAL_WORLD_SIZE="4", **SRUN)
     assert launched() == Launch(5, 8, 1, 4, "env://")
-    with pytest.raises(ValueError, match="one process, and 8 were started"):
+    with pytest.raises(ValueError, match="one process, but 8 were started"):
         require_one_process()
 
 
@@ -57,7 +57,7 @@ def test_srun(given):
     first = launched()
     assert (first.rank, first.size, first.local_rank, first.local_size) == (5, 8, 1, 4)
     assert first.url.startswith("tcp://gpu03:")
-    with pytest.raises(ValueError, match="one process, and 8 were started"):
+    with pytest.raises(ValueError, match="one process, but 8 were started"):
         require_one_process()
     # Another step of the job has another port.
     given(SLURM_STEP_ID="1")
