@@ -1,4 +1,4 @@
-"""Opens what holds images as a Source: a name ("demo", "cifar10:ROOT"), a path, files or arrays."""
+"""Open images as a Source: by name ("demo", "cifar10:ROOT"), path, list of files or array."""
 
 import warnings
 from collections import Counter
@@ -14,7 +14,7 @@ from simclr_fast.data.shards import open_shards
 from simclr_fast.data.sources import IMAGE_SUFFIXES, ArraySource, DatasetSource, FileSource, Source
 from simclr_fast.utils.extras import need
 
-# torchvision's class, and its parts for training and for testing.
+# Name → torchvision's class, and the arguments of its training and test splits.
 _TORCHVISION: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
     "aircraft": ("FGVCAircraft", [{"split": "trainval"}], {"split": "test"}),
     "cars": ("StanfordCars", [{"split": "train"}], {"split": "test"}),
@@ -28,7 +28,7 @@ _TORCHVISION: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
     "svhn": ("SVHN", [{"split": "train"}], {"split": "test"}),
 }
 TORCHVISION = tuple(_TORCHVISION)
-# Images that torchvision does not read either. A folder with some of them gives a warning.
+# Image files that are not read, nor by torchvision's ImageFolder. A folder with them is warned of.
 _LEFT_OUT = frozenset(f".{kind}" for kind in ("gif", "heic", "heif", "avif", "jfif", "jp2", "jxl"))
 
 
@@ -37,11 +37,11 @@ def named_source(data: str, split: Literal["train"] = "train") -> Source: ...
 @overload
 def named_source(data: str, split: Literal["test"]) -> Source | None: ...
 def named_source(data: str, split: Literal["train", "test"] = "train") -> Source | None:
-    """The images of `data`; None for the test split of a path, which has no such thing.
+    """The images of `data`; None for the test split of a path, which has only one split.
 
-    data is "demo", "demo-grain", a path, or NAME:ROOT with one of TORCHVISION's names. Such a data
-    set is read by torchvision from the folder ROOT; nothing is downloaded. The training split
-    includes STL-10's unlabelled images and the validation images of DTD and Flowers-102.
+    data: "demo", "demo-grain", a path, or NAME:ROOT with a name from TORCHVISION. torchvision reads
+        such a data set from the folder ROOT; nothing is downloaded. The training split includes the
+        unlabelled images of STL-10 and the validation images of DTD and Flowers-102.
     """
     if data == "demo":
         return open_source(demo_folder(split))
@@ -61,7 +61,7 @@ def _torchvision_source(name: str, root: str, split: Literal["train", "test"]) -
     try:
         parts = [make(root, **part) for part in (training if split == "train" else [testing])]
     except (RuntimeError, FileNotFoundError) as error:
-        raise FileNotFoundError(f"no {name} in {root!r}: {error}") from error
+        raise FileNotFoundError(f"torchvision finds no {name} in {root!r}: {error}") from error
     files = [_files(part) for part in parts]
     if not all(files):
         (part,) = parts
@@ -72,9 +72,9 @@ def _torchvision_source(name: str, root: str, split: Literal["train", "test"]) -
 
 
 def _files(dataset: Any) -> list[tuple[str, int]]:
-    """The data set's image files and their labels; [] if it holds pixels.
+    """The image files of a data set and their labels; [] if it holds pixels.
 
-    The loader decodes files faster than the data set does.
+    Reading the files directly is faster than through the data set, which decodes with Pillow.
     """
     if samples := getattr(dataset, "_samples", None):
         return list(samples)
@@ -83,7 +83,7 @@ def _files(dataset: Any) -> list[tuple[str, int]]:
 
 
 def open_source(data: Any, labels: Any = None) -> Source:
-    """Make a source of whatever holds images.
+    """Open images as a `Source`.
 
     data: one of
         - a folder: class/…/image (torchvision's ImageFolder) or images without labels;
@@ -94,7 +94,7 @@ def open_source(data: Any, labels: Any = None) -> Source:
     labels: integers [n], for arrays and lists of files.
 
     Raises:
-        FileNotFoundError: nothing at that path. ValueError: no images there.
+        FileNotFoundError: the path does not exist. ValueError: there are no images.
     """
     if isinstance(data, Source):
         return data
@@ -136,7 +136,8 @@ def _open_folder(folder: Path) -> Source:
     if left_out := Counter(p.suffix.lower() for p in files if p.suffix.lower() in _LEFT_OUT):
         counted = ", ".join(f"{n} {suffix}" for suffix, n in sorted(left_out.items()))
         warnings.warn(
-            f"left out of {folder}, as by torchvision's ImageFolder: {counted}", stacklevel=3
+            f"files in {folder} that are not read: {counted}; convert them to JPEG or PNG",
+            stacklevel=3,
         )
     if not paths:
         raise ValueError(
@@ -159,10 +160,13 @@ def _open_files(paths: Sequence[Path], labels: Any) -> Source:
     kinds = {path.suffix.lower() for path in paths}
     if kinds & {".tar", ".tfrecord", ".rec"}:
         if len(kinds) != 1:
-            raise ValueError(f"shards must be of one kind, got {', '.join(sorted(kinds))}")
+            raise ValueError(f"all shards must have one suffix, got {', '.join(sorted(kinds))}")
         return open_shards(paths)
     if unknown := kinds - IMAGE_SUFFIXES:
-        raise ValueError(f"not image files by their suffix: {', '.join(sorted(unknown))}")
+        raise ValueError(
+            f"files must have a suffix of {', '.join(sorted(IMAGE_SUFFIXES))}, got "
+            f"{', '.join(sorted(unknown))}"
+        )
     if labels is not None:
         labels = np.asarray(labels, dtype=np.int64)
         if labels.shape != (len(paths),):

@@ -1,6 +1,6 @@
-"""From samples of a source to decoded images, on the CPU: by DALI, by Pillow, or none needed.
+"""Decode the samples of a source on the CPU, with DALI or Pillow; arrays need no decoding.
 
-Every decoder has `run(parts)`. It gives each part with its images, in order, and reads ahead.
+Every decoder has `run(parts)`, which yields each part with its images, in order, and reads ahead.
 """
 
 import warnings
@@ -23,13 +23,13 @@ from simclr_fast.data.sources import Source
 from simclr_fast.utils.extras import need, require
 
 READ_AHEAD = 2
-# Data sets whose decoded images take less than this together stay in memory, decoded once.
+# If all decoded images of a data set take less than this, they are kept in memory.
 _KEPT_BYTES = 1 << 30
 Result = TypeVar("Result")
 
 
 class CorruptImageError(ValueError):
-    """Images that cannot be read or decoded. samples: number in the source → what is wrong."""
+    """Images that cannot be read or decoded. samples: number in the source → the reason."""
 
     def __init__(self, source: Source, samples: dict[int, str]) -> None:
         self.samples = samples
@@ -38,10 +38,10 @@ class CorruptImageError(ValueError):
 
 
 class Part(NamedTuple):
-    """Some of one step's samples, which are decoded together.
+    """A part of one step's batch. Its samples are decoded together.
 
-    ids: int64 [n]. first: the first one's row in the step's batch. last: nothing of the step's
-    batch comes after it.
+    ids: the sample numbers, int64 [n]. first: the row of the first one in the batch. last: whether
+    this is the last part of the batch.
     """
 
     step: int
@@ -51,12 +51,14 @@ class Part(NamedTuple):
 
 
 class ImageDecoder(Protocol):
-    """What gives decoded images: uint8 [H, W, 3], arrays or tensors."""
+    """Decodes images to uint8 [H, W, 3], arrays or tensors."""
 
     def run(self, parts: Iterable[Part]) -> Iterator[tuple[Part, list[Any]]]:
-        """The images of a part stay valid until the next part is asked for.
+        """Yield each part with its images, which stay valid until the next part is requested.
 
-        Raises CorruptImageError before a part with such an image; a new `run` may follow.
+        Raises:
+            CorruptImageError: the next part has an image that cannot be decoded. `run` may be
+                called again.
         """
 
     def describe(self) -> str: ...
@@ -73,14 +75,18 @@ def dali_import_error() -> ImportError | None:
 
 
 def import_dali() -> Any:
-    """The module nvidia.dali. Raises ImportError that says what to install."""
+    """The module nvidia.dali.
+
+    Raises:
+        ImportError: it is missing; the message says what to install.
+    """
     return need("nvidia.dali")
 
 
 def image_decoder(source: Source, batch_size: int, num_threads: int) -> ImageDecoder:
-    """The decoder for a source: DALI's for files, Pillow's without DALI, none for pixels.
+    """The decoder for a source: DALI's for files, Pillow's if DALI is missing, none for pixels.
 
-    batch_size: the most samples of a part.
+    batch_size: the largest number of samples in a part.
     """
     if not source.encoded:
         return PixelReader(source, num_threads)
@@ -95,14 +101,14 @@ def image_decoder(source: Source, batch_size: int, num_threads: int) -> ImageDec
 def _check_pillow() -> None:
     require(["PIL"], also=["nvidia.dali"])
     warnings.warn(
-        f"Pillow decodes the image files, since DALI cannot be imported ({dali_import_error()})",
+        f"Pillow decodes the image files, because DALI cannot be imported ({dali_import_error()})",
         RuntimeWarning,
         stacklevel=5,
     )
 
 
 class PixelReader:
-    """Images of a source that holds pixels. num_threads: for DALI, if it makes the views."""
+    """Images of a source that holds pixels. num_threads: used by DALI if it makes the views."""
 
     def __init__(self, source: Source, num_threads: int) -> None:
         self.source, self.num_threads = source, num_threads
@@ -115,9 +121,10 @@ class PixelReader:
             yield part, self.read(part.ids)[0]
 
     def read(self, ids: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        """The images, uint8 [H, W, 3] each, and their sizes int64 [n, 2].
+        """The images, uint8 [H, W, 3] each, and their sizes, int64 [n, 2].
 
-        Raises CorruptImageError, and TypeError for anything but such pixels.
+        Raises:
+            CorruptImageError: an image cannot be read. TypeError: it has another shape or dtype.
         """
         images: list[np.ndarray] = []
         corrupt: dict[int, str] = {}
@@ -148,20 +155,25 @@ class FileReader:
         self._tried = np.zeros(len(source), dtype=bool)
 
     def read(self, ids: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        """The samples' bytes in a format that DALI reads, uint8 [k] each, and sizes int64 [n, 2].
+        """The samples' bytes in a format that DALI reads, uint8 [k] each, and sizes, int64 [n, 2].
 
-        Raises CorruptImageError.
+        Raises:
+            CorruptImageError: a file cannot be read or is damaged.
         """
         checked = self.finish(ids, self.start(ids, self._checked_file))
         sizes = np.array([size for _, size in checked], dtype=np.int64).reshape(-1, 2)
         return [encoded for encoded, _ in checked], sizes
 
     def start(self, ids: np.ndarray, work: Callable[[int], Result]) -> "list[Future[Result]]":
-        """Call `work` with every id, in threads."""
+        """Call `work` with every id in the threads."""
         return [self._pool.submit(work, i) for i in ids.tolist()]
 
     def finish(self, ids: np.ndarray, futures: "list[Future[Result]]") -> list[Result]:
-        """The results of `start`. Raises CorruptImageError with all the samples that failed."""
+        """The results of `start`.
+
+        Raises:
+            CorruptImageError: `work` failed for some samples; the error has all of them.
+        """
         results, corrupt = [], {}
         for i, future in zip(ids.tolist(), futures, strict=True):
             try:
@@ -173,19 +185,20 @@ class FileReader:
         return results
 
     def decoded(self, i: int) -> np.ndarray:
-        """Sample i decoded by Pillow: uint8 [H, W, 3]."""
+        """Sample i, decoded with Pillow: uint8 [H, W, 3]."""
         encoded = self.source.read(i)
         common = in_common_format(encoded)
         checked_size(common)
         return pillow_pixels(common)
 
     def check_again(self, ids: np.ndarray) -> None:
-        """Raise CorruptImageError if Pillow cannot decode one of the samples now."""
+        """Try to decode the samples with Pillow again; raise CorruptImageError if one fails."""
         self._tried[ids] = False
         self.read(ids)
 
     def largest_image(self, samples: int) -> int:
-        """Pixels of the largest of `samples` images, spread over the source; 0 if none is whole."""
+        """The pixels of the largest of `samples` images, evenly spaced in the source; 0 if all are
+        corrupt."""
         count = len(self.source)
         ids = np.unique(np.linspace(0, count - 1, min(samples, count)).astype(np.int64))
 
@@ -208,9 +221,9 @@ class FileReader:
 
 
 class PillowDecoder:
-    """Decodes files by Pillow in threads, READ_AHEAD parts ahead.
+    """Decodes files with Pillow in threads, READ_AHEAD parts ahead.
 
-    The images are those of `DaliDecoder`. A JPEG takes 1.4 times DALI's CPU time.
+    The images equal those of `DaliDecoder`. A JPEG takes 1.4 times as much CPU time as with DALI.
     """
 
     def __init__(self, reader: FileReader) -> None:
@@ -240,10 +253,10 @@ class PillowDecoder:
 
 
 class DaliRunner:
-    """Feeds parts to a DALI pipeline, which reads ahead, and gives its outputs part by part.
+    """Feeds parts to a DALI pipeline, which reads ahead, and yields its outputs part by part.
 
-    Subclasses define the pipeline (`build`), what it is fed for a part (`feed`), and what is given
-    of its outputs (`unpack`).
+    Subclasses define the pipeline (`build`), its inputs for a part (`feed`) and the conversion of
+    its outputs (`unpack`).
     """
 
     def __init__(self, reader: FileReader | PixelReader, batch_size: int) -> None:
@@ -267,15 +280,15 @@ class DaliRunner:
         while (outputs := self._next_outputs(pipeline)) is not None:
             unpacked = self.unpack(outputs)
             yield self._in_flight.popleft(), unpacked
-            # DALI's memory must not be referred to any more when a failing pipeline is destroyed.
+            # Drop references to DALI's memory: the pipeline may fail next and be destroyed.
             unpacked.clear()
             del outputs
         pipeline.reset()
-        # Kept for the next run only now: a pipeline that is left halfway still holds old parts.
+        # Keep the pipeline for the next run. One that was left halfway still holds old parts.
         self._pipeline = pipeline
 
     def next_feed(self) -> list[Any]:
-        """DALI's callback. StopIteration ends the pipeline's epoch."""
+        """DALI calls this for its next input. StopIteration ends the pipeline's epoch."""
         part = next(self._parts)
         fed = self.feed(part)
         self._in_flight.append(part)
@@ -285,7 +298,11 @@ class DaliRunner:
         return pipeline.run()
 
     def _next_outputs(self, pipeline: Any) -> Any:
-        """None at the end. If DALI fails, Pillow finds the images: DALI does not name them."""
+        """The next outputs, None at the end.
+
+        If DALI fails, it does not name the image. Pillow then decodes the images in flight to find
+        it.
+        """
         try:
             return self.run_pipeline(pipeline)
         except StopIteration:
@@ -297,7 +314,7 @@ class DaliRunner:
 
 
 class DaliDecoder(DaliRunner):
-    """Decodes files by DALI on the CPU."""
+    """Decodes files with DALI on the CPU."""
 
     reader: FileReader
 
@@ -313,7 +330,7 @@ class DaliDecoder(DaliRunner):
         pipeline = dali.Pipeline(
             self.batch_size,
             self.reader.num_threads,
-            # No CUDA context, and no driver needed.
+            # Without a device, DALI makes no CUDA context and needs no driver.
             device_id=None,
             prefetch_queue_depth=READ_AHEAD,
         )
@@ -321,7 +338,7 @@ class DaliDecoder(DaliRunner):
             (encoded,) = fn.external_source(
                 self.next_feed, num_outputs=1, dtype=[types.UINT8], ndim=[1]
             )
-            # As stored, like PIL's open and TensorFlow's decode_jpeg: EXIF is not looked at.
+            # Ignore the EXIF orientation, like PIL's open and TensorFlow's decode_jpeg.
             images = fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False)
             pipeline.set_outputs(images)
         pipeline.build()
@@ -335,7 +352,7 @@ class DaliDecoder(DaliRunner):
 class KeepingDecoder:
     """Keeps the decoded images of a small data set in memory, so that each is decoded once.
 
-    Only those images of a part that are not kept yet go to `decoder`.
+    `decoder` decodes only the images that are not in memory yet.
     """
 
     def __init__(self, source: Source, decoder: ImageDecoder) -> None:
@@ -350,7 +367,7 @@ class KeepingDecoder:
     def run(self, parts: Iterable[Part]) -> Iterator[tuple[Part, list[Any]]]:
         if not self._keeps:
             self._kept = {}
-        # Parts in order, each with the part of its new images, of which there may be none.
+        # Parts in order, each with a part of only its new images, which may be empty.
         waiting: deque[tuple[Part, Part]] = deque()
 
         def new_images() -> Iterator[Part]:
@@ -371,7 +388,7 @@ class KeepingDecoder:
             if self._keeps:
                 self._keep(fresh)
             yield part, images
-            # They may lie in the decoder's memory, which it must be free to give back.
+            # Drop references to images in the decoder's memory, so that it can be freed.
             fresh.clear()
             images.clear()
             decoded.clear()
@@ -386,13 +403,13 @@ class KeepingDecoder:
             if i not in self._kept:
                 self._kept[i] = torch.from_numpy(image.copy())
                 self._kept_bytes += image.nbytes
-        # Estimated from the mean size of those seen. Parts under way may still need kept images, so
-        # these are dropped only when the next run starts.
+        # Estimate the size of all images from those seen. If it is too large, the images are
+        # dropped when the next run starts, because parts in flight may still need them.
         self._keeps = self._kept_bytes * len(self.source) <= _KEPT_BYTES * len(self._kept)
 
 
 def decode_some(source: Source, ids: Sequence[int] | np.ndarray) -> list[np.ndarray]:
-    """The images `ids` of a source as they are stored: uint8 [H, W, 3] each."""
+    """Decode the images `ids` of a source: uint8 [H, W, 3] each."""
     decoder = image_decoder(source, len(ids), 1)
     part = Part(0, np.asarray(ids, dtype=np.int64))
     return [np.array(image) for _, images in decoder.run([part]) for image in images]

@@ -1,10 +1,11 @@
-"""The embedded data set: Fashion-MNIST garments, each in a random tint on a random background.
+"""The demo data: Fashion-MNIST garments, each in a random tint on a random background.
 
-A fixed, class-balanced part of Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, arXiv:1708.07747, MIT
-licence, notice in assets/) is packed in one file: the first 600 training and the first 100 test
-images of every class. `demo_folder` writes them as JPEG files, one folder per class. Tint and
-background are drawn independently of the class, so colour identifies an image but says nothing of
-its class: the shortcut that SimCLR's colour distortion exists to break (arXiv:2002.05709, 3.1).
+The images are a fixed, class-balanced part of Fashion-MNIST (Xiao, Rasul, Vollgraf 2017,
+arXiv:1708.07747, MIT licence, notice in assets/): the first 600 training and the first 100 test
+images of every class, packed in one file. `demo_folder` writes them as JPEG files, one folder per
+class. Tint and background do not depend on the class. So colour identifies an image but says
+nothing about its class. SimCLR's colour distortion exists to remove this shortcut
+(arXiv:2002.05709, 3.1).
 """
 
 import lzma
@@ -33,17 +34,17 @@ CLASSES = (
 PER_CLASS = {"train": 600, "test": 100}
 SIZE = 32
 _SIDE = 28
-# Between tint and background, in RGB of [0, 1]: closer, and the garment is hardly visible.
+# The least distance of tint and background in RGB, from 0 to 1, that leaves the garment visible.
 _MIN_DISTANCE = 0.25
-# Half-width of the grain's brightness, of the range of [0, 1].
+# The grain changes brightness, from 0 to 1, by at most this.
 _GRAIN = 0.1
 _ASSET = "fashion_mnist_7000.xz"
-# Part of the folder's name: raise it whenever the pixels written for a seed change.
+# Part of the folder's name. Raise it when the images of a seed change.
 _VERSION = 2
 
 
 def demo_garments(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """The gray garments of `split` ("train" or "test").
+    """The grey garments of `split` ("train" or "test").
 
     Returns:
         images: uint8 [n, 28, 28], 0 = background; labels: int64 [n], sorted, indices of CLASSES.
@@ -70,12 +71,12 @@ def demo_images(split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def grainy_images(split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """`demo_images` with a grain, as a photograph has: random brightness, smooth over 2 pixels.
+    """`demo_images` with the grain of a photograph: random brightness, smooth over 2 pixels.
 
-    Drawn so that what the paper's figure 5 rests on holds (arXiv:2002.05709, 3.1): where views are
-    not cropped, something identifies an image whatever its colours, and says nothing of the class.
-    In photographs that is their detail, the same in both views, pixel by pixel; `demo_images` are
-    flat but for the garment, so that uncropped views can be matched by the garment alone.
+    Figure 5 of the paper (arXiv:2002.05709, 3.1) needs such a grain. In photographs, fine detail
+    identifies an image whatever its colours and says nothing about its class. If views are not
+    cropped, both have the same detail in the same place. `demo_images` have no detail except the
+    garment, so uncropped views can only be matched by the garment.
     """
     image = need("PIL.Image")
     images, labels = demo_images(split, seed)
@@ -97,14 +98,15 @@ def _colour_pairs(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndar
 
 
 def cache_folder() -> Path:
-    """Where generated data goes: $SIMCLR_FAST_CACHE, else $XDG_CACHE_HOME or ~/.cache."""
+    """The folder for generated data: $SIMCLR_FAST_CACHE, or simclr_fast in $XDG_CACHE_HOME or
+    ~/.cache."""
     if explicit := os.environ.get("SIMCLR_FAST_CACHE"):
         return Path(explicit)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "simclr_fast"
 
 
 def demo_folder(split: str, seed: int = 0) -> Path:
-    """The folder with one subfolder of JPEG files per class; written at first use.
+    """The folder with one subfolder of JPEG files per class. The first call writes it.
 
     Raises:
         ImportError: Pillow, which writes the files, is missing.
@@ -124,7 +126,7 @@ def demo_folder(split: str, seed: int = 0) -> Path:
             image_module.fromarray(image).save(path, quality=95, subsampling=0)
         unfinished.rename(target)
     except OSError:
-        # Another process may have finished the same folder first; anything else is an error.
+        # Another process may have written the same folder first. Anything else is an error.
         if not target.is_dir():
             raise
     finally:
@@ -133,7 +135,7 @@ def demo_folder(split: str, seed: int = 0) -> Path:
 
 
 def pack(idx_folder: Path) -> None:
-    """Rebuilds the packed file from the four IDX files of Fashion-MNIST (maintainers only)."""
+    """Rebuild the packed file from the four IDX files of Fashion-MNIST (for maintainers)."""
     import gzip
 
     chosen = []
@@ -144,10 +146,10 @@ def pack(idx_folder: Path) -> None:
         labels = np.frombuffer(raw, np.uint8, offset=8)
         for label in range(len(CLASSES)):
             chosen.append(images[labels == label][: PER_CLASS[split]])
-    # Pixels predict their left neighbours' bytes best: four literal context bits, no alignment.
+    # A pixel is predicted best from the byte before it: four literal context bits, no alignment.
     lzma2 = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0, "pb": 0}
     packed = lzma.compress(np.concatenate(chosen).tobytes(), filters=[lzma2])
-    (Path(__file__).parent / "assets" / _ASSET).write_bytes(packed)
+    (Path(__file__).parents[1] / "assets" / _ASSET).write_bytes(packed)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Is this a whole image, and how large? JPEG, PNG, WebP and BMP; others are made BMP.
+"""Check image files before they are decoded: are they whole, and how large are the images?
 
-A file that fails to decode does not only end a DALI pipeline: its worker threads may go on writing
-into memory that is gone (seen with 2.4: a crash some batches later). So whatever can be told from
-a file's structure is told here, before DALI sees it: signature, cut-off ends, checksums, headers;
-and the first time a file is met, Pillow decodes it once, a JPEG at an eighth of its size.
+JPEG, PNG, WebP and BMP files are checked. Files of other formats are converted to BMP first.
+
+A file that DALI cannot decode ends its pipeline. Worse, its worker threads may go on writing into
+freed memory (seen with 2.4: a crash some batches later). So DALI must not see such a file. The
+checks here read its structure: signature, headers, checksums, a missing end. In addition, Pillow
+decodes each file once, before its first use; a JPEG at an eighth of its size.
 """
 
 import io
@@ -16,21 +18,24 @@ import numpy as np
 
 from simclr_fast.utils.extras import need
 
-# Baseline, extended and progressive Huffman frames; decoders know no others.
+# Baseline, extended and progressive Huffman frames. Decoders support no others.
 _FRAMES = (0xC0, 0xC1, 0xC2)
 _OTHER_FRAMES = frozenset(range(0xC3, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, b"\xff\xd9"
 # TIFF of either byte order, GIF, and PNM of one to three channels.
 _OTHERS = (b"II*\0", b"MM\0*", b"GIF8", *(b"P%d" % kind for kind in range(1, 7)))
-# A header that claims more is taken for a decompression bomb, as Pillow takes it.
+# Larger images are refused as decompression bombs. Pillow has the same limit.
 _MAX_PIXELS = 178_956_970
 
 
 def in_common_format(encoded: np.ndarray) -> np.ndarray:
-    """TIFF, PNM or GIF as a BMP of 24 bits, by Pillow; files of all other formats as they are.
+    """Convert TIFF, PNM and GIF files to 24-bit BMP with Pillow; return other files unchanged.
 
-    encoded: uint8 [k], a whole file; of several pictures the first is taken. 16-bit grayscale keeps
-    its range. Raises ValueError that says what is wrong with it, ImportError without Pillow.
+    encoded: uint8 [k], a whole file. If it holds several pictures, the first is used. 16-bit
+    grayscale is scaled to 8 bits.
+
+    Raises:
+        ValueError: the file is damaged; the message says how. ImportError: Pillow is missing.
     """
     start = encoded[:4].tobytes()
     if not start.startswith(_OTHERS):
@@ -41,16 +46,19 @@ def in_common_format(encoded: np.ndarray) -> np.ndarray:
         with image.open(io.BytesIO(encoded.tobytes()), formats=("TIFF", "PPM", "GIF")) as picture:
             _check_pixels(picture.height, picture.width)
             _rgb(picture).save(buffer, "BMP")
-    # Its readers of these formats raise all sorts on damaged files.
+    # Pillow raises errors of many types for damaged files of these formats.
     except Exception as error:
         raise ValueError(str(error) or type(error).__name__) from error
     return np.frombuffer(buffer.getvalue(), np.uint8)
 
 
 def pillow_pixels(encoded: np.ndarray) -> np.ndarray:
-    """Decode a file of a format that `checked_size` knows, by Pillow: uint8 [H, W, 3].
+    """Decode a file of a format that `checked_size` knows, with Pillow: uint8 [H, W, 3].
 
-    As stored: the EXIF orientation is not looked at. Raises ValueError, ImportError without Pillow.
+    The EXIF orientation is ignored.
+
+    Raises:
+        ValueError: the file is damaged. ImportError: Pillow is missing.
     """
     image = need("PIL.Image")
     try:
@@ -61,9 +69,9 @@ def pillow_pixels(encoded: np.ndarray) -> np.ndarray:
 
 
 def _rgb(picture: Any) -> Any:
-    """A Pillow image in 8-bit RGB. 16-bit grayscale keeps its range; alpha is left out."""
+    """Convert a Pillow image to 8-bit RGB. 16-bit grayscale is scaled, alpha is dropped."""
     if picture.mode == "F":
-        raise ValueError("pixels of floating point, whose range is not known")
+        raise ValueError("floating-point pixels, whose range is unknown")
     if picture.mode.startswith("I"):
         gray = np.clip(np.asarray(picture), 0, 65535) / 257
         picture = need("PIL.Image").fromarray(np.rint(gray).astype(np.uint8))
@@ -71,9 +79,12 @@ def _rgb(picture: Any) -> Any:
 
 
 def checked_size(encoded: np.ndarray) -> tuple[int, int]:
-    """(height, width) in pixels as stored, before any EXIF rotation.
+    """Check a file's structure; return (height, width) in pixels, before any EXIF rotation.
 
-    encoded: uint8 [k], a whole file. Raises ValueError that says what is wrong with it.
+    encoded: uint8 [k], a whole file.
+
+    Raises:
+        ValueError: the file is damaged or of an unknown format; the message says how.
     """
     try:
         height, width = _size(encoded.tobytes())
@@ -89,9 +100,9 @@ def _check_pixels(height: int, width: int) -> None:
 
 
 def try_decoding(encoded: np.ndarray) -> None:
-    """Raise ValueError if Pillow cannot decode the file: what no look at its structure shows.
+    """Raise ValueError if Pillow cannot decode the file. Finds damage that the structure hides.
 
-    A JPEG is decoded at an eighth of its size: half the time, and the same errors.
+    A JPEG is decoded at an eighth of its size, which takes half the time and finds the same errors.
     """
     try:
         from PIL import Image

@@ -1,9 +1,9 @@
-"""Loaders: from a source to batches of two views, of one view, or of undistorted images.
+"""Loaders: from a source to batches of two views, of one view, or of images without augmentation.
 
     for view1, view2, index in TwoViewLoader("photos/", batch_size=256, size=224): ...
 
-Order and views are functions of (seed, epoch, sample id): the global batch is the same for every
-number of ranks and threads, and a loader restored from its state goes on bit for bit.
+Order and views depend only on (seed, epoch, sample id). So the batch over all ranks is the same for
+every number of ranks and threads, and a restored loader continues bit for bit.
 """
 
 import logging
@@ -26,17 +26,18 @@ from simclr_fast.utils.device import usable_cores
 __all__ = ["CorruptImageError", "ImageLoader", "OneViewLoader", "TwoViewLoader"]
 
 log = logging.getLogger(__name__)
-# The share of each side that evaluation keeps of larger images (224 of 256, arXiv:2002.05709, B.5).
+# Evaluation crops the central 224 of 256 pixels of each side (arXiv:2002.05709, B.5), unless its
+# output has at most _SMALL pixels.
 _CENTER = 224 / 256
 _SMALL = 64
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ORDER_STREAM = 0x6F726465
-# A step's number, where its views lie, how many rows they have, and its sample ids.
+# A filled batch: the step, the slot with the views, their number of rows, the sample ids.
 _Filled = tuple[int, Slot, int, np.ndarray]
 
 
 class _Loader:
-    """Batches of views: which samples, in what order, on what device. Subclasses draw the views."""
+    """Batches of views: their samples, their order and their device. Subclasses draw the views."""
 
     n_views: int
 
@@ -68,13 +69,15 @@ class _Loader:
         if drop_last and batch_size > len(self.source):
             n = len(self.source)
             raise ValueError(
-                f"batch_size {batch_size} is more than the {n} images: choose at most {n}, such as "
-                f"--batch-size {1 << n.bit_length() - 1}, or add images"
+                f"batch_size must be at most {n}, the number of images, got {batch_size}: for "
+                f"example --batch-size {1 << n.bit_length() - 1}"
             )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, world_size={world_size}), got {rank}")
         if batch_size < world_size:
-            raise ValueError(f"batch_size {batch_size} gives {world_size} ranks less than an image")
+            raise ValueError(
+                f"batch_size must be at least {world_size}, the number of ranks, got {batch_size}"
+            )
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
         if backend not in ("fused", "dali", None):
@@ -113,14 +116,14 @@ class _Loader:
         self._stream: torch.cuda.Stream | None = None
 
     def describe(self) -> str:
-        """What decodes the images and makes the views, and where: a line for a log."""
+        """One line for a log: what decodes the images and makes the views, and where."""
         copied = f", copied to {self.device}" if self._pinned is not None else ""
         early = ", one batch ahead" if self.prefetch else ""
         return f"{self._pipeline.describe()}{copied}{early}"
 
     @property
     def rows(self) -> int:
-        """The most rows of a batch that this rank gets."""
+        """The largest number of images per batch on this rank."""
         return -(-self.batch_size // self.world_size)
 
     def __len__(self) -> int:
@@ -128,19 +131,19 @@ class _Loader:
         return n // self.batch_size if self.drop_last else -(-n // self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, which decides order and views, and start at its first batch."""
+        """Choose the epoch, which determines order and views. Start at its first batch."""
         if epoch < 0:
             raise ValueError(f"epoch must be at least 0, got {epoch}")
         self.epoch, self._position, self._resumed = epoch, 0, False
 
     def row_counts(self) -> list[int]:
-        """Rows of all views of the last batch together, on every rank, in rank order."""
+        """The rows of the last batch on every rank, in rank order, summed over the views."""
         n = min(self.batch_size, len(self.source) - (self._position - 1) * self.batch_size)
         each, more = divmod(n, self.world_size)
         return [self.n_views * (each + (rank < more)) for rank in range(self.world_size)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands: batches handed out so far count as consumed."""
+        """The loader's position. All batches that were returned count as consumed."""
         return {
             "epoch": self.epoch,
             "position": self._position,
@@ -151,11 +154,13 @@ class _Loader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken, also with another number of ranks or threads."""
+        """Continue from `state`. The number of ranks and threads may differ."""
         here = self.state_dict()
         for key in ("seed", "images", "batch_size"):
             if state[key] != here[key]:
-                raise ValueError(f"the state is of {key}={state[key]}, this loader has {here[key]}")
+                raise ValueError(
+                    f"the state is from a loader with {key}={state[key]}; this one has {here[key]}"
+                )
         self.epoch, self._position = state["epoch"], state["position"]
         self.skipped = set(state["skipped"])
         self._resumed = True
@@ -173,11 +178,10 @@ class _Loader:
         return np.argsort(high << np.uint64(32) | low, kind="stable")
 
     def _batch_ids(self, order: np.ndarray, step: int) -> np.ndarray:
-        """This rank's sample ids of a step, corrupt ones replaced.
+        """This rank's sample ids of a step. Corrupt samples are replaced.
 
-        A replacement is the first good sample from half an epoch further on, so that it is rarely
-        one of the same batch. It depends on the order and on what is corrupt alone, not on when
-        that was found out.
+        A replacement comes from half an epoch later, so that it is rarely in the same batch. It
+        depends only on the order and on which samples are corrupt, not on when that was found.
         """
         n = len(order)
         positions = np.arange(step * self.batch_size, min((step + 1) * self.batch_size, n))
@@ -197,13 +201,13 @@ class _Loader:
         size = self._pipeline.part_size
         for step in range(start, len(self)):
             ids = self._batch_ids(order, step)
-            # A rank has no share of a last batch that is smaller than the number of ranks.
+            # No ids if the last batch is smaller than the number of ranks.
             for first in range(0, len(ids), size):
                 part = ids[first : first + size]
                 yield Part(step, part, first, first + size >= len(ids))
 
     def _batches(self, order: np.ndarray, start: int) -> Generator[_Filled]:
-        """The batches from step `start` on, made on the current stream."""
+        """The batches from step `start` on. They are made on the current stream."""
         for part, outputs in self._pipeline.run(self._parts(order, start)):
             if part.first == 0:
                 slot, ids = self._slots.fill_next(), []
@@ -225,7 +229,7 @@ class _Loader:
         self._resumed = False
         order = self._order()
         self._position = start
-        # The loop over the last epoch may have been left while it held a batch.
+        # The caller may have left the last epoch's loop while it held a batch.
         self._slots.take_back()
         while True:
             batches = self._batches(order, self._position)
@@ -249,23 +253,22 @@ class _Loader:
         self.epoch, self._position = self.epoch + 1, 0
 
     def _on_own_stream(self) -> AbstractContextManager[Any]:
-        """A context in which a thread queues its work for a GPU on the loader's own stream.
+        """A context in which a thread queues its GPU work on the loader's stream.
 
-        The stream is the same in every epoch, so that an epoch's work comes after that of the one
-        before.
+        All epochs share the stream, so that the work of one epoch waits for that of the one before.
         """
         if self.device.type != "cuda":
             return nullcontext()
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.device)
         stack = ExitStack()
-        # A new thread's current device is the first one.
+        # In a new thread the current device is GPU 0.
         stack.enter_context(torch.cuda.device(self.device))
         stack.enter_context(torch.cuda.stream(self._stream))
         return stack
 
     def _new_views(self, rows: int, device: torch.device) -> list[Tensor]:
-        """Uninitialised views; on the CPU on their way to a GPU, in pinned memory."""
+        """Uninitialised views. CPU memory is pinned if the loader's device is a GPU."""
         shape = (rows, 3, self.augmentation.size, self.augmentation.size)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         pinned = device.type == "cpu" and self.device.type == "cuda"
@@ -278,44 +281,42 @@ class _Loader:
 
 
 def _with_index(device: torch.device) -> torch.device:
-    """The device with its number. "cuda" alone means the current one, of which each thread has its
-    own.
-    """
+    """The device with its index. "cuda" means the current GPU, which may differ between threads."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
 class TwoViewLoader(_Loader):
-    """Iterates (view1, view2, index): two random views of each image, and the images' numbers.
+    """Yields (view1, view2, index): two random views of each image, and the images' numbers.
 
     view1, view2: [N, 3, size, size] on `device`; index: int64 [N] on the CPU, into the source.
-    A batch is overwritten once the next is asked for: clone it to keep it.
+    A batch is overwritten when the next one is requested: clone it to keep it. Each iteration is
+    one epoch, with its own order and views. `set_epoch` chooses the epoch.
 
     source: anything that `open_source` takes: a folder, files, shards, an array, a data set.
-    batch_size: images per step over all ranks; rank r of W gets its share of each batch.
+    batch_size: images per step over all ranks. Each rank gets an equal share of a batch.
     size: side of the views in pixels; or pass a whole `augmentation` instead.
-    device: where the views are wanted. "cuda" means the current GPU, now.
-    backend: what makes the views. `describe()` says in a line what was chosen.
-        "dali": all of it DALI, on the CPU or an NVIDIA GPU.
-        "fused": files are decoded on the CPU, by DALI or, without it, by Pillow; one native op does
-        the rest there. For a GPU the views are then copied from pinned memory, asynchronously. On
-        an NVIDIA GPU with DALI and Triton, files are decoded, cut and resized to uint8 crops by
-        DALI on the GPU instead, and Triton kernels do the rest. The crops are rounded and clipped
-        to 8 bits, as in an 8-bit pipeline: spec="simclr"'s bicubic overshoot is cut off before the
-        jitter, where TensorFlow keeps it until the first clip. That moves a view's values by
-        0.1/255 on average, and one in two thousand by more than 2/255.
-        Default: "dali" on an NVIDIA GPU for files, where DALI is installed and the views have at
-        least 64 pixels; otherwise "fused".
+    device: the device of the views. "cuda" means the GPU that is current at construction.
+    backend: what makes the views. `describe()` says in one line what was chosen.
+        "dali": DALI does everything, on the CPU or an NVIDIA GPU.
+        "fused": DALI or Pillow decodes files on the CPU, and one native op does the rest there. For
+        a GPU, the views are copied from pinned memory, asynchronously. On an NVIDIA GPU with DALI
+        and Triton it works differently: DALI decodes, cuts and resizes on the GPU to uint8 crops,
+        and Triton kernels do the rest. Rounding the crops to 8 bits cuts off the bicubic overshoot
+        of spec="simclr" before the jitter, while TensorFlow keeps it until the first clip. This
+        changes a view's values by 0.1/255 on average, and one value in 2,000 by more than 2/255.
+        Default: "dali" for files on an NVIDIA GPU, if DALI is installed and views have at least 64
+        pixels; otherwise "fused".
     channels_last: memory format of the views. dtype: float32, float16 or bfloat16.
-    on_error: a corrupt image raises `CorruptImageError`, which names it, or is logged, counted in
-        `skipped` and replaced by another ("skip").
-    prefetch: a thread makes the next batch while this one is in use. Default: on a GPU.
-    Each iteration is one epoch; the next has another order and other views. `set_epoch` chooses.
+    on_error: "raise": a corrupt image raises `CorruptImageError`, which names it. "skip": it is
+        logged, counted in `skipped` and replaced by another.
+    prefetch: make the next batch in a thread while this one is in use. Default: only for a GPU.
 
     Raises:
-        ValueError, TypeError: arguments out of range. FileNotFoundError: no such path.
-        ImportError: files without DALI and Pillow; backend="dali" without DALI.
+        ValueError, TypeError: an argument is out of range. FileNotFoundError: the path does not
+        exist. ImportError: the source has files and neither DALI nor Pillow is installed, or
+        backend="dali" without DALI.
     """
 
     n_views = 2
@@ -340,7 +341,7 @@ class TwoViewLoader(_Loader):
 
 
 class OneViewLoader(_Loader):
-    """Iterates (view, index): one random view of each image, what a classifier is trained on.
+    """Yields (view, index): one random view of each image, for training a classifier.
 
     Arguments as for `TwoViewLoader`; `augmentation` is required.
     """
@@ -352,10 +353,11 @@ class OneViewLoader(_Loader):
 
 
 class ImageLoader(_Loader):
-    """Iterates (images, index) without any distortion, in order: what evaluation looks at.
+    """Yields (images, index) in order, without augmentation, for evaluation.
 
-    images: [n, 3, size, size], n ≤ batch_size: the central square, 7/8 of the shorter side, or the
-    whole image where size ≤ 64 (CIFAR's protocol), resized. Arguments as for `TwoViewLoader`.
+    images: [n, 3, size, size], n ≤ batch_size. For size > 64 the central square, 7/8 of the shorter
+    side, is resized; for smaller sizes the whole image (the protocol for CIFAR). Arguments as for
+    `TwoViewLoader`.
     """
 
     n_views = 1

@@ -1,10 +1,10 @@
-"""The three ways from a part of a batch to its views. Device and source decide which one is taken.
+"""Three pipelines that make the views of a part of a batch. Device and source decide which is used.
 
     HostViews   a decoder and the fused op, both on the CPU. For a GPU the loader copies the views.
     DaliCrops   DALI decodes, cuts and resizes on the GPU. Triton kernels do the rest.
-    DaliViews   DALI does all of it, on the CPU or the GPU.
+    DaliViews   DALI does everything, on the CPU or the GPU.
 
-`run` gives each part with what was made for it. `write` turns that into the part's rows of the
+`run` yields each part with its outputs. `write` turns the outputs into the part's rows of the
 views: on the CPU if `on_host`, else on the loader's device.
 """
 
@@ -39,9 +39,9 @@ from simclr_fast.data.decode import (
 from simclr_fast.data.sources import Source
 
 Backend = Literal["fused", "dali"]
-# The parameters of each view, from sample ids [n] and image sizes [n, 2].
+# Draws the parameters of each view from sample ids [n] and image sizes [n, 2].
 Draw = Callable[[np.ndarray, np.ndarray], list[ViewParams]]
-# For smaller views the launches of DALI's graph on a GPU take longer than its work.
+# For smaller views, a GPU spends more time on the launches of DALI's graph than on its work.
 _SMALLEST_IN_DALI = 64
 _SAMPLED_IMAGES = 64
 
@@ -53,10 +53,10 @@ class Pipeline(Protocol):
     part_size: int
 
     def run(self, parts: Iterable[Part]) -> Iterator[tuple[Part, list[Any]]]:
-        """The outputs of a part stay valid until the next part is asked for."""
+        """Yield each part with its outputs, which stay valid until the next part is requested."""
 
     def write(self, part: Part, outputs: list[Any], views: list[Tensor]) -> None:
-        """views: the part's rows, [n, 3, size, size] each."""
+        """Write a part's outputs into its rows of the views, [n, 3, size, size] each."""
 
     def describe(self) -> str: ...
 
@@ -74,10 +74,12 @@ def make_pipeline(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> Pipeline:
-    """Choose the pipeline for a device and a source. rows: the most rows of a batch on this rank.
+    """Choose the pipeline for a device and a source.
 
-    An NVIDIA GPU with DALI decodes the files of a source itself. In all other cases the CPU makes
-    the views, by the fused op. backend=None takes DALI alone for views of at least 64 pixels.
+    rows: the largest number of images per batch on this rank.
+    backend: as for `TwoViewLoader`. With None, an NVIDIA GPU with DALI runs DaliViews for files and
+        views of at least 64 pixels; otherwise "fused" is chosen. "fused" means DaliCrops if DALI
+        and Triton can run on the GPU, else HostViews.
     """
     size = augmentation.size
     dali_on_gpu = _dali_on_gpu(source, device)
@@ -105,10 +107,10 @@ def _dali_on_gpu(source: Source, device: torch.device) -> bool:
 
 
 def dali_part(reader: FileReader | PixelReader, size: int) -> int:
-    """How many images may go through DALI together if it holds no more than `dali_bytes(size)`.
+    """The number of images per part for which DALI needs no more than `dali_bytes(size)`.
 
-    The largest of a sample of the images decides. The size of parts does not change the views, so
-    ranks may have different ones.
+    It follows from the largest image of a sample. The size of parts does not change the views, so
+    it may differ between ranks.
     """
     if isinstance(reader, PixelReader):
         return PART
@@ -117,7 +119,7 @@ def dali_part(reader: FileReader | PixelReader, size: int) -> int:
 
 
 class HostViews:
-    """Images decoded on the CPU, and views by the fused op, on the CPU as well."""
+    """Decodes images and makes views by the fused op, both on the CPU."""
 
     on_host = True
 
@@ -148,7 +150,7 @@ class HostViews:
 class DaliViews(DaliRunner):
     """Decodes and augments inside DALI. The outputs are the views, [n, 3, size, size] each.
 
-    They are DALI's memory: on the device, and ordered after the current stream's work.
+    They lie in DALI's memory on the device, and are ordered after the work of the current stream.
     """
 
     on_host = False
@@ -183,7 +185,7 @@ class DaliViews(DaliRunner):
         return [samples, *(f for p in self.draw(part.ids, sizes) for f in self.view_feeds(p))]
 
     def view_feeds(self, params: ViewParams) -> list[np.ndarray]:
-        """What one view's parameters are fed as, and `view_types` the DALI types of it."""
+        """The inputs of DALI's graph for one view. `view_types` gives their DALI types."""
         from simclr_fast.augment.dali import feeds
 
         return feeds(params, self.augmentation)
@@ -209,13 +211,13 @@ class DaliViews(DaliRunner):
     def build(self) -> Any:
         pipeline = self.define()
         with warnings.catch_warnings():
-            # Parameters of steps that are switched off are fed and not used.
+            # DALI warns of unused inputs: the parameters of steps with probability 0.
             warnings.filterwarnings("ignore", message=".*produces .* outputs, but")
             pipeline.build()
         return pipeline
 
     def define(self) -> Any:
-        """DALI's pipeline, not built yet."""
+        """Define DALI's pipeline without building it."""
         dali = import_dali()
         fn, types = dali.fn, dali.types
         device = "gpu" if self.device.type == "cuda" else "cpu"
@@ -230,10 +232,10 @@ class DaliViews(DaliRunner):
                     device="mixed" if device == "gpu" else "cpu",
                     output_type=types.RGB,
                     adjust_orientation=False,
-                    # The CPU decoder always interpolates chroma; the GPU's must be told.
+                    # The CPU decoder always interpolates chroma, the GPU decoder only with this.
                     jpeg_fancy_upsampling=True,
-                    # With a share between 0 and 1, an image's place in the part chooses between
-                    # two decoders, whose pixels differ a little. Then the views would depend on the
+                    # Between 0 and 1, an image's place in the part would choose between two
+                    # decoders, whose pixels differ a little. Then the views would depend on the
                     # batch size and on the number of ranks.
                     hw_decoder_load=0.0,
                 )
@@ -246,7 +248,7 @@ class DaliViews(DaliRunner):
             num_threads=self.reader.num_threads,
             device_id=self.device.index if device == "gpu" else None,
             prefetch_queue_depth=READ_AHEAD,
-            # Needed for outputs in the order of a stream, without a wait on the host.
+            # Orders the outputs on a stream instead of waiting on the host.
             exec_dynamic=True,
         )
 
@@ -261,8 +263,10 @@ class DaliViews(DaliRunner):
 
 
 class DaliCrops(DaliViews):
-    """Decodes, cuts and resizes inside DALI. An output is what `finish_crops` takes for a view:
-    (crops, ints, floats), with the same lifetime as the outputs of `DaliViews`.
+    """Decodes, cuts and resizes inside DALI; `finish_crops` does the rest.
+
+    An output is (crops, ints, floats) for each view, with the lifetime of the outputs of
+    `DaliViews`.
     """
 
     def describe(self) -> str:

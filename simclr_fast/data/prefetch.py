@@ -1,7 +1,7 @@
-"""Makes the next batch in a thread while this one is in use, and keeps the memory of both.
+"""Make the next batch in a thread while this one is in use, in memory that is reused.
 
-On CUDA nothing here waits on the host, but for pinned memory that is about to be filled again:
-streams wait for events.
+On CUDA, streams wait for events and the host does not wait. The only exception is pinned memory,
+which the host must not overwrite before its copy has ended.
 """
 
 import threading
@@ -15,14 +15,15 @@ from torch import Tensor
 
 _STOP = object()
 Item = TypeVar("Item")
-# Makes one batch's tensors, uninitialised: one per view.
+# Makes the uninitialised tensors of one batch, one per view.
 NewViews = Callable[[], list[Tensor]]
 
 
 class Slot:
-    """The views of one batch, which are filled and read in turn.
+    """The memory for the views of one batch, which is filled and read in turn.
 
-    _made is the event of the last fill, _read_by are those of its readers on any streams.
+    _made is the event at the end of the last fill. _read_by are the events after its uses, on any
+    stream.
     """
 
     def __init__(self, views: list[Tensor], device: torch.device) -> None:
@@ -31,36 +32,36 @@ class Slot:
         self._read_by: list[torch.cuda.Event] = []
 
     def begin(self) -> None:
-        """Let the current stream fill it once its readers are through."""
+        """Let the current stream wait for all uses of the slot, before it is filled again."""
         for event in self._read_by:
             torch.cuda.current_stream(self.device).wait_event(event)
         self._read_by.clear()
 
     def end(self) -> None:
-        """The current stream has filled it."""
+        """Record that the work queued on the current stream fills the slot."""
         if self.device.type == "cuda":
             self._made = torch.cuda.current_stream(self.device).record_event()
 
     def read(self) -> None:
-        """Let the current stream read it once it is filled."""
+        """Let the current stream wait until the slot is filled."""
         if self._made is None:
             return
         stream = torch.cuda.current_stream(self.device)
         stream.wait_event(self._made)
         for view in self.views:
-            # The memory is the filling stream's; it must outlive its use on this one.
+            # The memory belongs to the stream that fills it; keep it alive while this one uses it.
             view.record_stream(stream)
 
     def done(self) -> None:
-        """The current stream has read it."""
+        """Record that the work queued on the current stream uses the slot."""
         if self.device.type == "cuda":
             self._read_by.append(torch.cuda.current_stream(self.device).record_event())
 
 
 class Slots:
-    """Two slots in turn, for a loader's life: filling fresh memory costs more than the work.
+    """Two slots in turn, for the lifetime of a loader. First writes to new memory would be slow.
 
-    Who fills is at most one batch ahead of who reads.
+    Filling is at most one batch ahead of reading.
     """
 
     def __init__(self, new_views: NewViews, device: torch.device) -> None:
@@ -69,7 +70,7 @@ class Slots:
         self._in_hand: Slot | None = None
 
     def fill_next(self) -> Slot:
-        """The slot to fill next, for the current stream."""
+        """The slot that the current stream fills next."""
         if len(self._slots) < 2:
             self._slots.append(Slot(self._new_views(), self._device))
         else:
@@ -79,25 +80,25 @@ class Slots:
         return slot
 
     def hand_out(self, slot: Slot) -> list[Tensor]:
-        """The views of a filled slot, for the current stream to read until `take_back`."""
+        """The views of a filled slot. The current stream may read them until `take_back`."""
         slot.read()
         self._in_hand = slot
         return slot.views
 
     def take_back(self) -> None:
-        """Let the last slot be filled again after all that the current stream has queued by now.
+        """Take the last slot back. It is filled again after all work queued on the current stream.
 
-        Call it before another batch is asked for, and before a new epoch: a loop may have been left
-        while it held a batch, and that batch may have been read since.
+        Call it before another batch is requested, and before a new epoch: a loop may have been left
+        while it held a batch, and that batch may have been used since.
         """
         if self._in_hand is not None:
             self._in_hand.done()
 
 
 class PinnedViews:
-    """Views on their way from the CPU to another device, a part at a time, through pinned memory.
+    """Copies views from the CPU to another device through pinned memory, a part at a time.
 
-    Two parts in turn: the CPU fills one while the other is copied.
+    There are two buffers: the CPU fills one while the other is copied.
     """
 
     def __init__(self, new_views: NewViews, device: torch.device) -> None:
@@ -114,8 +115,8 @@ class PinnedViews:
         return views
 
     def send(self, views: list[Tensor], targets: list[Tensor]) -> None:
-        """Copy what `next` gave into `targets`; on CUDA the current stream does, later."""
-        # Elsewhere a copy that does not block may read the memory when it holds the next part.
+        """Copy the views of `next` into `targets`; on CUDA the current stream does it later."""
+        # On other devices a non-blocking copy could still read when the next part is written.
         cuda = self._device.type == "cuda"
         for view, target in zip(views, targets, strict=True):
             target.copy_(view[: len(target)], non_blocking=cuda)
@@ -126,10 +127,10 @@ class PinnedViews:
 def ahead(
     items: Generator[Item], within: Callable[[], AbstractContextManager[Any]]
 ) -> Generator[Item]:
-    """What `items` yields, made by a thread one item ahead of its use, in the context `within()`.
+    """Yield from `items`, which runs in a thread one item ahead, in the context `within()`.
 
-    An item is begun when the one before the last has been used. An exception of `items` is raised
-    at the item that it prevented.
+    While one item is in use, the thread makes the next one, and no more. An exception of `items` is
+    raised instead of the item that failed.
     """
     asked: SimpleQueue[Any] = SimpleQueue()
     made: SimpleQueue[Any] = SimpleQueue()

@@ -1,8 +1,8 @@
 """Random access into WebDataset tars, TFRecord and MXNet RecordIO files.
 
-Each shard is scanned once for where its images lie; only headers are touched (the file is mapped,
-not read). Formats: POSIX tar; tensorflow.org/tutorials/load_data/tfrecord (length, CRC, Example
-protocol buffer, CRC); mxnet.apache.org RecordIO (magic, flag and length, IRHeader, image).
+Each shard is scanned once to find its images. The file is mapped, and only headers are read.
+Formats: POSIX tar; tensorflow.org/tutorials/load_data/tfrecord (length, CRC, Example protocol
+buffer, CRC); mxnet.apache.org RecordIO (magic, flag and length, IRHeader, image).
 """
 
 import mmap
@@ -110,7 +110,7 @@ def scan_tfrecord(path: Path) -> Iterator[_Record]:
             try:
                 span, label = _parse_example(data, start, end)
             except (IndexError, ValueError, struct.error) as error:
-                raise ValueError(f"{path}: record {number} is no tf.train.Example") from error
+                raise ValueError(f"{path}: record {number} is not a tf.train.Example") from error
             if span is None:
                 raise ValueError(f"{path}: record {number} has no feature image/encoded or image")
             yield _Record(str(number), (span,), label)
@@ -118,7 +118,7 @@ def scan_tfrecord(path: Path) -> Iterator[_Record]:
 
 
 def scan_recordio(path: Path) -> Iterator[_Record]:
-    """Image records as MXNet's im2rec writes them: IRHeader (flag, label, id, id2), then a file."""
+    """Image records of MXNet's im2rec: IRHeader (flag, label, id, id2), then an image file."""
     with _mapped(path) as data:
         position, number = 0, 0
         while position < len(data):
@@ -151,7 +151,7 @@ def scan_recordio(path: Path) -> Iterator[_Record]:
 
 @contextmanager
 def _mapped(path: Path) -> Iterator[mmap.mmap | bytes]:
-    """A file's bytes, mapped read-only; an empty file, which cannot be mapped, is b""."""
+    """The bytes of a file, mapped read-only; b"" for an empty file, which cannot be mapped."""
     with path.open("rb") as file:
         if path.stat().st_size == 0:
             yield b""

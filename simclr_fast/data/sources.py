@@ -1,7 +1,7 @@
-"""Where images come from: folders, lists, WebDataset tars, TFRecord, RecordIO, arrays, data sets.
+"""Sources of images: folders, lists, WebDataset tars, TFRecord, RecordIO, arrays, data sets.
 
-A source gives sample i's bytes (or pixels) by number. The loader decides order, so shuffling,
-sharding and resuming are exact whatever the storage format.
+A source returns the bytes or pixels of sample i. The loader decides the order. So shuffling,
+sharding and resuming are exact for every storage format.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-# torchvision's ImageFolder reads the same.
+# The same as torchvision's ImageFolder reads.
 IMAGE_SUFFIXES = frozenset(
     f".{kind}" for kind in ("jpg", "jpeg", "png", "ppm", "bmp", "pgm", "tif", "tiff", "webp")
 )
@@ -35,11 +35,11 @@ class Source:
         raise NotImplementedError
 
     def name(self, i: int) -> str:
-        """What to call sample i in a message: a path, or a record of one."""
+        """The name of sample i for messages: its path, or its file and record."""
         raise NotImplementedError
 
     def fingerprint(self) -> bytes:
-        """Changes with the images and their order: for files their paths, sizes and dates."""
+        """A hash of the images and their order; for files, of their paths, sizes and dates."""
         images = (self.read(i) for i in range(len(self)))
         return fingerprint(f"{image.shape}".encode() + image.tobytes() for image in images)
 

@@ -132,7 +132,8 @@ class Workload:
             raise ValueError(f"gpus must be at least 1, got {self.ranks}")
         if self.batch_size < self.ranks:
             raise ValueError(
-                f"batch_size {self.batch_size} gives {self.ranks} ranks less than an image"
+                f"batch_size must be at least {self.ranks}, the number of ranks, got "
+                f"{self.batch_size}"
             )
 
     @cached_property

@@ -355,7 +355,7 @@ def test_a_file_that_vanished_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"batch_size": 24}, "24 is more than the 23"),
+        ({"batch_size": 24}, "at most 23, the number of images, got 24"),
         ({"batch_size": 0}, "got 0"),
         ({"rank": 2, "world_size": 2}, "got 2"),
         ({"batch_size": 2, "world_size": 3}, "3 ranks"),
