@@ -1,4 +1,4 @@
-"""The two random views of an image: what is drawn at random, the drawing, and the pixels."""
+"""The two random views of an image: their distribution, the random numbers, and the pixels."""
 
 from simclr_fast.augment.params import Augmentation, ViewParams, draw_params
 from simclr_fast.augment.views import SimCLRViews, apply_views

@@ -1,7 +1,7 @@
-"""Both views inside a DALI pipeline: every step by DALI's operators, exact, on the CPU or the GPU.
+"""Both views inside a DALI pipeline, by DALI's operators, on the CPU or the GPU.
 
-The parameters are drawn outside (augment/params.py) and fed in, because DALI's own random operators
-depend on the batch slot and have no per-sample order of the colour jitter. To wire it up:
+The parameters are drawn outside (augment/params.py) and fed in, because DALI's random operators
+depend on the batch slot and have no order of the colour jitter per sample. Usage:
 
     @pipeline_def(batch_size=n, num_threads=t, device_id=0, enable_conditionals=True)
     def two_views(aug, device):
@@ -14,25 +14,27 @@ depend on the batch slot and have no per-sample order of the colour jitter. To w
 
 where `source()` returns [encoded files, ids, *feeds(view 0's params), *feeds(view 1's params)].
 With batch=True each array that `feeds` returns is one output; with per-sample sources take row i.
-DALI's CPU decoder always has fancy upsampling; its GPU decoder only when asked.
+DALI's CPU decoder always uses fancy upsampling, its GPU decoder only if asked to.
 
-Two of DALI's habits are corrected. It repeats edge pixels where the filter leaves the image, or
-reads pixels outside the region of interest; both specs drop those weights and renormalise. So each
-crop is cut out, surrounded by zeros, resized, and multiplied by the gain 1 / (weight inside) per
-row and column. And its blur reflects; the "simclr" spec pads with zeros, again by a margin.
+In two points DALI differs from our definition of a view:
 
-Each sample has its own order of the four jitter steps, and a graph has one. So the graph is a fixed
-row of slots. Every order fits into it, and a sample skips the slots that it does not use. There are
-two kinds of slots:
+- Where the resize filter reaches beyond the crop, DALI repeats edge pixels or reads pixels outside.
+  Both specs leave those weights out and renormalise. So each crop is cut out, surrounded by zeros
+  and resized. Each row and column is then multiplied by 1 / (sum of the weights inside).
+- DALI's blur reflects at the border. The "simclr" spec pads with zeros, so a margin of zeros is
+  added before the blur.
+
+Each sample has its own order of the four jitter steps, but a graph has one order. So the graph is a
+fixed row of slots into which every order fits. A sample skips the slots that it does not use. There
+are two kinds of slots:
 
     hsv     turns the hue and scales the saturation of HSV, in either order: the two commute
     linear  clip(x · factor + pivot · weight + added): brightness, contrast, and torchvision's
             saturation
 
-DALI's arithmetic operator takes one operation, not a longer expression. So every operation is an
-operator, and on the GPU a launch. There the three channels of a pixel stay together
-(`_Interleaved`), which takes the fewest operators. On the CPU, operators that reduce or repeat over
-channels are slow, and three planes are faster (`_Planes`).
+In DALI every arithmetic operation is an operator, and on the GPU a kernel launch. There the three
+channels of a pixel stay together (`_Interleaved`), which needs the fewest operators. On the CPU,
+operators that reduce or repeat over channels are slow, and three planes are faster (`_Planes`).
 """
 
 from typing import Any, Literal
@@ -51,29 +53,31 @@ CROP_NAMES = (
     "row_gain",  # float32 [size, 1, 1]; by 1 / 255 in `feeds`
     "column_gain",  # float32 [1, size, 1]
 )
-# The most images that go through a pipeline together. Memory grows with them, so a batch of
-# thousands is made in several parts.
+# The largest number of images that go through a pipeline together. Memory grows with it, so a
+# batch of thousands is made in several parts.
 PART = 128
-# What DALI's pipeline holds for one image, from its memory on the CPU: per pixel of a view for both
-# views, and per pixel of the source for the images decoded ahead and their cut-outs.
+# The memory of DALI's pipeline for one image, measured on the CPU: bytes per pixel of a view, for
+# both views; bytes per pixel of the source, for images decoded ahead and their crops.
 _BYTES_PER_VIEW_PIXEL, _BYTES_PER_SOURCE_PIXEL = 240, 21
-# Images of about 400 × 500 pixels fill a part; of larger ones fewer go together.
+# Images of up to this many pixels (about 400 × 500) go through in full parts, larger ones in
+# smaller parts.
 _COMMON_PIXELS = 190_000
 Slot = Literal["hsv", "linear"]
-# The rows of slots. "simclr": brightness and contrast are linear, saturation and hue are hsv.
-# Neighbouring hsv steps share a slot, except the first slot: the bicubic overshoot is still in its
-# input, the spec clips it between the two steps, and then they do not commute.
-# "torchvision": all but the hue are linear.
+# The rows of slots.
+# "simclr": brightness and contrast are linear, saturation and hue are hsv. Neighbouring hsv steps
+# share a slot because they commute. The first slot takes only one step: its input still has the
+# bicubic overshoot, which the spec clips between the steps, and with a clip they do not commute.
+# "torchvision": all steps except the hue are linear.
 _SLOTS: dict[str, tuple[Slot, ...]] = {
     "simclr": ("hsv", "linear", "hsv", "linear", "linear", "hsv"),
     "torchvision": ("linear",) * 3 + ("hsv",) + ("linear",) * 3,
 }
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 _LUMA = [0.2989, 0.587, 0.114]
-# Beyond 4 sigma the Gaussian's tail weighs 6e-5 in all.
+# The Gaussian's tails beyond 4 sigma have a total weight of 6e-5.
 _BLUR_SIGMAS = 4
-# On the GPU a hue is a 16-bit number. This many make a sixth of a turn, so that three hues of up to
-# a turn each can be added. An error of 1 changes a channel by at most 0.07 / 255.
+# On the GPU a hue is a 16-bit number. This number is a sixth of a turn, so that the sum of three
+# hues of up to a turn each fits. An error of 1 changes a channel by at most 0.07 / 255.
 _HUE_NUMBERS = 65535 // 18
 _UNLIMITED = 1e30
 # Every 16-bit number, for tables.
@@ -81,12 +85,12 @@ _KEYS = list(range(1 << 16))
 
 
 def dali_bytes(size: int, source_pixels: int = _COMMON_PIXELS, images: int = PART) -> int:
-    """What DALI holds for a part of `images` images, for two views of `size` pixels each way."""
+    """Bytes that DALI needs for a part of `images` images, with two views of size × size pixels."""
     return images * (_BYTES_PER_VIEW_PIXEL * size**2 + _BYTES_PER_SOURCE_PIXEL * source_pixels)
 
 
 def param_names(aug: Augmentation) -> list[str]:
-    """What `feeds` gives for one view, in its order."""
+    """The names of the arrays of `feeds`, in order."""
     names = list(CROP_NAMES)
     for i, kind in enumerate(_SLOTS[aug.spec]):
         names += [f"used{i}"]  # bool: whether the sample has a step in this slot
@@ -98,7 +102,7 @@ def param_names(aug: Augmentation) -> list[str]:
         else:
             names += [f"turn{i}"]  # float32: of the hue, in _HUE_NUMBERS; at least 0
             names += [f"saturation{i}"] if aug.spec == "simclr" else []  # float32: factor
-            # float32: how far beyond 1 the saturation may be, where the channels may be below 0.
+            # float32: how far the saturation may exceed 1; it may where channels are below 0.
             names += [f"limit{i}"] if i == 0 else []
     names += ["gray"]  # bool
     names += ["blur"]  # bool
@@ -108,7 +112,7 @@ def param_names(aug: Augmentation) -> list[str]:
 
 
 def param_types(aug: Augmentation) -> list[Any]:
-    """DALI's data type of each of `param_names`."""
+    """DALI's data type of each entry of `param_names`."""
     types = _dali("types")
     kinds = {"bool": types.BOOL, "int32": types.INT32, "float32": types.FLOAT}
     one = ViewParams(
@@ -124,7 +128,7 @@ def param_types(aug: Augmentation) -> list[Any]:
 
 
 def feeds(params: ViewParams, aug: Augmentation) -> list[np.ndarray]:
-    """One array [n, ...] per entry of `param_names`, to feed for one view."""
+    """The arrays [n, ...] to feed for one view, one per entry of `param_names`."""
     radius = np.minimum(np.ceil(_BLUR_SIGMAS * params.sigma), aug.blur_radius).astype(np.int32)
     blur = (params.sigma > 0) & (radius > 0)
     values = crop_feeds(params, aug, params.flip)
@@ -140,7 +144,8 @@ def feeds(params: ViewParams, aug: Augmentation) -> list[np.ndarray]:
 
 
 def _slot_feeds(params: ViewParams, aug: Augmentation) -> list[np.ndarray]:
-    """The feeds of the jitter's slots: each sample's steps, in its order, in the next slot free."""
+    """The arrays for the slots of the jitter: each step of a sample goes into the next free slot
+    of its kind."""
     slots = _SLOTS[aug.spec]
     hsv_steps = (_SATURATION, _HUE) if aug.spec == "simclr" else (_HUE,)
     n, rows = len(params), np.arange(len(params))
@@ -171,7 +176,7 @@ def _slot_feeds(params: ViewParams, aug: Augmentation) -> list[np.ndarray]:
         ):
             chosen = step == kind
             array[at[chosen], rows[chosen]] = given[chosen]
-        # A turn of the hue alone leaves the saturation as it is.
+        # A step that only turns the hue must not clip the saturation.
         limit[at[step == _HUE], rows[step == _HUE]] = _UNLIMITED
         pivoted = (step == _CONTRAST) | ((step == _SATURATION) & ~is_hsv)
         weight[at[pivoted], rows[pivoted]] = 1 - value[pivoted]
@@ -192,7 +197,7 @@ def _slot_feeds(params: ViewParams, aug: Augmentation) -> list[np.ndarray]:
 
 
 def crop_feeds(params: ViewParams, aug: Augmentation, flip: np.ndarray) -> list[np.ndarray]:
-    """One array [n, ...] per entry of CROP_NAMES. flip: bool [n], the views to mirror."""
+    """The arrays [n, ...] of CROP_NAMES. flip: bool [n], the views to mirror."""
     n = len(params)
     start, shape = params.box[:, :2], params.box[:, 2:]
     support = 1 if aug.interpolation == "bilinear" else 2
@@ -216,10 +221,10 @@ def crop_feeds(params: ViewParams, aug: Augmentation, flip: np.ndarray) -> list[
 
 
 def _gain(extent: np.ndarray, stretch: np.ndarray, aug: Augmentation, support: int) -> np.ndarray:
-    """float32 [n, size]: all of the resize filter's weight over its weight inside [0, extent)."""
+    """float32 [n, size]: 1 / (the share of the resize filter's weight inside [0, extent))."""
     scale = (extent / aug.size)[:, None, None]
     stretch = stretch[:, None, None]
-    # Only outputs this close to an end reach outside, and the two ends mirror each other.
+    # Only outputs near an end reach outside. The weights at both ends are mirror images.
     near = np.max(support * stretch / scale, initial=0)
     edge = min(int(np.ceil(near)) + 1, aug.size)
     center = (np.arange(edge)[:, None] + 0.5) * scale  # [n, edge, 1]
@@ -271,9 +276,10 @@ def make_views(
 
 
 def make_crops(images: Any, nodes: list[Any], aug: Augmentation, device: str) -> list[Any]:
-    """As `make_views`, up to the resize: one uint8 [size, size, 3] per view, rounded and clipped.
+    """Only crop and resize: one uint8 [size, size, 3] per view, rounded and clipped.
 
-    nodes: the CPU DataNodes of the views' crops, len(CROP_NAMES) per view, in that order.
+    images: as for `make_views`. nodes: the CPU DataNodes of the views' crops, those of CROP_NAMES
+    for each view.
     """
     fn, types = _dali("fn"), _dali("types")
 
@@ -304,7 +310,7 @@ def _make_view(
     x = colors.split(x * gain)
     if aug.spec == "torchvision":
         x = colors.clip(x)
-    # Nested: the outer condition is Python's, the inner one the graph's, per sample.
+    # Nested, because Python evaluates the outer condition, and the graph the inner one per sample.
     if aug.p_jitter > 0:
         for i, kind in enumerate(_SLOTS[aug.spec]):
             if p[f"used{i}"]:
@@ -312,7 +318,7 @@ def _make_view(
                     saturation = local(f"saturation{i}") if aug.spec == "simclr" else None
                     limit = local(f"limit{i}") if i == 0 else None
                     x = colors.hsv(x, local(f"turn{i}"), saturation, limit)
-                    # The first slot of "simclr" sees bicubic overshoot.
+                    # The input of the first slot of "simclr" has the bicubic overshoot.
                     if i == 0:
                         x = colors.clip(x)
                 else:
@@ -328,7 +334,7 @@ def _make_view(
         if p["gray"]:
             x = colors.luma(x)
     if aug.spec == "simclr":
-        # The bicubic overshoot of views without jitter.
+        # Without jitter, nothing has clipped the bicubic overshoot yet.
         x = colors.clip(x)
     x = colors.join(x)
     planar = isinstance(colors, _Planes)
@@ -336,7 +342,7 @@ def _make_view(
         if p["blur"]:
             pad = aug.blur_radius if aug.spec == "simclr" else 0
             if pad or planar:
-                # On three planes the blur takes a third longer.
+                # The blur of three planes would take a third longer.
                 x = fn.crop_mirror_normalize(
                     x,
                     crop=[aug.size + 2 * pad] * 2,
@@ -351,7 +357,7 @@ def _make_view(
                 )
     if planar and aug.mean is None and not half and not channels_last:
         return x
-    # Cuts off the blur's margin, too.
+    # Also cuts off the blur's margin.
     return fn.crop_mirror_normalize(
         x,
         crop=[aug.size] * 2,
@@ -363,7 +369,7 @@ def _make_view(
 
 
 def _crop(images: Any, p: dict[str, Any], aug: Augmentation, device: str) -> tuple[Any, Any]:
-    """The box, resized: float32 [size, size, 3], and what to multiply by: [size, size, 1]."""
+    """The resized box, float32 [size, size, 3], and the gain to multiply it by, [size, size, 1]."""
     fn, types = _dali("fn"), _dali("types")
 
     row_gain, column_gain = (
@@ -392,7 +398,7 @@ def _crop(images: Any, p: dict[str, Any], aug: Augmentation, device: str) -> tup
 
 
 class _Interleaved:
-    """Colours as one float32 [size, size, 3]: few operators, each over all channels."""
+    """Colours as one float32 [size, size, 3]. Needs few operators, each over all channels."""
 
     def __init__(self, device: str) -> None:
         types = _dali("types")
@@ -437,9 +443,9 @@ class _Interleaved:
     def hsv(self, x: Any, turn: Any, saturation: Any, limit: Any) -> Any:
         """Turn the hue, and scale HSV's saturation.
 
-        The hue is found by the angle of the colour around the gray axis, of which it is a function:
-        a table, in place of a branch on the largest channel. Each channel is the least one plus a
-        share of the chroma, which depends on the hue alone: another table.
+        The hue is a function of the colour's angle around the grey axis. A table of it avoids a
+        branch on the largest channel. Each channel is the smallest one plus a share of the chroma.
+        The share depends only on the hue, so it is a table as well.
         """
         fn, math, types = _dali("fn"), _dali("math"), _dali("types")
 
@@ -457,14 +463,14 @@ class _Interleaved:
         hues = hue + (fn.cast(turn, dtype=types.UINT16) + self.behind_red)
         share = fn.lookup_table(hues, keys=_KEYS, values=self.red_by_hue, dtype=types.FLOAT)
         if saturation is not None:
-            # The saturation of HSV is chroma / top and at most 1.
+            # HSV's saturation is chroma / top. It is at most 1.
             most = top if limit is None else top + limit
             chroma = math.min(chroma * saturation, most)
         return chroma * share + (top - chroma)
 
 
 def _hue_by_angle() -> list[float]:
-    """The number of the hue by that of the angle, in which 32768 is red."""
+    """A table from 16-bit angles to 16-bit hues. The angle 32768 is red."""
     angle = (np.arange(65536) - 32768) * (np.pi / 32767)
     red, green = np.cos(angle), np.sin(angle) / 3**0.5
     r, g, b = 2 / 3 * red, green - red / 3, -green - red / 3
@@ -476,7 +482,7 @@ def _hue_by_angle() -> list[float]:
 
 
 def _red_by_hue() -> list[float]:
-    """Red's share of the chroma above the least channel, by the number of the hue."""
+    """A table from 16-bit hues to (red - smallest channel) / chroma."""
     shares: list[float] = np.clip(
         np.abs(np.arange(65536) / _HUE_NUMBERS % 6 - 3) - 1, 0, 1
     ).tolist()
@@ -484,7 +490,7 @@ def _red_by_hue() -> list[float]:
 
 
 class _Planes:
-    """Colours as three float32 [size, size]: each operator is fast on the CPU."""
+    """Colours as three float32 [size, size]. Its operators are fast on the CPU."""
 
     def split(self, x: Any) -> tuple[Any, Any, Any]:
         fn = _dali("fn")
@@ -509,7 +515,7 @@ class _Planes:
         return r, g, b
 
     def mean_luma(self, x: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-        # Whole planes: DALI mistakes a batch of some [1, 1] and some [size, size] for all [1, 1].
+        # Return whole planes. DALI takes a batch of some [1, 1] and some [size, size] for [1, 1].
         y = self.luma(self.mean(x))[0] + 0.0 * x[0]
         return y, y, y
 
@@ -530,9 +536,10 @@ class _Planes:
     def hsv(
         self, x: tuple[Any, Any, Any], turn: Any, saturation: Any, limit: Any
     ) -> tuple[Any, Any, Any]:
-        """As `_Interleaved.hsv`.
+        """The same as `_Interleaved.hsv`.
 
-        The hue in sixths is |k + (middle - low) / chroma|, with k by which channel is the largest.
+        The hue in sixths of a turn is |k + (middle - low) / chroma|, where k depends on which
+        channel is the largest.
         """
         math = _dali("math")
 
@@ -565,7 +572,7 @@ def _clip(x: Any) -> Any:
 
 
 def _dali(name: str) -> Any:
-    """A module of DALI. A function, since the package imports without DALI."""
+    """Import a part of DALI. Only when needed, because DALI is optional."""
     import nvidia.dali as dali
 
     return getattr(dali, name)

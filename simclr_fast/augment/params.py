@@ -1,7 +1,8 @@
-"""What SimCLR's two views are drawn from, and the drawing, by a counter-based generator.
+"""The distribution of SimCLR's two views, and the drawing of their parameters.
 
-A view's parameters depend on (seed, epoch, sample id, view) and the image's size, and on nothing
-else: batch size, order, threads, workers, ranks, backend and a resume do not change them.
+The generator is counter-based. The parameters of a view depend only on (seed, epoch, sample id,
+view) and the image's size. Batch size, order, threads, workers, ranks, backend and a resume do not
+change them.
 """
 
 import types
@@ -15,10 +16,10 @@ import numpy as np
 
 _ORDERS = np.array(list(permutations(range(4))), dtype=np.uint8)
 _PHILOX_ROUNDS = 10
-# Counter blocks: one of each for the switches, order and sigma, and the factors; then one per
-# attempt at a crop.
+# A block of the counter gives 4 numbers. One block is for the switches, one for order and sigma,
+# one for the factors, and then one for each attempt at a crop.
 _SWITCHES, _ORDER, _FACTORS, _FIRST_CROP = 0, 1, 2, 3
-# TensorFlow's sample_distorted_bounding_box as google-research/simclr calls it.
+# The arguments with which google-research/simclr calls sample_distorted_bounding_box.
 _SIMCLR_ATTEMPTS, _SIMCLR_MIN_COVERED = 100, 0.1
 _TORCHVISION_ATTEMPTS = 10
 _FIRST_ATTEMPTS = 3
@@ -26,17 +27,22 @@ _FIRST_ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The distribution of views. Frozen; p = 0 or crop=False switches a step off.
+    """The distribution of views. A probability of 0 or crop=False switches a step off.
 
-    spec="simclr" is google-research/simclr's data_util.py (TensorFlow 2), under which the papers'
-    figures were obtained, and the default for that reason: crop height uniform given an aspect
-    uniform in `ratio`, at least 0.1 of the image, bicubic resize without antialiasing, contrast
-    around each channel's mean, saturation in HSV, zero-padded blur. One difference is meant: it
-    draws the blur's sigma per sample, as the paper says, where the code draws one per replica.
-    spec="torchvision" is RandomResizedCrop, ColorJitter, RandomGrayscale and GaussianBlur of
-    torchvision: area uniform, log-uniform aspect, antialiased resize, contrast around the mean
-    luma, saturation by blending with it, reflecting blur. Both: factors U(1 ± 0.8 s), hue
-    U(± 0.2 s) turns in HSV, random order per sample, a clip after each step, blur with radius
+    spec="simclr" follows data_util.py of google-research/simclr (TensorFlow 2), with which the
+    papers' results were obtained, and is therefore the default. The crop's aspect is uniform in
+    `ratio`, its height is uniform given the aspect, and it covers at least 0.1 of the image. The
+    resize is bicubic without antialiasing. Contrast is changed around each channel's mean,
+    saturation in HSV. The blur pads with zeros. There is one deliberate difference: the blur's
+    sigma is drawn per sample, as the paper says, while the code draws it per replica.
+
+    spec="torchvision" follows torchvision's RandomResizedCrop, ColorJitter, RandomGrayscale and
+    GaussianBlur. The crop's area is uniform, its aspect log-uniform. The resize is antialiased.
+    Contrast is changed around the mean luma, saturation by blending with the luma. The blur
+    reflects.
+
+    In both, factors are U(1 ± 0.8 s), the hue shift is U(± 0.2 s) turns in HSV, the order of the
+    jitter is random per sample, values are clipped after each step, and the blur's radius is
     (size // 10) // 2.
 
     Arguments:
@@ -51,7 +57,7 @@ class Augmentation:
         crop: False resizes the whole image instead.
         p_flip, p_jitter, p_gray, p_blur: probabilities.
         sigma: range of the blur's standard deviation in pixels.
-        mean, std: per channel, for (x - mean) / std at the end, x in [0, 1]; None: no such step.
+        mean, std: per channel. The result is (x - mean) / std, for x in [0, 1]; None for x itself.
     """
 
     size: int = 224
@@ -78,7 +84,7 @@ class Augmentation:
         _check_choice("brightness", self.brightness, ("multiplicative", "additive"))
         _check_choice("interpolation", self.interpolation, ("bicubic", "bilinear"))
         if self.brightness == "additive" and self.spec != "simclr":
-            raise ValueError('brightness="additive" is SimCLR v1\'s; it needs spec="simclr"')
+            raise ValueError('brightness="additive" needs spec="simclr"')
         _check_number("s", self.s, 0, np.inf)
         if self.hue is not None:
             _check_number("hue", self.hue, 0, 0.5)
@@ -110,7 +116,7 @@ class Augmentation:
 
     @property
     def normalization(self) -> tuple[list[float], list[float]]:
-        """scale, shift per channel such that the output is x · scale + shift for x in [0, 1]."""
+        """Scale and shift per channel: the output is x · scale + shift for x in [0, 1]."""
         if self.mean is None or self.std is None:
             return [1.0] * 3, [0.0] * 3
         return [1 / d for d in self.std], [-m / d for m, d in zip(self.mean, self.std, strict=True)]
@@ -159,7 +165,7 @@ def draw_params(
 def draw_views(
     aug: Augmentation, seed: int, epoch: int, ids: np.ndarray, sizes: np.ndarray
 ) -> tuple[ViewParams, ViewParams]:
-    """`draw_params` of both views, in half the time of two calls."""
+    """`draw_params` for both views at once, in half the time of two calls."""
     ids, sizes = _checked(epoch, ids, sizes)
     n = len(ids)
     streams = np.repeat([epoch << 1, epoch << 1 | 1], n)
@@ -184,12 +190,12 @@ def _checked(epoch: int, ids: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray
 def _draw(
     aug: Augmentation, seed: int, streams: np.ndarray, ids: np.ndarray, sizes: np.ndarray
 ) -> ViewParams:
-    """streams: integer [n], 2 · epoch + view of each row."""
+    """Draw one view per row. streams: integer [n], 2 · epoch + view of each row."""
 
     def uniform(first: int, stop: int, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
         return _uniform(seed, streams[rows], ids[rows], np.arange(first, stop))
 
-    # One call for the first attempts at a crop, too.
+    # The same call also draws the first attempts at a crop.
     u = uniform(0, _FIRST_CROP + (_FIRST_ATTEMPTS if aug.crop else 0))
     switches, order, factors = u[:, _SWITCHES], u[:, _ORDER], u[:, _FACTORS]
     jitter = 0.8 * aug.s
@@ -251,10 +257,10 @@ def _draw_boxes(
     uniform: Callable[[int, int, np.ndarray], np.ndarray],
     sizes: np.ndarray,
 ) -> np.ndarray:
-    """The first attempt of each sample that its spec accepts, else the spec's fallback.
+    """The first attempt of each sample that the spec accepts; if there is none, its fallback.
 
-    draws: [n, _FIRST_ATTEMPTS, 4], of the attempts that settle most samples; `uniform` gives those
-    of the others, who go through all that are left.
+    draws: the numbers of the first attempts, [n, _FIRST_ATTEMPTS, 4]. They suffice for most
+        samples. For the others, `uniform` draws all further attempts.
     """
     simclr = aug.spec == "simclr"
     attempts = _SIMCLR_ATTEMPTS if simclr else _TORCHVISION_ATTEMPTS
@@ -313,13 +319,13 @@ def _propose_simclr(
     highest = np.minimum(highest - (np.rint(highest * aspect) > width), height)
     lowest = np.minimum(np.rint(np.sqrt(least / aspect)), highest)
     h = lowest + np.floor(u[..., 1] * (highest - lowest + 1))
-    # One pixel up, then down, where rounding alone broke the bounds on the area.
+    # If rounding broke the bounds on the area, change the height by one pixel.
     h = h + (h * np.rint(h * aspect) < least)
     h = h - (h * np.rint(h * aspect) > most)
     w = np.rint(h * aspect)
     accepted = (least <= h * w) & (h * w <= most) & (h <= height) & (w <= width) & (h * w > 0)
     accepted &= h * w >= _SIMCLR_MIN_COVERED * pixels
-    # TensorFlow's Uniform(n) is [0, n): the last offset is never drawn.
+    # TensorFlow draws from [0, n), so the last offset is never drawn.
     y = np.floor(u[..., 2] * (height - h))
     x = np.floor(u[..., 3] * (width - w))
     return np.stack([y, x, h, w], axis=-1), accepted
@@ -341,7 +347,7 @@ def _check_range(name: str, value: tuple[float, float], low: float, high: float)
 
 
 def augmentation_from(values: dict[str, Any]) -> Augmentation:
-    """An Augmentation from the JSON of one."""
+    """An Augmentation from its fields as read from JSON."""
     hints = typing.get_type_hints(Augmentation)
     typed: dict[str, Any] = {
         name: tuple(value) if _is_tuple(hints[name]) and value is not None else value

@@ -1,4 +1,4 @@
-"""What the augmentation does to some images: a contact sheet, and the parameters as text."""
+"""Show what the augmentation does to some images: a contact sheet, and the parameters as text."""
 
 import io
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ from simclr_fast.utils.extras import need
 
 _STEPS = ("brightness", "contrast", "saturation", "hue")
 COLUMNS = ("original", "view 1", "view 2", "crop", "flip", *_STEPS, "gray", "blur")
-# Pixels of a tile in the picture, between tiles, and of the headings.
+# In pixels: the smallest and largest tile, the gap between tiles, the height of the headings.
 _SMALLEST, _LARGEST, _GAP, _TEXT = 64, 128, 3, 12
-# A picture for a document or a message.
+# Small enough for a document or a message.
 _MOST_BYTES = 500_000
 _QUALITIES = (90, 80, 70, 60, 50)
 
@@ -33,8 +33,8 @@ def contact_sheet(
 ) -> tuple[np.ndarray, list[str]]:
     """One row of tiles per image, one tile for each of COLUMNS, and one line of text per view.
 
-    images: uint8 [H, W, 3] each. The columns after the views show the first view's crop, flip,
-    jitter steps, gray and blur, each alone and also where the view leaves it out.
+    images: uint8 [H, W, 3] each. The columns after the views show each step of the first view
+    separately: crop, flip, jitter steps, gray and blur. They also show steps that the view skips.
 
     Returns:
         uint8 [images, columns, size, size, 3], and the lines: the parameters of each view.
@@ -78,8 +78,8 @@ def contact_sheet(
 def save_sheet(tiles: np.ndarray, path: Path) -> None:
     """Write the tiles of `contact_sheet` as a picture with a heading over each column.
 
-    path: .jpg, whose quality is lowered until the file has at most 500 kB, or .png. Tiles of less
-    than 64 pixels are enlarged, those of more than 128 reduced.
+    path: .jpg or .png. The quality of a .jpg is lowered until the file has at most 500 kB. Tiles
+    are enlarged to at least 64 pixels and reduced to at most 128.
     """
     suffix = path.suffix.lower()
     if suffix not in (".png", ".jpg", ".jpeg"):

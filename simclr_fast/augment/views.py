@@ -1,4 +1,4 @@
-"""Two views of images: native fused C++ on the CPU, a Triton kernel or plain torch on the GPU."""
+"""Two views of images: fused C++ on the CPU, a Triton kernel or plain torch on the GPU."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,8 +27,9 @@ def apply_views(
     """Make one view of each image, given its parameters.
 
     images: [n, H, W, 3], or n of [H, W, 3] of any sizes; uint8, or float32 in [0, 1].
-    out:    [n, 3, size, size], contiguous or channels_last, float32, float16 or bfloat16; written
-            and returned. Without it, a new tensor of `dtype` and layout `channels_last`.
+    out:    [n, 3, size, size], contiguous or channels_last, float32, float16 or bfloat16. It is
+            written and returned. By default a new tensor of `dtype`.
+    channels_last: memory format of the new tensor.
 
     Values lie in [0, 1], unless `aug` normalises.
     """
@@ -60,7 +61,7 @@ def apply_views(
 def fill_views(
     images: Tensor | list[Tensor], params: ViewParams, aug: Augmentation, out: Tensor
 ) -> Tensor:
-    """`apply_views` of tensors on `out`'s device, without its checks."""
+    """`apply_views` without its checks, for tensors on the device of `out`."""
     if len(params) == 0:
         return out
     kernels = ops.implementation_for(out.device)
@@ -72,7 +73,7 @@ def fill_views(
 
 
 def as_tensors(images: Tensor | Sequence[Tensor | np.ndarray]) -> Tensor | list[Tensor]:
-    """Checked images; arrays become tensors that share their memory where it is writable."""
+    """Check images. Arrays become tensors, which share their memory if it is writable."""
     if isinstance(images, np.ndarray):
         images = _from_numpy(images)
     if isinstance(images, Tensor):
@@ -81,7 +82,7 @@ def as_tensors(images: Tensor | Sequence[Tensor | np.ndarray]) -> Tensor | list[
     tensors = [i if isinstance(i, Tensor) else _from_numpy(i) for i in images]
     for i, tensor in enumerate(tensors):
         _check_image(tensor, 3)
-        # The kernels read all of them as the first one.
+        # The kernels assume the first image's dtype and device for all.
         if tensor.dtype != tensors[0].dtype or tensor.device != tensors[0].device:
             raise ValueError(
                 f"images must have one dtype and device, got {tensors[0].dtype} on "
@@ -145,7 +146,7 @@ def _apply_triton(
 ) -> Tensor:
     from simclr_fast.kernels import augment as kernels
 
-    # Named, so that copies of images without dense rows live until the launch.
+    # A variable keeps the copies of images without dense rows alive until the launch.
     dense = _dense_rows(images) if isinstance(images, Tensor) else [_dense_rows(i) for i in images]
     ints, floats = pack_params(params)
     kernels.augment_views(
@@ -164,7 +165,7 @@ def _apply_triton(
 
 
 def _addresses(images: Tensor | list[Tensor]) -> np.ndarray:
-    """int64 [2, n]: each image's address, and the stride of its rows in elements."""
+    """int64 [2, n]: the address of each image, and the stride of its rows in elements."""
     if isinstance(images, Tensor):
         step = images.stride(0) * images.element_size()
         address = images.data_ptr() + step * np.arange(len(images), dtype=np.int64)
@@ -179,7 +180,7 @@ def _constants(aug: Augmentation) -> np.ndarray:
 
 
 def _upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """A copy on the device that the host does not wait for: from pinned memory on CUDA."""
+    """Copy to the device; on CUDA from pinned memory, so that the host does not wait."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
         tensor = tensor.pin_memory()
@@ -189,10 +190,10 @@ def _upload(array: np.ndarray, device: torch.device) -> Tensor:
 def finish_crops(
     crops: Tensor, ints: Tensor, floats: Tensor, aug: Augmentation, out: Tensor
 ) -> Tensor:
-    """Flip, jitter, gray, blur, normalise, cast and layout of crops that are cut and resized.
+    """Flip, jitter, gray, blur and normalisation for crops that are already cut and resized.
 
-    crops: uint8 [n, size, size, 3], contiguous. ints, floats: what `pack_params` gives, on the same
-    device. out: as in `apply_views`. On the GPU everything is queued on torch's current stream.
+    crops: uint8 [n, size, size, 3], contiguous. ints, floats: from `pack_params`, on the same
+    device. out: as in `apply_views`. A GPU's work is queued on torch's current stream.
     """
     if len(crops) and ops.implementation_for(crops.device) is ops.Implementation.TRITON:
         from simclr_fast.kernels import augment as kernels
@@ -260,17 +261,19 @@ def _apply_torch(
 class SimCLRViews:
     """Two views of each image: views = SimCLRViews(96); view1, view2 = views(images).
 
-    Takes a batch [N, 3, H, W] or [N, H, W, 3] (three channels first where both would fit), or a
-    list of [3, H, W] or [H, W, 3] tensors of any sizes, uint8 or floating in [0, 1], on any device,
-    or a list of PIL images, and returns two tensors [N, 3, size, size]. For one PIL image or one
-    3-dimensional tensor it returns two [3, size, size], as a transform inside a Dataset does.
+    images: one of
+        - a batch [N, 3, H, W] or [N, H, W, 3], or a list of [3, H, W] or [H, W, 3] tensors of any
+          sizes; uint8, or floating point in [0, 1]; on any device. If both layouts fit, the
+          channels come first.
+        - a list of PIL images. They are turned upright by their EXIF orientation and converted to
+          RGB; 16-bit grayscale is scaled.
+        Both return two tensors [N, 3, size, size].
+        - one PIL image or one 3-dimensional tensor. It returns two tensors [3, size, size], as a
+          transform inside a Dataset does.
 
-    PIL images are turned upright by their EXIF orientation and converted to RGB; 16-bit grayscale
-    keeps its range.
-
-    `ids` and `epoch` name the samples: with them, and equal `seed`, the views are the same in any
-    batch, worker, order or process, here and in every other backend. Without `ids`, fresh ones come
-    from torch's global generator, which torch.manual_seed and DataLoader's workers seed.
+    With `ids`, the views depend only on (seed, epoch, id, view) and the image's size. They are the
+    same in any batch, worker, order, process and backend. Without `ids`, random ones come from
+    torch's global generator, which torch.manual_seed and DataLoader's workers seed.
 
     Arguments: those of Augmentation, and
         seed: part of the generator's key.

@@ -101,7 +101,7 @@ def image_decoder(source: Source, batch_size: int, num_threads: int) -> ImageDec
 def _check_pillow() -> None:
     require(["PIL"], also=["nvidia.dali"])
     warnings.warn(
-        f"Pillow decodes the image files, because DALI cannot be imported ({dali_import_error()})",
+        f"Pillow decodes the image files, since DALI cannot be imported ({dali_import_error()})",
         RuntimeWarning,
         stacklevel=5,
     )
