@@ -15,20 +15,21 @@ from simclr_fast.ops import nt_xent
 from simclr_fast.ops.nt_xent_plain import statistics_dtype
 
 _REDUCTIONS = {"none": nt_xent.NONE, "mean": nt_xent.MEAN, "sum": nt_xent.SUM}
-# Outside, float32 holds too few digits of a logit's differences, or none.
+# Outside this range float32 cannot represent differences of logits accurately enough.
 _TEMPERATURES = (1e-6, 1e6)
 _NO_NEGATIVES = "decoupled=True needs at least two pairs: a single one has no negatives"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class NTXentStats(NamedTuple):
-    """Detached 0-dim tensors, means over the batch (over every rank's, with a group).
+    """Detached 0-dim tensors: means over the batch, with a group over the batches of all ranks.
 
-    contrastive_accuracy, contrastive_entropy: view 1's rows against view 2 alone, as
-        google-research/simclr reports them (a tie for the first place counts as wrong; nats).
-    accuracy, entropy: every row against everything but itself, the softmax of the loss.
-    positive_similarity, negative_similarity: cosines; negatives exclude self and positive, and
-        are NaN for a single pair, which has none.
+    contrastive_accuracy, contrastive_entropy: rows of view 1 against only those of view 2, as
+        google-research/simclr reports them. A tie for the first place counts as wrong. Entropies
+        are in nats.
+    accuracy, entropy: every row against all other rows, that is, the softmax of the loss.
+    positive_similarity, negative_similarity: mean cosines of rows with their positive, and with all
+        other rows. negative_similarity is NaN for a single pair, which has no negatives.
     """
 
     contrastive_accuracy: Tensor
@@ -86,26 +87,27 @@ def nt_xent_loss(
     return_stats: bool = False,
     row_counts: Sequence[int] | None = None,
 ) -> Tensor | tuple[Tensor, NTXentStats]:
-    """NT-Xent loss of N pairs of views: each of 2N rows picks its other view out of 2N - 1.
+    """NT-Xent loss of N pairs of views: each of 2N rows must find its other view among 2N - 1.
 
-    Memory is O(N·D). Embeddings are normalised here; zero rows and NaN behave as in
-    `torch.nn.functional.normalize` in float32. Deterministic. No double backward.
+    Memory is O(N·D). The embeddings are normalised here; zero rows and NaN behave as in
+    `torch.nn.functional.normalize` in float32. The result is deterministic. There is no double
+    backward.
 
     z1, z2: [N, D], any strides; or z1 is [2N, D], view 1's rows first, and z2 is None.
-        float64, float32, bfloat16 or float16; arithmetic and loss are float32 or wider. A zero
-        row's gradient is about 1e12, infinite in float16, as with normalize there.
+        float64, float32, bfloat16 or float16; arithmetic and loss are float32 or wider. As with
+        normalize, the gradient of a zero row is about 1e12, and infinite in float16.
     temperature: a number from 1e-6 to 1e6, or a 0-dim tensor, which receives a gradient. The value
-        of a CUDA tensor is not checked, as that would wait for the device.
+        of a CUDA tensor is not checked, because that would wait for the device.
     reduction: "mean" or "sum" over the 2N rows, or "none": [2N], view 1's rows first.
     decoupled: leave the positive out of the denominator (Yeh et al. 2022, "Decoupled Contrastive
         Learning", equation 5); needs at least two pairs.
-    group: ranks whose batches form one; each may bring a different N, also 0. Every rank returns
-        the loss of the whole batch, and gradients times the number of ranks, so that the averaging
-        of DistributedDataParallel gives the whole batch's gradient exactly. Without DDP, average
-        the gradients over ranks. The backward pass does not communicate.
-    return_stats: also return `NTXentStats`, from the same pass.
-    row_counts: rows of both views together on every rank of the group, in rank order, where they
-        are known. Else the ranks tell each other, and on a GPU the host waits for it.
+    group: ranks whose batches form one batch. N may differ between ranks and may be 0. Every rank
+        returns the loss of the whole batch. Its gradients are multiplied by the number of ranks, so
+        that the averaging of DistributedDataParallel gives exactly the gradient of the whole batch.
+        Without DDP, average the gradients over ranks. The backward pass does not communicate.
+    return_stats: also return `NTXentStats`, computed in the same pass.
+    row_counts: the number of rows (2N) of every rank of the group, in rank order, if known. Without
+        it the ranks exchange these numbers, and on a GPU the host waits for that.
     """
     _check_embeddings(z1, z2, group)
     code = _reduction_code(reduction, group)
@@ -129,9 +131,10 @@ def nt_xent_loss(
 class NTXentLoss(nn.Module):
     """`nt_xent_loss` as a module: `NTXentLoss(0.1)(z1, z2)`.
 
-    learnable: the temperature becomes a parameter, through its logarithm, `log_temperature`.
+    learnable: the logarithm of the temperature becomes a parameter, `log_temperature`.
     decoupled: as in `nt_xent_loss`.
-    gather_distributed: the batch is that of all ranks of `group` (default: of all processes).
+    gather_distributed: the batches of all ranks of `group` form one batch. By default `group` has
+        all processes.
     """
 
     def __init__(
@@ -189,7 +192,7 @@ class NTXentLoss(nn.Module):
 
 
 class _Saved(NamedTuple):
-    """What the backward pass needs of the forward pass. "all": of every rank's rows."""
+    """Tensors that the backward pass needs. Those named "all" have the rows of all ranks."""
 
     u_all: Tensor
     lse_all: Tensor
@@ -201,10 +204,10 @@ class _Saved(NamedTuple):
 
 
 class _GroupNTXent(torch.autograd.Function):
-    """The loss of every rank's rows together: two gathers forward, none backward.
+    """The loss over the rows of all ranks. Gathers twice in the forward, never in the backward.
 
-    A rank's rows enter the loss of other ranks' rows as negatives. Each rank computes that part of
-    its gradient itself, from the gathered rows and the denominators of their losses.
+    A rank's rows are negatives in the loss of other ranks' rows. Each rank computes that part of
+    the gradient itself, from the gathered rows and the denominators of their losses.
     """
 
     @staticmethod
@@ -242,7 +245,7 @@ class _GroupNTXent(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         saved = _Saved(*ctx.saved_tensors)
-        # Every rank's loss is that of the whole batch, and averaging divides by their number.
+        # Every rank has the loss of the whole batch, and DDP divides by the number of ranks.
         grad_z, grad_temperature = nt_xent.backward(
             grad_loss * len(ctx.ranks.counts),
             ctx.mean,
@@ -278,7 +281,7 @@ def _check_embeddings(z1: Tensor, z2: Tensor | None, group: dist.ProcessGroup | 
     if z2 is None:
         if z1.size(0) % 2:
             raise ValueError(
-                "z1 alone must hold both views, [2N, D], so an even number of rows, "
+                "z1 without z2 must hold both views, [2N, D], so an even number of rows, "
                 f"got {list(z1.shape)}"
             )
         return
@@ -301,12 +304,12 @@ def _check_matrix(name: str, z: Tensor, least: int = 1) -> None:
 
 
 def _check_temperature(temperature: Any) -> float:
-    """Its value as Python's float. Numbers of numpy are numbers too."""
+    """Check a temperature and return it as a float. It may be a number of numpy."""
     value = float(temperature) if isinstance(temperature, Real) else math.nan
     if not 0 < value < math.inf:
         raise ValueError(f"temperature must be a positive finite number, got {temperature!r}")
     smallest, largest = _TEMPERATURES
-    # A float32 or bfloat16 tensor of either limit is a little beside it.
+    # A limit that was rounded to float32 or bfloat16 must pass.
     if not 0.99 * smallest <= value <= 1.01 * largest:
         raise ValueError(
             f"temperature must be from {smallest:g} to {largest:g}, got {temperature!r}"
@@ -315,7 +318,7 @@ def _check_temperature(temperature: Any) -> float:
 
 
 def _temperature_tensor(temperature: float | Tensor, z: Tensor) -> Tensor:
-    """On z's device, float32 or wider."""
+    """Check the temperature and make it a tensor on z's device, float32 or wider."""
     dtype = statistics_dtype(z.dtype)
     if not isinstance(temperature, Tensor):
         value = _check_temperature(temperature)
@@ -333,10 +336,10 @@ def _temperature_tensor(temperature: float | Tensor, z: Tensor) -> Tensor:
 
 
 def _has_ambient_state() -> bool:
-    """Whether a tensor made now may be more than a plain one, so that it must not be kept.
+    """Whether a tensor that is created now may not be a plain one, and must not be cached.
 
-    Modes (FakeTensorMode, a default device), torch.func's transforms and torch.compile change what
-    torch's functions return for as long as they are active.
+    While modes (FakeTensorMode, a default device), transforms of torch.func or torch.compile are
+    active, torch's functions may return other kinds of tensors.
     """
     return (
         torch.compiler.is_compiling()

@@ -1,4 +1,4 @@
-"""The rows of this rank among the rows of all ranks of a group."""
+"""The position of this rank's rows among the rows of all ranks of a group."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from simclr_fast.utils.distributed import all_gather_rows, row_counts_of
 
 @dataclass(frozen=True)
 class RankRows:
-    """Every rank's number of rows, in rank order; a rank may have none, but not all of them."""
+    """The number of rows of every rank, in rank order. Some may be 0, but not all."""
 
     group: dist.ProcessGroup
     counts: tuple[int, ...]
@@ -25,13 +25,13 @@ class RankRows:
         group: dist.ProcessGroup,
         row_counts: Sequence[int] | None = None,
     ) -> "RankRows":
-        """Tell all ranks how many rows this one has, unless the caller knows all `row_counts`.
+        """Exchange the numbers of rows between the ranks, unless `row_counts` has them.
 
-        On CUDA telling waits for the device.
+        On CUDA the exchange waits for the device.
 
         Raises:
-            ValueError: on every rank, if no rank has any row; on this one, if row_counts says
-                otherwise than num_rows.
+            ValueError: no rank has any row (raised on every rank), or row_counts does not agree
+                with num_rows (raised on this rank).
         """
         counts = tuple(row_counts_of(num_rows, device, group, row_counts))
         if not any(counts):
@@ -40,7 +40,7 @@ class RankRows:
 
     @property
     def offset(self) -> int:
-        """Number of the first row of this rank."""
+        """The index of the first row of this rank."""
         return sum(self.counts[: dist.get_rank(self.group)])
 
     @property

@@ -1,4 +1,4 @@
-"""Contrastive losses with several positives per row: by class, and by more than two views."""
+"""Contrastive losses with several positives per row: with labels, and with more than two views."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -27,14 +27,15 @@ def sup_con_loss(
 ) -> Tensor:
     """Supervised contrastive loss, L_out (Khosla et al. 2020, equation 2).
 
-    Row i's positives are the other rows of its class: the loss is the mean over them of
-    -log(softmax over all other rows). A row without positives counts 0, in the mean too, as in the
-    authors' code. Memory is O(M·D). Deterministic. No double backward.
+    The positives of a row are the other rows of its class. Its loss is the mean over them of
+    -log(softmax over all other rows). A row without positives has the loss 0, which counts in the
+    mean, as in the authors' code. Memory is O(M·D). The result is deterministic. There is no double
+    backward.
 
     z: [M, D], any strides, any views of any images; float64, float32, bfloat16 or float16;
-        arithmetic and loss are float32 or wider. Normalised here, as in `nt_xent_loss`.
+        arithmetic and loss are float32 or wider. z is normalised here, as in `nt_xent_loss`.
     labels: [M], integers, on z's device.
-    temperature, group: as in `nt_xent_loss`; positives of other ranks count.
+    temperature, group: as in `nt_xent_loss`. Rows of other ranks are positives as well.
     reduction: "mean" or "sum" over the M rows, or "none": [M].
     """
     _check_matrix("z", z, least=1 if group is None else 0)
@@ -69,11 +70,11 @@ def multi_view_nt_xent_loss(
 ) -> Tensor:
     """NT-Xent of two or more views of N images (multi-crop): every other view is a positive.
 
-    The loss of `sup_con_loss` with the image as the class (Khosla et al. 2020, section 3.2.1); for
-    two views, `nt_xent_loss`.
+    It is `sup_con_loss` with the image as the class (Khosla et al. 2020, section 3.2.1). For two
+    views it is `nt_xent_loss`.
 
     views: a sequence of [N, D] tensors, one per view; or [n_views·N, D], view after view.
-    temperature, reduction, group: as in `sup_con_loss`; each rank's images are its own.
+    temperature, reduction, group: as in `sup_con_loss`. Different ranks have different images.
     """
     if isinstance(views, Tensor):
         if not isinstance(n_views, int) or n_views < 2:
@@ -95,13 +96,16 @@ def multi_view_nt_xent_loss(
         return nt_xent_loss(z, None, temperature, reduction=reduction, group=group)
     images = torch.arange(z.size(0) // n_views, device=z.device)
     if group is not None:
-        # Far from any other rank's.
+        # Different numbers on every rank.
         images = images + (dist.get_rank(group) << 40)
     return sup_con_loss(z, images.repeat(n_views), temperature, reduction=reduction, group=group)
 
 
 def _classes(labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A number for each row's class, [M] int32, and 1 / (a row's positives), 0 without; no sync."""
+    """The class of each row as a number, int32 [M], and 1 / (number of its positives), [M].
+
+    The latter is 0 for a row without positives. Does not sync.
+    """
     ordered = labels.sort().values
     first = torch.searchsorted(ordered, labels)
     positives = torch.searchsorted(ordered, labels, right=True) - first - 1
@@ -110,7 +114,7 @@ def _classes(labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 class _Saved(NamedTuple):
-    """What the backward pass needs of the forward pass. "all": of every rank's rows."""
+    """Tensors that the backward pass needs. Those named "all" have the rows of all ranks."""
 
     u_all: Tensor
     lse_all: Tensor
@@ -122,7 +126,7 @@ class _Saved(NamedTuple):
 
 
 class _SupCon(torch.autograd.Function):
-    """With ranks: gathers of embeddings and of losses forward, none backward."""
+    """With ranks, gathers embeddings and losses in the forward, and nothing in the backward."""
 
     @staticmethod
     def forward(
