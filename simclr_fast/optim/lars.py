@@ -23,8 +23,8 @@ _NUMBERS = ("momentum", "dampening", "weight_decay", "trust_coefficient", "eps")
 
 
 class LARS(Optimizer):
-    """SGD whose update of each tensor is scaled by a trust ratio (You et al. 2017,
-    https://arxiv.org/abs/1708.03888), one native call per device and step.
+    """SGD that scales the update of each tensor by a trust ratio (You et al. 2017,
+    https://arxiv.org/abs/1708.03888). A step is one native call per device.
 
     With weight p, gradient g, trust coefficient η, weight decay λ and momentum μ::
 
@@ -32,9 +32,9 @@ class LARS(Optimizer):
         momentum_order="torch":  v = μv + (1 - dampening)·r(g + λp);     p = p - lr·v
         momentum_order="tf":     v = μv + (1 - dampening)·lr·r(g + λp);  p = p - v
 
-    A group with ``adapt=False`` keeps r = 1 (and its weight decay): ``lars_param_groups`` makes
-    such a group of biases and normalisation layers. Norms are float32 or wider whatever the dtype
-    of the parameters, so a half-precision norm cannot overflow into a step of zero length.
+    A group with ``adapt=False`` has r = 1 and keeps its weight decay. ``lars_param_groups`` makes
+    such a group for biases and normalisation layers. Norms are computed in float32 or wider, so
+    that the norm of half-precision parameters cannot overflow.
 
     Arguments that give the semantics of other implementations:
 
@@ -58,26 +58,29 @@ class LARS(Optimizer):
         trust_clip: r = min(r / lr, 1), the clipping of LARC.
         momentum_order: whether the learning rate is applied after ("torch") or inside ("tf") the
             momentum buffer. They differ while the learning rate changes.
-        norm: whether weight decay enters the norm of the gradient before or after it is taken.
-        when_zero: what norm="split" does with a tensor whose weight or gradient norm is zero, r
-            being 1: "skip" leaves out its weight decay and clipping, "decay" keeps both.
-        foreach: True: plain torch's multi-tensor operations; False: one tensor at a time.
-        fused: True: the native kernels, an error where there are none; False: plain torch;
-            None: native where there is a kernel.
-        capturable: keeps each lr in a tensor on its group's device (float64 where there is one), so
-            that schedulers reach a captured CUDA graph.
+        norm: how weight decay enters the trust ratio: the norms of g and p are taken separately
+            ("split"), or the norm of g + λp is taken ("joint").
+        when_zero: for norm="split", a tensor whose weight or gradient norm is zero has r = 1.
+            "skip": it gets no weight decay and no clipping. "decay": it gets both.
+        foreach: True: plain torch's multi-tensor operations. False: plain torch, one tensor at a
+            time.
+        fused: True: the native kernels, or an error if there are none. False: plain torch.
+            None: the native kernels if there are any for the device, else plain torch.
+        capturable: keep each lr in a tensor on the group's device, in float64 if the device has it.
+            Then schedulers also change the lr of a captured CUDA graph.
 
-    The state of a parameter is ``momentum_buffer``, exchangeable with ``torch.optim.SGD`` (and,
-    for momentum_order="torch", the optimizers of the table). A ``GradScaler`` hands its scale and
-    overflow flag to ``step``, which reads them on the device; gradients stay scaled.
+    The state of a parameter is ``momentum_buffer``. It is interchangeable with that of
+    ``torch.optim.SGD`` and, for momentum_order="torch", of the optimizers in the table. A
+    ``GradScaler`` passes its scale and overflow flag to ``step``, which reads them on the device.
+    The gradients stay scaled.
 
     Raises:
-        TypeError, ValueError: for a hyperparameter of another type or outside its range, with its
-            name and value.
+        TypeError, ValueError: a hyperparameter has another type or is outside its range; the
+            message has its name and value.
     """
 
     _step_supports_amp_scaling = True
-    # Keys of another library's parameter groups and what they are called here: simclr_fast.compat.
+    # For simclr_fast.compat: keys of another library's parameter groups → their names here.
     _other_names: ClassVar[dict[str, str]] = {}
 
     def __init__(
@@ -134,7 +137,7 @@ class LARS(Optimizer):
                 group[ours] = group.pop(theirs)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group; keys that it leaves out take the values given to the constructor."""
+        """Add a group. Missing keys take the values given to the constructor."""
         self._rename(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -151,7 +154,7 @@ class LARS(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Updates every parameter that has a gradient; returns what ``closure`` returned."""
+        """Update every parameter that has a gradient; return the result of ``closure``."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -181,7 +184,7 @@ class LARS(Optimizer):
             native_step(device, on_device, grad_scale, found_inf)
 
     def _apart(self, p: Tensor) -> bool:
-        """Whether a subclass gives this tensor another rule than the others of its group."""
+        """Whether a subclass treats this tensor differently from the others of its group."""
         return False
 
     def _rule(self, group: dict[str, Any], apart: bool) -> tuple[float, bool]:
@@ -195,7 +198,7 @@ class LARS(Optimizer):
         for group in self.param_groups:
             momentum = group["momentum"] != 0
             parts: dict[tuple[torch.device, bool], _Part] = {}
-            # A step spends most of its Python time in this loop, so it looks at nothing twice.
+            # Most of a step's Python time is spent in this loop, so it reads each attribute once.
             for p in group["params"]:
                 grad = p.grad
                 if grad is None:
@@ -221,7 +224,8 @@ class LARS(Optimizer):
         if not buffers:
             return [Batch(params, grads, [], group, 0.0, weight_decay, adapt)]
         fresh = [i for i, buffer in enumerate(buffers) if buffer is None]
-        # The first step is undampened, so a skipped one must not count: the one flag read here.
+        # The first step has no dampening, and a skipped step is not the first. So the overflow flag
+        # must be read on the host, only in this case.
         if fresh and dampening != 0 and found_inf is not None and bool(found_inf):
             return []
         for i in fresh:
@@ -236,7 +240,7 @@ class LARS(Optimizer):
 
 
 class _Part(NamedTuple):
-    """The tensors of a group that share a device and a rule; no buffers without momentum."""
+    """The tensors of a group that share a device and a rule. No buffers if momentum is 0."""
 
     params: list[Tensor]
     grads: list[Tensor]
@@ -249,9 +253,11 @@ _untraced_update = torch.compiler.disable(LARS._update)
 
 
 def lars_param_groups(model: nn.Module, weight_decay: float = 1e-6) -> list[dict[str, Any]]:
-    """Two groups: weights, decayed and adapted; biases and the parameters of normalisation layers
-    (and all others of at most one dimension), neither decayed nor adapted, as in the SimCLR paper
-    (https://arxiv.org/abs/2002.05709, section B). Parameters that need no gradient are left out.
+    """Two parameter groups, as in the SimCLR paper (https://arxiv.org/abs/2002.05709, section B).
+
+    The first has the weights, which are decayed and adapted. The second has biases, the parameters
+    of normalisation layers and all others of at most one dimension, which are neither decayed nor
+    adapted. Parameters that need no gradient are left out.
     """
     norm_params = {
         p
@@ -314,6 +320,6 @@ def _check_params(params: list[Tensor]) -> None:
             raise ValueError(f"LARS needs strided parameters, got layout {p.layout}")
         if any(size > 1 and step == 0 for size, step in zip(p.shape, p.stride(), strict=True)):
             raise ValueError(
-                "LARS needs parameters whose elements have memory of their own, got an expanded "
-                f"one of shape {list(p.shape)}; .clone() it"
+                f"LARS cannot update an expanded parameter (shape {list(p.shape)}), whose elements "
+                "share memory; .clone() it"
             )

@@ -21,12 +21,15 @@ _FLAGS = (
     ("when_zero", "decay", int(LarsFlag.DECAY_WHEN_ZERO)),
 )
 _ADAPT = int(LarsFlag.ADAPT)
-# Asked first: to ask whether a tensor is a wrapper takes longer than to update a small one.
+# Checked first: the general check for wrappers takes longer than the update of a small tensor.
 _PLAIN_TYPES = frozenset((nn.Parameter, Tensor))
 
 
 def use_native(group: dict[str, Any], params: list[Tensor]) -> bool:
-    """params: of one device. Sharded and other wrapped tensors take plain torch's operations."""
+    """Whether the native kernels update `params`, which are on one device.
+
+    Sharded and other wrapped tensors are updated by plain torch's operations.
+    """
     if not wants_native(group):
         return False
     device = params[0].device
@@ -59,7 +62,7 @@ def native_step(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    """Updates the tensors of all batches, which are on this device."""
+    """Update the tensors of all batches. All must be on `device`."""
     params: list[Tensor] = []
     grads: list[Tensor] = []
     buffers: list[Tensor] = []
@@ -107,7 +110,7 @@ def _hyperparameters(batch: Batch) -> list[float]:
 
 
 def _lr_tensors(batches: list[Batch], device: torch.device) -> list[Tensor]:
-    """Every batch's learning rate as a tensor if any is one, else nothing."""
+    """The learning rates of all batches as tensors if one of them is a tensor, else []."""
     lrs = [batch.group["lr"] for batch in batches]
     if not any(isinstance(lr, Tensor) for lr in lrs):
         return []

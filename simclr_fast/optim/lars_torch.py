@@ -1,6 +1,6 @@
 """LARS in plain torch operations, for every device and without the extension.
 
-The definition is in optim.LARS.
+`optim.LARS` has the definition.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from simclr_fast.ops import widest_float
 
 
 class Batch(NamedTuple):
-    """Parameters of one group on one device that one rule updates."""
+    """Parameters of one group on one device that are updated by the same rule."""
 
     params: list[Tensor]
     grads: list[Tensor]
@@ -32,7 +32,7 @@ class Batch(NamedTuple):
 
 
 def foreach_step(batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    """Updates the parameters and momentum buffers in place; leaves the gradients as they are."""
+    """Update parameters and momentum buffers in place. The gradients are not changed."""
     for g in batch.grads:
         if g.layout is not torch.strided:
             raise ValueError(f"LARS needs strided gradients, got layout {g.layout}")
@@ -58,9 +58,9 @@ def foreach_step(batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | No
 def _update_copies(
     batch: Batch, dtype: torch.dtype, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
-    """`_update` of copies in `dtype`, which are written back unless the gradients overflowed.
+    """Run `_update` on copies in `dtype`, and write them back unless the gradients overflowed.
 
-    The overflow flag is on a device, so that Python cannot branch on it without waiting.
+    The overflow flag may be on a device, where Python cannot branch on it without waiting.
     """
     copies = batch._replace(
         params=[t.to(dtype, copy=True) for t in batch.params],
@@ -78,7 +78,7 @@ def _update_copies(
 
 
 class _Vectors:
-    """Tensors to compute with. They are copied at the first change unless they are `own`."""
+    """Tensors to compute with. If they are not `own`, the first change makes a copy."""
 
     def __init__(self, tensors: list[Tensor], own: bool):
         self.tensors, self._own = tensors, own
@@ -98,7 +98,7 @@ class _Vectors:
 
 
 def _update(batch: Batch, grad_scale: Tensor | None, *, own_grads: bool) -> None:
-    """Updates params and buffers in place, all in one dtype; grads too if they are `own_grads`."""
+    """Update params and buffers in place, all in one dtype. With `own_grads`, change grads too."""
     params, group, lr = batch.params, batch.group, batch.group["lr"]
     device, dtype = params[0].device, params[0].dtype
     wide = widest_float(device)
@@ -159,19 +159,20 @@ def _trust_ratios(
     if group["trust_clip"]:
         ratios = (ratios / lr).clamp(max=1.0)
     if skip:
-        # Ratio 0 leaves out the decay that is added to a gradient of zero.
+        # For a zero gradient the update is the weight decay; a ratio of 0 leaves it out.
         ratios = torch.where(g == 0, 0.0, ratios).masked_fill(w == 0, 1.0)
     return ratios
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:
-    """Norm of each tensor, [len(tensors)], in the widest dtype of the device."""
+    """The norm of each tensor, [len(tensors)], in the widest dtype of the device."""
     if widest_float(tensors[0].device) != torch.float64:
         return _float32_norms(tensors)
     if not _on_host(tensors[0]):
         return torch.stack(torch._foreach_norm(tensors, dtype=torch.float64))
     norms = torch.stack(torch._foreach_norm(tensors)).double()
-    # The double pass is several times slower: only where squares may have left float32's range.
+    # Repeat in float64, which is several times slower, only if squares may have left float32's
+    # range.
     doubtful = ~((norms > 1e-15) & (norms < 1e15))
     for i in doubtful.nonzero().flatten().tolist():
         norms[i] = torch.linalg.vector_norm(tensors[i], dtype=torch.float64)
@@ -179,16 +180,18 @@ def _norms(tensors: list[Tensor]) -> Tensor:
 
 
 def _float32_norms(tensors: list[Tensor]) -> Tensor:
-    """Norms whose squares stay in float32's range: each tensor is divided by its largest element
-    first, without a look at its value."""
+    """Norms whose squares stay in float32's range.
+
+    Each tensor is divided by its largest element first. Does not sync.
+    """
     largest = [t.abs().amax() if t.numel() else t.new_zeros(()) for t in tensors]
-    # 0, infinity and NaN divide nothing, and give a norm of 0, infinity and NaN.
+    # If the largest element is 0, infinity or NaN, the divisor is 1, and the norm is the same.
     divisors = [torch.where((m > 0) & m.isfinite(), m, 1.0) for m in largest]
     norms = torch._foreach_norm(torch._foreach_div(tensors, divisors))
     return torch.stack(norms) * torch.stack(divisors)
 
 
 def _on_host(tensor: Tensor) -> bool:
-    """Whether Python may branch on values: without waiting for a device or breaking a graph."""
+    """Whether Python may branch on the value without a device sync or a graph break."""
     plain = not torch.compiler.is_compiling() and not is_traceable_wrapper_subclass(tensor)
     return plain and tensor.device.type == "cpu"

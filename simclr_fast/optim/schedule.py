@@ -7,10 +7,11 @@ from torch.optim.optimizer import Optimizer
 
 
 def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
-    """The paper's schedule, per step: step t uses lr·t/warmup_steps while t < warmup_steps, then
-    lr·(1 + cos(π(t - warmup_steps)/(total_steps - warmup_steps)))/2, and 0 from total_steps on.
+    """The paper's schedule: linear warm-up, then cosine decay, per step.
 
-    The first step of a warm-up has the learning rate 0. Call ``step()`` on the returned scheduler
+    Step t uses lr·t/warmup_steps while t < warmup_steps, then
+    lr·(1 + cos(π(t - warmup_steps)/(total_steps - warmup_steps)))/2, and 0 from total_steps on. So
+    the first step of a warm-up has the learning rate 0. Call ``step()`` on the returned scheduler
     after each ``optimizer.step()``.
     """
     if not 0 <= warmup_steps < total_steps:
@@ -29,9 +30,11 @@ def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int) -> 
 
 
 def scaled_lr(batch_size: int, rule: str = "linear") -> float:
-    """The paper's learning rate for a batch of ``batch_size`` images over all devices:
-    0.3·batch_size/256 ("linear") or 0.075·√batch_size ("sqrt", better below 4096 images and for
-    short runs; table B.1)."""
+    """The paper's peak learning rate for a batch of ``batch_size`` images over all devices.
+
+    rule: "linear": 0.3·batch_size/256. "sqrt": 0.075·√batch_size, which is better for batches below
+        4096 images and for short runs (table B.1).
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if rule == "linear":

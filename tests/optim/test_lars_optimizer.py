@@ -260,7 +260,7 @@ def test_bad_arguments(kwargs, words):
 def test_bad_tensors(path):
     with pytest.raises(ValueError, match="real floating-point parameters"):
         LARS([nn.Parameter(torch.zeros(2, dtype=torch.complex64))], lr=0.1, **path)
-    with pytest.raises(ValueError, match="memory of their own"):
+    with pytest.raises(ValueError, match="cannot update an expanded parameter"):
         LARS([nn.Parameter(torch.zeros(1, 3).expand(4, 3))], lr=0.1, **path)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         scaled_lr(0)
