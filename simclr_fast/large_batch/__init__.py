@@ -1,4 +1,4 @@
-"""The gradient of a whole batch in less memory than its activations take."""
+"""The gradient of a batch whose activations do not fit into memory at once."""
 
 from simclr_fast.large_batch.api import LargeBatch, Memory
 

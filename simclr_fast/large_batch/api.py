@@ -1,4 +1,4 @@
-"""A step of contrastive training at a batch whose activations do not fit: `LargeBatch.backward`."""
+"""`LargeBatch.backward`: a training step with a batch whose activations do not fit into memory."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -33,27 +33,28 @@ class LargeBatch:
         optimizer.step()
 
     memory:
-        "plain": everything is kept.
-        "replay": blocks keep their inputs and are recomputed with the batch statistics of their
-            first pass. Any model with blocks in a Sequential or ModuleList.
-        "lockstep": micro-batches go through the model layer by layer, so batch statistics are
-            those of the whole batch. Any model that torch.fx can trace and that draws no random
+        "plain": keep all activations.
+        "replay": keep only the inputs of blocks, and recompute each block in the backward with the
+            batch statistics of its first pass. For any model with blocks in a Sequential or
+            ModuleList.
+        "lockstep": all micro-batches go through a layer before any goes on, so batch statistics are
+            those of the whole batch. For any model that torch.fx can trace and that draws no random
             numbers; see `simclr_fast.large_batch.lockstep`.
-        "grad-cache": outputs first, then micro-batch after micro-batch with a graph. For models
-            without batch statistics; ValueError with them, unless allow_ghost_bn.
-    All but ghost batch norm give the same gradient up to rounding. In all, rows may meet in batch
-    norms only.
+        "grad-cache": compute all outputs without a graph, then repeat each micro-batch with one.
+            For models without batch statistics. Others raise ValueError, unless allow_ghost_bn.
+    All modes give the same gradient up to rounding, except grad-cache with allow_ghost_bn. In all
+    modes, no layer except batch norm may mix the rows of a batch.
 
-    micro_batch: rows per micro-batch in lockstep and grad-cache (default 256); the last may be
+    micro_batch: rows per micro-batch in lockstep and grad-cache (default 256). The last one may be
         smaller.
-    group: ranks whose batches form one, each with any number of rows; batch statistics are over all
-        of them, .grad is averaged over them as DistributedDataParallel does. Do not wrap the model
-        in it. Parameters of the loss itself are not averaged.
-    autocast: dtype of torch.autocast around the model; the loss runs outside.
+    group: ranks whose batches form one batch, each with any number of rows. Batch statistics are
+        over all ranks, and .grad is averaged over them, as in DistributedDataParallel. Do not wrap
+        the model in it. Parameters of the loss itself are not averaged.
+    autocast: dtype of torch.autocast for the model. The loss runs outside of it.
     offload_gb: lockstep keeps up to that many GB (10⁹ bytes) of block inputs in host memory.
-    keep_every: of lockstep: keep every k-th block's input; recompute the rest in the backward. 2
-        halves what is kept, and convolutions cost 3/2 of plain's instead of 4/3.
-    compile: lockstep compiles what lies between batch norms and convolutions with torch.compile.
+    keep_every: lockstep keeps every k-th block's input, and recomputes the rest in the backward.
+        With 2 it keeps half as much, and convolutions cost 3/2 of plain's instead of 4/3.
+    compile: lockstep uses torch.compile for the layers between batch norms and convolutions.
     """
 
     def __init__(
@@ -107,7 +108,10 @@ class LargeBatch:
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Within it, `backward` leaves this rank's own gradients; the next outside averages all."""
+        """A context in which `backward` does not average gradients over ranks.
+
+        The next `backward` outside averages the accumulated gradients.
+        """
         before, self._sync = self._sync, False
         try:
             yield
@@ -120,19 +124,19 @@ class LargeBatch:
         loss_fn: Callable[[Any], Any],
         row_counts: Sequence[int] | None = None,
     ) -> Any:
-        """Add the gradients of loss_fn(model(views)) to .grad, and return what loss_fn returned.
+        """Add the gradients of loss_fn(model(views)) to .grad; return the result of loss_fn.
 
-        views: [N, ...], this rank's rows, N ≥ 0; or parts of it in order, such as (view1, view2):
-            with micro-batches they need not be joined, which would take their memory once more.
-        loss_fn: takes what model(views) returns, for all N rows; returns a scalar loss, or a tuple
-            that begins with it. It is called once; what it returns comes back detached.
-        row_counts: numbers of rows of `views` on every rank of the group, in rank order, where
-            they are known. Else the ranks tell each other first, for which the host waits.
+        views: this rank's rows, [N, ...], N ≥ 0; or parts of them in order, such as (view1, view2).
+            Parts save memory: modes with micro-batches do not concatenate them.
+        loss_fn: gets the result of model(views) for all N rows. It returns a 0-dim loss, or a tuple
+            that begins with one. It is called once. The loss is returned detached.
+        row_counts: the number of rows of `views` on every rank of the group, in rank order, if
+            known. Without it the ranks exchange these numbers first, and the host waits for that.
             `LargeBatch.row_counts` holds them when loss_fn is called.
         """
         parts = (views,) if isinstance(views, Tensor) else tuple(views)
         if not parts:
-            raise ValueError("views must hold a tensor at least")
+            raise ValueError("views must hold at least one tensor")
         rows = sum(map(len, parts))
         if self.group is None:
             self.batch.rows = [rows]
@@ -143,7 +147,7 @@ class LargeBatch:
         dtype = self.autocast or ambient
 
         def autocast(cache: bool = False) -> AbstractContextManager[Any]:
-            # Without the cache: a cast that was cached without a graph would lose the gradient.
+            # No cache: a cast that was cached under no_grad would lose the gradient.
             return torch.autocast(device, dtype, dtype is not None, cache)
 
         def loss_of(outputs: Any) -> Any:
@@ -175,11 +179,11 @@ class LargeBatch:
 
     @property
     def row_counts(self) -> list[int]:
-        """Numbers of rows of every rank of the group in this step, in rank order."""
+        """The number of rows of every rank of the group in this step, in rank order."""
         return self.batch.rows
 
     def _split(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Micro-batches, one at least; only without rows is one empty."""
+        """The micro-batches. If there are no rows, a single empty one."""
         split = [p for part in parts for p in part.split(self.micro_batch) if len(p)]
         return split or [parts[0][:0]]
 

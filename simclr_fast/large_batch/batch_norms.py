@@ -1,22 +1,26 @@
-"""Which modules of a model normalise by the batch, and whether their formula is the known one."""
+"""Find the batch norms of a model, and refuse those with an unknown forward."""
 
 from torch import nn
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 _FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-# timm's: the norm, then its own `drop` and `act`.
+# timm's batch norms, which call their children `drop` and `act` after the norm.
 _WITH_ACTIVATION = ("BatchNormAct2d", "SyncBatchNormAct")
 
 
 def uses_batch_statistics(module: nn.Module) -> bool:
-    """Whether `module` is a batch norm in training mode. ValueError if of an unknown formula."""
+    """Whether `module` is a batch norm that uses the statistics of the batch.
+
+    Raises:
+        ValueError: it is a subclass with another forward, which cannot be replaced.
+    """
     if not isinstance(module, _BatchNorm):
         return False
     if not module.training and module.running_mean is not None:
         return False
     if type(module).forward not in _FORWARDS and type(module).__name__ not in _WITH_ACTIVATION:
         raise ValueError(
-            f"{type(module).__name__} is a batch norm with a forward of its own, so its statistics "
+            f"{type(module).__name__} is a batch norm that overrides forward, so its statistics "
             "cannot be those of the whole batch; only memory='plain' on one rank can run it"
         )
     return True

@@ -1,4 +1,4 @@
-"""Gradients that add up in flat buffers, and their sum over ranks while the backward goes on."""
+"""Gradients in flat buffers, which are averaged over ranks while the backward goes on."""
 
 from collections.abc import Sequence
 
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 class Buckets:
-    """One bucket per list of parameters; one all-reduce per bucket and dtype.
+    """One bucket per list of parameters, and one all-reduce per bucket and dtype.
 
-    A parameter of several lists belongs to the first. What .grad holds already is kept and averaged
-    along, as DistributedDataParallel does.
+    A parameter in several lists belongs to the first. Gradients that are already in .grad are added
+    and averaged too, as in DistributedDataParallel.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Buckets:
                 flat = torch.zeros(sum(p.numel() for p in alike), dtype=dtype, device=device)
                 self.flats[-1].append(flat)
                 for p, part in zip(alike, flat.split([p.numel() for p in alike]), strict=True):
-                    # The parameter's own strides, such as channels_last, as autograd would.
+                    # The strides of the parameter, such as channels_last, as autograd's gradients.
                     strides = torch.empty_like(p, device="meta").stride()
                     self.views[p] = part.as_strided(p.shape, strides)
                     if p.grad is not None:
@@ -42,7 +42,7 @@ class Buckets:
         self.filled.add(parameter)
 
     def reduce(self, index: int) -> None:
-        """Start to average bucket `index` over the ranks: nothing is added to it any more."""
+        """Start to average bucket `index` over the ranks. Nothing may be added to it afterwards."""
         if self.group is None:
             return
         for flat in self.flats[index]:
@@ -50,7 +50,7 @@ class Buckets:
             self.works.append(dist.all_reduce(flat, group=self.group, async_op=True))
 
     def finish(self) -> None:
-        """Wait for the averages and put them into .grad."""
+        """Wait for the averages and store them in .grad."""
         for work in self.works:
             if work is not None:
                 work.wait()

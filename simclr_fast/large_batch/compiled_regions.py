@@ -1,12 +1,12 @@
-"""What lies between batch norms and layers with parameters, as one compiled function.
+"""Compile the operations between batch norms and layers with parameters.
 
-Normalisation, activation, residual sum and pooling each read and write a whole micro-batch;
-`torch.compile` makes one pass of them. The backward is one pass too: it computes the region again
-from what the batch norms read, beside its derivative, and keeps nothing between.
+Normalisation, activation, residual sum and pooling each read and write a whole micro-batch.
+`torch.compile` fuses them into one pass. The backward is one pass too: it recomputes the region
+from the inputs of the batch norms together with its derivative, and stores nothing.
 
-Sizes are symbols and segments of the same operations share their functions: a ResNet has a handful,
-and a last micro-batch of another size needs none of its own. Statistics, collectives, layers with
-parameters and what lockstep keeps are as without.
+Sizes are symbolic, and segments with the same operations share their compiled functions. So a
+ResNet needs only a few, also if the last micro-batch has another size. Statistics, collectives,
+layers with parameters and the stored values are the same as without compilation.
 """
 
 from collections.abc import Sequence
@@ -27,11 +27,12 @@ _NO_TENSOR = ("size", "dim", "ndimension", "numel", "stride", "getattr")
 
 
 class Region(NamedTuple):
-    """The operations of a segment before its first with parameters.
+    """The operations of a segment before its first layer with parameters.
 
-    inputs: what they read, batch norms among them. outputs: what is needed of them, and of these
-    batch norms, afterwards. rest: the segment's other operations. others: what the rest reads from
-    before the segment, besides `outputs`.
+    inputs: the values that they read; some are results of batch norms. outputs: the values of the
+    region and of these batch norms that are needed afterwards. rest: the other operations of the
+    segment. others: the values from before the segment that `rest` reads, except `outputs`.
+    functions: the compiled forward and backward.
     """
 
     inputs: list[Node]
@@ -41,18 +42,18 @@ class Region(NamedTuple):
     functions: tuple[Any, Any]
 
     def forward(self, x: Sequence[Tensor], norms: Sequence[Norm]) -> tuple[Tensor, ...]:
-        """`outputs` of one micro-batch. x: `inputs`, for a batch norm what it reads."""
+        """The `outputs` of one micro-batch. x: the `inputs`; for a batch norm, its input."""
         return _call(self.functions[0], *x, *norms)
 
     def backward(
         self, x: Sequence[Tensor], norms: Sequence[Norm], gradients: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
-        """Gradients at `inputs`, for a batch norm at its output, from those at `outputs`."""
+        """Gradients of `inputs` (for a batch norm, of its output) from those of `outputs`."""
         return _call(self.functions[1], *x, *norms, *gradients)
 
 
 class CompiledRegions:
-    """Makes the compiled regions of a model's segments; equal ones share their functions."""
+    """Makes the compiled regions of a model's segments. Equal regions share their functions."""
 
     def __init__(self) -> None:
         self._functions: dict[str, tuple[Any, Any]] = {}
@@ -69,14 +70,14 @@ class CompiledRegions:
         sums: Tensor,
         batch: gbn.WholeBatch,
     ) -> Tensor:
-        """`gbn.input_gradient`; CUDA's is one pass as it is."""
+        """`gbn.input_gradient`, compiled, except on CUDA, where it is a single kernel already."""
         if gbn.on_cuda(x) or not takes(x):
             return gbn.input_gradient(dy, x, s, weight, sums, batch)
         weight = weight if weight is None else weight.detach()
         return _call(self._input_gradient, dy, x, s, weight, sums)
 
     def of(self, graph: Graph, segment: Segment) -> Region | None:
-        """None where there is nothing to compile, or the images are read."""
+        """The region of a segment; None if there is nothing to compile or it reads the images."""
         nodes = list(takewhile(lambda n: _is_free(graph, n), segment.nodes))
         read = {n for node in nodes for n in node.all_input_nodes}
         inputs = [n for n in segment.reads if n in read]
@@ -96,9 +97,9 @@ class CompiledRegions:
 
 
 def takes(value: Any) -> bool:
-    """Whether compiled functions are for `value`: images, not the head's vectors.
+    """Whether compiled functions are used for `value`: for images, not for vectors of the head.
 
-    A size of 0 or 1 would be a constant of a function of its own.
+    A size of 0 or 1 would be compiled as a constant, into another function.
     """
     return (
         isinstance(value, Tensor)
@@ -109,7 +110,7 @@ def takes(value: Any) -> bool:
 
 
 def _is_free(graph: Graph, node: Node) -> bool:
-    """Whether `node` makes a tensor from tensors alone."""
+    """Whether `node` makes a tensor, without parameters or buffers."""
     if node.op == "call_module":
         module = graph.module(node)
         return not any(True for _ in (*module.parameters(), *module.buffers()))
@@ -124,7 +125,7 @@ def _is_tuple(node: Node) -> bool:
 def _body(
     graph: Graph, nodes: list[Node], inputs: list[Node], outputs: list[Node]
 ) -> fx.GraphModule:
-    """`nodes` as a module of their own, by names that do not say where in the model they lie."""
+    """`nodes` as a separate module. Its names do not depend on the position in the model."""
     copy, made = fx.Graph(), dict[Node, Any]()
     modules: dict[str, nn.Module] = {}
     for i, node in enumerate(inputs):
@@ -143,7 +144,7 @@ def _body(
 
 
 class _Vjp(nn.Module):
-    """Gradients at what `body` reads."""
+    """Gradients with respect to the inputs of `body`."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
@@ -158,10 +159,10 @@ def _normalized(x: Tensor, norm: Norm) -> Tensor:
 
 
 def _compiled(body: fx.GraphModule, norms: list[bool], outputs: int) -> tuple[Any, Any]:
-    """norms: which of the body's inputs come out of batch norms."""
+    """Compile forward and backward of `body`. norms: which inputs come out of batch norms."""
 
     def function(backward: bool) -> Any:
-        # A graph of its own, as torch.compile counts and bounds recompilations by code object.
+        # A new graph for each, because torch.compile limits the recompilations per code object.
         graph = fx.Graph()
         x = [graph.placeholder(f"x{i}") for i in range(len(norms))]
         given = {i: graph.placeholder(f"norm{i}") for i, is_norm in enumerate(norms) if is_norm}
@@ -184,7 +185,7 @@ def _call(function: Any, *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except torch._dynamo.exc.TorchDynamoException as error:
-        # What follows the first paragraph is for the developers of torch.
+        # Only the first paragraph is for users of torch.
         why = " ".join(str(error).split("\n\n")[0].split())
         raise RuntimeError(
             f"compile=True, but torch.compile failed: {why}. On CPUs it needs a C++ compiler "

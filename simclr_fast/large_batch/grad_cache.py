@@ -1,8 +1,9 @@
-"""The two-pass method for models whose rows do not meet before the loss.
+"""Gradient caching, for models that do not mix the rows of a batch before the loss.
 
 Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"
-(arXiv:2101.06983): outputs of all micro-batches without a graph, the gradient of the loss with
-respect to them, then each micro-batch forward again and backward with its share.
+(arXiv:2101.06983). First the outputs of all micro-batches are computed without a graph, then the
+gradient of the loss with respect to them. Finally each micro-batch runs forward again, and backward
+with its part of that gradient.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,13 +18,14 @@ from simclr_fast.large_batch.batch_norms import batch_norms
 
 
 def refuse_ghost_batch_norm(model: nn.Module) -> None:
-    """ValueError if `model` has batch norms in training mode."""
+    """Raise ValueError if `model` has batch norms in training mode."""
     if norms := batch_norms(model):
         raise ValueError(
-            f"memory='grad-cache' gives each micro-batch its own batch statistics ({len(norms)} "
-            f"batch norms, {next(iter(norms))!r} first), which is another gradient: its cosine to "
-            "the true one was 0.94, 0.85, 0.75 and 0.61 at micro-batches of 256, 128, 64 and 32 of "
-            "512 views on a small ResNet. Use memory='lockstep', which is exact, or allow_ghost_bn"
+            f"memory='grad-cache' normalises each micro-batch by its own statistics ({len(norms)} "
+            f"batch norms, {next(iter(norms))!r} first), so the gradient is not that of the batch: "
+            "its cosine to the true one was 0.94, 0.85, 0.75 and 0.61 at micro-batches of 256, "
+            "128, 64 and 32 of 512 views on a small ResNet. Use memory='lockstep', which is exact, "
+            "or allow_ghost_bn"
         )
 
 
@@ -54,7 +56,7 @@ def backward(
     with torch.random.fork_rng(devices):
         for i, part in enumerate(parts):
             _set_random_state(states[i], device)
-            # Ranks meet once, in the backward of their last micro-batch.
+            # DDP averages once, in the backward of the last micro-batch.
             waits = isinstance(run, DistributedDataParallel) and not (sync and i == len(parts) - 1)
             with run.no_sync() if waits else nullcontext():  # type: ignore[operator]
                 with autocast():
@@ -79,7 +81,7 @@ def tensors(outputs: Any) -> list[Tensor]:
 
 
 def rebuild(like: Any, found: Iterator[Tensor]) -> Any:
-    """`like` with its tensors replaced by the next ones of `found`."""
+    """A copy of `like` in which the tensors of `found` replace its tensors, in order."""
     if isinstance(like, Tensor):
         return next(found)
     if isinstance(like, dict):
@@ -90,7 +92,7 @@ def rebuild(like: Any, found: Iterator[Tensor]) -> Any:
 
 @contextmanager
 def _untracked(model: nn.Module) -> Iterator[None]:
-    """The first pass leaves running statistics alone; the second updates them."""
+    """A context in which running statistics are not updated: the second pass updates them."""
     tracking = [m for m in batch_norms(model).values() if m.track_running_stats]
     try:
         for norm in tracking:

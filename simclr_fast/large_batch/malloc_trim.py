@@ -1,4 +1,4 @@
-"""What malloc keeps free between tensors goes back to the operating system."""
+"""Return memory that malloc keeps between tensors to the operating system."""
 
 import ctypes
 import sys
@@ -10,17 +10,18 @@ _trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linu
 
 
 class Heap:
-    """Trims the CPU's heap once for every 64 MB that were made.
+    """Trims the CPU's heap after every 64 MB of new tensors.
 
-    glibc cannot give a freed block to the next tensor of the same size and alignment once a small
-    object lies beside it: a lockstep step would hold 1.5 times the bytes of its tensors.
+    glibc cannot reuse a freed block for a tensor of the same size and alignment if a small object
+    was allocated at its edge. Without trimming, a lockstep step needs 1.5 times the bytes of its
+    tensors.
     """
 
     def __init__(self) -> None:
         self.made = 0
 
     def note(self, t: Tensor) -> None:
-        """`t` was made and outlives the temporaries beside it."""
+        """Count a new tensor that lives longer than the temporaries around it."""
         # A fake tensor has no memory.
         if type(t) is not Tensor or t.device.type != "cpu" or _trim is None:
             return

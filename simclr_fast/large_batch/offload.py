@@ -1,22 +1,22 @@
-"""Block inputs in host memory: allocated once, and copied beside the computation."""
+"""Block inputs in host memory, which is allocated once. Copies overlap with the computation."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-# Tensors begin at multiples of this, so every copy is aligned.
+# Tensors begin at multiples of this, so that every copy is aligned.
 _ALIGNMENT = 256
 
 
 class Arena:
-    """Host memory (pinned, for CUDA) that takes tensors until it is full.
+    """Host memory (pinned for CUDA) that stores tensors until it is full.
 
-    torch rounds each pinned allocation up to a power of two: 90 GB in one piece would pin 137. So
-    the memory consists of chunks that are powers of two, and a tensor may continue from one into
-    the next.
+    torch rounds each pinned allocation up to a power of two: one allocation of 90 GB would pin
+    137 GB. So the memory consists of chunks that are powers of two. A tensor may extend over
+    several chunks.
 
-    Copies run on a stream of their own, in the order of the calls. On the CPU the same code copies
+    Copies run on a separate stream, in the order of the calls. On the CPU the same code copies
     without streams.
     """
 
@@ -33,11 +33,11 @@ class Arena:
         self.capacity, self.used = sum(sizes), 0
 
     def clear(self) -> None:
-        """Forget what is stored; its `Stored.take` must have been called."""
+        """Make the memory free again. `Stored.take` must have been called for all its content."""
         self.used = 0
 
     def store(self, tensors: Sequence[Tensor]) -> "Stored":
-        """Copy `tensors` into the arena, or keep them where they are if they do not fit."""
+        """Copy `tensors` into the arena. If they do not fit, keep them on their device."""
         if self.used + sum(map(_padded, tensors)) > self.capacity:
             return Stored(list(tensors))
         if self.stream is not None:
@@ -48,7 +48,7 @@ class Arena:
                 dense = t if t.stride() == _dense_strides(t) else t.clone()
                 places.append(self._place(dense.numel() * dense.element_size()))
                 if self.stream is not None:
-                    # The allocator must not hand the memory on before the copy is done.
+                    # The allocator must not reuse the memory before the copy has ended.
                     dense.record_stream(self.stream)
                 for host, part in zip(places[-1], _bytes(dense, places[-1]), strict=True):
                     host.copy_(part, non_blocking=True)
