@@ -13,15 +13,15 @@ from simclr_fast.utils.launch import require_one_process
 class Ablate(RunOptions):
     """Pretrain and evaluate one encoder per setting of a grid, and draw a heat map.
 
-    The grid has every combination of the values below; an axis without values keeps the one of the
-    options of pretrain, which hold for every run. Finished runs are kept in --out: the same command
-    goes on after an interruption.
+    The grid has every combination of the values below. All runs have the options of pretrain, which
+    also give the value of an axis without values. Finished runs are kept in --out. After an
+    interruption the same command continues.
     """
 
     operations: tuple[Literal["crop", "colour", "jitter", "gray", "blur", "flip"], ...] = ()
-    """Augmentations to compare: each alone, and each pair (arXiv:2002.05709, figure 5)."""
+    """Augmentations to compare: each by itself, and each pair (arXiv:2002.05709, figure 5)."""
     batch_sizes: tuple[int, ...] = ()
-    """Batch sizes to compare, each with as many images seen."""
+    """Batch sizes to compare. All runs see the same number of images."""
     temperatures: tuple[float, ...] = ()
     """Temperatures of the loss to compare."""
     projectors: tuple[Literal["nonlinear", "linear", "none"], ...] = ()
@@ -29,11 +29,11 @@ class Ablate(RunOptions):
     seeds: tuple[int, ...] = ()
     """Repeat every setting with each of these seeds; the heat map shows the mean."""
     max_cells: int | None = None
-    """Stop after this many runs; the same command goes on with the next."""
+    """Stop after this many runs. The same command continues with the next."""
 
 
 def run(arguments: list[str]) -> int:
-    """Run what is left of a grid of runs, and draw it."""
+    """Run the unfinished cells of the grid, and draw the results."""
     given = parse_run(Ablate, arguments, "ablate")
     folder = given.config.out or Path("runs/ablation")
     base = replace(given.config, out=None)

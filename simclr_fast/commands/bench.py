@@ -16,8 +16,12 @@ from simclr_fast.utils.extras import explain, missing, require
 
 
 class Subject(NamedTuple):
-    """module: of simclr_fast.benchmarks. checks: how the names of the self-checks begin that must
-    pass before it is timed. needs, also: optional packages that it must and may have."""
+    """A part to time.
+
+    module: its module in simclr_fast.benchmarks. checks: self-checks whose names begin like this
+    must pass before it is timed. needs: optional packages that it requires. also: optional packages
+    that it uses if they are installed.
+    """
 
     module: str
     checks: str
@@ -42,12 +46,12 @@ SUBJECTS = {
 
 @dataclass(frozen=True)
 class Bench(harness.CommandLine):
-    """Time each part beside other libraries, in one process and in turns.
+    """Time each part and the same part of other libraries, alternately in one process.
 
     loss: NT-Xent. augment: the two views. lars: the optimizer's step. step: a whole pretraining
-    step. Prints a table for each case, and writes a JSON file and a picture for each subject. A
-    part whose result is wrong is not timed, a library that is not installed is left out. Nothing
-    else should run on the machine meanwhile.
+    step. Prints a table for each case, and writes a JSON file and a picture for each part. A part
+    with wrong results is not timed. Libraries that are not installed are left out. Run nothing else
+    on the machine meanwhile.
     """
 
     what: tyro.conf.Positional[Literal["loss", "augment", "lars", "step", "all"]] = "all"
@@ -57,20 +61,20 @@ class Bench(harness.CommandLine):
 
 
 def run(arguments: list[str]) -> int:
-    """Time the subjects; 1 if one of them could not be timed at all."""
+    """Time the parts; return 1 if one of them could not be timed at all."""
     given = tyro.cli(Bench, args=arguments, prog="simclr-fast bench")
     options = given.options()
     names = list(SUBJECTS) if given.what == "all" else [given.what]
-    # Before anything is measured, and for all subjects at once.
+    # Name all missing packages at once, before anything is measured.
     asked = [m for name in names for m in (*SUBJECTS[name].needs, *SUBJECTS[name].also)]
     absent = missing(dict.fromkeys([*asked, "matplotlib"]))
     if absent:
-        print(f"{explain(absent)}\nWhat needs them is left out.\n", flush=True)
+        print(f"{explain(absent)}\nBenchmarks that need them are left out.\n", flush=True)
     limits = machine.floors(options)
     print(f"{machine.text(limits)}\n", flush=True)
     failed = []
     for name in names:
-        # The subject before may have changed it.
+        # The part before may have changed it.
         torch.set_num_threads(options.threads)
         tables = []
         for table in _tables(name, options):
@@ -93,7 +97,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _tables(name: str, options: harness.Options) -> Iterator[harness.Table]:
-    """The subject's tables; one without times that says why if it cannot run at all."""
+    """The tables of a part. If it cannot run, one table without times that says why."""
     subject = SUBJECTS[name]
     try:
         require(subject.needs)
@@ -108,4 +112,4 @@ def _tables(name: str, options: harness.Options) -> Iterator[harness.Table]:
 def _refuse_wrong_results(name: str, checks: str, device: torch.device) -> None:
     for outcome in selfcheck(device, checks):
         if outcome.status == "FAIL":
-            raise ValueError(f"{name} is not timed, as its result is wrong: {outcome}")
+            raise ValueError(f"{name} is not timed, because its result is wrong: {outcome}")

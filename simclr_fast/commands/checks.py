@@ -1,8 +1,8 @@
 """The checks of `simclr-fast selfcheck`, in the order in which they run.
 
-A check takes a device. It returns what the report says of it, as `Measured` where there are numbers
-to keep, raises Skip where it does not apply, and raises anything else where it fails. Wanted values
-come from `simclr_fast.reference` in float64.
+A check takes a device. It returns its text for the report, or a `Measured` with numbers to keep.
+It raises Skip if it does not apply, and another exception if it fails. Expected values come from
+`simclr_fast.reference` in float64.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ from simclr_fast.utils.extras import explain, missing, require
 
 
 class Measured(NamedTuple):
-    """text: for the line of the report. data: for its JSON."""
+    """text: for the text report. data: for the JSON report."""
 
     text: str
     data: Any
@@ -55,12 +55,12 @@ _PACKAGES = (
     *("lightly", "timm", "pillow"),
 )
 _TEMPERATURE = 0.1
-# Rows and features that no tile divides.
+# Numbers of pairs and features that are not multiples of any tile size.
 _PAIRS, _FEATURES = 333, 100
-# Numbers of features: each row of the GPU's launch table, and one that fills no block. Each takes a
-# GPU some ten seconds of compilation.
+# Numbers of features: each row of the GPU's launch table, and one that fills no block. Compiling
+# for each of them takes about ten seconds on a GPU.
 _ALL_FEATURES = (16, 64, 100, 256, 512, 2048)
-# 1 and 2 are special to the compiler, 16 and 32 to the tiles, 250 and 1000 divide into neither.
+# The compiler treats 1 specially, tiles have 16 or 32 rows, 250 and 1000 are multiples of neither.
 _ALL_PAIRS = (1, 2, 3, 16, 32, 64, 250, 256, 1000)
 # Seconds that the tests and the benchmarks may take, so that all checks end within ten minutes.
 _TESTS_LIMIT, _BENCH_LIMIT = 180, 180
@@ -71,7 +71,7 @@ class Skip(Exception):
 
 
 def quick_checks() -> Iterator[tuple[str, Check]]:
-    """What runs in a minute on any machine: each part once."""
+    """The checks that take a minute on any machine. They check each part once."""
     yield "versions", versions
     yield "devices", devices
     yield "native extension", extension
@@ -101,7 +101,7 @@ def quick_checks() -> Iterator[tuple[str, Check]]:
 
 
 def further_checks() -> Iterator[tuple[str, Check]]:
-    """What `--full` adds: every size, CUDA graphs, the tests, the full batch, the benchmarks."""
+    """The checks that `--full` adds: all sizes, CUDA graphs, tests, the full batch, benchmarks."""
     for dtype in (torch.float32, torch.bfloat16):
         yield f"features 16 to 2048 {_short(dtype)}", partial(every_width, dtype=dtype)
         yield f"batch sizes 1 to 1000 {_short(dtype)}", partial(every_batch_size, dtype=dtype)
@@ -120,11 +120,11 @@ def _need_gpu(device: torch.device) -> None:
         raise Skip("no GPU is checked")
 
 
-# What is here.
+# The machine and its software.
 
 
 def found_versions() -> dict[str, str]:
-    """Package → version, of this library and of what it uses."""
+    """Package → version, for this library and those that it uses."""
     found = {"simclr_fast": simclr_fast.__version__, "python": platform.python_version()}
     found["torch"] = torch.__version__
     for package in _PACKAGES:
@@ -189,7 +189,7 @@ def extension(_: torch.device) -> str:
 
 
 def kernels_chosen(device: torch.device) -> str:
-    """Plain torch on a GPU is right and slow; the reason is what its owner can act on."""
+    """Report the kernels in use. If it is plain torch, which is slow, report why."""
     reason = ops.why_plain(device)
     if reason is not None:
         raise Skip(f"plain torch computes here: {reason}")
@@ -222,7 +222,7 @@ def _pairs(dtype: torch.dtype, pairs: int = 0, features: int = 0, noise: float =
 def _loss_and_gradient(loss: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
     z = z.detach().requires_grad_()
     value = loss(z)
-    # An upstream gradient other than one.
+    # The upstream gradient is not 1, so that a forgotten factor shows.
     (gradient,) = torch.autograd.grad(1.7 * value, z)
     return value.detach(), gradient
 
@@ -252,7 +252,7 @@ def _compare(
     _, plain_gradient = _loss_and_gradient(plain, z.to(device))
     error, plain_error = _relative(our_gradient, gradient), _relative(plain_gradient, gradient)
     loss_error = abs(our_loss.item() - loss.item()) / max(abs(loss.item()), 1e-30)
-    # float64's own reference is no more exact than it: the order of summation shows.
+    # In float64 the reference is no more exact than ours: allow for the order of summation.
     floor = torch.finfo(z.dtype).eps * (100 if z.dtype == torch.float64 else 1)
     detail = (
         f"loss off by {loss_error:.1e}, gradient by {error:.1e}; plain torch's by {plain_error:.1e}"
@@ -270,8 +270,8 @@ def statistics(device: torch.device, dtype: torch.dtype) -> str:
     z = _pairs(dtype, noise=2.0)
     _, stats = nt_xent_loss(z.to(device), None, _TEMPERATURE, return_stats=True)
     wanted = _exact_statistics(z.double())
-    # 16-bit rows are rounded to float16 before they are multiplied: 2⁻¹¹ of a logit. One row in
-    # each view may then win or lose by its rounding.
+    # 16-bit rows are rounded to float16 before they are multiplied, an error of 2⁻¹¹ of a logit.
+    # It may change whether one row of each view counts as correct.
     tolerance = (2e-6 if dtype == torch.float32 else 2e-4) / _TEMPERATURE
     errors = {}
     for name, exact in wanted.items():
@@ -286,13 +286,13 @@ def statistics(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _exact_statistics(z: Tensor) -> dict[str, float]:
-    """`NTXentStats` by its definition, from z [2N, D] in float64."""
+    """`NTXentStats`, computed from its definition, for z [2N, D] in float64."""
     u = nn.functional.normalize(z, dim=1)
     cosine, pairs = u @ u.T, len(z) // 2
     rows = torch.arange(len(z))
     partner = rows.roll(pairs)
     logits = (cosine / _TEMPERATURE).fill_diagonal_(-math.inf)
-    # View 1's rows against view 2 alone.
+    # Rows of view 1 against only those of view 2.
     across = logits[:pairs, pairs:]
 
     def scores(s: Tensor, positive: Tensor) -> tuple[float, float]:
@@ -317,7 +317,7 @@ def _exact_statistics(z: Tensor) -> dict[str, float]:
 
 
 def ties(device: torch.device, dtype: torch.dtype) -> str:
-    """An encoder that collapsed: all rows are equal, no positive is above the negatives."""
+    """A collapsed encoder: all rows are equal, so no positive is above the negatives."""
     z = _pairs(dtype)[:1].to(device).repeat(2 * _PAIRS, 1)
     _, stats = nt_xent_loss(z, None, _TEMPERATURE, return_stats=True)
     accuracies = stats.contrastive_accuracy.item(), stats.accuracy.item()
@@ -452,7 +452,7 @@ def lars_repeats(device: torch.device) -> str:
 
 
 def _images(n: int) -> Tensor:
-    """Smooth colours with some noise, [n, 61, 83, 3] uint8."""
+    """Smooth colours with some noise, uint8 [n, 61, 83, 3]."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(n, 3, 5, 7, generator=generator)
     smooth = nn.functional.interpolate(coarse, (61, 83), mode="bicubic").clamp(0, 1)
@@ -522,7 +522,7 @@ def cuda_graph(device: torch.device) -> str:
         (gradient,) = torch.autograd.grad(1.7 * loss, z)
         return loss.detach(), gradient, stats.entropy
 
-    # Kernels are compiled, and memory pools filled, before the capture.
+    # Compile kernels and fill memory pools before the capture.
     warm_up = torch.cuda.Stream(device)
     warm_up.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(warm_up):
@@ -562,7 +562,7 @@ def loader(device: torch.device) -> str:
 
 
 def array_loader(device: torch.device) -> str:
-    """Without any decoder: the same views as on the CPU, in two epochs."""
+    """Views from an array equal those made on the CPU, in two epochs. No decoder is involved."""
     images = _images(24).numpy()
     here, on_cpu = (TwoViewLoader(images, 8, 40, device=d) for d in (device, "cpu"))
     worst, batches = 0.0, 0
@@ -587,7 +587,7 @@ def ten_steps(device: torch.device) -> str:
 
 
 def full_batch(device: torch.device) -> Measured:
-    """The paper's model and batch, in the memory mode that fits this GPU."""
+    """The paper's model and batch size, in the memory mode that fits this GPU."""
     _need_gpu(device)
     config = replace(
         PRESETS["imagenet"](), data="demo", steps=20, epochs=100, warmup_epochs=0, lr=0.1
@@ -609,7 +609,7 @@ def full_batch(device: torch.device) -> Measured:
 
 
 def _train(config: PretrainConfig, device: torch.device) -> tuple[list[float], list[Any]]:
-    """The losses of a run, and the lines of its metrics with the memory mode added."""
+    """The losses of a run, and the lines of its metrics with the memory mode."""
     try:
         require(["tqdm", "torchvision", "safetensors"])
     except ImportError as error:
@@ -629,7 +629,7 @@ def _train(config: PretrainConfig, device: torch.device) -> tuple[list[float], l
 
 
 class _Messages(logging.Handler):
-    """Keeps what a run logs out of the report, and picks the memory mode out of it."""
+    """Keeps the log of a run out of the report, and finds the memory mode in it."""
 
     memory = "unknown"
 
@@ -651,18 +651,18 @@ class _Messages(logging.Handler):
                 self.memory = line.split(maxsplit=1)[1]
 
 
-# The tests and the benchmarks, each in a process of its own.
+# The tests and the benchmarks, each in a separate process.
 
 
 def device_tests(device: torch.device) -> str:
-    """The kernels' tests, which the CPU runs in an interpreter, natively.
+    """Run those tests of the kernels on the GPU that run in an interpreter without one.
 
-    The others of the folder only compile, for other GPUs too: minutes that need no GPU.
+    The other tests of the kernels only compile, which takes minutes and needs no GPU.
     """
     _need_gpu(device)
     root = Path(simclr_fast.__file__).resolve().parents[1]
     if not (root / "tests" / "kernels" / "interpreted").is_dir():
-        raise Skip("no tests folder beside the package; a clone has one")
+        raise Skip("no tests folder here; a clone of the repository has one")
     if "--device" not in (root / "tests" / "conftest.py").read_text():
         raise Skip("these tests have no option --device")
     if find_spec("pytest") is None or find_spec("pytest_timeout") is None:
@@ -677,14 +677,14 @@ def device_tests(device: torch.device) -> str:
 
 
 def benchmarks(device: torch.device) -> Measured:
-    """The quick benchmarks beside the libraries that are installed."""
+    """The quick benchmarks of ours and of the other libraries that are installed."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "simclr_fast", "bench", "all", "--quick"]
         command += ["--device", str(device), "--out", folder]
         try:
             status, lines = _bounded(command, Path.cwd(), _BENCH_LIMIT)
         except AssertionError as late:
-            # What was timed until then is kept.
+            # Keep the parts that were timed before.
             status, lines = 1, [str(late)]
         results = {p.stem: json.loads(p.read_text()) for p in sorted(Path(folder).glob("*.json"))}
     if not results:
@@ -695,14 +695,14 @@ def benchmarks(device: torch.device) -> Measured:
 
 
 def _ratios(result: dict[str, Any]) -> str:
-    """Of the first table: each contender's time over ours."""
+    """The ratios in the first table: each contender's time over ours."""
     table = result["tables"][0]
     ratios = next(iter(table["ratios"].values()))
     return ", ".join(f"{name} ×{ratio:.2f}" for name, ratio in ratios.items())
 
 
 def _bounded(command: list[str], folder: Path, seconds: float) -> tuple[int, list[str]]:
-    """The exit status and what was printed, without empty lines.
+    """Run a command; return its exit status and its output without empty lines.
 
     Raises:
         AssertionError: it took longer than `seconds`.

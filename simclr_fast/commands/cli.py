@@ -1,6 +1,6 @@
-"""The command line: finds the command's module, and turns how it ended into an exit status.
+"""The command line: runs the module of a command and returns its exit status.
 
-0: done. 1: an expected error, in one line. 2: wrong usage. 128 + n: ended by signal n.
+0: success. 1: an expected error, printed in one line. 2: wrong usage. 128 + n: ended by signal n.
 """
 
 import contextlib
@@ -27,8 +27,9 @@ _GO_ON = "the same command goes on where it stopped"
 
 
 class Command(NamedTuple):
-    """about: its line of `simclr-fast --help`. needs: optional packages that it cannot do without;
-    also: those that it may use. interrupted: what to do after Ctrl-C."""
+    """A command. about: its line in `simclr-fast --help`. needs: optional packages that it
+    requires. also: optional packages that it uses if they are installed. interrupted: what the user
+    can do after Ctrl-C."""
 
     about: str
     needs: tuple[str, ...] = ("tyro",)
@@ -47,7 +48,7 @@ COMMANDS = {
         interrupted=_GO_ON,
     ),
     "preview": Command(
-        "draw some images beside their random views", ("tyro", "PIL"), also=("nvidia.dali",)
+        "draw some images and their random views", ("tyro", "PIL"), also=("nvidia.dali",)
     ),
     "plan": Command(
         "predict which batch fits which GPU, and print the command to use", ("tyro", "torchvision")
@@ -68,11 +69,11 @@ COMMANDS = {
         "write an encoder for torchvision, timm, torch.export or ONNX",
         ("tyro", "torchvision", "safetensors"),
     ),
-    "bench": Command("time each part beside other libraries, on this machine", ("tyro",)),
+    "bench": Command("time each part and other libraries on this machine", ("tyro",)),
     "selfcheck": Command("check every part on this machine against float64", ("tyro",)),
 }
 
-# Errors whose message is for the user; all others are faults of this program and keep a traceback.
+# Errors whose message is for the user. All others are bugs and keep their traceback.
 EXPECTED_ERRORS = (
     ValueError,
     TypeError,
@@ -85,7 +86,7 @@ EXPECTED_ERRORS = (
 
 
 def usage() -> str:
-    """What `simclr-fast --help` prints."""
+    """The text of `simclr-fast --help`."""
     width = max(map(len, COMMANDS))
     lines = "".join(f"  {name:<{width}}  {command.about}\n" for name, command in COMMANDS.items())
     return (
@@ -98,7 +99,7 @@ def usage() -> str:
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command; the process's exit status."""
+    """Run one command; return the exit status."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage(), end="", file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
@@ -121,16 +122,16 @@ def _run(name: str, arguments: list[str]) -> int:
     try:
         require(command.needs, command.also)
         module = import_module(f"simclr_fast.commands.{name}")
-        # A pretraining run handles signals itself, between two steps.
+        # Pretraining handles signals itself, between two steps.
         with contextlib.nullcontext() if name == "pretrain" else raise_sigterm():
             status: int = module.run(arguments)
             return status
     except SystemExit as end:
-        # How tyro ends after --help (0) and wrong options (2).
+        # tyro exits after --help (0) and after wrong options (2).
         return end.code if isinstance(end.code, int) else 0
     except (Interrupted, KeyboardInterrupt) as stop:
         said = f"interrupted; {command.interrupted}" if command.interrupted else "interrupted"
-        # The runs of an ablation are not resumed one by one.
+        # An ablation is resumed as a whole, so the message of its single run would mislead.
         if isinstance(stop, Interrupted) and command.interrupted != _GO_ON:
             said = str(stop)
         _complain(name, said)
@@ -162,7 +163,7 @@ def _leave_lost_ranks() -> None:
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Warnings are logged as their message alone, without a file name and a line of source."""
+    """Log only the message of a warning, without its file name and line."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         log.warning("warning: %s", message)

@@ -30,7 +30,7 @@ protocols:
   linear    logistic regression on frozen features, and a linear layer trained with random crops
   knn       weighted k nearest neighbours by cosine similarity
   finetune  the whole network on 1%, 10% and 100% of the labels
-  layers    h, each projector layer and z of a run beside each other
+  layers    compare h, each projector layer and z of a run
   embed     pictures of the features, and a page to browse nearest neighbours
 
 simclr-fast eval PROTOCOL --help   the protocol's options
@@ -60,11 +60,11 @@ class Linear(Options):
     sgd: bool = True
     """Train a linear layer with random crops and flips."""
     optimizer: Literal["sgd", "lars"] = "sgd"
-    """What trains the linear layer."""
+    """The optimizer of the linear layer."""
     epochs: int = 90
-    """Of the linear layer."""
+    """Epochs for the linear layer."""
     batch_size: int = 4096
-    """Of the linear layer."""
+    """Images per step for the linear layer."""
     lr: float = 0.1
     """Learning rate per 256 images of the batch, for sgd."""
 
@@ -113,7 +113,7 @@ class Knn(Options):
     """Weighted k nearest neighbours by cosine similarity (arXiv:1805.01978, 3.4)."""
 
     k: tuple[int, ...] = knn.K
-    """Numbers of neighbours: a result for each."""
+    """Numbers of neighbours. Each gives a result."""
     tau: float = knn.TAU
     """Temperature: a neighbour's vote has the weight exp(similarity / tau)."""
 
@@ -143,15 +143,15 @@ class Knn(Options):
 
 @dataclass(frozen=True)
 class Finetune(Options):
-    """The whole network trained on a part of the labels (arXiv:2002.05709, B.5)."""
+    """Train the whole network on a part of the labels (arXiv:2002.05709, B.5)."""
 
     labels: tuple[float, ...] = (0.01, 0.1, 1.0)
-    """Shares of each class's training images: a result for each."""
+    """Shares of the training images of each class. Each gives a result."""
     subset: Path | None = None
-    """Train on the images that this file lists instead, one file name per line, such as
-    google-research/simclr's 1percent.txt."""
+    """Train on the images in this list instead: a file with one file name per line, such as
+    1percent.txt of google-research/simclr."""
     epochs: int | None = None
-    """By default 60 for at most 2% of the images, else 30."""
+    """Epochs. By default 60 for up to 2% of the images, else 30."""
     batch_size: int = 4096
     """Images per step."""
     lr: float = 0.05
@@ -185,7 +185,7 @@ class Finetune(Options):
 class Layers(Options):
     """Logistic regression on h, on each projector layer and on z of a run (--encoder: its folder).
 
-    The penalty is chosen among 12 values (every fourth of the 45), for each layer alone.
+    The penalty is chosen separately for each layer, among 12 values (every fourth of the 45).
     """
 
     protocol: ClassVar[str] = "layers"
@@ -219,21 +219,21 @@ class Layers(Options):
 
 @dataclass(frozen=True)
 class Embed(Options):
-    """Draw the features in two dimensions, and nearest neighbours as a picture and as a page.
+    """Draw the features in two dimensions, and nearest neighbours as a picture and as a web page.
 
-    The images are those of --test, else the test images of --data, else --data itself. Labels are
-    only used to colour them.
+    The images are those of --test, else the test images of --data, else --data itself. Labels only
+    determine the colours.
     """
 
     methods: tuple[embed.Method, ...] = ()
-    """How to reduce the features to two dimensions; by default by pca and tsne, and by umap if
+    """How to project the features to two dimensions. By default pca and tsne, and umap if
     umap-learn is installed."""
     images: int = 1000
-    """At most this many images are shown, spread over the data."""
+    """Show at most this many images, evenly spaced in the data."""
     queries: int = 10
     """Rows in the picture of neighbours."""
     thumb: int = 64
-    """Pixels of a small image in the picture and on the page."""
+    """Side of a small image in the picture and on the page, in pixels."""
 
     protocol: ClassVar[str] = "embed"
 
@@ -288,7 +288,7 @@ PROTOCOLS: dict[str, type[Options]] = {
 
 
 def _short(data: str) -> str:
-    """A data set's name without its folder: "cifar10" of cifar10:ROOT, "photos" of /a/b/photos."""
+    """A data set's name without its folder: cifar10:ROOT → "cifar10", /a/b/photos → "photos"."""
     kind, colon, _ = data.partition(":")
     return kind if colon and kind in TORCHVISION else Path(data).name
 

@@ -13,8 +13,10 @@ from simclr_fast.utils.launch import require_one_process
 
 @dataclass(frozen=True)
 class Export:
-    """Write an encoder in another library's format, after checking that its outputs there are the
-    same, and print how to load it."""
+    """Write an encoder in the format of another library, and print how to load it.
+
+    It is written only if its outputs there are the same.
+    """
 
     encoder: str
     """A file of weights (ours, torchvision's, timm's, lightly's, solo-learn's), or the folder of a
@@ -22,7 +24,7 @@ class Export:
     to: Path
     """The folder to write to."""
     format: Format
-    """What to write."""
+    """The format to write."""
     model: str | None = None
     """The encoder's model, if its file does not say: resnet50, ..."""
     width: float | None = None
@@ -30,11 +32,11 @@ class Export:
     stem: Stem | None = None
     """The encoder's first layers, if its file does not say."""
     image_size: int | None = None
-    """Pixels, for torch-export and onnx; by default those of the training."""
+    """Side of the images in pixels, for torch-export and onnx. By default that of the training."""
 
 
 def run(arguments: list[str]) -> int:
-    """Write an encoder in another library's format, and say how it is loaded there."""
+    """Write an encoder in the format of another library, and print how to load it."""
     given = tyro.cli(Export, args=arguments, prog="simclr-fast export")
     require_one_process()
     weights = load_weights(given.encoder, model=given.model, width=given.width, stem=given.stem)

@@ -21,7 +21,7 @@ from simclr_fast.training.setup import build_model
 GpuName = Literal[
     "l4", "rtx3090", "rtx4090", "a100-40gb", "l40s", "a100-80gb", "h100", "h200", "b200"
 ]
-# Memory in GB; peak bfloat16 FLOP/s without sparsity, and bytes/s, of NVIDIA's data sheets.
+# From NVIDIA's data sheets: memory in GB, peak bfloat16 FLOP/s without sparsity, bytes/s.
 GPUS: dict[GpuName, tuple[int, Gpu]] = {
     "l4": (24, Gpu("L4", 121e12, 0.3e12)),
     "rtx3090": (24, Gpu("RTX 3090", 71e12, 0.936e12)),
@@ -38,9 +38,9 @@ _WIDTHS, _COUNTS, _SIZES = (1, 2, 4), (1, 2, 4, 8), (24, 40, 80)
 
 @dataclass(frozen=True)
 class Plan:
-    """Predict what a batch needs in each memory mode, and print the pretrain command to use.
+    """Predict the memory of a batch in each memory mode, and print the pretrain command to use.
 
-    Nothing runs on a GPU: memory and time are computed from the model's operations.
+    Nothing runs on a GPU. Memory and time are computed from the model's operations.
     """
 
     model: str = "resnet50"
@@ -48,29 +48,29 @@ class Plan:
     width: float = 1
     """Channel multiplier of ResNets."""
     stem: Literal["imagenet", "cifar", "cifar-stride2"] | None = None
-    """First layers of ResNets; by default by the image size."""
+    """First layers of ResNets. By default chosen by the image size."""
     projector_dim: int = 128
-    """Size of z."""
+    """Width of the projector's output."""
     projector_depth: int = 2
-    """2: SimCLR, 3: SimCLR v2."""
+    """Layers of the projector. SimCLR: 2, SimCLR v2: 3."""
     image_size: int = 224
-    """Pixels of a view."""
+    """Side of a view in pixels."""
     batch_size: int = 4096
-    """Images per step over all GPUs; each has two views."""
+    """Images per step over all GPUs. Each has two views."""
     gpus: int = 1
-    """Number of GPUs, of one machine."""
+    """Number of GPUs, in one machine."""
     gpu: GpuName | None = None
-    """The GPU; its memory and speed are known."""
+    """The kind of GPU, which determines memory and speed."""
     gpu_memory: str | None = None
-    """Memory of each GPU, such as 80GB or 24GiB; by default that of --gpu, else 80GB."""
+    """Memory of each GPU, such as 80GB or 24GiB. By default that of --gpu, else 80GB."""
     host_memory: str | None = None
-    """Memory of the machine that may hold parts of the batch, such as 128GB; by default none."""
+    """RAM of the machine that may hold parts of the batch, such as 128GB. By default none."""
     precision: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """What autocast computes in."""
+    """The precision of autocast."""
     optimizer: Literal["lars", "adam"] = "lars"
-    """Its state takes memory too."""
+    """The optimizer, whose state also needs memory."""
     data: str = "photos"
-    """Goes into the command that is printed."""
+    """The value of --data in the printed command."""
     fits: bool = False
     """Print a table for several widths, numbers of GPUs and sizes of their memory instead."""
     json: bool = False
@@ -93,12 +93,12 @@ class Plan:
 
     @property
     def memory(self) -> str:
-        """Of one GPU, as text."""
+        """The memory of one GPU, as text."""
         return self.gpu_memory or (f"{GPUS[self.gpu][0]}GB" if self.gpu else "80GB")
 
 
 def run(arguments: list[str]) -> int:
-    """Predict every mode; 1 if none that gives the gradient of the whole batch fits."""
+    """Predict every mode; return 1 if no mode with the gradient of the whole batch fits."""
     given = tyro.cli(Plan, args=arguments, prog="simclr-fast plan")
     config = given.config
     host = planner.parse_size(given.host_memory) if given.host_memory else 0.0
@@ -108,7 +108,7 @@ def run(arguments: list[str]) -> int:
         return 0
     gpu = GPUS[given.gpu][1] if given.gpu else planner.gpu_of(limit)
     work = workload(config, given.gpus, gpu)
-    # Builds the model: a wrong model or width ends here, with one message.
+    # This builds the model, so a wrong model or width raises here, before any output.
     ghost = work.has_batch_norms
     title = (
         f"{config.model}, width {config.width:g}, {config.batch_size} images in two views of "
@@ -134,7 +134,7 @@ def run(arguments: list[str]) -> int:
     if ghost:
         print(
             "\ngrad-cache normalises each micro-batch by its own statistics, so its gradient is "
-            "not that of the batch: it is only taken with --allow-ghost-bn"
+            "not that of the batch: it is used only with --allow-ghost-bn"
         )
     if command is None:
         print(f"\n{_nothing_fits(given, work, found)}")
@@ -144,7 +144,7 @@ def run(arguments: list[str]) -> int:
 
 
 def workload(config: PretrainConfig, ranks: int, gpu: Gpu) -> Workload:
-    """The planner's view of a run on `ranks` GPUs."""
+    """Describe a run on `ranks` GPUs to the planner."""
     return Workload(
         partial(build_model, config),
         config.augmentation.size,
@@ -157,7 +157,7 @@ def workload(config: PretrainConfig, ranks: int, gpu: Gpu) -> Workload:
 
 
 def _settings(work: Workload, limit: float, host: float) -> Iterable[Setting]:
-    """The planner's settings; on a terminal, the seconds before each one show what is computed."""
+    """The planner's settings. On a terminal, a line says that the next one is being computed."""
     ways = iter(planner.settings(work, limit, host))
     while True:
         if sys.stderr.isatty():
@@ -171,7 +171,7 @@ def _settings(work: Workload, limit: float, host: float) -> Iterable[Setting]:
 
 
 def _best(work: Workload, ways: Iterable[Setting], limit: float) -> Setting | None:
-    """The first that fits and gives the whole batch's gradient."""
+    """The first setting that fits and gives the gradient of the whole batch."""
     return next((s for s in ways if planner.fits(s, limit) and planner.exact(work, s)), None)
 
 
@@ -194,7 +194,7 @@ def _row(s: Setting, verdict: str, gpus: int) -> str:
 
 
 def _command(given: Plan, setting: Setting) -> str:
-    """What to type: every option that the prediction depends on and that is not a default."""
+    """The command to run, with every option that affects the prediction and is not a default."""
     config, plain = given.config, PretrainConfig()
     start = "simclr-fast pretrain"
     parts = []
@@ -210,21 +210,21 @@ def _command(given: Plan, setting: Setting) -> str:
             parts.append(f"--{name.replace('_', '-')} {value}")
     if config.augmentation.size != plain.augmentation.size:
         parts.append(f"--augmentation.size {config.augmentation.size}")
-    # "auto" takes bfloat16 where the GPU has it.
+    # On these GPUs "auto" means bfloat16.
     if config.precision != "bfloat16":
         parts.append(f"--precision {config.precision}")
     return " ".join([start, *parts, setting.flags])
 
 
 def _nothing_fits(given: Plan, work: Workload, found: list[Setting]) -> str:
-    """Why, and what is nearest."""
+    """Say that nothing fits, which mode needs the least, and what to change."""
     exact = [s for s in found if planner.exact(work, s)]
     least = min(exact, key=lambda s: s.device_bytes)
     return (
         f"No mode with the gradient of the whole batch fits {given.gpus} × {given.memory}: "
         f"{_name(least)} needs the least, {least.device_bytes / 1e9:.1f} GB. Use more GPUs, a "
         "smaller batch or a smaller model"
-        + ("." if given.host_memory else ", or say with --host-memory how much RAM may be used.")
+        + ("." if given.host_memory else ", or allow the use of RAM with --host-memory.")
     )
 
 
@@ -248,7 +248,7 @@ def _to_json(
 
 
 def _print_fits(config: PretrainConfig, host: float) -> None:
-    """A Markdown table: the first setting that fits, by width, number and memory of GPUs."""
+    """Print a Markdown table: the first setting that fits, by width, number and memory of GPUs."""
     print("Predicting 36 cases: several minutes.", file=sys.stderr, flush=True)
     sizes = " | ".join(f"{size} GB" for size in _SIZES)
     print(f"| width | GPUs | plain needs | {sizes} |")
@@ -257,7 +257,7 @@ def _print_fits(config: PretrainConfig, host: float) -> None:
         wide = replace(config, width=width)
         for gpus in _COUNTS:
             cells = []
-            # No times are shown, so any GPU does.
+            # Times are not shown, so the kind of GPU does not matter.
             work = workload(wide, gpus, GPUS["h100"][1])
             for size in _SIZES:
                 limit = size * 1e9

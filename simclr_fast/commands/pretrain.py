@@ -18,7 +18,7 @@ class Pretrain(RunOptions):
 
 
 def run(arguments: list[str]) -> int:
-    """Pretrain, then print the linear probe beside its baselines."""
+    """Pretrain, then print the linear probe and its baselines."""
     config = parse_run(Pretrain, arguments, "pretrain").config
     start = time.perf_counter()
     out = pretrain(config)
@@ -29,7 +29,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _report(config: PretrainConfig, out: Path) -> None:
-    """The loss curve, the linear probe if there are test labels, and what to type next."""
+    """Draw the loss curve; print the linear probe (if there are test labels) and the next steps."""
     plot_loss(out / "metrics.jsonl", out / "loss.png", config.batch_size)
     for line in probe_report(config, out):
         print(line)

@@ -13,15 +13,15 @@ from simclr_fast.data.decode import decode_some
 
 @dataclass(frozen=True)
 class Preview(RunOptions):
-    """Draw some images of --data beside their two random views and each step of the augmentation.
+    """Draw some images of --data, their two random views, and each step of the augmentation.
 
-    Of the options of pretrain, --data, --seed and those of the augmentation matter here.
+    Of the options of pretrain, only --data, --seed and those of the augmentation have an effect.
     """
 
     images: int = 8
-    """How many images, spread over the data."""
+    """Number of images, evenly spaced in the data."""
     to: Path = Path("preview.jpg")
-    """The picture to write: .jpg, at most 500 kB for 8 images, or .png, several times as large."""
+    """The picture to write. A .jpg has at most 500 kB; a .png is several times as large."""
 
 
 def run(arguments: list[str]) -> int:
@@ -31,7 +31,7 @@ def run(arguments: list[str]) -> int:
         raise ValueError(f"images must be at least 1, got {given.images}")
     config = given.config
     source = named_source(config.data)
-    # Spread over the source: folders hold one class after another.
+    # Evenly spaced, because a folder holds one class after another.
     ids = np.linspace(0, len(source) - 1, min(given.images, len(source))).astype(np.int64)
     images = decode_some(source, ids)
     tiles, lines = contact_sheet(images, config.augmentation, seed=config.seed, ids=ids)

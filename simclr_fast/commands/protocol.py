@@ -1,4 +1,4 @@
-"""What all protocols of simclr-fast eval share: options, features, a trained classifier, JSON."""
+"""Shared by all protocols of simclr-fast eval: options, features, a trained classifier, JSON."""
 
 import json
 from collections.abc import Iterator
@@ -33,12 +33,12 @@ class Options:
     for a data set of torchvision in the folder ROOT: aircraft, cars, cifar10, cifar100, dtd,
     flowers102, food101, pets, stl10 or svhn."""
     test: str | None = None
-    """Test images with labels, named as for --data; the demo and torchvision's data sets have their
-    own."""
+    """Test images with labels, named as for --data. Not needed for the demo data and torchvision's
+    data sets, which have a test split."""
     out: Path | None = None
-    """Output folder; by default "eval" beside the encoder."""
+    """Output folder. By default "eval" in the encoder's folder."""
     cache: Path | None = None
-    """Folder for the features, which are computed once; by default in the cache of the demo data
+    """Folder for the features, which are computed once. By default in the cache of the demo data
     ($SIMCLR_FAST_CACHE, ~/.cache/simclr_fast)."""
     model: str | None = None
     """The encoder's torchvision or timm model, if its file does not say."""
@@ -47,16 +47,16 @@ class Options:
     stem: Stem | None = None
     """The encoder's first layers, if its file does not say."""
     device: str = "auto"
-    """cpu, cuda or cuda:1; auto: cuda if torch sees a GPU."""
+    """auto, cpu, cuda, cuda:N or mps. auto: a GPU if torch sees one, else the CPU."""
     workers: int | None = None
-    """Threads that decode images; by default as many as cores, at most 8."""
+    """Threads that decode images. By default the number of cores, at most 8."""
     seed: int = 0
-    """Of subsets, crops and bootstrap intervals."""
+    """Determines subsets, crops and bootstrap intervals."""
 
     protocol: ClassVar[str]
 
     def lines(self) -> Iterator[str]:
-        """The lines to print; each comes as soon as it is known."""
+        """The lines to print. Each is yielded as soon as it is known."""
         raise NotImplementedError
 
     @property
@@ -132,7 +132,7 @@ class Options:
         )
 
     def write(self, results: dict[str, Any]) -> str:
-        """Write PROTOCOL.json and delete the progress of the sweeps; the line to print about it."""
+        """Write PROTOCOL.json, delete the progress of the sweeps, return a line to print."""
         path = self.folder / f"{self.protocol}.json"
         text = json.dumps({"options": asdict(self), "results": results}, indent=2, default=str)
         write_atomic(path, lambda temporary: temporary.write_text(text + "\n"))

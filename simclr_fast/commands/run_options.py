@@ -1,4 +1,4 @@
-"""The options of a run: those of pretrain, which ablate, preview and supervised have too."""
+"""The options of pretrain, which ablate, preview and supervised have as well."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ DEMO_DATA = ("demo", "demo-grain")
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a subclass adds to pretrain's options are the command's own."""
+    """The options of pretrain. A subclass adds those of its command."""
 
     config: Annotated[PretrainConfig, tyro.conf.arg(name="")]
     preset: Preset = "demo"
@@ -26,15 +26,15 @@ T = TypeVar("T", bound=RunOptions)
 
 
 def parse_run(kind: type[T], arguments: Sequence[str], command: str) -> T:
-    """Options over a preset: --preset's, else demo for the demo data and imagenet for others."""
+    """Parse options that change a preset: --preset, else demo for the demo data, else imagenet."""
     given = _value(arguments, "--preset")
     data = _value(arguments, "--data") or "demo"
     preset = given if given in PRESETS else "demo" if data in DEMO_DATA else "imagenet"
     own = "\n\n".join(" ".join(part.split()) for part in (kind.__doc__ or "").split("\n\n"))
     about = (
         f"{own}\n\nThe defaults shown are those of --preset {preset}"
-        f"{'' if given else f', which is taken for --data {data}'}. Without --preset, the demo "
-        f"data take demo, all other data imagenet. To see another preset's defaults: "
+        f"{'' if given else f', which is chosen for --data {data}'}. Without --preset, the demo "
+        f"data use demo, all other data imagenet. To see another preset's defaults: "
         f"simclr-fast {command} --preset {_another(preset)} --help"
     )
     return tyro.cli(
@@ -51,7 +51,7 @@ def _another(preset: str) -> str:
 
 
 def _value(arguments: Sequence[str], option: str) -> str | None:
-    """What `arguments` give to `option`, in either of its two forms; the last one counts."""
+    """The last value of `option` in `arguments`, given as "--x value" or "--x=value"."""
     found = None
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         name, equals, value = argument.partition("=")

@@ -1,4 +1,4 @@
-"""simclr-fast selfcheck: is everything here, and is every part right, against float64?"""
+"""simclr-fast selfcheck: check every part on this machine against float64."""
 
 import json
 import time
@@ -34,10 +34,11 @@ class Selfcheck:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N. auto: a GPU if torch sees one, else the CPU."""
     full: bool = False
-    """Also every size, CUDA graphs, the tests on the GPU, 20 steps at batch 4096 and the quick
-    benchmarks: under ten minutes on a GPU. Writes the report."""
+    """Also check every size and CUDA graphs, and run the tests on the GPU, 20 steps at batch 4096
+    and the quick benchmarks. Takes up to ten minutes on a GPU and writes the report."""
     out: Path | None = None
-    """Folder for report.json and report.txt; by default "selfcheck" with --full, else none."""
+    """Folder for report.json and report.txt. By default "selfcheck" with --full, else no report is
+    written."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Outcome:
 
 
 def run(arguments: list[str]) -> int:
-    """One line per check; 1 if one failed."""
+    """Print one line per check; return 1 if one failed."""
     given = tyro.cli(Selfcheck, args=arguments, prog="simclr-fast selfcheck")
     kind = given.device.partition(":")[0]
     if kind not in ("auto", "cpu", "cuda"):
@@ -67,7 +68,7 @@ def run(arguments: list[str]) -> int:
         print(outcome, flush=True)
         outcomes.append(outcome)
         if out is not None:
-            # After each check: a crash leaves a report of what came before it.
+            # Write after each check, so that a crash leaves a report of the checks before it.
             _write(out, device, outcomes)
     print(_summary(outcomes))
     if out is not None:
@@ -76,9 +77,9 @@ def run(arguments: list[str]) -> int:
 
 
 def selfcheck(device: torch.device, about: str = "", full: bool = False) -> Iterator[Outcome]:
-    """Run the checks in order; each is reported as soon as it is done, and none stops the next.
+    """Run the checks in order, and yield each outcome at once. A failure does not stop the next.
 
-    about: how the names of the wanted ones begin. full: also the long ones.
+    about: run only checks whose names begin with this. full: also run the long ones.
     """
     checks = [*quick_checks(), *(further_checks() if full else ())]
     lost = ""
@@ -104,13 +105,13 @@ def selfcheck(device: torch.device, about: str = "", full: bool = False) -> Iter
 
 
 def _wait(device: torch.device) -> None:
-    """For what the check has queued: an error there is this check's."""
+    """Wait for the work that the check has queued, so that its errors are raised here."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _works(device: torch.device) -> bool:
-    """After an illegal access a process can use its GPU no longer."""
+    """Whether the GPU still works. After an illegal access, a process cannot use it any more."""
     try:
         _wait(device)
     except RuntimeError:

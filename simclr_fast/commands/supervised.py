@@ -10,7 +10,7 @@ from simclr_fast.utils.launch import launched
 
 @dataclass(frozen=True)
 class Supervised(RunOptions):
-    """Train the baseline with labels: the encoder, data, views and optimizer of pretrain."""
+    """Train the baseline with labels. Encoder, data, views and optimizer are those of pretrain."""
 
 
 def run(arguments: list[str]) -> int:

@@ -61,7 +61,7 @@ def test_what_is_wrong_is_not_timed(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(checks, "nt_xent_loss", wrong)
     assert run(["bench", "loss", "--device", "cpu", "--out", str(tmp_path)]) == 1
-    assert "loss is not timed, as its result is wrong: FAIL NT-Xent" in capsys.readouterr().err
+    assert "loss is not timed, because its result is wrong: FAIL NT-Xent" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -75,7 +75,10 @@ def test_every_subject_is_checked_before_it_is_timed(subject, monkeypatch, capsy
     pretended = [(name, fails if name == last else lambda device: "") for name in names]
     monkeypatch.setattr(selfcheck, "quick_checks", lambda: iter(pretended))
     assert run(["bench", subject, "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
-    assert f"{subject} is not timed, as its result is wrong: FAIL {last}" in capsys.readouterr().err
+    assert (
+        f"{subject} is not timed, because its result is wrong: FAIL {last}"
+        in capsys.readouterr().err
+    )
     assert not list(tmp_path.iterdir())
 
 

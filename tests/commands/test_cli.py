@@ -65,7 +65,7 @@ def test_all_missing_packages_of_a_command_are_named_before_it_starts(monkeypatc
 def test_pretrain_help_says_whose_defaults_it_shows(capsys):
     assert run(["pretrain", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "defaults shown are those of --preset demo, which is taken for --data demo" in shown
+    assert "defaults shown are those of --preset demo, which is chosen for --data demo" in shown
     assert "all other data imagenet" in shown
     assert run(["pretrain", "--preset", "imagenet", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
