@@ -1,1 +1,1 @@
-"""The parts of simclr_fast under the names and arguments of other libraries, a module for each."""
+"""The parts of simclr_fast with the names and arguments of other libraries, one module each."""

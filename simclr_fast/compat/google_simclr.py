@@ -12,13 +12,14 @@ from simclr_fast.losses.nt_xent import NTXentStats, nt_xent_loss
 def add_contrastive_loss(
     hidden: Tensor, hidden_norm: bool = True, temperature: float = 1.0
 ) -> tuple[Tensor, NTXentStats | None]:
-    """Sum of both views' losses, each a mean over N rows: twice `nt_xent_loss`.
+    """The sum of both views' losses, each a mean over N rows. It is twice `nt_xent_loss`.
 
     hidden: [2N, D], view 1 first.
-    hidden_norm: False takes the rows as they are, in O(N²) memory, without statistics.
+    hidden_norm: False: do not normalise the rows. This needs O(N²) memory and has no statistics.
 
-    Returns the loss and `NTXentStats`, whose contrastive_accuracy and contrastive_entropy are
-    those that the original reports from the logits it returns.
+    Returns:
+        The loss and `NTXentStats`. Its contrastive_accuracy and contrastive_entropy are the values
+        that the original computes from its logits.
     """
     if hidden_norm:
         loss, stats = nt_xent_loss(hidden, temperature=temperature, return_stats=True)

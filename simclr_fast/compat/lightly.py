@@ -1,4 +1,4 @@
-"""lightly's loss, transform and optimizer signatures over simclr_fast."""
+"""lightly's loss, transform and optimizer, computed by simclr_fast."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,8 +19,8 @@ IMAGENET_NORMALIZE = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225
 class SimCLRTransform:
     """lightly.transforms.SimCLRTransform: one PIL image → [view 1, view 2], spec="torchvision".
 
-    The jitter's proportions are the paper's (.8, .8, .8, .2 times cj_strength); the blur is an
-    exact Gaussian of radius (size // 10) // 2, where lightly uses Pillow's box approximation.
+    The jitter has the paper's proportions: (0.8, 0.8, 0.8, 0.2) times cj_strength. The blur is an
+    exact Gaussian of radius (size // 10) // 2; lightly uses Pillow's box approximation.
     """
 
     def __init__(
@@ -70,12 +70,13 @@ class SimCLRTransform:
 
 
 class NTXentLoss(nn.Module):
-    """NT-Xent, or with a memory bank the loss of MoCo (He et al. 2020), on projections [N, D].
+    """NT-Xent of projections [N, D]; with a memory bank, the loss of MoCo (He et al. 2020).
 
     temperature: divides the cosines.
-    memory_bank_size: (rows, features) of a queue of negatives, or 0 for the batch's own negatives.
-    gather_distributed: negatives from all ranks. Gradients under DDP are lightly's; the value is
-        the whole batch's loss on every rank, of which lightly returns each rank its own part.
+    memory_bank_size: (rows, features) of a queue of negatives; 0 for negatives from the batch.
+    gather_distributed: use negatives from all ranks. Gradients under DDP equal lightly's. The value
+        differs: it is the loss of the whole batch on every rank, while lightly returns the part of
+        each rank.
     """
 
     bank: Tensor
@@ -115,7 +116,7 @@ class NTXentLoss(nn.Module):
 
     @torch.no_grad()
     def _enqueue(self, rows: Tensor) -> None:
-        # Like lightly, a batch that reaches the end is cut there and the next starts at 0.
+        # As in lightly: a batch that reaches the end is cut off, and the next one starts at 0.
         start = int(self.bank_ptr)
         end = min(start + len(rows), len(self.bank))
         self.bank[start:end] = rows[: end - start].to(self.bank.dtype)
@@ -125,7 +126,7 @@ class NTXentLoss(nn.Module):
 class LARS(optim.LARS):
     """``lightly.utils.lars.LARS``: the same arguments, defaults, steps and momentum buffers.
 
-    Groups without weight decay are not adapted, and the momentum is 0 unless given, as there.
+    As in lightly, groups without weight decay are not adapted, and the default momentum is 0.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from simclr_fast.losses.nt_xent import nt_xent_loss
 
 
 class NTXentLoss(nn.Module):
-    """NT-Xent of embeddings [2N, D] with labels [2N], every label exactly twice."""
+    """NT-Xent of embeddings [2N, D] with labels [2N]. Every label must occur exactly twice."""
 
     def __init__(self, temperature: float = 0.07):
         super().__init__()
@@ -39,7 +39,9 @@ class SelfSupervisedLoss(nn.Module):
         if not isinstance(loss, NTXentLoss):
             raise TypeError(f"loss must be this module's NTXentLoss, got {type(loss).__name__}")
         if not symmetric:
-            raise ValueError("symmetric must be True: the loss of NT-Xent has both views' rows")
+            raise ValueError(
+                "symmetric must be True: NT-Xent is a mean over the rows of both views"
+            )
         self.loss = loss
 
     def forward(self, embeddings: Tensor, ref_emb: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""solo-learn's loss and optimizer signatures over simclr_fast."""
+"""solo-learn's loss and optimizer, computed by simclr_fast."""
 
 from typing import Any, ClassVar
 
@@ -11,10 +11,11 @@ from simclr_fast.optim import lars as optim
 
 
 def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Tensor:
-    """NT-Xent of two views, z [2N, D] (view 1 first), gathered over ranks when there are several.
+    """NT-Xent of two views, z [2N, D] (view 1 first). With several ranks, z is gathered over them.
 
-    indexes: [2N], the image of each row: N different values, twice in the same order. Gradients
-        under DDP are solo-learn's; the value is the whole batch's loss on every rank.
+    indexes: [2N], the image of each row: N different values, twice in the same order.
+
+    Gradients under DDP equal solo-learn's. The value is the loss of the whole batch on every rank.
     """
     if indexes.shape != z.shape[:1] or len(indexes) % 2:
         raise ValueError(

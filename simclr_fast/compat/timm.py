@@ -1,4 +1,4 @@
-"""timm's names and signatures."""
+"""timm's LARS, computed by simclr_fast."""
 
 from typing import Any, ClassVar
 
@@ -10,8 +10,8 @@ from simclr_fast.optim import lars as optim
 class Lars(optim.LARS):
     """``timm.optim.Lars``: the same arguments, defaults, steps and momentum buffers.
 
-    Groups without weight decay are not adapted unless ``always_adapt``. The native kernels are used
-    unless ``foreach`` is given.
+    Groups without weight decay are adapted only with ``always_adapt``. The native kernels are used
+    if ``foreach`` is None.
     """
 
     _other_names: ClassVar[dict[str, str]] = {"trust_coeff": "trust_coefficient"}

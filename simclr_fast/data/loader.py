@@ -314,9 +314,10 @@ class TwoViewLoader(_Loader):
     prefetch: make the next batch in a thread while this one is in use. Default: only for a GPU.
 
     Raises:
-        ValueError, TypeError: an argument is out of range. FileNotFoundError: the path does not
-        exist. ImportError: the source has files and neither DALI nor Pillow is installed, or
-        backend="dali" without DALI.
+        ValueError, TypeError: an argument is out of range.
+        FileNotFoundError: the path does not exist.
+        ImportError: the source has files, but neither DALI nor Pillow is installed; or
+            backend="dali" without DALI.
     """
 
     n_views = 2

@@ -1,8 +1,8 @@
-"""A model as blocks of segments: cut at its narrow places, and within them at every batch norm.
+"""A model as a list of blocks, each a list of segments.
 
-`torch.fx` gives the operations in order. A block ends where a single value leads on (after a
-residual sum, between the layers of a chain); lockstep keeps these values alone. Within a block, a
-segment is what lies between two batch norms, so it treats every row by itself.
+`torch.fx` gives the operations in order. A block ends where the rest of the model needs only a
+single value, for example after a residual sum. Lockstep stores only these values. A block is cut
+into segments at every batch norm. So the operations of a segment treat every row separately.
 """
 
 import copy
@@ -31,16 +31,16 @@ class Segment:
 
     nodes: list[Node]
     norm: Node | None
-    """The batch norm after them; the last segment of a block may have none."""
+    """The batch norm after the operations. The last segment of a block may have none."""
     reads: list[Node]
-    """Values made before it, batch norms among them."""
+    """The values from earlier segments that it reads, results of batch norms included."""
     writes: list[Node] = field(default_factory=list)
-    """Values made here that the norm or later segments need."""
+    """The values made here that the batch norm or later segments need."""
     last_use: list[Node] = field(default_factory=list)
-    """Stored values that nothing later needs."""
+    """Stored values that no later segment needs."""
     parameters: list[nn.Parameter] = field(default_factory=list)
     conv: Node | None = None
-    """The convolution whose result `norm` reads and nothing else does."""
+    """The convolution whose result only `norm` reads, if there is one."""
 
 
 @dataclass
@@ -52,9 +52,11 @@ class Block:
 
 
 class Graph:
-    """The blocks of `model`, for one setting of its modules' training flags.
+    """The blocks of `model`, for the current training flags of its modules.
 
-    Raises ValueError: what cannot be traced, is random, or would change by being cut.
+    Raises:
+        ValueError: the model cannot be traced, draws random numbers, has hooks, or overwrites
+            values that are read later.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -82,7 +84,7 @@ class Graph:
         return self.modules[str(node.target)]
 
     def stored(self, node: Node) -> Node:
-        """The value that is kept for `node`: a batch norm's input, as its output is cheap."""
+        """The value that is stored for `node`. For a batch norm its input; the output is cheap."""
         while node in self.norms:
             node = node.all_input_nodes[0]
         return node
@@ -102,7 +104,7 @@ class Graph:
         return node.target(*args, **kwargs)
 
     def rebuild(self, values: dict[Node, Any]) -> Any:
-        """The model's result, with `values` in the place of its tensors."""
+        """The model's result, with `values` for its nodes."""
         return fx.map_arg(self.result, values.__getitem__)
 
     def _normalizes(self, node: Node) -> bool:
@@ -121,14 +123,14 @@ class Graph:
         source, start, cut, norms = self.input, 0, 0, 0
         for i, node in enumerate(nodes):
             if node in self.norms:
-                # A block holds a batch norm at least, and ends as late as it can before the next.
+                # A block has at least one batch norm, and ends as late as possible before the next.
                 if cut > start:
                     yield self._block(nodes[start:cut], source, [nodes[cut - 1]])
                     source, start, norms = nodes[cut - 1], cut, 0
                 norms += 1
             alive = {n for n in alive | {node} if last_use(n) > i}
-            # What a batch norm reads is kept anyway, and only while its block runs; what it makes
-            # is derived from that.
+            # Do not cut next to a batch norm. Its input is stored anyway, only while the block
+            # runs, and its output is computed from it.
             beside_norm = node in self.norms or self.norms.intersection(node.users)
             if norms and alive == {node} and not beside_norm:
                 cut = i + 1
@@ -185,7 +187,7 @@ class Graph:
         return [p for p in found if p.requires_grad]
 
     def _split_activations(self, graph: fx.Graph) -> None:
-        """timm's norm-with-activation becomes two nodes."""
+        """Split timm's batch norms with activation into separate nodes."""
         for node in list(graph.nodes):
             end = node
             for name in after_norm(self.module(node)) if node in self.norms else ():
@@ -213,24 +215,27 @@ class Graph:
             if name == "batch_norm" and options.get("training"):
                 raise _refusal("it calls torch.nn.functional.batch_norm without a module")
         if active:
-            raise _refusal(f"{node.format_node()} is random, and recomputing would draw anew")
+            raise _refusal(
+                f"{node.format_node()} is random, and a recomputation would draw other numbers"
+            )
 
     def _make_out_of_place(self, nodes: list[Node]) -> None:
-        """Replace operations that write into their input: stored values must outlive them.
+        """Replace operations that write into their input, because stored values must not change.
 
-        ValueError where an operation overwrites a value that a later one reads.
+        Raises:
+            ValueError: an operation overwrites a value that a later one reads.
         """
-        # The model's own modules stay as they are. One may be called several times.
+        # Copies, because the modules of the model must not change.
         copies: dict[str, nn.Module] = {}
         for i, node in enumerate(nodes):
             if self._replace_in_place(node, copies):
                 overwritten = node.all_input_nodes[0]
                 if any(user in nodes[i + 1 :] for user in overwritten.users):
-                    raise _refusal(f"{node.format_node()} overwrites what is read later")
+                    raise _refusal(f"{node.format_node()} overwrites a value that is read later")
         self.modules.update(copies)
 
     def _replace_in_place(self, node: Node, copies: dict[str, nn.Module]) -> bool:
-        """Whether the operation wrote into its first input; now it does not."""
+        """Make the operation out of place; return whether it wrote into its first input."""
         name = getattr(node.target, "__name__", str(node.target))
         if node.op == "call_module" and getattr(self.module(node), "inplace", False) is True:
             module = copy.copy(self.module(node))
@@ -253,7 +258,7 @@ class Graph:
 
 
 class _Call(nn.Module):
-    """So that the arguments of `model` after the first keep their defaults."""
+    """Calls `model` with one argument, so that the others keep their defaults when traced."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -264,7 +269,7 @@ class _Call(nn.Module):
 
 
 class _Proxy(fx.Proxy):
-    """fx alone would take y += x for y = y + x, and not see that y is overwritten."""
+    """Records y += x as such. fx records it as y = y + x, which hides that y is overwritten."""
 
 
 def _recorded(function: Callable[..., Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
@@ -286,7 +291,7 @@ class _Tracer(fx.Tracer):
 
 
 def flags(model: nn.Module) -> tuple[Any, ...]:
-    """What a `Graph` depends on: modules, their settings and hooks. It changes when they do."""
+    """A value that changes when a `Graph` must be built again: modules, settings and hooks."""
     modules = (
         (id(m), id(vars(m).get("forward")), m.training, _has_hooks(m)) for m in model.modules()
     )
@@ -295,7 +300,7 @@ def flags(model: nn.Module) -> tuple[Any, ...]:
 
 
 def _refuse_hooks(model: nn.Module) -> None:
-    """Lockstep calls functions of torch in the place of some modules, and adds gradients itself."""
+    """Refuse hooks: lockstep calls functions instead of some modules, and adds gradients itself."""
     for name, module in model.named_modules():
         if _has_hooks(module):
             what = f"{name or type(module).__name__!r} has forward or backward hooks"
@@ -315,7 +320,7 @@ def _has_gradient_hooks(p: nn.Parameter) -> bool:
 
 
 def _arguments(node: Node) -> dict[str, Any]:
-    """Arguments of a function of torch.nn.functional by name; else the keyword arguments."""
+    """The arguments by name for functions of torch.nn.functional; else the keyword arguments."""
     if node.op == "call_function" and getattr(F, getattr(node.target, "__name__", ""), None):
         function: Any = node.target
         try:

@@ -1,23 +1,25 @@
-"""The whole batch's exact gradient, batch normalisation included, from micro-batches in lockstep.
+"""The exact gradient of a whole batch, batch normalisation included, from micro-batches.
 
-Forward. All micro-batches (and ranks) go through a segment before any goes further, so at each
-batch norm the moments of the whole batch are at hand: y = γ x̂ + β with x̂ = (x - μ) r and
-r = (σ² + eps)^-½, μ and σ² merged over micro-batches and ranks. Kept are each block's input and,
-while a block runs, the inputs x of its batch norms; y and what follows are recomputed.
+Forward. All micro-batches (of all ranks) go through a segment of the model before any goes further.
+So at each batch norm the moments of the whole batch are known: y = γ x̂ + β with x̂ = (x - μ) r and
+r = (σ² + eps)^-½, where μ and σ² are merged over micro-batches and ranks. Each block's input is
+stored. While a block runs, the inputs x of its batch norms are stored too. y and the values after
+it are recomputed.
 
-Backward, blocks in reverse. Given μ and σ² of the forward, micro-batches are independent, so a
-block's x are recomputed one micro-batch at a time. Let g = ∂L/∂y and n be the values per channel of
-the whole batch. x reaches the loss directly and through μ and σ²; with ∂σ²/∂x_i = 2 (x_i - μ) / n
-and ∂μ/∂x_i = 1 / n,
+Backward, for the blocks in reverse order. Given μ and σ² of the forward, micro-batches do not
+depend on each other. So the x of a block are recomputed one micro-batch at a time. Let g = ∂L/∂y,
+and let n be the number of values per channel in the whole batch. The loss depends on x directly and
+through μ and σ². With ∂σ²/∂x_i = 2 (x_i - μ) / n and ∂μ/∂x_i = 1 / n,
 
     ∂L/∂x_i = γ r (g_i - Σg / n - x̂_i Σ(g x̂) / n),    ∂L/∂β = Σg,    ∂L/∂γ = Σ(g x̂).
 
-Both sums run over the whole batch: one pass over the micro-batches and one all-reduce. Then each
-micro-batch's g passes its segment alone, and the gradients of parameters add up.
+Both sums run over the whole batch. They take one pass over the micro-batches and one all-reduce.
+Then the g of each micro-batch goes backward through the segment, and the gradients of parameters
+add up.
 
 Cost: every convolution runs forward twice and backward once, 4/3 of the plain work. If only every
-k-th block's input is kept, the backward runs the blocks between forward once more, micro-batch by
-micro-batch: (4 + (k - 1) / k) / 3.
+k-th block's input is stored, the backward runs the other blocks forward once more, micro-batch by
+micro-batch, and the cost is (4 + (k - 1) / k) / 3.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,10 +42,10 @@ Values = dict[Node, Any]
 
 
 class Lockstep:
-    """Runs one model; `backward` is a step's forward, loss and backward.
+    """Runs one model. `backward` does forward, loss and backward of a step.
 
-    batch: the ranks whose rows form one batch. offload_gb: host memory for the first blocks'
-    inputs. keep_every: keep every k-th block's input. compile: see `compiled_regions`.
+    batch: the ranks whose rows form one batch. offload_gb: host memory for the inputs of the first
+    blocks. keep_every: store every k-th block's input. compile: see `compiled_regions`.
     """
 
     def __init__(
@@ -69,8 +71,8 @@ class Lockstep:
         autocast: Callable[[], AbstractContextManager[Any]],
         sync: bool = True,
     ) -> Any:
-        """See `LargeBatch.backward`. parts: the micro-batches. autocast: makes the context of the
-        model's operations."""
+        """See `LargeBatch.backward`. parts: the micro-batches. autocast: makes the context in which
+        the model's operations run."""
         if self.flags != flags(self.model):
             self._trace()
         self.autocast = autocast
@@ -107,12 +109,13 @@ class Lockstep:
                     self.compiled[segment] = region
 
     def keeps(self, index: int) -> bool:
-        """Whether the input of block `index` is kept."""
+        """Whether the input of block `index` is stored."""
         return index % self.keep_every == 0
 
     @torch.no_grad()
     def _recompute_inputs(self, saved: list[Stored], index: int) -> None:
-        """Block `index`'s input, and those missing before it, from the last kept one."""
+        """Recompute the input of block `index` and the missing ones before it from the last stored
+        one."""
         if saved[index].tensors:
             return
         first = index - index % self.keep_every
@@ -133,7 +136,7 @@ class Lockstep:
 
     @torch.no_grad()
     def _forward(self, parts: Sequence[Tensor]) -> tuple[list[Values], list[Stored]]:
-        """The outputs of every micro-batch, and the blocks' inputs."""
+        """The outputs of every micro-batch, and the inputs of the blocks."""
         if self.offload_gb and self.arena is None:
             self.arena = Arena(self.offload_gb, parts[0].device)
         if self.arena is not None:
@@ -142,7 +145,7 @@ class Lockstep:
         saved = []
         for i, block in enumerate(self.graph.blocks):
             inputs = [v[block.input] for v in values] if self.keeps(i) else []
-            # The caller holds the views anyway.
+            # The views stay in memory anyway, because the caller holds them.
             if self.arena is None or block.input is self.graph.input or not inputs:
                 saved.append(Stored(inputs))
             else:
@@ -171,7 +174,7 @@ class Lockstep:
     def _backward_block(
         self, block: Block, inputs: list[Tensor], gradients: list[Values], buckets: Buckets
     ) -> list[Values]:
-        """Gradients of the block's outputs to those of its input."""
+        """Gradients of the block's input from those of its outputs."""
         values: list[Values] = [{block.input: x} for x in inputs]
         inputs.clear()
         segments = block.segments
@@ -189,7 +192,7 @@ class Lockstep:
     def _norm_sums(
         self, segment: Segment, values: list[Values], gradients: list[Values], buckets: Buckets
     ) -> Tensor | None:
-        """`gbn.Sums.whole` of the whole batch at the segment's batch norm, [2, C]."""
+        """`gbn.Sums.whole` over the whole batch, for the segment's batch norm: [2, C]."""
         if segment.norm is None or segment.norm not in gradients[0]:
             return None
         source, norm = segment.norm.all_input_nodes[0], self.graph.module(segment.norm)
@@ -199,7 +202,7 @@ class Lockstep:
             for v, g in zip(values, gradients, strict=True)
         ]
         sums = gbn.gradient_sums(pairs, statistics, norm.weight)
-        # The parameters' gradients are this rank's share; their buckets are summed over ranks.
+        # The gradients of γ and β are this rank's part. The buckets are averaged over ranks later.
         for parameter, gradient in ((norm.bias, sums.bias), (norm.weight, sums.weight)):
             if gradient is not None and parameter.requires_grad:
                 buckets.add(parameter, gradient)
@@ -210,7 +213,8 @@ class Lockstep:
     def _backward_segment(
         self, segment: Segment, v: Values, g: Values, sums: Tensor | None, buckets: Buckets
     ) -> None:
-        """Pass one micro-batch's gradients `g` from what the segment made to what it read."""
+        """For one micro-batch, turn the gradients of the segment's outputs in `g` into those of its
+        inputs."""
         region, start = self._start(segment, v)
         env = {n: _leaf(value, n is not self.graph.input) for n, value in start.items()}
         read = [n for n, leaf in env.items() if isinstance(leaf, Tensor) and leaf.requires_grad]
@@ -244,7 +248,7 @@ class Lockstep:
         sums: Tensor | None,
         buckets: Buckets,
     ) -> list[tuple[Tensor, Tensor]]:
-        """Values that the segment made, with their gradients; these leave `g`."""
+        """Pairs of a value that the segment made and its gradient, which is removed from `g`."""
         known = []
         if segment.norm is not None and sums is not None:
             dx = self._input_gradient(segment.norm, g.pop(segment.norm), v, sums)
@@ -264,7 +268,7 @@ class Lockstep:
         return compute(dy, x, self.statistics[node], norm.weight, sums, self.batch)
 
     def _backward_conv(self, node: Node, source: Tensor, dx: Tensor, buckets: Buckets) -> Tensor:
-        """The gradient of a convolution's input; its output is known, so it is not run again."""
+        """The gradient of a convolution's input. Does not run the convolution forward again."""
         conv = self.graph.module(node)
         wanted = [p is not None and p.requires_grad for p in (source, conv.weight, conv.bias)]
         grads = torch.ops.aten.convolution_backward(
@@ -286,7 +290,7 @@ class Lockstep:
         return source if grads[0] is None else grads[0].to(source.dtype)
 
     def _run(self, segment: Segment, v: Values) -> None:
-        """The segment's operations on one micro-batch; what is needed later goes into `v`."""
+        """Run the segment on one micro-batch. Values that are needed later are stored in `v`."""
         region, env = self._start(segment, v)
         with self.autocast():
             for node in segment.nodes if region is None else region.rest:
@@ -302,7 +306,12 @@ class Lockstep:
                 self.heap.note(env[node])
 
     def _start(self, segment: Segment, v: Values) -> tuple[Region | None, Values]:
-        """Its compiled region, run, and what the operations after it read; else what all read."""
+        """Run the segment's compiled region, if it has one.
+
+        Returns:
+            The region and the values that the remaining operations read. Without a region, None and
+            the values that all operations read.
+        """
         region = self.compiled.get(segment)
         if region is not None:
             x, norms = self._read(region, v)
@@ -314,12 +323,12 @@ class Lockstep:
         return None, {n: self._value(n, v) for n in segment.reads}
 
     def _read(self, region: Region, v: Values) -> tuple[list[Any], list[Norm]]:
-        """What the region is given of one micro-batch."""
+        """The arguments of the region for one micro-batch."""
         x, norms = [], []
         for node in region.inputs:
             if node in self.graph.norms:
                 norm = self.graph.module(node)
-                # Parameters would make their sizes constants of the compiled function.
+                # Detached, because torch.compile treats the sizes of parameters as constants.
                 weight, bias = (p if p is None else p.detach() for p in (norm.weight, norm.bias))
                 norms.append((self.statistics[node], weight, bias))
                 node = node.all_input_nodes[0]
@@ -327,7 +336,7 @@ class Lockstep:
         return x, norms
 
     def _vjp(self, region: Region, made: Values, v: Values, g: Values) -> None:
-        """Pass one micro-batch's gradients from the region's outputs to its inputs."""
+        """For one micro-batch, turn gradients of the region's outputs into those of its inputs."""
         gradients = [g.pop(n, None) for n in region.outputs]
         if all(gradient is None for gradient in gradients):
             return
@@ -354,5 +363,5 @@ def _leaf(value: Any, needs_grad: bool) -> Any:
 
 
 def _add(g: Values, node: Node, gradient: Tensor) -> None:
-    # Out of place: autograd may have handed the same tensor to two inputs.
+    # Out of place, because autograd may return the same tensor for two inputs.
     g[node] = g[node] + gradient if node in g else gradient

@@ -1,10 +1,11 @@
-"""Which way of computing the batch's gradient fits a memory, before anything is run.
+"""Predict which memory mode fits into a GPU's memory, before anything is run.
 
-Each row of a plan is a simulated step (`simulate`) plus what lives beside it: the optimizer's
-state, the loader's batches, gradient buckets and the CUDA context. Times are roofline predictions:
-the sum over operations of max(FLOPs / peak, bytes / bandwidth, launch), over an efficiency that
-makes plain ResNet-50 on an A100-80GB the 2,470 images/s that NVIDIA publishes for it
-(DeepLearningExamples, ResNet-50 v1.5, mixed precision). No time here was measured on a GPU.
+Each row of a plan is a simulated step (`simulate`) plus the memory outside the step: the
+optimizer's state, the loader's batches, gradient buckets and the CUDA context. Times are roofline
+predictions: the sum over operations of max(FLOPs / peak, bytes / bandwidth, launch), divided by an
+efficiency. The efficiency is chosen such that plain ResNet-50 on an A100-80GB trains the
+2,470 images/s that NVIDIA publishes for it (DeepLearningExamples, ResNet-50 v1.5, mixed precision).
+No time here was measured on a GPU.
 """
 
 import logging
@@ -27,19 +28,20 @@ from simclr_fast.losses.nt_xent import nt_xent_loss
 log = logging.getLogger(__name__)
 
 MICRO_BATCHES = (256, 128, 64, 32)
-# More saves little: the blocks made again are alive together.
+# Larger values save little, because all recomputed blocks are in memory together.
 _KEEP_EVERY = 2
-# CUDA's context and the libraries' workspaces; the share that the allocator's gaps leave usable.
+# Bytes of CUDA's context and the libraries' workspaces. The share of memory that is usable despite
+# fragmentation.
 _CONTEXT = 1.0e9
 _USABLE = 0.95
 _LAUNCH = 4e-6
-# In messages of the CPU's allocator, CUDA, cuDNN, cuBLAS and DALI.
+# Parts of the out-of-memory messages of the CPU's allocator, CUDA, cuDNN, cuBLAS and DALI.
 _EXHAUSTED = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
-# Of the roofline; see the module's docstring.
+# The fraction of the roofline's speed; see the top of this module.
 _EFFICIENCY = 0.58
-# Pinned copies over PCIe 4.0 ×16, bytes per second each way (32 GB/s less protocol).
+# Bytes per second of pinned copies over PCIe 4.0 ×16, each way (32 GB/s minus protocol).
 _PCIE = 25e9
-# Micro-batches simulated; with more, each phase goes on as a straight line.
+# Numbers of micro-batches that are simulated. Memory and time of more are extrapolated linearly.
 _SIMULATED = (3, 4)
 
 
@@ -52,11 +54,11 @@ class Gpu:
     bandwidth: float
 
     def seconds(self, flops: float, moved: float) -> float:
-        """Of one operation, at peak."""
+        """The seconds of one operation at peak speed."""
         return max(flops / self.flops, moved / self.bandwidth, _LAUNCH)
 
 
-# By memory, GB: the GPU that the times are predicted for.
+# Up to this memory in GB → the GPU for which times are predicted.
 _GPUS = (
     (32, Gpu("RTX 4090", 165.2e12, 1.008e12)),
     (60, Gpu("A100 40GB", 312e12, 1.555e12)),
@@ -70,7 +72,11 @@ def gpu_of(memory: float) -> Gpu:
 
 
 def parse_size(text: str) -> float:
-    """Bytes of "80GB" (10⁹), "24GiB" (2³⁰), "512MB", "1.5TB"; ValueError for anything else."""
+    """The bytes of a size such as "80GB" (10⁹ each), "24GiB" (2³⁰ each), "512MB" or "1.5TB".
+
+    Raises:
+        ValueError: the text is not such a size.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B\s*", text)
     if not match or float(match[1]) == 0:
         raise ValueError(
@@ -84,7 +90,8 @@ def parse_size(text: str) -> float:
 class Setting:
     """One row of a plan, for one rank.
 
-    compute: FLOPs beside plain's. seconds: of a step, predicted.
+    compute: FLOPs relative to plain. seconds: the predicted time of a step. refusal: why the mode
+    cannot run this model, if so.
     """
 
     memory: Memory
@@ -98,7 +105,7 @@ class Setting:
 
     @property
     def flags(self) -> str:
-        """What to give to `simclr-fast pretrain`."""
+        """The options for `simclr-fast pretrain`."""
         parts = [f"--memory {self.memory}"]
         if self.micro_batch is not None:
             parts.append(f"--micro-batch {self.micro_batch}")
@@ -111,11 +118,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is to be planned.
+    """A run to plan.
 
-    make: builds the model, encoder and projector. image_size: pixels. batch_size: images over all
-    `ranks`. dtype: of autocast. state: optimizer tensors per parameter. cuda: a GPU's operations
-    and overheads, else the CPU's.
+    make: builds the model (encoder and projector). image_size: in pixels. batch_size: images over
+    all `ranks`. dtype: that of autocast. state: optimizer tensors per parameter. cuda: whether the
+    run is on a GPU, with its operations and overheads.
     """
 
     make: Callable[[], nn.Module]
@@ -138,7 +145,7 @@ class Workload:
 
     @cached_property
     def has_batch_norms(self) -> bool:
-        """So that grad-cache's gradient is another."""
+        """Whether the model has batch norms; grad-cache is not exact then."""
         with torch.device("meta"):
             modules = self.make().modules()
         return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules)
@@ -151,7 +158,7 @@ class Workload:
     def setting(
         self, memory: Memory, micro_batch: int | None = None, keep_every: int = 1
     ) -> Setting:
-        """Predict one way. Where it cannot run, `refusal` says why and the numbers are infinite."""
+        """Predict one setting. If it cannot run, `refusal` says why, and numbers are infinite."""
         try:
             phases = self._phases(memory, micro_batch, keep_every)
         except ValueError as error:
@@ -167,17 +174,17 @@ class Workload:
         )
 
     def offloaded(self, setting: Setting, limit: float) -> Setting:
-        """`setting` of lockstep with just enough block inputs in host memory to need ≤ limit.
+        """`setting` of lockstep, with just enough block inputs in host memory to fit into `limit`.
 
-        The inputs of the first blocks go there, of one block more at a time. If all of them are not
-        enough, the result needs more than `limit`.
+        The inputs of the first blocks are moved, one block after the other. If moving all of them
+        does not suffice, the result needs more than `limit`.
         """
         phases = self._phases("lockstep", setting.micro_batch)
         outside = self.bytes_outside_step("lockstep")
         blocks = 1 + max(block for kind, block in phases if kind == "forward")
         stored = [phases["forward", block].stored for block in range(blocks)]
         best = setting
-        # The first block reads the views, which are not moved.
+        # The input of the first block, the views, is not moved.
         for count in range(2, blocks + 1):
             moved = sum(stored[:count])
             peak = outside + max(
@@ -191,10 +198,10 @@ class Workload:
         return best
 
     def bytes_outside_step(self, memory: Memory) -> float:
-        """Parameters, optimizer state, the next views and, on a GPU, CUDA's and DALI's own."""
+        """Bytes of parameters, optimizer state, the next views and, on a GPU, of CUDA and DALI."""
         with torch.device("meta"):
             parameters = sum(p.numel() * p.element_size() for p in self.make().parameters())
-        # The next batch's views; the step counts those of this one.
+        # The views of the next batch. The step counts those of this one.
         views = self.rows * 3 * self.image_size**2 * (2 if self.dtype else 4)
         buckets = self.ranks > 1 and memory != "lockstep"
         found = parameters * (self.state + buckets) + views
@@ -224,9 +231,10 @@ class Workload:
 
 
 def _absent(kind: str, block: int, count: int) -> int:
-    """How many of the first `count` block inputs are in host memory alone while `block` runs.
+    """How many of the first `count` block inputs are only in host memory while `block` runs.
 
-    Its own input is in use; in the backward, that of the block before it is on its way back.
+    The input of `block` is in use. In the backward, that of the block before it is being copied
+    back.
     """
     return max(min(count, block if kind == "forward" else block - 1), 0)
 
@@ -255,9 +263,9 @@ def _loss(outputs: Any) -> Any:
 
 
 def settings(work: Workload, limit: float, host: float = 0) -> Iterator[Setting]:
-    """From the least compute to the least memory; offload within `host` bytes of this rank.
+    """All settings, from the least compute to the least memory; grad-cache comes last.
 
-    grad-cache comes last.
+    host: bytes of host memory that this rank may use for offloading.
     """
     yield work.setting("plain")
     yield work.setting("replay")
@@ -282,26 +290,26 @@ def fits(setting: Setting, limit: float) -> bool:
 
 
 def exact(work: Workload, setting: Setting) -> bool:
-    """Whether `setting`'s gradient is that of the whole batch."""
+    """Whether the gradient of `setting` is that of the whole batch."""
     return setting.memory != "grad-cache" or not work.has_batch_norms
 
 
 class OutOfMemory(MemoryError):
-    """A step did not fit; the message names rank and step, and the flags to try next."""
+    """A step did not fit into memory. The message has rank, step and the flags to try next."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator, of the GPU, of its libraries or of the CPU, raised `error`."""
+    """Whether `error` says that the memory of the GPU or the CPU is exhausted."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in _EXHAUSTED)
     )
 
 
 def choose(work: Workload, limit: float) -> Setting:
-    """The first setting that is predicted to fit; plain, with a warning, if none can be predicted.
+    """The first setting that is predicted to fit. If the model cannot be simulated, plain.
 
     Raises:
-        ValueError: nothing fits. With offload, which is not chosen by itself, something may.
+        ValueError: nothing fits without offloading, which is never chosen automatically.
     """
     least = None
     for setting in settings(work, limit):
@@ -313,25 +321,25 @@ def choose(work: Workload, limit: float) -> Setting:
             least = setting
     assert least is not None
     if math.isinf(least.device_bytes):
-        log.warning("memory='auto' takes plain: %s", least.refusal)
+        log.warning("memory='auto' chose plain: %s", least.refusal)
         return Setting("plain", None, math.inf)
     raise ValueError(
-        f"batch_size {work.batch_size} fits in no mode: {least.flags} would need "
-        f"{least.device_bytes / 1e9:.1f} GB of {limit / 1e9:.1f}; simclr-fast plan --host-memory "
-        "looks for an offload that does"
+        f"batch_size {work.batch_size} fits in no mode: {least.flags} needs "
+        f"{least.device_bytes / 1e9:.1f} GB, but {limit / 1e9:.1f} are free; simclr-fast plan "
+        "--host-memory finds settings that offload to RAM"
     )
 
 
 def next_smaller(
     work: Workload, memory: Memory, micro_batch: int | None, keep_every: int = 1
 ) -> Setting | None:
-    """What to try when a setting did not fit: the next that needs at least a tenth less."""
+    """The setting to try after one did not fit: the next that needs at least 10% less memory."""
     size = micro_batch or (MICRO_BATCHES[0] if memory == "lockstep" else None)
     now = work.setting(memory, size, keep_every)
     for setting in settings(work, 0):
         if setting.device_bytes < 0.9 * now.device_bytes and exact(work, setting):
             return setting
-    # Smaller micro-batches save little: what is left is the block inputs, so offload half of them.
+    # Most of the memory is block inputs, which smaller micro-batches do not reduce: offload half.
     moved = work.offloaded(work.setting("lockstep", MICRO_BATCHES[0]), 0.6 * now.device_bytes)
     return moved if moved.device_bytes < 0.9 * now.device_bytes else None
 
@@ -340,9 +348,9 @@ def next_smaller(
 def out_of_memory(
     work: Workload, chosen: dict[str, Any], where: Callable[[], str]
 ) -> Iterator[None]:
-    """Within it, what runs out of memory ends in OutOfMemory.
+    """A context that turns out-of-memory errors into OutOfMemory, with advice.
 
-    chosen: `LargeBatch`'s options. where: says the rank and step.
+    chosen: the options of `LargeBatch`. where: returns the rank and step as text.
     """
     try:
         yield
@@ -352,7 +360,7 @@ def out_of_memory(
         used = {name: chosen[name] for name in ("memory", "micro_batch", "keep_every")}
         found = next_smaller(work, **used)
         now = Setting(**used, device_bytes=0, offload_bytes=1e9 * chosen["offload_gb"]).flags
-        advice = "no setting needs less: more GPUs or a smaller batch would do"
+        advice = "no setting needs less: use more GPUs or a smaller batch"
         if found is not None:
             needs = f"{found.device_bytes / 1e9:.1f} GB per rank"
             advice = f"next: {found.flags} (predicted {needs})"

@@ -1,7 +1,7 @@
 """Activation checkpointing that recomputes with the batch statistics of the first pass.
 
-`torch.utils.checkpoint` alone would take the statistics again (over ranks: a second collective) and
-update the running buffers twice (pytorch issue 96136). Works with any model.
+Plain `torch.utils.checkpoint` would compute the statistics again, with a second collective over
+ranks, and update the running buffers twice (pytorch issue 96136).
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class _Tape:
-    """The statistics that one run of a block met, in order, for its recomputation."""
+    """The batch statistics of one run of a block, in order, for its recomputation."""
 
     def __init__(self, norms: "GlobalNorms") -> None:
         self.norms = norms
@@ -43,7 +43,7 @@ class _Tape:
 
 
 class GlobalNorms:
-    """Batch norms that normalise over the whole batch, and replay their statistics."""
+    """The forward of batch norms that use the whole batch, and replay recorded statistics."""
 
     def __init__(self, batch: gbn.WholeBatch) -> None:
         self.batch = batch
@@ -71,9 +71,9 @@ class GlobalNorms:
 
 @contextmanager
 def global_norms(model: nn.Module, batch: gbn.WholeBatch, recompute: bool) -> Iterator[None]:
-    """Within it, the forward and backward of `model` take the statistics of the whole batch.
+    """A context in which the batch norms of `model` use the statistics of the whole batch.
 
-    recompute: its blocks keep only their inputs, and are recomputed in the backward.
+    recompute: blocks keep only their inputs and are recomputed in the backward.
     """
     norms = GlobalNorms(batch)
     forwards: dict[nn.Module, Callable[..., Any]] = {
@@ -99,7 +99,10 @@ def global_norms(model: nn.Module, batch: gbn.WholeBatch, recompute: bool) -> It
 def recomputed_blocks(model: nn.Module) -> list[nn.Module]:
     """The blocks of `model`: items of a Sequential or ModuleList with several layers inside.
 
-    A wrapper that holds more than half of the parameters is looked into. ValueError: none found.
+    A block with more than half of all parameters counts as a wrapper: its blocks are taken.
+
+    Raises:
+        ValueError: there are no blocks.
     """
     half = sum(p.numel() for p in model.parameters()) / 2
 
@@ -127,7 +130,7 @@ def _checkpointed(
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     tape = _Tape(norms)
-    # DenseNets append to the list that they pass on.
+    # Copy lists, because a DenseNet appends to the list that it passes on.
     args = tuple(list(a) if isinstance(a, list) else a for a in args)
     return checkpoint(
         forward,

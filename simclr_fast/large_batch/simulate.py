@@ -1,8 +1,8 @@
-"""What a training step needs, found by running it on tensors without data.
+"""Memory and operations of a training step, found by running it on tensors without data.
 
-The step is `LargeBatch`'s own, under torch's FakeTensorMode: operations, shapes, dtypes and
-lifetimes are those of the real one, and nothing is computed. A dispatch mode sees every operation
-and adds up storages alive, FLOPs and bytes moved. On real tensors it measures a real step.
+`LargeBatch` runs the step under torch's FakeTensorMode. Operations, shapes, dtypes and lifetimes
+are those of a real step, but nothing is computed. A dispatch mode sees every operation and adds up
+live storages, FLOPs and bytes moved. With real tensors it measures a real step.
 """
 
 import weakref
@@ -27,20 +27,21 @@ aten = torch.ops.aten
 
 @dataclass
 class Phase:
-    """Part of a step: bytes alive at most, and what its operations do."""
+    """A part of a step: its peak memory in bytes, and its operations."""
 
     peak: float = 0
     flops: float = 0
     seconds: float = 0
     stored: float = 0
-    """Bytes of the block's input that lockstep keeps; in forward phases, but the first block's."""
+    """Bytes of the block's input that lockstep stores. Only in forward phases, except that of the
+    first block."""
 
 
 Phases = dict[tuple[str, int], Phase]
 
 
 class Meter(TorchDispatchMode):
-    """Counts within its context. clock(flops, bytes moved) → seconds of one operation."""
+    """Counts memory and operations. clock(flops, bytes moved) → seconds of one operation."""
 
     def __init__(self, clock: Callable[[float, float], float] = lambda flops, moved: 0.0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -51,7 +52,7 @@ class Meter(TorchDispatchMode):
         self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def hold(self, *tensors: Tensor) -> None:
-        """Count tensors that were made before."""
+        """Count tensors that exist already."""
         for t in tensors:
             storage = t.untyped_storage()
             if storage not in self._known:
@@ -109,7 +110,7 @@ def _norm_sums(
     return *sums, *(parameter.new_empty(shape) for shape in of_parameters)
 
 
-# torch has no shape functions for these operations, which exist on CUDA alone.
+# torch has no shape functions for these operations, which exist only on CUDA.
 _CUDA_NORMS: dict[Any, Callable[..., Any]] = {
     aten.batch_norm_stats.default: _norm_stats,
     aten.batch_norm_gather_stats_with_counts.default: _norm_merged,
@@ -121,9 +122,10 @@ _CUDA_NORMS: dict[Any, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class Step:
-    """What is simulated. make: builds the model. shape: of one view. dtype: of autocast.
+    """A step to simulate.
 
-    cuda: with the batch norm operations that CUDA has of its own; the rest is alike.
+    make: builds the model. shape: the shape of one view. dtype: that of autocast.
+    cuda: use CUDA's batch norm operations; the other operations are the same on all devices.
     """
 
     make: Callable[[], nn.Module]
@@ -142,7 +144,7 @@ class Step:
         *,
         fake: bool = True,
     ) -> Phases:
-        """One step of `rows` views: parameters, gradients, views and activations are counted."""
+        """Run one step of `rows` views. Counts parameters, gradients, views and activations."""
         meter = Meter(self.clock)
         with FakeTensorMode() if fake else nullcontext(), _norms_of_cuda(self.cuda):
             model = self.make().train()
@@ -164,8 +166,8 @@ class Step:
                     meter.phase = ("backward", len(meter.phases))
                     return self.loss(outputs)
 
-                # Two views, as the loader gives them; micro-batches of a whole number each, so that
-                # steps of different `rows` lie on one line.
+                # Two views, as from the loader. With micro-batches one tensor, so that all of them
+                # are full and memory is linear in `rows`.
                 whole = memory in ("lockstep", "grad-cache")
                 step.backward(views if whole else views.chunk(2), loss)
         return meter.phases

@@ -358,7 +358,7 @@ def test_a_file_that_vanished_is_named(tmp_path):
         ({"batch_size": 24}, "at most 23, the number of images, got 24"),
         ({"batch_size": 0}, "got 0"),
         ({"rank": 2, "world_size": 2}, "got 2"),
-        ({"batch_size": 2, "world_size": 3}, "3 ranks"),
+        ({"batch_size": 2, "world_size": 3}, "at least 3, the number of ranks, got 2"),
         ({"on_error": "ignore"}, "ignore"),
         ({"backend": "pil"}, "pil"),
         ({"size": 8}, "contradicts"),

@@ -83,7 +83,7 @@ def test_unusual_files_are_what_pillow_reads(name, decoder, tmp_path):
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_a_floating_tiff_is_named(decoder, tmp_path):
     Image.fromarray(GRAY.astype(np.float32)).save(tmp_path / "float.tif")
-    with pytest.raises(decode.CorruptImageError, match=r"float\.tif: pixels of floating point"):
+    with pytest.raises(decode.CorruptImageError, match=r"float\.tif: floating-point pixels"):
         decoded_by(decoder, open_source(tmp_path))
 
 
