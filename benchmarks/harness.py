@@ -27,8 +27,16 @@ from simclr_fast.utils.device import resolve_device
 from simclr_fast.utils.extras import need
 
 _PACKAGES = (
-    *("numpy", "torchvision", "triton", "nvidia-dali-cuda130", "nvidia-dali-cuda120"),
-    *("lightly", "pytorch-metric-learning", "timm", "kornia", "pillow"),
+    "numpy",
+    "torchvision",
+    "triton",
+    "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120",
+    "lightly",
+    "pytorch-metric-learning",
+    "timm",
+    "kornia",
+    "pillow",
 )
 
 

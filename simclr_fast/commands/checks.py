@@ -51,8 +51,14 @@ class Measured(NamedTuple):
 Check = Callable[[torch.device], str | Measured]
 
 _PACKAGES = (
-    *("numpy", "torchvision", "triton", "nvidia-dali-cuda130", "nvidia-dali-cuda120"),
-    *("lightly", "timm", "pillow"),
+    "numpy",
+    "torchvision",
+    "triton",
+    "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120",
+    "lightly",
+    "timm",
+    "pillow",
 )
 _TEMPERATURE = 0.1
 # Numbers of pairs and features that are not multiples of any tile size.

@@ -1,14 +1,14 @@
 """Batch normalisation over micro-batches and ranks, on any device and backend.
 
-Moments of parts are merged by the exact formula of Chan, Golub and LeVeque (1979): with n_i values,
-mean_i and M2_i = Σ (x - mean_i)² in part i, mean = Σ n_i·mean_i / Σ n_i and
-M2 = Σ (M2_i + n_i (mean_i - mean)²). Each direction costs one collective: the forward gathers the
-moments, the backward sums Σdy and Σdy·x̂. Parts may hold different numbers of rows, also none.
+Moments of parts are merged by the exact formula of Chan, Golub and LeVeque (1979). If part i has
+n_i values, mean_i and M2_i = Σ (x - mean_i)², then mean = Σ n_i·mean_i / Σ n_i and
+M2 = Σ (M2_i + n_i (mean_i - mean)²). There is one collective in each direction: the forward gathers
+the moments, the backward sums Σdy and Σdy·x̂. Parts may have different numbers of rows, also none.
 
-On the GPU the passes over x are the operations that CUDA has for torch's SyncBatchNorm. With ranks
-a layer launches four kernels forward and three backward; a single part needs one less of each.
-SyncBatchNorm itself refuses CPU tensors, waits for the GPU in every layer, and indexes a layer's
-whole channels_last input with 32 bits.
+On the GPU the passes over x are those operations that CUDA has for torch's SyncBatchNorm. With
+ranks a layer launches four kernels in the forward and three in the backward, and one less of each
+if there is a single part. SyncBatchNorm itself refuses CPU tensors, waits for the GPU in every
+layer, and indexes the whole channels_last input of a layer with 32 bits.
 """
 
 from collections import Counter
@@ -27,8 +27,11 @@ _KEPT_COUNTS = 256
 
 
 class Moments(NamedTuple):
-    """Of some rows. mean: [C]. spread: [C], (variance + eps)^-½ on CUDA, else M2 = Σ (x - mean)².
-    n: values per channel. CUDA's are float32 or wider, the others as wide as the device can."""
+    """The moments of some rows.
+
+    mean: [C]. spread: [C], (variance + eps)^-½ on CUDA, else M2 = Σ (x - mean)². n: values per
+    channel. On CUDA they are float32 or wider, elsewhere in the widest dtype of the device.
+    """
 
     mean: Tensor
     spread: Tensor
@@ -36,8 +39,11 @@ class Moments(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Of the whole batch. mean, inverse = (variance + eps)^-½: [C], float32 or wider. n: values per
-    channel; not known to a rank without rows."""
+    """The statistics of the whole batch.
+
+    mean, inverse = (variance + eps)^-½: [C], float32 or wider. n: values per channel; a rank
+    without rows does not know it.
+    """
 
     mean: Tensor
     inverse: Tensor
@@ -46,15 +52,15 @@ class Statistics(NamedTuple):
 
     @property
     def variance(self) -> Tensor:
-        """Biased."""
+        """The biased variance."""
         return self.inverse.pow(-2) - self.eps
 
 
 class WholeBatch:
-    """The ranks whose rows form one batch. `rows`: of every rank, in rank order.
+    """The ranks whose rows form one batch. `rows`: the rows of every rank, in rank order.
 
-    Numbers of values are known on the host, so no layer waits for the GPU to tell them. There they
-    lie in small tensors, which are made once.
+    The host knows the numbers of values, so no layer waits for the GPU. The GPU gets them in small
+    tensors, which are cached.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -66,9 +72,10 @@ class WholeBatch:
         self._seen: Counter[Tensor] = Counter()
 
     def total(self, own: int) -> int:
-        """Values per channel of all ranks, given this rank's; 0 for a rank without any.
+        """Values per channel of all ranks, given those of this rank; 0 for a rank without rows.
 
-        Every row has as many. ValueError where the numbers contradict that.
+        Raises:
+            ValueError: rows cannot all have the same number of values.
         """
         if self.group is None or not own:
             return own
@@ -81,7 +88,7 @@ class WholeBatch:
         return own * sum(self.rows) // rows
 
     def counts(self, values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """`values` on the device."""
+        """`values` as a tensor on the device, cached."""
         key = (tuple(values), dtype, device)
         if key not in self._counts:
             if len(self._counts) >= _KEPT_COUNTS:
@@ -90,19 +97,19 @@ class WholeBatch:
                 made = torch.full((len(values),), values[0], dtype=dtype, device=device)
             else:
                 made = torch.tensor(values, dtype=dtype)
-                # From pinned memory the copy waits for nothing.
+                # From pinned memory the copy does not block the host.
                 made = made.pin_memory() if device.type == "cuda" else made
                 made = made.to(device, non_blocking=True)
             self._counts[key] = made
         return self._counts[key]
 
     def saw(self, norm: Any) -> None:
-        """`norm` has normalised one more batch."""
+        """Count a batch for `norm`; `finish_forward` updates its counter."""
         self._seen[norm.num_batches_tracked] += 1
 
     @torch.no_grad()
     def finish_forward(self) -> None:
-        """Tell the batch norms' counters how many batches they saw."""
+        """Add the counted batches to num_batches_tracked of the batch norms."""
         by_device: dict[torch.device, dict[Tensor, int]] = {}
         for counter, times in self._seen.items():
             by_device.setdefault(counter.device, {})[counter] = times
@@ -112,12 +119,12 @@ class WholeBatch:
 
 
 def on_cuda(x: Tensor) -> bool:
-    """Whether `x` goes through CUDA's own batch norm operations."""
+    """Whether `x` is processed by CUDA's batch norm operations."""
     return x.is_cuda
 
 
 def moments(x: Tensor, eps: float) -> list[Moments]:
-    """Moments of x [N, C, ...] in one pass; several where CUDA's kernels need several parts."""
+    """The moments of x [N, C, ...]; several if CUDA's kernels need x in several parts."""
     n = x.numel() // x.size(1)
     if on_cuda(x):
         if not n:
@@ -130,11 +137,11 @@ def moments(x: Tensor, eps: float) -> list[Moments]:
         zeros = x.new_zeros(2, x.size(1), dtype=widest)
         return [Moments(zeros[0], zeros[1], 0)]
     if widest is not torch.float64:
-        # Such devices have no batch_norm_update_stats either.
+        # Devices without float64 also lack batch_norm_update_stats.
         own_axes = [0, *range(2, x.dim())]
         variance, mean = torch.var_mean(x.to(widest), own_axes, correction=0)
         return [Moments(mean, variance * n, n)]
-    # With momentum 0 these stay zeros; their dtype is that of the result.
+    # With momentum 0 these stay zero. Their dtype determines that of the result.
     unused = x.new_zeros(2, x.size(1), dtype=_wide(x))
     mean, variance = torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0)
     return [Moments(mean.double(), variance.double() * n, n)]
@@ -144,9 +151,9 @@ def moments(x: Tensor, eps: float) -> list[Moments]:
 def global_statistics(
     x: Tensor, parts: Sequence[Moments], norm: Any, batch: WholeBatch
 ) -> Statistics:
-    """Merge this rank's `moments` with those of the other ranks, and move the norm's buffers.
+    """Merge the moments of all parts and ranks, and update the norm's running statistics.
 
-    One gather; none without ranks. x: any of the inputs, for its dtype and device.
+    One gather if there are several ranks. x: any of the inputs, for its dtype and device.
     """
     n, dtype = sum(part.n for part in parts), _wide(x)
     if not on_cuda(x):
@@ -162,13 +169,13 @@ def global_statistics(
             mean, inverse = _merged(means, inverses, counts, norm.eps)
             counts = batch.counts([n], dtype, x.device)
         table = _gathered(torch.cat([mean, inverse, counts]), batch.group)
-        # A rank without rows has nothing to tell.
+        # Leave out ranks without rows.
         if 0 in batch.rows and any(batch.rows):
             table = torch.cat([table[r : r + 1] for r, rows in enumerate(batch.rows) if rows])
         means, inverses = table[:, :-1].unflatten(1, (2, -1)).unbind(1)
         counts, n = table[:, -1], batch.total(n)
     if not 2 <= n <= _INT32_MAX:
-        # CUDA's kernel counts with 32 bits and divides by n - 1. Without rows n is not known.
+        # CUDA's kernel counts in 32 bits and divides by n - 1. A rank without rows does not know n.
         squares = (inverses.double() ** -2 - norm.eps).clamp_min(0) * counts.double()[:, None]
         rows = torch.cat([means.double(), squares, counts.double()[:, None]], 1)
         return _from_row(merge(rows.unbind()), n, dtype, norm, batch)
@@ -185,7 +192,7 @@ def global_statistics(
 
 
 def merge(rows: Sequence[Tensor]) -> Tensor:
-    """(mean, M2, n) of all parts together: [2C + 1], from those of each."""
+    """Merge (mean, M2, n) of parts, [2C + 1] each, into those of all values."""
     if len(rows) == 1:
         return rows[0]
     table = torch.stack(list(rows))  # [parts, 2C + 1]
@@ -197,7 +204,7 @@ def merge(rows: Sequence[Tensor]) -> Tensor:
 
 
 def normalize(x: Tensor, s: Statistics, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """γ (x - mean)·inverse + β in x's dtype; one pass."""
+    """γ (x - mean)·inverse + β in x's dtype, in one pass."""
     if on_cuda(x) and x.numel():
         weight, bias = _as(weight, s), _as(bias, s)
         return torch.batch_norm_elemt(x, weight, bias, s.mean, s.inverse, s.eps)
@@ -207,13 +214,16 @@ def normalize(x: Tensor, s: Statistics, weight: Tensor | None, bias: Tensor | No
 def normalize_composed(
     x: Tensor, s: Statistics, weight: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """`normalize` by an operation that torch.compile can fuse with others."""
+    """`normalize`, written with an operation that torch.compile can fuse with others."""
     return F.batch_norm(x, s.mean, s.variance, _as(weight, s), _as(bias, s), False, 0.0, s.eps)
 
 
 class Sums(NamedTuple):
-    """Over some rows. whole: [2, C], to be summed over the ranks: Σdy, and Σdy·(x - mean) on CUDA,
-    else Σdy·x̂. weight, bias: gradients of γ and β, or None without γ; in memory of their own."""
+    """Sums over some rows.
+
+    whole: [2, C], to be summed over the ranks: Σdy, and Σdy·(x - mean) on CUDA, else Σdy·x̂.
+    weight, bias: the gradients of γ and β, None without γ. They share no memory with `whole`.
+    """
 
     whole: Tensor
     weight: Tensor | None
@@ -223,13 +233,13 @@ class Sums(NamedTuple):
 def gradient_sums(
     pairs: Sequence[tuple[Tensor, Tensor]], s: Statistics, weight: Tensor | None
 ) -> Sums:
-    """Sums over all (dy, x); one pass over each."""
+    """The sums over all pairs (dy, x), in one pass over each."""
     pairs = [(dy, x) for dy, x in pairs if x.numel()]
     if pairs and on_cuda(pairs[0][1]):
         return _cuda_sums(pairs, s, weight)
     whole = s.mean.new_zeros(2, len(s.mean))
     for dy, x in pairs:
-        # The gradients of weight and bias, without that of the input, are the sums.
+        # The sums are the gradients of weight and bias; the gradient of the input is not computed.
         _, slope, center = torch.ops.aten.native_batch_norm_backward(
             dy, x, None, None, None, s.mean, s.inverse, True, s.eps, [False, True, True]
         )
@@ -259,7 +269,7 @@ def input_gradient(
 def input_gradient_composed(
     dy: Tensor, x: Tensor, s: Statistics, weight: Tensor | None, sums: Tensor
 ) -> Tensor:
-    """`input_gradient` with Σdy·x̂ in the sums, by operations of any device."""
+    """`input_gradient` from sums with Σdy·x̂, by operations that every device has."""
     weight, wide = _as(weight, s), _wide(x)
     scale = s.inverse if weight is None else s.inverse * weight
     center, slope = -scale * sums / s.n
@@ -272,7 +282,7 @@ def input_gradient_composed(
 def update_running(
     norm: Any, mean: Tensor, variance: Tensor, n: Tensor | int, batch: WholeBatch
 ) -> None:
-    """Move a batch norm's buffers as its own forward would. variance: biased."""
+    """Update a batch norm's running statistics as its forward would. variance: biased."""
     if not _has_buffers(norm):
         return
     momentum = norm.momentum
@@ -287,7 +297,7 @@ def update_running(
 
 
 class NormalizeFunction(torch.autograd.Function):
-    """`normalize` with the gradient of the statistics."""
+    """`normalize`, with a gradient that includes the dependence of the statistics on x."""
 
     @staticmethod
     def forward(
@@ -311,7 +321,7 @@ class NormalizeFunction(torch.autograd.Function):
         if batch.group is not None:
             dist.all_reduce(sums.whole, group=batch.group)
         dx = input_gradient(dy, x, ctx.statistics, weight, sums.whole, batch)
-        # The parameters' gradients are this rank's share: DistributedDataParallel adds them up.
+        # The gradients of γ and β are this rank's part; DistributedDataParallel averages them.
         if weight is None or sums.weight is None or sums.bias is None:
             return dx, None, None, None, None
         return dx, sums.weight.to(weight.dtype), sums.bias.to(weight.dtype), None, None
@@ -332,7 +342,7 @@ def _has_buffers(norm: Any) -> bool:
 def _gathered(row: Tensor, group: dist.ProcessGroup) -> Tensor:
     """`row` [k] of every rank: [ranks, k]."""
     ranks = dist.get_world_size(group)
-    # torch 2.14 renames it.
+    # torch 2.14 renames all_gather_into_tensor.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     table = row.new_empty(ranks * len(row))
     gather(table, row, group=group)
@@ -362,11 +372,11 @@ def _table(
 def _merged(
     means: Tensor, inverses: Tensor, counts: Tensor, eps: float, norm: Any = None
 ) -> tuple[Tensor, Tensor]:
-    """(mean, inverse) of all parts by CUDA's kernel, which also moves the buffers of `norm`."""
+    """(mean, inverse) of all parts by CUDA's kernel, which also updates the buffers of `norm`."""
     running_mean, running_var, momentum = None, None, 0.0
     if norm is not None:
         running_mean, running_var, momentum = norm.running_mean, norm.running_var, norm.momentum
-    # The first argument gives the dtype.
+    # The first argument only determines the dtype.
     mean, inverse = torch.batch_norm_gather_stats_with_counts(
         means, means, inverses, running_mean, running_var, momentum, eps, counts
     )
@@ -377,7 +387,7 @@ def _cuda_sums(
     pairs: Sequence[tuple[Tensor, Tensor]], s: Statistics, weight: Tensor | None
 ) -> Sums:
     parts = [part for dy, x in pairs for part in _dense_parts(dy, x)]
-    # Of a single part the kernel makes the parameters' gradients too.
+    # For a single part the kernel also makes the gradients of γ and β.
     both = weight is not None and len(parts) == 1
     found = [
         torch.batch_norm_backward_reduce(dy, x, s.mean, s.inverse, weight, True, both, both)
@@ -394,13 +404,13 @@ def _cuda_sums(
 
 
 def _in_32_bits(n: int) -> list[int]:
-    """Numbers that add up to n, as many as 32 bits need: the kernel adds them with 64."""
+    """Split n into 32-bit numbers. The kernel adds them in 64 bits."""
     parts = -(-n // _INT32_MAX)
     return [n // parts + (i < n % parts) for i in range(parts)]
 
 
 def _parts(x: Tensor) -> Sequence[Tensor]:
-    """Runs of rows that 32-bit indices can address, each dense."""
+    """Split x by rows into dense parts that 32-bit indices can address."""
     rows = max(1, _INT32_MAX // max(1, x[0].numel()))
     if not x.is_contiguous(memory_format=_layout(x)):
         x = x.contiguous()
@@ -408,7 +418,7 @@ def _parts(x: Tensor) -> Sequence[Tensor]:
 
 
 def _dense_parts(dy: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """`_parts` of both, in the layout of x."""
+    """`_parts` of dy and x, both in the layout of x."""
     dy = dy.contiguous(memory_format=_layout(x))
     return list(zip(_parts(dy), _parts(x), strict=True))
 

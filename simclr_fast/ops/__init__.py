@@ -1,6 +1,6 @@
 """The torch.library ops, one module each: schema, choice of the kernel, shapes, gradient.
 
-What an op does in plain torch is in the module beside it whose name ends in `_plain`.
+The plain-torch path of an op is in the module with the same name and `_plain` at the end.
 """
 
 from simclr_fast.ops import augment, lars, nt_xent, sup_con

@@ -1,6 +1,6 @@
-"""The op of one LARS step, in place. The schema and kernels are in csrc/lars_cpu.cpp and beside it.
+"""The op of one LARS step, in place. Schema and CPU kernel are in csrc/lars_cpu.cpp.
 
-Devices without a kernel take optim/lars_torch.py.
+On devices without a kernel, optim/lars_torch.py does the step.
 """
 
 from enum import IntFlag

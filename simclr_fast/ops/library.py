@@ -28,8 +28,8 @@ def _load_extension() -> Any:
     """simclr_fast._C, which registers its kernels when it is imported.
 
     Raises:
-        ImportError: it is not there, cannot be loaded, or was built from another version's sources.
-            Its other kernels would then run, and the missing ones would be slow without a word.
+        ImportError: it is missing, cannot be loaded, or was built from another version's sources.
+            With such an extension some ops would silently be slow.
     """
     extension = import_module("simclr_fast._C")
     for op in NATIVE_OPS:
@@ -53,7 +53,7 @@ _LIBRARY = torch.library.Library("simclr_fast", "FRAGMENT")
 # Devices on which torch cannot make a float64 tensor.
 _WITHOUT_FLOAT64 = {"mps"}
 
-# Below it tl.dot becomes scalar multiply-adds, and Triton itself promises nothing.
+# On older GPUs tl.dot becomes scalar multiply-adds, and Triton does not support them.
 TRITON_CAPABILITY = (8, 0)
 
 
@@ -73,9 +73,9 @@ def define_op(
 ) -> Any:
     """Register an op of torch.ops.simclr_fast and return it.
 
-    kernel: computes on every device for which the extension has registered no kernel of its own.
-    shapes: makes the outputs without values, from arguments of which only metadata is read.
-    autograd: called instead, on every device, when gradients may be wanted.
+    kernel: computes on every device for which the extension has registered no kernel.
+    shapes: makes outputs without values; reads only the metadata of its arguments.
+    autograd: called instead of `kernel`, on every device, if gradients may be needed.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
@@ -87,7 +87,7 @@ def define_op(
 
 
 def refuse_gradient_of(name: str) -> None:
-    """Make a gradient through this op, which computes a gradient itself, an error."""
+    """Raise an error if a gradient goes through this op, which itself computes a gradient."""
     torch.library.register_autograd(
         f"simclr_fast::{name}",
         _no_double_backward,
@@ -98,8 +98,8 @@ def refuse_gradient_of(name: str) -> None:
 
 def _no_double_backward(ctx: Any, *_: Any) -> NoReturn:
     raise NotImplementedError(
-        "the contrastive losses have no double backward (create_graph=True); those of "
-        "simclr_fast.reference are plain torch and have one"
+        "the contrastive losses have no double backward (create_graph=True); the plain-torch "
+        "losses of simclr_fast.reference have one"
     )
 
 
@@ -124,12 +124,12 @@ def implementation_for(
     *,
     on_cuda: Implementation = Implementation.TRITON,
 ) -> Implementation:
-    """What computes on tensors of this device and dtype. This is the only rule: every op asks it.
+    """The implementation that runs for this device and dtype. All ops use this rule.
 
-    Plain torch serves every device and dtype that has no kernel. Each reason for that is given in
-    one RuntimeWarning per process.
+    Plain torch runs for every device and dtype without a kernel. A RuntimeWarning gives the reason,
+    once per process and reason.
 
-    on_cuda: which of the two kinds of GPU kernels the op has, TRITON or CUDA.
+    on_cuda: the kind of GPU kernels that the op has, TRITON or CUDA.
     """
     reason = why_plain(device, dtype, on_cuda=on_cuda)
     if reason is not None:
@@ -145,7 +145,7 @@ def why_plain(
     *,
     on_cuda: Implementation = Implementation.TRITON,
 ) -> str | None:
-    """Why plain torch runs there and what can be done about it; None where a kernel runs."""
+    """Why plain torch runs for this device and dtype, and what to do; None if a kernel runs."""
     if device.type == "meta":
         return "tensors of the meta device hold no values."
     if device.type == "cpu":
@@ -171,9 +171,9 @@ def _extension_missing() -> str | None:
 
 
 def _capability(device: torch.device) -> tuple[int, int] | None:
-    """Compute capability of a GPU; None for a fake tensor's device where CUDA was never started.
+    """Compute capability of a GPU; None for the device of a fake tensor if CUDA is not initialised.
 
-    A real CUDA tensor means that CUDA is initialised. Asking before that would initialise it.
+    If there is a real CUDA tensor, CUDA is initialised. For a fake one, asking must not do it.
     """
     if not torch.cuda.is_initialized():
         return None
@@ -194,7 +194,10 @@ def _no_triton_code(capability: tuple[int, int] | None) -> str | None:
 
 @cache
 def _triton_unusable(initialized: bool) -> str | None:
-    """Tried once before and once after CUDA is initialised: Triton's driver needs a GPU."""
+    """Why Triton cannot be used; None if it can.
+
+    Cached separately for before and after CUDA's initialisation, as Triton's driver needs a GPU.
+    """
     try:
         driver = import_module("triton.runtime").driver
         if initialized:

@@ -29,7 +29,7 @@ NONE, MEAN, SUM = 0, 1, 2
 
 
 class LossOutput(NamedTuple):
-    """What the op `loss` returns."""
+    """The results of the op `loss`."""
 
     loss: Tensor  # [R], view 1's rows first, or [] reduced
     row_loss: Tensor  # [R]
@@ -37,11 +37,11 @@ class LossOutput(NamedTuple):
     stats: Tensor  # [R, 4], or [0, 4] without statistics
     u: Tensor  # [R, Dp]
     inv_norm: Tensor  # [R]
-    kept: Tensor  # what the forward pass leaves for the backward pass to save work, or [0]
+    kept: Tensor  # intermediate values that save work in the backward pass, or [0]
 
 
 class _Saved(NamedTuple):
-    """What the backward pass needs of the forward pass."""
+    """Tensors that the backward pass needs."""
 
     u: Tensor
     lse: Tensor
@@ -58,7 +58,7 @@ def on_triton(tensor: Tensor) -> bool:
 
 
 def _kernels(tensor: Tensor) -> Any:
-    """The module whose normalize, forward and backward compute on this tensor."""
+    """The module with the normalize, forward and backward for this tensor."""
     return import_module("simclr_fast.kernels.nt_xent") if on_triton(tensor) else nt_xent_plain
 
 
@@ -222,7 +222,7 @@ def _mean_stats_shapes(
 
 
 def kept_size(num_rows: int, dim: int) -> int:
-    """Values that the CPU keeps for the backward pass, as in csrc/nt_xent.h."""
+    """The number of values that the CPU keeps for the backward pass, as in csrc/nt_xent.h."""
     if num_rows > 4 * dim:
         return 0
     block = min(num_rows // 10 + 49, 192)
@@ -230,14 +230,14 @@ def kept_size(num_rows: int, dim: int) -> int:
 
 
 def padded_dim(dim: int) -> int:
-    """Columns of û for the Triton kernels: what 16-byte copies and whole tiles need."""
+    """Columns of u for the Triton kernels, padded for 16-byte copies and whole tiles."""
     if dim > 64:
         return (dim + 63) // 64 * 64
     return next(padded for padded in (16, 32, 64) if dim <= padded)
 
 
 class _NTXent(torch.autograd.Function):
-    """What torch.library.register_autograd would make of the op, at half the cost of a call."""
+    """The op with its gradient. torch.library.register_autograd would double the cost of a call."""
 
     @staticmethod
     def forward(

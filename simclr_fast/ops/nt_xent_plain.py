@@ -4,9 +4,9 @@ They serve the devices and dtypes without a kernel. Arguments, results and the o
 those of the kernels (see nt_xent.py): row 2k is view 1 of pair k and row 2k+1 its view 2, so the
 positive of row i is row i ^ 1.
 
-What would lose digits is computed in the widest dtype of the device: float64, except where there
-is none (`widest_float`). There the denominators are rounded to float32, which moves gradients by
-about 6e-8 / temperature, relative.
+Steps that would lose digits are computed in the widest dtype of the device (`widest_float`). On
+devices without float64 the denominators are rounded to float32, which changes gradients by about
+6e-8 / temperature, relatively.
 """
 
 import math
@@ -28,12 +28,12 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """In float64, or in float32 on a device without float64."""
+    """`tensor` in float64, or in float32 on a device without float64."""
     return tensor.to(widest_float(tensor.device))
 
 
 def interleave(z1: Tensor, z2: Tensor | None) -> Tensor:
-    """[N, D] twice, or [2N, D] with view 1 first -> [2N, D] with the rows of a pair adjacent."""
+    """Two [N, D], or one [2N, D] with view 1 first → [2N, D] with the rows of a pair adjacent."""
     pairs = z1.unflatten(0, (2, -1)) if z2 is None else torch.stack((z1, z2))
     return pairs.transpose(0, 1).flatten(0, 1)
 
@@ -78,14 +78,14 @@ def forward(
         i = columns[start : min(start + BLOCK_ROWS, row_offset + num_rows)]
         # In bits, as in the backward pass: x must be the same number in both.
         x = matmul(u_all[i], u_all.T)
-        # Compared with its negatives as it was multiplied with them: equal rows must tie.
+        # From the same product as the negatives, so that equal rows tie.
         compared = x.gather(1, (i ^ 1)[:, None])[:, 0] * LN2
         x[columns[None, :] // 2 == i[:, None] // 2] = -math.inf
         positive = (wide(u_all[i]) * wide(u_all[i ^ 1])).sum(1) * LN2
         highest = x.amax(1).clamp_min(-LARGEST_LOGIT)
         sums = (x - highest[:, None]).exp2().sum(1)
         negatives = wide(highest) * LN2 + wide(sums).log()
-        # log(pos + neg) - log(pos) without the cancellation of that difference.
+        # This is log(pos + neg) - log(pos), without cancellation.
         loss = negatives - positive
         if not decoupled:
             loss = torch.logaddexp(torch.zeros_like(loss), loss)
@@ -114,9 +114,10 @@ def backward(
     row_offset: int,
     decoupled: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of sum(grad · loss): local rows of z, [R, D] view-major, and temperature.
+    """Gradients of sum(grad · loss): of this rank's rows of z, [R, D] view 1 first, and of
+    temperature.
 
-    grad: [M], or [] for all rows; mean: divided by M.
+    grad: [M], or [] for all rows; with `mean` it is divided by M.
     """
     num_rows = inv_norm.numel()
     grad_all = (grad / u_all.size(0) if mean else grad).expand(u_all.size(0))

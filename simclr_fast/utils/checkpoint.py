@@ -38,8 +38,8 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     _remove_abandoned(path.parent)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", suffix=_PART, dir=path.parent)
     temporary = Path(name)
-    held = lock(handle)
-    if not held:
+    is_locked = lock(handle)
+    if not is_locked:
         # Windows cannot rename an open file.
         os.close(handle)
     try:
@@ -53,7 +53,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         raise OSError(f"could not write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
-        if held:
+        if is_locked:
             os.close(handle)
     if hasattr(os, "O_DIRECTORY"):  # not on Windows
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)

@@ -36,13 +36,31 @@ _PACKAGE = str(Path(__file__).parents[2] / "simclr_fast") + "/"
 
 # Operations whose kernels copy a size or a flag to the host.
 _WAITING = {
-    *("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal"),
-    *("bincount", "repeat_interleave", "_linalg_eigh", "_linalg_check_errors", "histc"),
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "equal",
+    "bincount",
+    "repeat_interleave",
+    "_linalg_eigh",
+    "_linalg_check_errors",
+    "histc",
 }
 # They launch nothing.
 _FREE = {
-    *("detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
-    *("_local_scalar_dense", "lift_fresh", "set_", "_unsafe_view", "_reshape_alias"),
+    "detach",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "_local_scalar_dense",
+    "lift_fresh",
+    "set_",
+    "_unsafe_view",
+    "_reshape_alias",
 }
 
 
