@@ -1,7 +1,7 @@
 """Epochs of two views from JPEG files on one device: what `bench augment --device cuda` times.
 
-A call is an epoch of a few batches. It begins and ends with empty queues, so that nobody's reading
-ahead runs in another's time.
+A call is an epoch of a few batches. It begins and ends with empty queues. So no contender
+prefetches while another is timed.
 """
 
 import tempfile
@@ -51,7 +51,7 @@ def dali_epoch(
     pipe.build()
 
     def epoch() -> Iterator[list[Tensor]]:
-        # What pipe.run() does, but for the reading ahead beyond the epoch's end.
+        # Like pipe.run(), but without prefetching beyond the end of the epoch.
         for _ in range(min(_READ_AHEAD, batches)):
             pipe.schedule_run()
         for number in range(batches):
@@ -146,7 +146,7 @@ CASES = {
 
 
 def tables(options: Options, batch: int = 64) -> Iterator[Table]:
-    """Milliseconds per source image, all of an epoch's time."""
+    """Milliseconds per source image: the time of an epoch divided by its images."""
     batch = batch // 4 if options.quick else batch
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,4 +1,4 @@
-"""Predicted: bytes and microseconds of the views on a GPU, and the decodes that feed it.
+"""Predict the bytes and microseconds of the views on a GPU, and the decoding rate that it needs.
 
     python -m benchmarks.augment_gpu_model
 

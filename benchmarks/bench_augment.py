@@ -2,16 +2,17 @@
 
     python -m benchmarks.bench_augment [--images 24] [--rounds 9] [--only torchvision_pil] [--flush]
 
-One thread each, in one process, interleaved; CPU time per source image (process_time counts
-DALI's threads as well), with wall time beside it. The JPEGs are
-cut from scikit-learn's two photographs. A peer that is not installed is left out, and said so.
+All run in one process with one thread each, in turns. The tables show CPU time per source image
+(process_time also counts DALI's threads) and wall time. The JPEGs are cut from scikit-learn's two
+photographs. A note names the peers that are not installed.
 
-With --device cuda: epochs of files, the peers' and ours on the GPU (`augment_epochs.py`).
+With --device cuda, the peers and ours run epochs of files on the GPU (`augment_epochs.py`).
 
-The far corners of torchvision's 23×23 blur kernel are denormal numbers, and on Intel CPUs each
-product with one costs a hundred cycles or more; DALI's blur has some as well, ours hardly any.
-So there are two tables of JPEGs: denormals kept, which is torch's default and what a user's process
-has, and flushed to zero (torch.set_flush_denormal), in the peers' favour.
+The corners of torchvision's 23×23 blur kernel are denormal numbers. On Intel CPUs each product with
+one costs a hundred cycles or more. DALI's blur has some denormals as well, ours hardly any. So
+there are two tables of JPEGs. In the first, denormals are kept, which is torch's default and what
+users have. In the second they are flushed to zero (torch.set_flush_denormal), which favours the
+peers.
 """
 
 import io

@@ -1,13 +1,17 @@
-"""The full global batch on CPU ranks: 8192 views of 32², each mode in processes of its own.
+"""A full batch on CPU ranks: 8192 views of 32² pixels, each memory mode in separate processes.
 
     python -m benchmarks.bench_large_batch [--batch-size 4096] [--ranks 2] [--micro-batch 256]
     python -m benchmarks.bench_large_batch --modes lockstep --compile
 
-A small ResNet (stem with stride 2) and the same weights and views in every mode. Printed: the
-largest peak of a rank's resident memory above what it held before the first step and the median
-seconds of a step after the first, both also as ratios to the first mode's; the seconds of the first
-step, in which compiled modes compile; the loss of each step. lockstep/2 keeps every second block's
-input. grad-cache has micro-batches' own batch statistics, so its loss is another.
+All modes train the same small ResNet (stem with stride 2) on the same views. Printed are:
+
+- the growth of resident memory since before the first step, its peak, of the rank with the most;
+- the median seconds of a step after the first; both also as ratios to the first mode;
+- the seconds of the first step, in which compiled modes compile;
+- the loss of each step.
+
+lockstep/2 stores every second block's input. grad-cache uses the statistics of micro-batches, so
+its loss differs.
 """
 
 import json
@@ -107,7 +111,7 @@ def one(mode: str, given: "CommandLine") -> dict:
 
 
 def resident(field: str = "VmRSS") -> int:
-    """Bytes of this process in memory now, or (VmHWM) at most since the last reset."""
+    """Resident bytes of this process now, or with "VmHWM" the peak since the last reset."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 

@@ -1,15 +1,15 @@
-"""Milliseconds per LARS step beside the optimizers that people use for it.
+"""Milliseconds per step of our LARS and of other LARS optimizers.
 
     python -m benchmarks.bench_lars [--models resnet50 vit_b_16 small overhead] [--busy 2]
 
 All optimizers run in one process and take one step each in turn, on the same parameters and
-gradients. Two floors take their turn too: reading weights and gradients once, and moving the five
-arrays that any SGD with momentum must move.
+gradients. Two lower bounds are timed in the same turns: reading weights and gradients once, and
+moving the five arrays that any SGD with momentum must move.
 
-`overhead` is ResNet-50 with one element per tensor, so it shows the cost of a call. "cold" takes
-turns as above, so the others' data fill the caches. "warm" repeats one optimizer's steps, with new
-gradient tensors each time, as a backward pass makes them. --busy starts that many processes that
-compute at the same time.
+`overhead` is ResNet-50 with one element per tensor, so it shows the cost of a call. "cold" means
+taking turns, so that data of the others fill the caches. "warm" repeats the steps of one optimizer,
+with new gradient tensors each time, as a backward pass makes them. --busy starts that many
+processes that compute at the same time.
 """
 
 import contextlib

@@ -41,7 +41,7 @@ def losses(n: int, notes: list[str] | None = None) -> dict[str, Callable]:
 
 
 def relatives(n: int) -> dict[str, Callable]:
-    """Our other losses beside their textbook formulas, on the same 2N rows."""
+    """Compare our other losses with their textbook formulas, on the same 2N rows."""
     labels, images = torch.arange(2 * n) % CLASSES, torch.arange(n // 2).repeat(4)
     by_class = f"supervised, {CLASSES} classes"
     return {
@@ -84,7 +84,7 @@ def _resident(key: str) -> float:
 
 
 def print_memory(name: str, n: int, d: int) -> None:
-    """Prints the peak MB of forward+backward above what was resident before, of this process."""
+    """Print by how many MB forward+backward raise the peak of this process's resident memory."""
     loss, z = (losses(n) | relatives(n))[name], views(n, d)
     forward_backward(loss, *z)  # compiles, loads libraries
     ctypes.CDLL(None).malloc_trim(0)

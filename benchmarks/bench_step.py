@@ -6,10 +6,11 @@ The encoder (a narrow ResNet), projector, batch, images and number of threads ar
 peers are loops as their users write them. The lightly-style loop has lightly's transform in a
 DataLoader, its loss and its LARS. The solo-learn-style loop has its DALI pipeline and the formulas
 of its loss and its LARS. In each round every contender runs one epoch of a few steps, in turn.
-Queues are empty at the start and at the end of an epoch, so nobody prefetches in another's time.
+Queues are empty at the start and at the end of an epoch, so that no contender prefetches while
+another is timed.
 The images are JPEG files cut from scikit-learn's photographs.
 
-Every loop must spend at least the floors: forward and backward of the encoder on a batch in memory,
+No loop can be faster than the floors: forward and backward of the encoder on a batch in memory,
 once in our memory format (channels last) and once in the peers' (contiguous, view by view).
 """
 
@@ -46,12 +47,12 @@ _FILE_SIDE = {32: 32, 64: 96}
 
 
 def _p_blur(size: int) -> float:
-    """No blur at 32 pixels: the paper and the peers leave it out on CIFAR."""
+    """The blur's probability: 0 at 32 pixels, as in the paper's and the peers' CIFAR recipes."""
     return 0.5 if size > 32 else 0.0
 
 
 def model(name: str) -> SimCLR:
-    """A ResNet of a quarter of the channels and the demo's stem; resnet10 is the demo's encoder."""
+    """A ResNet of a quarter of the width with the demo's stem; resnet10 is the demo's encoder."""
     torch.manual_seed(0)
     encoder, dim = build_encoder(name, width=0.25, image_size=32, stem="cifar-stride2")
     return SimCLR(encoder, build_projector("nonlinear", dim, 128))
@@ -301,13 +302,13 @@ def repeat(step: Callable[[], object], times: int) -> None:
 
 
 def parts(epochs: list[dict[str, float]]) -> dict[str, float]:
-    """Each part's share of the time of all epochs."""
+    """The share of each part in the time of all epochs."""
     whole = sum(sum(epoch.values()) for epoch in epochs)
     return {part: sum(epoch[part] for epoch in epochs) / whole for part in PARTS}
 
 
 def flops_per_view(case: Case) -> int:
-    """Of the model's forward and backward for one view, without recomputation and loss."""
+    """FLOPs of the model's forward and backward for one view, without recomputation and loss."""
     net: nn.Module = model(case.model)
     with FlopCounterMode(display=False) as counter:
         net(torch.randn(2, 3, case.size, case.size))[1].sum().backward()
@@ -315,7 +316,7 @@ def flops_per_view(case: Case) -> int:
 
 
 def hardware_flops(loop: Loop) -> int:
-    """Of everything that a step of this loop computes, recomputation and the loss included.
+    """FLOPs of all that a step of this loop computes, recomputation and the loss included.
 
     Convolutions and matrix products count, and the products inside our loss's kernels: the forward
     forms half of the 2N × 2N logits; the backward needs 1.5 products of that size, or one where

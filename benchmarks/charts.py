@@ -5,7 +5,7 @@
     python -m benchmarks.charts                                             draw
 
 speed.png shows our time and those of other libraries for each subject of `simclr-fast bench`;
-memory.png shows what a batch needs per GPU in each memory mode of `simclr-fast plan`, a prediction.
+memory.png shows the predicted memory of a batch per GPU in each memory mode of `simclr-fast plan`.
 """
 
 import json
@@ -80,7 +80,7 @@ def memory(plan: Path, path: Path) -> None:
     rows: dict[str, dict[str, Any]] = {}
     for row in found["rows"]:
         name = row["memory"] + (f", keep every {k}" if (k := row["keep_every"]) > 1 else "")
-        # Of several micro-batches the first, which is the fastest; offload is another chart.
+        # Show the first micro-batch size, which is the fastest, and no offload.
         if "device_bytes" in row and not row["offload_bytes"]:
             rows.setdefault(name if row["exact_gradient"] else f"{name} (another gradient)", row)
     figure = Figure(figsize=(8, 0.5 * len(rows) + 1.7), layout="constrained")

@@ -1,4 +1,4 @@
-"""Fused multiply-adds per second of this CPU when all operands stay in registers: its peak.
+"""The peak of this CPU: fused multiply-adds per second with all operands in registers.
 
 Compiles a few lines of C with the system's compiler, for the widest vectors of this machine.
 """

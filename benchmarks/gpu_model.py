@@ -1,4 +1,4 @@
-"""Predicted times of the NT-Xent kernels, read off their machine code; nothing here ran on a GPU.
+"""Predict the times of the NT-Xent kernels from their machine code. Nothing here ran on a GPU.
 
     python -m benchmarks.gpu_model [--arch 90] [--rows 8192] [--dim 128]
 
@@ -100,7 +100,7 @@ def work_of(kernel: str, made: Plan, rows: int, dim: int) -> Work:
 
 
 def gemm_units(kernel: str, made: Plan, rows: int, dim: int) -> float:
-    """Multiply-adds in units of the product of û and its transpose, M² D."""
+    """Multiply-adds, in units of the product of u and its transpose (M² D)."""
     return work_of(kernel, made, rows, dim).flop / (2 * rows * rows * dim)
 
 

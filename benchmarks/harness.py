@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved timing, tables, the machine they were taken on."""
+"""Shared by all benchmarks: interleaved timing, tables, a description of the machine."""
 
 import contextlib
 import ctypes
@@ -45,7 +45,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Options:
-    """How a benchmark runs. device: cpu or cuda; threads: torch's; rounds: calls of each step."""
+    """How a benchmark runs. threads: those of torch. rounds: the calls of each step."""
 
     device: torch.device
     threads: int
@@ -72,7 +72,7 @@ class CommandLine:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
     def options(self) -> Options:
-        """The same, checked and without None; sets torch's number of threads."""
+        """Check the options and replace None; also set torch's number of threads."""
         device = resolve_device(self.device or "auto")
         if device.type == "mps":
             raise ValueError(f"device must be cpu or cuda, got {device}")
@@ -88,12 +88,12 @@ def parse(kind: type[T], module: str, about: str | None) -> T:
 
 @dataclass
 class Table:
-    """Contenders side by side.
+    """A table that compares contenders.
 
-    times: column → contender → milliseconds of each round, the rounds of one column interleaved;
-        empty where `base` could not be timed, for a reason among the notes.
-    facts: column → contender → text, beside the times. base: the contender that ratios refer to.
-    floors: contenders that are no peers but bounds of the machine.
+    times: column → contender → milliseconds of each round. The rounds of a column are interleaved.
+        Empty if `base` could not be timed; the notes say why.
+    facts: column → contender → text, for further columns. base: the contender that ratios refer to.
+    floors: contenders that are lower bounds instead of peers.
     """
 
     title: str
@@ -186,9 +186,9 @@ def _cuda_milliseconds(step: Callable[[], object], _: Callable[[], float]) -> fl
 
 
 def peak_memory(step: Callable[[], object], device: torch.device) -> float | None:
-    """MB that `step` needs beyond what was there before: resident, on a GPU torch's allocations.
+    """MB by which `step` raises the peak of resident memory; on a GPU, of torch's allocations.
 
-    Call the step once before. None where the operating system cannot say.
+    Call the step once before. None if the operating system cannot tell.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -202,7 +202,7 @@ def peak_memory(step: Callable[[], object], device: torch.device) -> float | Non
     gc.collect()
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-    # Sets the peak back to what is resident now.
+    # Resets the peak to the memory that is resident now.
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
     step()

@@ -26,7 +26,7 @@ def floors(options: Options) -> dict[str, float]:
         return _gpu(options.device)
     elements = _CPU_ELEMENTS // (4 if options.quick else 1)
     found = _copy_and_exp(elements, options.device)
-    # This rate needs a C compiler; without one it is left out.
+    # Left out without a C compiler.
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         found = {"multiply-adds on registers, 1e9/s": multiply_adds(options.threads)} | found
     return found

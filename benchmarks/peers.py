@@ -1,4 +1,4 @@
-"""The losses of other libraries, by the formulas of their sources: to compare values and speed."""
+"""The losses of other libraries, after the formulas in their sources, for comparison."""
 
 import math
 

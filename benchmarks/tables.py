@@ -2,7 +2,7 @@
 
     simclr-fast bench all --out benchmarks/results                  measure
     python -m benchmarks.tables --write README.md docs/benchmarks.md   write what was measured
-    python -m benchmarks.tables                                     print it
+    python -m benchmarks.tables                                     print the tables
 
 In a document, the text between `<!-- results: NAME -->` and `<!-- end of results -->` is replaced.
 NAME is a subject of `simclr-fast bench`; `summary`, one row for each subject; or `predicted`, what
@@ -22,7 +22,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 SUBJECTS = ("loss", "augment", "lars", "step")
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
-# What a contender is called in the tables, where its name in the JSON is that of a function.
+# Names in the tables for contenders whose name in the JSON is that of a function.
 LABELS = {
     "fused": "simclr_fast",
     "small_ours": "simclr_fast",
@@ -49,7 +49,7 @@ SUMMARY = (
     ("lars", "resnet50", "step", "LARS step, ResNet-50"),
     ("step", "32×32", "step", "whole training step, 256 images of 32²"),
 )
-# Ours in another setting, or not the same computation: no alternatives in the summary.
+# Not alternatives in the summary: ours in another setting, or another computation.
 NO_ALTERNATIVES = ("simclr_fast foreach", "SGD fused", "dali_only")
 RESNET50_PARAMETERS = 25_557_032
 
