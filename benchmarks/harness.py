@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,21 +23,7 @@ import simclr_fast
 from simclr_fast import ops
 from simclr_fast.utils.checkpoint import write_atomic
 from simclr_fast.utils.device import resolve_device
-from simclr_fast.utils.extras import need
-
-_PACKAGES = (
-    "numpy",
-    "torchvision",
-    "triton",
-    "nvidia-dali-cuda130",
-    "nvidia-dali-cuda120",
-    "lightly",
-    "pytorch-metric-learning",
-    "timm",
-    "kornia",
-    "pillow",
-)
-
+from simclr_fast.utils.extras import installed_versions, need
 
 T = TypeVar("T")
 
@@ -226,12 +211,6 @@ def memory_column(
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Hardware, versions, commit and command."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     found = {
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["simclr-fast", *sys.argv[1:]]),
@@ -242,7 +221,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "instruction_set": _instruction_set(),
         "load": os.getloadavg()[0],
-        "versions": versions,
+        "versions": installed_versions(),
     }
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)

@@ -1,4 +1,4 @@
-// The jitter's steps and gray on L pixels held in three registers.
+// The steps of the colour jitter, and gray, on L pixels that are in three registers.
 #pragma once
 
 #include <math.h>

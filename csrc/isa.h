@@ -1,7 +1,7 @@
 // Run-time choice of instruction set.
 //
 // A file csrc/<op>_kernel.cpp includes neither torch nor the STL's inline code and is compiled once
-// per instruction set with SIMCLR_ISA = base | avx2 | avx512 (base alone off x86-64: SSE2, NEON).
+// per instruction set: SIMCLR_ISA = base | avx2 | avx512. arm64 has only base, which is NEON there.
 // It wraps everything in `namespace SIMCLR_ISA`. The caller picks one:
 //
 //   SIMCLR_DECLARE_ISAS(void, my_kernel, (const float* x, int64_t n))   // in <op>.h

@@ -1,4 +1,4 @@
-// What the CPU and CUDA bindings of simclr_fast::lars_ share: from argument lists to raw pointers.
+// For the CPU and the CUDA binding of simclr_fast::lars_: turns argument lists into raw pointers.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

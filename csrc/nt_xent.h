@@ -9,7 +9,7 @@
 
 namespace simclr {
 
-// Rows of several classes, in any order and number: the positives of a row are its class's others.
+// Rows of several classes, in any order and number. A row's positives are the others of its class.
 template <class T>
 struct Classes {
   const int32_t* ids = nullptr;      // [total], below total, equal within a class; null: pairs

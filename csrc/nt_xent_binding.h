@@ -1,4 +1,4 @@
-// What the CPU bindings of NT-Xent and of the supervised loss share.
+// Shared by the CPU bindings of NT-Xent and of the supervised loss.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

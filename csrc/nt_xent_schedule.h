@@ -3,8 +3,8 @@
 // In one process x is symmetric, so only tiles on and above the diagonal are computed: each gives
 // sums of its rows and of its columns, and its weights W serve both products W·u. Pairs of blocks
 // go in rounds, I + J = round modulo the number of blocks, so each block has one pair in a round. A
-// pair waits for its two blocks' pairs of the round before and for nothing else: every sum is taken
-// in one order whatever the number of threads, and a thread that is held up holds up few others.
+// pair waits only for the two pairs of the round before that contain its blocks. So every sum is
+// taken in one order for any number of threads, and a slow thread delays only a few others.
 #pragma once
 
 #include <sched.h>

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -38,7 +37,7 @@ from simclr_fast.losses.sup_con import sup_con_loss
 from simclr_fast.optim.lars import LARS
 from simclr_fast.training.config import PRESETS, PretrainConfig
 from simclr_fast.training.pretrain import pretrain
-from simclr_fast.utils.extras import explain, missing, require
+from simclr_fast.utils.extras import explain, installed_versions, missing, require
 
 
 class Measured(NamedTuple):
@@ -50,16 +49,6 @@ class Measured(NamedTuple):
 
 Check = Callable[[torch.device], str | Measured]
 
-_PACKAGES = (
-    "numpy",
-    "torchvision",
-    "triton",
-    "nvidia-dali-cuda130",
-    "nvidia-dali-cuda120",
-    "lightly",
-    "timm",
-    "pillow",
-)
 _TEMPERATURE = 0.1
 # Numbers of pairs and features that are not multiples of any tile size.
 _PAIRS, _FEATURES = 333, 100
@@ -131,14 +120,7 @@ def _need_gpu(device: torch.device) -> None:
 
 def found_versions() -> dict[str, str]:
     """Package → version, for this library and those that it uses."""
-    found = {"simclr_fast": simclr_fast.__version__, "python": platform.python_version()}
-    found["torch"] = torch.__version__
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {"simclr_fast": simclr_fast.__version__, **installed_versions()}
 
 
 def found_devices() -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 import platform
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -26,8 +28,30 @@ _PACKAGES = {
     "onnxruntime": ("onnxruntime", "runs ONNX files"),
     _DALI: ("", "decodes image files on a GPU, and on the CPU in place of Pillow"),
 }
+# Packages whose versions a report or a benchmark names, by their names for pip.
+_REPORTED = (
+    "numpy",
+    "torchvision",
+    "triton",
+    "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120",
+    "lightly",
+    "pytorch-metric-learning",
+    "timm",
+    "kornia",
+    "pillow",
+)
 # Packages that are needed together: a message about one of them names all that are missing.
 _TOGETHER = [{"onnx", "onnxscript", "onnxruntime"}]
+
+
+def installed_versions() -> dict[str, str]:
+    """Package → version, for Python, torch and those packages that are installed."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in _REPORTED:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def need(module: str) -> ModuleType:

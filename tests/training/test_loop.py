@@ -245,7 +245,7 @@ def test_slow_data_are_said_once(config, caplog, monkeypatch):
 
 
 def test_a_batch_larger_than_the_data_has_a_remedy(config):
-    with pytest.raises(ValueError, match=r"more than the 24 images: .*--batch-size 16"):
+    with pytest.raises(ValueError, match=r"at most 24, the number of images.*--batch-size 16"):
         pretrain(replace(config, batch_size=4096))
 
 
