@@ -12,17 +12,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx import Node
 
 from simclr_fast.large_batch.batch_norms import after_norm, uses_batch_statistics
+from simclr_fast.large_batch.refusals import arguments, refusal, refuse_hooks, refuse_random
 
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
 _IN_PLACE: dict[Any, Callable[..., Any]] = {
     getattr(operator, f"i{name}"): getattr(operator, name) for name in _OPERATORS
 }
-_RANDOM = ("dropout", "bernoulli", "rand", "multinomial", "stochastic_depth", "normal_", "uniform_")
 
 
 @dataclass(eq=False)
@@ -60,20 +59,20 @@ class Graph:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        _refuse_hooks(model)
+        refuse_hooks(model)
         self.root = _Call(model)
         self.modules = dict(self.root.named_modules())
         try:
             graph = _Tracer().trace(self.root)
         except Exception as error:
-            raise _refusal(f"its forward cannot be traced: {error}") from error
+            raise refusal(f"its forward cannot be traced: {error}") from error
         self.norms = {n for n in graph.nodes if self._normalizes(n)}
         self._split_activations(graph)
         (self.input,) = (n for n in graph.nodes if n.op == "placeholder")
         (self.result,) = (n.args[0] for n in graph.nodes if n.op == "output")
         nodes = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
         for node in nodes:
-            self._refuse_random(node)
+            refuse_random(node, self.module(node) if node.op == "call_module" else None)
         self._make_out_of_place(nodes)
         found: dict[Node, None] = {}
         fx.map_arg(self.result, lambda n: found.setdefault(n))
@@ -196,29 +195,6 @@ class Graph:
                 end.replace_all_uses_with(new, lambda user, new=new: user is not new)
                 end = new
 
-    def _refuse_random(self, node: Node) -> None:
-        if node.op == "call_module":
-            module = self.module(node)
-            probability = getattr(module, "p", getattr(module, "dropout", 0))
-            kind = isinstance(module, (nn.modules.dropout._DropoutNd, nn.MultiheadAttention))
-            active = module.training and (
-                (kind and probability > 0) or isinstance(module, nn.RReLU)
-            )
-        else:
-            name = getattr(node.target, "__name__", str(node.target))
-            options = _arguments(node)
-            active = options.get("dropout_p", 0) != 0 or (
-                any(word in name for word in _RANDOM)
-                and options.get("training", True)
-                and options.get("p", 1) != 0
-            )
-            if name == "batch_norm" and options.get("training"):
-                raise _refusal("it calls torch.nn.functional.batch_norm without a module")
-        if active:
-            raise _refusal(
-                f"{node.format_node()} is random, and a recomputation would draw other numbers"
-            )
-
     def _make_out_of_place(self, nodes: list[Node]) -> None:
         """Replace operations that write into their input, because stored values must not change.
 
@@ -231,7 +207,7 @@ class Graph:
             if self._replace_in_place(node, copies):
                 overwritten = node.all_input_nodes[0]
                 if any(user in nodes[i + 1 :] for user in overwritten.users):
-                    raise _refusal(f"{node.format_node()} overwrites a value that is read later")
+                    raise refusal(f"{node.format_node()} overwrites a value that is read later")
         self.modules.update(copies)
 
     def _replace_in_place(self, node: Node, copies: dict[str, nn.Module]) -> bool:
@@ -245,13 +221,13 @@ class Graph:
             node.target = _IN_PLACE[node.target]
         elif node.op == "call_method" and name.endswith("_") and not name.endswith("__"):
             node.target = name[:-1]
-        elif _arguments(node).get("inplace") is True:
+        elif arguments(node).get("inplace") is True:
             function: Any = node.target
             bound = inspect.signature(function).bind(*node.args, **node.kwargs)
             bound.arguments["inplace"] = False
             node.args, node.kwargs = bound.args, bound.kwargs
         elif "out" in node.kwargs or name in ("setitem", "relu_", "dropout_"):
-            raise _refusal(f"{node.format_node()} writes into a tensor")
+            raise refusal(f"{node.format_node()} writes into a tensor")
         else:
             return False
         return True
@@ -288,49 +264,3 @@ class _Tracer(fx.Tracer):
         return isinstance(m, nn.modules.batchnorm._BatchNorm) or super().is_leaf_module(
             m, module_qualified_name
         )
-
-
-def flags(model: nn.Module) -> tuple[Any, ...]:
-    """A value that changes when a `Graph` must be built again: modules, settings and hooks."""
-    modules = (
-        (id(m), id(vars(m).get("forward")), m.training, _has_hooks(m)) for m in model.modules()
-    )
-    parameters = ((id(p), p.requires_grad, _has_gradient_hooks(p)) for p in model.parameters())
-    return (*modules, *parameters)
-
-
-def _refuse_hooks(model: nn.Module) -> None:
-    """Refuse hooks: lockstep calls functions instead of some modules, and adds gradients itself."""
-    for name, module in model.named_modules():
-        if _has_hooks(module):
-            what = f"{name or type(module).__name__!r} has forward or backward hooks"
-            raise _refusal(f"{what}, which it would not always call")
-    for name, parameter in model.named_parameters():
-        if _has_gradient_hooks(parameter):
-            raise _refusal(f"{name} has gradient hooks, which it would not call")
-
-
-def _has_hooks(m: nn.Module) -> bool:
-    kinds = m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks
-    return any(kinds)
-
-
-def _has_gradient_hooks(p: nn.Parameter) -> bool:
-    return bool(p._backward_hooks) or bool(getattr(p, "_post_accumulate_grad_hooks", None))
-
-
-def _arguments(node: Node) -> dict[str, Any]:
-    """The arguments by name for functions of torch.nn.functional; else the keyword arguments."""
-    if node.op == "call_function" and getattr(F, getattr(node.target, "__name__", ""), None):
-        function: Any = node.target
-        try:
-            bound = inspect.signature(function).bind(*node.args, **node.kwargs)
-        except ValueError:
-            return dict(node.kwargs)
-        bound.apply_defaults()
-        return dict(bound.arguments)
-    return dict(node.kwargs)
-
-
-def _refusal(why: str) -> ValueError:
-    return ValueError(f"memory='lockstep' cannot run this model: {why}; memory='replay' can")

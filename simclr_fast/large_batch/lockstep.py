@@ -34,9 +34,10 @@ from torch.fx import Node
 from simclr_fast.large_batch import global_batch_norm as gbn
 from simclr_fast.large_batch.buckets import Buckets
 from simclr_fast.large_batch.compiled_regions import CompiledRegions, Norm, Region, takes
-from simclr_fast.large_batch.graph import Block, Graph, Segment, flags
+from simclr_fast.large_batch.graph import Block, Graph, Segment
 from simclr_fast.large_batch.malloc_trim import Heap
 from simclr_fast.large_batch.offload import Arena, Stored
+from simclr_fast.large_batch.refusals import flags
 
 Values = dict[Node, Any]
 
