@@ -37,6 +37,8 @@ channels of a pixel stay together (`_Interleaved`), which needs the fewest opera
 operators that reduce or repeat over channels are slow, and three planes are faster (`_Planes`).
 """
 
+from functools import cache
+from itertools import permutations
 from typing import Any, Literal
 
 import numpy as np
@@ -143,62 +145,73 @@ def feeds(params: ViewParams, aug: Augmentation) -> list[np.ndarray]:
     return [np.ascontiguousarray(value) for value in values]
 
 
+@cache
+def _slot_of_step(spec: str) -> np.ndarray:
+    """The slot of each jitter step, in each of the 24 orders: int64 [4, 4, 4, 4].
+
+    Element [a, b, c, step] is for the order that begins with steps a, b, c. Each step in turn takes
+    the first slot of its kind that is not before the slot of the previous step. For "simclr" and
+    the order contrast, hue, saturation, brightness:
+
+        slot    0 hsv    1 linear    2 hsv              3 linear      4 linear    5 hsv
+        step             contrast    hue, saturation    brightness
+    """
+    slots = _SLOTS[spec]
+    hsv_steps = (_SATURATION, _HUE) if spec == "simclr" else (_HUE,)
+    table = np.zeros((4, 4, 4, 4), np.int64)
+    for order in permutations(range(4)):
+        first_free = 0
+        for step in order:
+            kind: Slot = "hsv" if step in hsv_steps else "linear"
+            slot = slots.index(kind, first_free)
+            table[(*order[:3], step)] = slot
+            can_be_shared = kind == "hsv" and slot > 0
+            first_free = slot if can_be_shared else slot + 1
+    return table
+
+
 def _slot_feeds(params: ViewParams, aug: Augmentation) -> list[np.ndarray]:
-    """The arrays for the slots of the jitter: each step of a sample goes into the next free slot
-    of its kind."""
-    slots = _SLOTS[aug.spec]
-    hsv_steps = (_SATURATION, _HUE) if aug.spec == "simclr" else (_HUE,)
-    n, rows = len(params), np.arange(len(params))
-    used = np.zeros((len(slots), n), bool)
-    turn, added, weight = np.zeros((3, len(slots), n), np.float32)
-    saturation, factor = np.ones((2, len(slots), n), np.float32)
-    limit = np.zeros((len(slots), n), np.float32)
-    luma = np.zeros((len(slots), n), bool)
-    # The first slot of a kind from slot i on.
-    following = {
-        kind: np.array(
-            [slots.index(kind, i) if kind in slots[i:] else -1 for i in range(len(slots) + 1)]
-        )
-        for kind in set(slots)
-    }
-    slot = np.zeros(n, np.int64)
-    for k in range(4):
-        step = params.order[:, k]
-        value = params.factors[rows, step]
-        is_hsv = np.isin(step, hsv_steps)
-        at = np.where(is_hsv, following["hsv"][slot], following["linear"][slot])
-        used[at, rows] = params.jitter
-        for kind, array, given in (
-            (_HUE, turn, np.rint(6 * _HUE_NUMBERS * (value - np.floor(value)))),
-            (_SATURATION, saturation if aug.spec == "simclr" else factor, value),
-            (_CONTRAST, factor, value),
-            (_BRIGHTNESS, added if aug.brightness == "additive" else factor, value),
-        ):
-            chosen = step == kind
-            array[at[chosen], rows[chosen]] = given[chosen]
-        # A step that only turns the hue must not clip the saturation.
-        limit[at[step == _HUE], rows[step == _HUE]] = _UNLIMITED
-        pivoted = (step == _CONTRAST) | ((step == _SATURATION) & ~is_hsv)
-        weight[at[pivoted], rows[pivoted]] = 1 - value[pivoted]
-        luma[at, rows] = (step == _SATURATION) & ~is_hsv
-        slot = np.where(is_hsv & (at > 0), at, at + 1)
-    given = {
+    """The arrays for the slots of the jitter, one per name of a slot in `param_names`."""
+    simclr, additive = aug.spec == "simclr", aug.brightness == "additive"
+    n, slots = len(params), len(_SLOTS[aug.spec])
+    # Slots that a sample does not use keep these values.
+    used, luma = np.zeros((2, slots, n), bool)
+    turn, limit, added, weight = np.zeros((4, slots, n), np.float32)
+    saturation, factor = np.ones((2, slots, n), np.float32)
+    slot_of = _slot_of_step(aug.spec)[tuple(params.order[:, :3].T)]  # [n, 4]
+    brightness, contrast, colour, hue = params.factors.T
+
+    def put(array: np.ndarray, step: int, value: Any) -> None:
+        array[slot_of[:, step], np.arange(n)] = value
+
+    for step in range(4):
+        put(used, step, params.jitter)
+    put(added if additive else factor, _BRIGHTNESS, brightness)
+    put(factor, _CONTRAST, contrast)
+    put(weight, _CONTRAST, 1 - contrast)
+    put(saturation if simclr else factor, _SATURATION, colour)
+    if not simclr:
+        put(weight, _SATURATION, 1 - colour)
+        put(luma, _SATURATION, True)
+    put(turn, _HUE, np.rint(6 * _HUE_NUMBERS * (hue - np.floor(hue))))
+    # A step that only turns the hue must not clip the saturation.
+    put(limit, _HUE, _UNLIMITED)
+    arrays = {
         "used": used,
-        "turn": turn,
-        "saturation": saturation,
-        "limit": limit,
         "factor": factor,
         "weight": weight,
         "added": added,
         "luma": luma,
+        "turn": turn,
+        "saturation": saturation,
+        "limit": limit,
     }
-    names = param_names(aug)[len(CROP_NAMES) :]
-    return [given[name[:-1]][int(name[-1])] for name in names if name[:-1] in given]
+    by_name = {f"{name}{i}": row for name, array in arrays.items() for i, row in enumerate(array)}
+    return [by_name[name] for name in param_names(aug) if name in by_name]
 
 
 def crop_feeds(params: ViewParams, aug: Augmentation, flip: np.ndarray) -> list[np.ndarray]:
     """The arrays [n, ...] of CROP_NAMES. flip: bool [n], the views to mirror."""
-    n = len(params)
     start, shape = params.box[:, :2], params.box[:, 2:]
     support = 1 if aug.interpolation == "bilinear" else 2
     stretch = np.maximum(shape / aug.size, 1) if aug.spec == "torchvision" else np.ones_like(shape)
@@ -214,8 +227,8 @@ def crop_feeds(params: ViewParams, aug: Augmentation, flip: np.ndarray) -> list[
         shape + 2 * margin,
         roi_start,
         roi_end,
-        rows.reshape(n, -1, 1, 1),
-        columns.reshape(n, 1, -1, 1),
+        rows[:, :, None, None],
+        columns[:, None, :, None],
     ]
     return [np.ascontiguousarray(v) for v in values]
 
