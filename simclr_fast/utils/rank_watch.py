@@ -49,7 +49,7 @@ class _State(NamedTuple):
     """The state that a rank writes at each beat.
 
     beats: the number of beats so far. step, doing: what the main thread is doing. collectives: how
-    many it has begun. promised: after a signal, the step up to which this rank goes in any case.
+    many it has begun. promised: as in `_Stop`; None before a signal.
     """
 
     beats: int
@@ -57,6 +57,19 @@ class _State(NamedTuple):
     doing: str
     collectives: int
     promised: int | None
+
+
+class _Stop(NamedTuple):
+    """A signal to stop the run, and what has been agreed about it.
+
+    promised: this rank goes on up to this step in any case. since: when it promised, in seconds.
+    agreed: the step after which all ranks stop, and the signal's number; None until all ranks have
+    promised.
+    """
+
+    promised: int
+    since: float
+    agreed: tuple[int, int] | None = None
 
 
 class RankWatch:
@@ -77,13 +90,12 @@ class RankWatch:
         self._mark = (0, "starting")
         self._group: dist.ProcessGroup | None = None
         self._stopped = threading.Event()
-        # Guards what both threads use for stopping: the step that the main thread finished, this
-        # rank's promise, and the agreement (the step after which all stop, the signal's number).
+        # Guards what both threads use for stopping.
         self._turn = threading.Condition()
+        # The last step that the main thread finished.
         self._finished = 0
-        self._promised: int | None = None
-        self._stop: tuple[int, int] | None = None
-        self._asked_at = 0.0
+        # None as long as this rank knows of no signal.
+        self._stop: _Stop | None = None
         self._verdict = ""
         self._beat()
         self._await_all()
@@ -130,19 +142,19 @@ class RankWatch:
         """
         with self._turn:
             self._finished = step
-            if caught and self._promised is None:
+            if caught and self._stop is None:
                 self._store.compare_set("stop", "", str(caught[0]))
-                self._promised = step
+                self._stop = _Stop(step, time.monotonic())
                 with suppress(OSError):
                     # Wake the thread now, instead of at its next beat.
                     self._wakened.send(b"\0")
-            if self._promised is None or step < self._promised:
+            if self._stop is None or step < self._stop.promised:
                 return None
-            while self._stop is None and not self._verdict:
+            while self._stop.agreed is None:
+                if self._verdict:
+                    raise RankFailure(self._verdict + _ADVICE)
                 self._turn.wait(_BEAT)
-            if self._stop is None:
-                raise RankFailure(self._verdict + _ADVICE)
-            last, number = self._stop
+            last, number = self._stop.agreed
             return number if step >= last else None
 
     def leave(self) -> None:
@@ -184,7 +196,8 @@ class RankWatch:
 
     def _beat(self) -> None:
         self._beats += 1
-        state = _State(self._beats, *self._mark, self._collectives(), self._promised)
+        promised = None if self._stop is None else self._stop.promised
+        state = _State(self._beats, *self._mark, self._collectives(), promised)
         self._store.set(str(self.rank), json.dumps(state))
 
     def _collectives(self) -> int:
@@ -251,23 +264,22 @@ class RankWatch:
 
     def _agree(self) -> bool:
         """Answer a signal to stop that any rank received; True while other answers are missing."""
-        if self._stop is not None or not self._store.check(["stop"]):
+        if (self._stop and self._stop.agreed) or not self._store.check(["stop"]):
             return False
         with self._turn:
-            if self._promised is None:
-                self._promised = self._finished + 1
+            stop = self._stop = self._stop or _Stop(self._finished + 1, time.monotonic())
         self._beat()
-        self._asked_at = self._asked_at or time.monotonic()
         states = self._read()
         if any(state.promised is None and state.doing != "done" for state in states):
-            if time.monotonic() - self._asked_at > _ANSWER and (verdict := self._missing()):
+            late = time.monotonic() - stop.since > _ANSWER
+            if late and (verdict := self._missing()):
                 self._end(self._tell(verdict))
             return True
         # If a rank finished all steps before it could promise, the others must finish them too.
         last = max(sys.maxsize if s.promised is None else s.promised for s in states)
         number = int(self._store.get("stop"))
         with self._turn:
-            self._stop = (last, number)
+            self._stop = stop._replace(agreed=(last, number))
             self._turn.notify_all()
         return False
 
