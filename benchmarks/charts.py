@@ -38,20 +38,23 @@ class CommandLine:
 
 def speed(results: Path, path: Path) -> None:
     """A panel of bars for each subject that is recorded."""
-    panels, machine = [], ""
+    panels, machines, commands = [], [], []
     for subject, wanted, column, label in SUMMARY:
         found = load(subject, results)
         tables = [t for t in found["tables"] if wanted in t["title"]] if found else []
         if tables:
             assert found is not None
-            panels.append(_panel(tables[-1], column, label))
-            machine = _machine(found["environment"])
+            environment = found["environment"]
+            panels.append(_panel(tables[-1], column, label, environment["threads"]))
+            machines.append(_machine(environment))
+            commands.append(environment["command"])
     if not panels:
         raise ValueError(f"no results of simclr-fast bench in {results}")
-    harness.draw_bars(panels, path, "Time of each part: shorter is better", machine)
+    footer = "\n".join(dict.fromkeys([*machines, *commands]))
+    harness.draw_bars(panels, path, "Time of each part: shorter is better", footer)
 
 
-def _panel(table: dict[str, Any], column: str, label: str) -> harness.Panel:
+def _panel(table: dict[str, Any], column: str, label: str, threads: int) -> harness.Panel:
     times = {name: median(values) for name, values in table["milliseconds"][column].items()}
     ours = table["base"]
     others = set(times) - {ours, *table["floors"], *NO_ALTERNATIVES}
@@ -59,15 +62,15 @@ def _panel(table: dict[str, Any], column: str, label: str) -> harness.Panel:
     chosen = sorted(by_time[: _BARS - 1], key=times.__getitem__)
     pairs = table["title"].partition("N = ")[2].partition(",")[0]
     names = {name: LABELS.get(name, name) for name in [ours, *chosen]}
-    values = {names[name]: times[name] for name in names}
-    return harness.Panel(label.format(n=pairs), values, names[ours])
+    values = {shown: times[name] for name, shown in names.items()}
+    ratios = {shown: table["ratios"][column][name] for name, shown in names.items()}
+    title = f"{label.format(n=pairs)} ({threads} thread{'s' if threads > 1 else ''})"
+    return harness.Panel(title, values, ratios, names[ours])
 
 
 def _machine(environment: dict[str, Any]) -> str:
-    return (
-        f"{environment['when'][:10]}, {environment['cpu']}, {environment['threads']} threads, "
-        f"torch {environment['versions']['torch']}; {environment['command']}"
-    )
+    versions = environment["versions"]
+    return f"{environment['when'][:10]}, {environment['cpu']}, torch {versions['torch']}"
 
 
 def memory(plan: Path, path: Path) -> None:

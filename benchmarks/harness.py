@@ -263,12 +263,24 @@ def save(tables: Iterable[Table], where: dict[str, Any], path: Path) -> None:
     write_atomic(path, lambda temporary: temporary.write_text(text))
 
 
+def number(value: float) -> str:
+    """A measured value in a document or a chart.
+
+    Two significant digits from 0.1 to 10, three decimals below, whole numbers above; never an
+    exponent.
+    """
+    if value < 0.1:
+        return f"{value:.3f}"
+    return f"{value:.2g}" if value < 10 else f"{value:,.0f}"
+
+
 def draw(tables: list[Table], path: Path) -> None:
     """A panel of bars per table and column: the median milliseconds of each contender, from 0."""
     panels = [
         Panel(
             f"{table.title} · {column}",
             {name: table.median(column, name) for name in table.names()},
+            {name: table.ratio(column, name) for name in table.names()},
             table.base,
             table.floors,
         )
@@ -280,11 +292,15 @@ def draw(tables: list[Table], path: Path) -> None:
 
 @dataclass(frozen=True)
 class Panel:
-    """Bars from top to bottom. values: name → milliseconds. ours: the name to compare with;
-    floors: names of bounds, which are no contenders."""
+    """Bars from top to bottom.
+
+    values: name → milliseconds. ratios: name → `Table.ratio`. ours: the contender that the ratios
+    refer to. floors: names of lower bounds.
+    """
 
     title: str
     values: dict[str, float]
+    ratios: dict[str, float]
     ours: str
     floors: tuple[str, ...] = ()
 
@@ -299,20 +315,16 @@ def draw_bars(panels: list[Panel], path: Path, heading: str = "", footer: str = 
     axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
     for axis, panel in zip(axes, panels, strict=True):
         names, values = list(panel.values), list(panel.values.values())
-        ours = panel.values[panel.ours]
         colours = [_colour(panel, name) for name in names]
         bars = axis.barh(names, values, color=colours, height=0.72)
-        labels = [
-            _milliseconds_text(value) + ("" if name == panel.ours else f"  ({value / ours:.2g}×)")
-            for name, value in panel.values.items()
-        ]
+        labels = [f"{number(panel.values[name])} ms{_ratio_text(panel, name)}" for name in names]
         axis.bar_label(bars, labels, padding=4, fontsize=8)
         axis.set_title(panel.title, fontsize=9, loc="left")
         axis.set_xlim(0, 1.22 * max(values))
         axis.invert_yaxis()
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[-1].set_xlabel("milliseconds, median; (times simclr_fast's)", fontsize=8)
+    axes[-1].set_xlabel("milliseconds; (2×): takes twice as long as simclr_fast", fontsize=8)
     if heading:
         figure.suptitle(heading, x=0.01, ha="left", fontsize=11, fontweight="bold")
     if footer:
@@ -323,12 +335,12 @@ def draw_bars(panels: list[Panel], path: Path, heading: str = "", footer: str = 
     )
 
 
+def _ratio_text(panel: Panel, name: str) -> str:
+    return "" if name == panel.ours else f"  ({number(panel.ratios[name])}×)"
+
+
 def _colour(panel: Panel, name: str) -> str:
     """Blue for ours, grey for the others, light grey for bounds: told apart without colour too."""
     if name == panel.ours:
         return "#0072B2"
     return "0.85" if name in panel.floors else "0.6"
-
-
-def _milliseconds_text(value: float) -> str:
-    return f"{value:.3g} ms" if value < 1000 else f"{value:,.0f} ms"

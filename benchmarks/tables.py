@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 from simclr_fast.benchmarks import augment_gpu_model, bench_lars, harness
+from simclr_fast.benchmarks.harness import number
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SUBJECTS = ("loss", "augment", "lars", "step")
@@ -146,13 +147,6 @@ def summary(results: Path = RESULTS) -> str:
 
 def _cell(name: str, times: dict[str, list[float]], ratios: dict[str, float]) -> str:
     return f"{number(median(times[name]))} ms, {number(ratios[name])}×"
-
-
-def number(value: float) -> str:
-    """Two significant digits below 10, three above; never an exponent."""
-    return (
-        f"{value:.2g}" if 0.1 <= value < 10 else f"{value:.3f}" if value < 0.1 else f"{value:,.0f}"
-    )
 
 
 def write(page: Path, results: Path = RESULTS) -> None:

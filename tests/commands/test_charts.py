@@ -1,29 +1,48 @@
-"""The charts of the README: drawn from recorded results, and from those that are there alone."""
+"""The charts of the README, drawn from recorded results; missing results are reported."""
 
 import json
 
 import pytest
 from PIL import Image
 
-from simclr_fast.benchmarks import charts, harness
+from simclr_fast.benchmarks import charts, harness, tables
+
+ENVIRONMENT = {
+    "when": "2026-01-02T03:04:05",
+    "cpu": "a CPU",
+    "threads": 2,
+    "command": "bench",
+    "versions": {"torch": "2.10"},
+}
 
 
 def table(title, column, base, **times):
-    found = harness.Table(title, base, {column: {k: [v, v] for k, v in times.items()}})
-    return found.to_json() | {"floors": ["floor"]}
+    times = {name: value if isinstance(value, list) else [value] for name, value in times.items()}
+    return harness.Table(title, base, {column: times}, floors=("floor",)).to_json()
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved."""
+    from matplotlib.figure import Figure
+
+    saved = []
+    real = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (saved.append(self), real(self, *a, **k))
+    )
+    return saved
 
 
 @pytest.fixture
 def results(tmp_path):
-    where = {"when": "2026-01-02T03:04:05", "cpu": "a CPU", "threads": 2, "command": "bench"}
-    where["versions"] = {"torch": "2.10"}
     peers = {f"peer{i}": 10.0 + i for i in range(6)}
     one = table("NT-Xent, N = 256, D = 128", "forward+backward", "simclr_fast", simclr_fast=2.0)
     two = table(
         "NT-Xent, N = 1024, D = 128", "forward+backward", "simclr_fast", simclr_fast=8.0,
         lightly=90.0, floor=1.0, **peers,
     )  # fmt: skip
-    content = {"environment": where, "tables": [one, two]}
+    content = {"environment": ENVIRONMENT, "tables": [one, two]}
     (tmp_path / "loss.json").write_text(json.dumps(content))
     rows = [
         {"memory": "plain", "keep_every": 1, "device_bytes": 700e9, "exact_gradient": True},
@@ -48,8 +67,8 @@ def test_speed_shows_ours_lightly_and_the_fastest(results, monkeypatch):
     monkeypatch.setattr(harness, "draw_bars", lambda *given: (drawn.append(given), real(*given)))
     charts.speed(results, results / "speed.png")
     (([panel], _, heading, footer),) = drawn
-    # Of the largest number of pairs; the floor is no library.
-    assert panel.title == "loss, forward and backward, N = 1024"
+    # The table of the largest number of pairs, without its floor.
+    assert panel.title == "loss, forward and backward, N = 1024 (2 threads)"
     assert list(panel.values) == ["simclr_fast", "peer0", "peer1", "peer2", "lightly"]
     assert panel.values["lightly"] == 90
     assert "2026-01-02" in footer
@@ -62,24 +81,45 @@ def test_memory_of_each_mode(results):
     assert min(Image.open(results / "memory.png").size) > 200
 
 
-def test_no_results_are_said(tmp_path):
+def test_charts_and_tables_round_alike_and_show_the_same_ratio(tmp_path, figures):
+    """The ratio of the medians is 15, the median of the ratios 14; only the latter is shown."""
+    slow = table(
+        "NT-Xent, N = 1024, D = 128", "forward+backward", "simclr_fast",
+        simclr_fast=[100.0, 113.3, 120.0], lightly=[1700.4, 1586.2, 1680.0],
+    )  # fmt: skip
+    (tmp_path / "loss.json").write_text(json.dumps({"environment": ENVIRONMENT, "tables": [slow]}))
+    charts.speed(tmp_path, tmp_path / "speed.png")
+    (axis,) = figures[0].axes
+    assert [text.get_text() for text in axis.texts] == ["113 ms", "1,680 ms  (14×)"]
+    assert "| **113 ms** | 1,680 ms, 14× (lightly) |" in tables.summary(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.0304, "0.030"),
+        (0.19, "0.19"),
+        (1.69, "1.7"),
+        (14.5, "14"),
+        (117.4, "117"),
+        (1691, "1,691"),
+    ],
+)
+def test_numbers_are_rounded_for_documents(value, shown):
+    assert harness.number(value) == shown
+
+
+def test_missing_results_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="no results of simclr-fast bench"):
         charts.speed(tmp_path, tmp_path / "speed.png")
 
 
-def test_bars_begin_at_zero_and_are_as_long_as_their_times(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    kept = []
-    real = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *a, **k: (kept.append(self), real(self, *a, **k))
-    )
-    panel = harness.Panel(
-        "t", {"simclr_fast": 2.0, "other": 9.0, "floor": 1.0}, "simclr_fast", ("floor",)
-    )
+def test_bars_begin_at_zero_and_are_as_long_as_their_times(tmp_path, figures):
+    values = {"simclr_fast": 2.0, "other": 9.0, "floor": 1.0}
+    ratios = {"simclr_fast": 1.0, "other": 4.5, "floor": 0.5}
+    panel = harness.Panel("t", values, ratios, "simclr_fast", ("floor",))
     harness.draw_bars([panel], tmp_path / "a.png")
-    (axis,) = kept[0].axes
+    (axis,) = figures[0].axes
     assert axis.get_xscale() == "linear"
     assert axis.get_xlim()[0] == 0
     assert [bar.get_width() for bar in axis.patches] == [2, 9, 1]
