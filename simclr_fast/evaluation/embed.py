@@ -15,7 +15,7 @@ from simclr_fast.augment.params import Augmentation
 from simclr_fast.data.loader import ImageLoader
 from simclr_fast.data.sources import Source, subset
 from simclr_fast.evaluation.knn import nearest
-from simclr_fast.evaluation.plots import class_style, densest_point
+from simclr_fast.evaluation.plots import class_style, named_points
 from simclr_fast.utils.checkpoint import write_atomic
 from simclr_fast.utils.extras import need
 
@@ -87,7 +87,7 @@ def class_pictures(
 ) -> dict[int, np.ndarray]:
     """Class number → the image where the points of the class are densest: uint8 [64, 64, 3]."""
     names = tuple(map(str, range(int(labels.max()) + 1)))
-    found = _densest_by_class(points, labels, names)
+    found = named_points(points, labels, names)
     central = {label: row for label, row in enumerate(found) if row is not None}
     chosen = subset(source, np.array(list(central.values())))
     return dict(zip(central, thumbnails(chosen, augmentation, _CLASS_PICTURE), strict=True))
@@ -128,7 +128,7 @@ def write_page(
         "side": side,
         "columns": columns,
         "points": {name: _unit_square(p).round(4).tolist() for name, p in points.items()},
-        "named_at": {name: _densest_by_class(p, labels, classes) for name, p in points.items()},
+        "named_at": {name: named_points(p, labels, classes) for name, p in points.items()},
         "labels": np.asarray(labels).tolist(),
         "classes": list(classes),
         "styles": [class_style(label) for label in range(len(classes))],
@@ -141,14 +141,6 @@ def write_page(
     # Escaped, so that a name with "</script>" cannot end the script element that holds it.
     text = json.dumps(data).replace("<", "\\u003c")
     write_atomic(path, lambda p: p.write_text(template.replace("DATA_GOES_HERE", text, 1)))
-
-
-def _densest_by_class(
-    points: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]
-) -> list[int | None]:
-    """The row of each class's `densest_point`, where its name is written; None without points."""
-    rows = [np.flatnonzero(np.asarray(labels) == label) for label in range(len(classes))]
-    return [int(mine[densest_point(points[mine])]) if mine.size else None for mine in rows]
 
 
 def _unit_square(points: np.ndarray) -> np.ndarray:

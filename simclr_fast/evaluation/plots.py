@@ -23,6 +23,8 @@ BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "0.45"
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 _MARKERS = ("o", "s", "^", "D", "X")
 _NAMED_CLASSES = 20
+# The size of a written class name, as a share of the plot: of one letter, and the height.
+_LETTER, _LINE = 0.016, 0.032
 
 
 class Style(NamedTuple):
@@ -85,24 +87,45 @@ def plot_embedding(
         from matplotlib.patheffects import withStroke
 
         halo = [withStroke(linewidth=3, foreground="white")]
-        for label, name in enumerate(classes):
-            if (mine := points[labels == label]).size:
-                x, y = mine[densest_point(mine)]
-                axis.text(x, y, name, ha="center", weight="bold", path_effects=halo)
+        for row, name in zip(named_points(points, labels, classes), classes, strict=True):
+            if row is not None:
+                axis.text(*points[row], name, ha="center", weight="bold", path_effects=halo)
         _list_classes(axis, classes, pictures or {})
     _save(figure, path)
 
 
-def densest_point(points: np.ndarray) -> int:
-    """The row of points [n, 2] with the smallest distance to its tenth nearest neighbour.
+def named_points(
+    points: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]
+) -> list[int | None]:
+    """For each class the row of points [n, 2] where its name is written; None without points.
 
-    This point lies within a cluster, even if the class has several. Only the first 2,000 points are
-    used.
+    It is the point where the class is densest and the name covers no earlier name. So it lies
+    within a cluster, even if the class has several.
     """
-    points = points[:2000]
-    away = np.linalg.norm(points[:, None] - points, axis=2)  # [n, n]
-    rank = min(10, len(points) - 1)
-    return int(np.partition(away, rank, axis=1)[:, rank].argmin())
+    extent = np.maximum(np.ptp(points, axis=0), 1e-9) if len(points) else np.ones(2)
+    chosen: list[int | None] = []
+    for label, name in enumerate(classes):
+        rows = _densest_first(points, np.flatnonzero(np.asarray(labels) == label))
+        free = np.ones(len(rows), bool)
+        for other, taken in zip(classes, chosen, strict=False):
+            if taken is not None:
+                away = np.abs(points[rows] - points[taken]) / extent
+                width = _LETTER * (len(name) + len(other)) / 2
+                free &= (away[:, 0] > width) | (away[:, 1] > _LINE)
+        # If there is no free place, take the densest one.
+        best = [*rows[free], *rows]
+        chosen.append(int(best[0]) if best else None)
+    return chosen
+
+
+def _densest_first(points: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """`rows` by the distance of their points to the tenth nearest, of the first 2,000 rows."""
+    rows = rows[:2000]
+    if not len(rows):
+        return rows
+    away = np.linalg.norm(points[rows][:, None] - points[rows], axis=2)  # [n, n]
+    rank = min(10, len(rows) - 1)
+    return rows[np.partition(away, rank, axis=1)[:, rank].argsort(kind="stable")]
 
 
 def _list_classes(axis: Any, classes: tuple[str, ...], pictures: dict[int, np.ndarray]) -> None:
@@ -219,9 +242,9 @@ def plot_heat_maps(
         axis.set_xticks(range(wide), one.columns)
         axis.set_yticks(range(high), one.rows)
         for (i, j), value in np.ndenumerate(one.values):
-            if not np.isnan(value):
-                colour = "white" if value < (low + top) / 2 else "black"
-                axis.text(j, i, f"{value:.1f}", ha="center", va="center", color=colour)
+            dark = value < (low + top) / 2
+            text = "not run" if np.isnan(value) else f"{value:.1f}"
+            axis.text(j, i, text, ha="center", va="center", color="white" if dark else "black")
     bar = figure.colorbar(image, ax=list(axes), label="linear probe, top-1 in %")
     if untrained is not None:
         bar.ax.axhline(untrained, color="white", lw=3)

@@ -21,7 +21,7 @@ from simclr_fast.evaluation.embed import (
 )
 from simclr_fast.evaluation.plots import (
     class_style,
-    densest_point,
+    named_points,
     plot_embedding,
     plot_loss,
     plot_neighbours,
@@ -100,9 +100,25 @@ def test_a_class_in_two_crowds_is_named_within_one():
     rng = np.random.default_rng(0)
     crowds = [rng.normal(0, 0.1, (40, 2)), rng.normal(10, 0.1, (60, 2))]
     points = np.concatenate(crowds)
-    chosen = points[densest_point(points)]
-    assert min(np.linalg.norm(chosen - center) for center in (0, 10)) < 0.5
-    assert densest_point(points[:1]) == 0
+    row, absent = named_points(points, np.zeros(100, int), ("garment", "no image"))
+    assert min(np.linalg.norm(points[row] - center) for center in (0, 10)) < 0.5
+    assert absent is None
+    assert named_points(points[:1], np.zeros(1, int), ("garment",)) == [0]
+
+
+def test_names_of_classes_in_one_crowd_do_not_cover_each_other():
+    rng = np.random.default_rng(0)
+    points = rng.normal(0, 1, (300, 2))
+    classes = ("ankle-boot", "pullover", "t-shirt")
+    rows = named_points(points, np.arange(300) % 3, classes)
+    assert [row % 3 for row in rows] == [0, 1, 2]
+    extent = np.ptp(points, axis=0)
+    for a in range(3):
+        for b in range(a):
+            away = np.abs(points[rows[a]] - points[rows[b]]) / extent
+            assert away[0] > 0.016 * 8 or away[1] > 0.032
+    # Nowhere else to go: the names share their place.
+    assert named_points(np.zeros((2, 2)), np.arange(2), ("a", "b")) == [0, 1]
 
 
 # Machado, Oliveira and Fernandes (2009): what people without one kind of cones see, linear RGB.
