@@ -9,7 +9,7 @@ import tyro
 from simclr_fast.training.config import PRESETS, PretrainConfig
 
 Preset = Literal["demo", "cifar10", "imagenet100", "imagenet"]
-DEMO_DATA = ("demo", "demo-grain")
+DEMO_DATA = ("demo", "demo-grain", "demo-held-out")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 import numpy as np
 from torch import Tensor
 
-from simclr_fast.data.demo import CLASSES, demo_folder, grainy_images
+from simclr_fast.data.demo import CLASSES, HELD_OUT, PER_CLASS, demo_folder, grainy_images
 from simclr_fast.data.shards import open_shards
 from simclr_fast.data.sources import IMAGE_SUFFIXES, ArraySource, DatasetSource, FileSource, Source
 from simclr_fast.utils.extras import need
@@ -39,12 +39,21 @@ def named_source(data: str, split: Literal["test"]) -> Source | None: ...
 def named_source(data: str, split: Literal["train", "test"] = "train") -> Source | None:
     """The images of `data`; None for the test split of a path, which has only one split.
 
-    data: "demo", "demo-grain", a path, or NAME:ROOT with a name from TORCHVISION. torchvision reads
-        such a data set from the folder ROOT; nothing is downloaded. The training split includes the
-        unlabelled images of STL-10 and the validation images of DTD and Flowers-102.
+    data: "demo", "demo-grain", "demo-held-out", a path, or NAME:ROOT with a name from TORCHVISION.
+        torchvision reads such a data set from the folder ROOT; nothing is downloaded. The training
+        split includes the unlabelled images of STL-10 and the validation images of DTD and
+        Flowers-102. "demo-held-out" has the demo's training images only: the last hundred of every
+        class are its test split. Recipes are chosen on it.
     """
     if data == "demo":
         return open_source(demo_folder(split))
+    if data == "demo-held-out":
+        images = open_source(demo_folder("train"))
+        assert isinstance(images, FileSource)
+        assert images.labels is not None
+        place = np.arange(len(images)) % PER_CLASS["train"]
+        ids = np.flatnonzero((place < PER_CLASS["train"] - HELD_OUT) == (split == "train"))
+        return FileSource([images.paths[i] for i in ids], images.labels[ids], images.classes)
     if data == "demo-grain":
         source = ArraySource(*grainy_images(split))
         source.classes = CLASSES

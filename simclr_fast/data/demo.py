@@ -32,6 +32,8 @@ CLASSES = (
     "ankle-boot",
 )
 PER_CLASS = {"train": 600, "test": 100}
+# Of the training images of a class, those that "demo-held-out" keeps for comparing recipes.
+HELD_OUT = 100
 SIZE = 32
 _SIDE = 28
 # The least distance of tint and background in RGB, from 0 to 1, that leaves the garment visible.

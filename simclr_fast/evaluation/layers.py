@@ -33,8 +33,14 @@ def load_run(folder: Path) -> tuple[SimCLR, Augmentation]:
     encoder, dim = build_encoder(
         config["model"], width=config["width"], image_size=augmentation.size, stem=config["stem"]
     )
+    # Older runs have no record of the last two.
     projector = build_projector(
-        config["projector"], dim, config["projector_dim"], config["projector_depth"]
+        config["projector"],
+        dim,
+        config["projector_dim"],
+        config["projector_depth"],
+        hidden=config.get("projector_hidden"),
+        batch_norm=config.get("projector_batch_norm", True),
     )
     model = SimCLR(encoder, projector)
     load_strictly(model, load_checkpoint(saved[-1])["model"], saved[-1])

@@ -30,9 +30,13 @@ class ResNet(nn.Module):
         are for imported weights. "cifar-pad2": "cifar" padded by 2, as solo-learn has it.
         "cifar-no-relu": "cifar" without the ReLU, as lightly's ResNetGenerator has it in a
         Sequential.
+    zero_gamma: start with γ = 0 in the last batch norm of every block, so that each block is the
+        identity at first (arXiv:1706.02677, 5.1).
     """
 
-    def __init__(self, name: str, width: float = 1, stem: Stem = "imagenet") -> None:
+    def __init__(
+        self, name: str, width: float = 1, stem: Stem = "imagenet", zero_gamma: bool = False
+    ) -> None:
         super().__init__()
         resnet = need("torchvision").models.resnet
         kind, blocks = RESNETS[name]
@@ -69,6 +73,8 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if zero_gamma and isinstance(module, block):
+                nn.init.zeros_(getattr(module, "bn3" if kind == "Bottleneck" else "bn2").weight)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
@@ -78,7 +84,12 @@ class ResNet(nn.Module):
 
 
 def build_encoder(
-    name: str, *, width: float = 1, image_size: int = 224, stem: Stem | None = None
+    name: str,
+    *,
+    width: float = 1,
+    image_size: int = 224,
+    stem: Stem | None = None,
+    zero_gamma: bool = False,
 ) -> tuple[nn.Module, int]:
     """An untrained encoder and its feature dimension.
 
@@ -86,16 +97,19 @@ def build_encoder(
         model of timm ("timm:NAME", or a name that torchvision does not have). The classifier is
         removed.
     stem: the first layers of a ResNet; by default "cifar" up to 64 pixels, else "imagenet".
+    zero_gamma: for ResNets; see `ResNet`.
 
     Raises:
-        ValueError: the name is unknown, or the model has no width. ImportError: torchvision is not
-            installed.
+        ValueError: the name is unknown, or the model has no width or zero_gamma. ImportError:
+            torchvision is not installed.
     """
     if width <= 0:
         raise ValueError(f"width must be positive, got {width}")
     if name in RESNETS:
-        resnet = ResNet(name, width, stem or default_stem(image_size))
+        resnet = ResNet(name, width, stem or default_stem(image_size), zero_gamma)
         return resnet, resnet.feature_dim
+    if zero_gamma:
+        raise ValueError(f"zero_gamma is for {', '.join(RESNETS)}, got model {name!r}")
     if width != 1:
         raise ValueError(
             f"width must be 1 for {name}, got {width}; only {', '.join(RESNETS)} have a width"
@@ -139,28 +153,44 @@ def cut_classifier(model: nn.Module, name: str) -> tuple[nn.Module, int]:
 
 
 def build_projector(
-    kind: Literal["nonlinear", "linear", "none"], in_dim: int, out_dim: int = 128, depth: int = 2
+    kind: Literal["nonlinear", "linear", "none"],
+    in_dim: int,
+    out_dim: int = 128,
+    depth: int = 2,
+    *,
+    hidden: int | None = None,
+    batch_norm: bool = True,
 ) -> nn.Module:
     """The head between encoder and loss: h [N, in_dim] → z. Evaluation does not use it.
 
-    kind: "nonlinear": depth - 1 times (linear, batch norm, ReLU) at width in_dim, then linear and
-        batch norm without shift. "linear": only the last linear and batch norm. "none": z = h.
+    kind: "nonlinear": depth - 1 times (linear, batch norm, ReLU), then linear and batch norm
+        without shift. "linear": only the last linear and batch norm. "none": z = h.
     depth: the number of linear layers: 2 in SimCLR, 3 in SimCLR v2.
+    hidden: the width of the layers before the last; by default in_dim.
+    batch_norm: False leaves the batch norms out and gives the linear layers a bias, as solo-learn's
+        projector has it.
 
-    Source: google-research/simclr, model_util.py.
+    Source: google-research/simclr, model_util.py; solo-learn, solo/methods/simclr.py.
     """
     if kind not in ("nonlinear", "linear", "none"):
         raise ValueError(f"kind must be 'nonlinear', 'linear' or 'none', got {kind!r}")
-    if depth < 1:
-        raise ValueError(f"depth must be at least 1, got {depth}")
+    for name, value in (("depth", depth), ("hidden", hidden)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     if kind == "none":
         return nn.Identity()
     layers: list[nn.Module] = []
+    width = hidden or in_dim
     for _ in range(depth - 1 if kind == "nonlinear" else 0):
-        layers += [nn.Linear(in_dim, in_dim, bias=False), nn.BatchNorm1d(in_dim), nn.ReLU()]
-    last = nn.BatchNorm1d(out_dim)
-    last.bias.requires_grad_(False)
-    return nn.Sequential(*layers, nn.Linear(in_dim, out_dim, bias=False), last)
+        layers.append(nn.Linear(in_dim, width, bias=not batch_norm))
+        layers += [nn.BatchNorm1d(width), nn.ReLU()] if batch_norm else [nn.ReLU()]
+        in_dim = width
+    layers.append(nn.Linear(in_dim, out_dim, bias=not batch_norm))
+    if batch_norm:
+        last = nn.BatchNorm1d(out_dim)
+        last.bias.requires_grad_(False)
+        layers.append(last)
+    return nn.Sequential(*layers)
 
 
 class SimCLR(nn.Module):

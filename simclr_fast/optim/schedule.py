@@ -33,7 +33,8 @@ def scaled_lr(batch_size: int, rule: str = "linear") -> float:
     """The paper's peak learning rate for a batch of ``batch_size`` images over all devices.
 
     rule: "linear": 0.3·batch_size/256. "sqrt": 0.075·√batch_size, which is better for batches below
-        4096 images and for short runs (table B.1).
+        4096 images and for short runs (table B.1). "sqrt-v2": 0.1·√batch_size, that of SimCLR v2
+        (arXiv:2006.10029, 2).
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -41,4 +42,6 @@ def scaled_lr(batch_size: int, rule: str = "linear") -> float:
         return 0.3 * batch_size / 256
     if rule == "sqrt":
         return 0.075 * math.sqrt(batch_size)
-    raise ValueError(f"rule must be 'linear' or 'sqrt', got {rule!r}")
+    if rule == "sqrt-v2":
+        return 0.1 * math.sqrt(batch_size)
+    raise ValueError(f"rule must be 'linear', 'sqrt' or 'sqrt-v2', got {rule!r}")

@@ -14,8 +14,9 @@ class PretrainConfig:
     """One run. The defaults are the paper's ImageNet recipe (arXiv:2002.05709, section 2.2)."""
 
     data: str = "demo"
-    """Images: a folder, a .tar, .tfrecord or .rec file, "demo" or "demo-grain" (embedded), or
-    NAME:ROOT for torchvision's data set NAME (cifar10, stl10, food101, ...) in the folder ROOT."""
+    """Images: a folder, a .tar, .tfrecord or .rec file, "demo", "demo-grain" or "demo-held-out"
+    (embedded), or NAME:ROOT for torchvision's data set NAME (cifar10, stl10, food101, ...) in the
+    folder ROOT."""
     out: Path | None = None
     """Output folder. By default runs/NAME-DATE."""
     model: str = "resnet50"
@@ -30,6 +31,12 @@ class PretrainConfig:
     """Width of the projector's output."""
     projector_depth: int = 2
     """Layers of the nonlinear projector. SimCLR: 2, SimCLR v2: 3."""
+    projector_hidden: int | None = None
+    """Width of the projector's layers before the last. By default that of h."""
+    projector_batch_norm: bool = True
+    """Batch norm after every layer of the projector, as google-research/simclr has it."""
+    zero_gamma: bool = False
+    """ResNets start with γ = 0 in the last batch norm of every block."""
     augmentation: Augmentation = field(default_factory=Augmentation)
     batch_size: int = 4096
     """Images per step, over all ranks."""
@@ -37,14 +44,29 @@ class PretrainConfig:
     """Passes over the images."""
     steps: int | None = None
     """Steps; if given, it replaces epochs."""
+    loss: Literal["nt-xent", "decoupled", "sup-con"] = "nt-xent"
+    """nt-xent: SimCLR's loss. decoupled: the same without the positive in the denominator
+    (arXiv:2110.06848). sup-con: all images of a class are positives (arXiv:2004.11362); images
+    without a label have only their other view."""
     temperature: float = 0.1
-    """Temperature of the NT-Xent loss."""
-    optimizer: Literal["lars", "adam"] = "lars"
-    """LARS is the paper's. Adam is for small runs."""
+    """Temperature of the loss."""
+    optimizer: Literal["lars", "sgd", "adamw", "adam"] = "lars"
+    """LARS is the paper's, for large batches. SGD has Nesterov momentum 0.9."""
     lr: float | None = None
-    """Peak learning rate. By default lr_rule decides for LARS, and Adam takes 0.002."""
-    lr_rule: Literal["linear", "sqrt"] = "linear"
-    """Peak learning rate of LARS. linear: 0.3 × batch / 256. sqrt: 0.075 × √batch."""
+    """Peak learning rate. By default lr_rule decides for LARS, and Adam and AdamW take 0.002; SGD
+    needs a value."""
+    lr_rule: Literal["linear", "sqrt", "sqrt-v2"] = "linear"
+    """Peak learning rate of LARS. linear: 0.3 × batch / 256. sqrt: 0.075 × √batch. sqrt-v2: 0.1 ×
+    √batch, as in SimCLR v2."""
+    trust_coefficient: float = 1e-3
+    """η of LARS: the first step of a weight is lr × η times its norm. Biases and norm layers use lr
+    alone."""
+    trust_clip: bool = False
+    """LARS clips the trust ratio: min(ratio / lr, 1), as in LARC and solo-learn."""
+    lars_variant: Literal["google", "lightly"] = "google"
+    """google: the learning rate is applied inside the momentum buffer, and the trust ratio has the
+    norm of gradient plus decay. lightly, also solo-learn's: the learning rate is applied after the
+    buffer, and the trust ratio has the sum of the two norms."""
     weight_decay: float = 1e-6
     """Weight decay of all weights except biases and norm layers."""
     warmup_epochs: float = 10
@@ -102,6 +124,7 @@ class PretrainConfig:
             "steps",
             "projector_dim",
             "projector_depth",
+            "projector_hidden",
             "keep_every",
             "micro_batch",
             "workers",
@@ -113,7 +136,14 @@ class PretrainConfig:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         # "not >" instead of "<=" also refuses NaN.
-        for name in ("width", "temperature", "lr", "checkpoint_minutes", "timeout"):
+        for name in (
+            "width",
+            "temperature",
+            "lr",
+            "trust_coefficient",
+            "checkpoint_minutes",
+            "timeout",
+        ):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
@@ -129,6 +159,8 @@ class PretrainConfig:
         ):
             if given and self.memory not in modes:
                 raise ValueError(f"{name} is for memory {' or '.join(modes)}, got {self.memory!r}")
+        if self.optimizer == "sgd" and self.lr is None:
+            raise ValueError("lr must be given for optimizer sgd, such as --lr 0.05")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other")
 

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from simclr_fast.data.datasets import named_source
 from simclr_fast.data.loader import TwoViewLoader
+from simclr_fast.data.sources import Source
 from simclr_fast.losses.nt_xent import nt_xent_loss
+from simclr_fast.losses.sup_con import sup_con_loss
 from simclr_fast.training.config import PretrainConfig
 from simclr_fast.training.loop import Task, train
 from simclr_fast.training.setup import build_model, loader_options
@@ -33,16 +35,21 @@ def pretrain(config: PretrainConfig) -> Path:
         source = named_source(config.data)
         loader = TwoViewLoader(source, config.batch_size, **loader_options(config, world))
         model = build_model(config)
+        classes = positive_classes(source, world.device) if config.loss == "sup-con" else None
 
-        def loss(outputs: tuple[Tensor, Tensor], _: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss(outputs: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             _, z = outputs
             value, statistics = nt_xent_loss(
-                z,
+                z if classes is None else z.detach(),
                 temperature=config.temperature,
+                decoupled=config.loss == "decoupled",
                 group=world.group,
                 return_stats=True,
                 row_counts=loader.row_counts(),
             )
+            if classes is not None:
+                rows = classes[index.to(world.device, non_blocking=True)].repeat(loader.n_views)
+                value = sup_con_loss(z, rows, config.temperature, group=world.group)
             return value, {
                 "loss": value.detach(),
                 "contrastive_accuracy": statistics.contrastive_accuracy,
@@ -50,3 +57,18 @@ def pretrain(config: PretrainConfig) -> Path:
             }
 
         return train(config, world, Task("pretrain", model, loader, loss))
+
+
+def positive_classes(source: Source, device: torch.device) -> Tensor:
+    """The class of every image for the sup-con loss: int64 [n].
+
+    An image without a label (a negative one) gets a class of its own.
+
+    Raises:
+        ValueError: no image has a label.
+    """
+    if source.labels is None or source.labels.max() < 0:
+        raise ValueError("loss sup-con needs labels: give a folder that has one folder per class")
+    labels = torch.from_numpy(source.labels)
+    own = labels.max() + 1 + torch.arange(len(labels))
+    return torch.where(labels < 0, own, labels).to(device)

@@ -39,7 +39,11 @@ def probe_report(config: PretrainConfig, out: Path) -> Iterator[str]:
     shrunk = f", {small.size}×{small.size}" if small.size < aug.size else ""
     torch.manual_seed(config.seed)
     encoder, _ = build_encoder(
-        config.model, width=config.width, image_size=aug.size, stem=config.stem
+        config.model,
+        width=config.width,
+        image_size=aug.size,
+        stem=config.stem,
+        zero_gamma=config.zero_gamma,
     )
     results = {}
 

@@ -24,34 +24,54 @@ from simclr_fast.utils.distributed import World
 from simclr_fast.utils.locks import locked
 
 log = logging.getLogger(__name__)
-# The default learning rate of Adam.
+# The default learning rate of Adam and AdamW.
 _ADAM_LR = 2e-3
+_LARS_VARIANTS: dict[str, dict[str, Any]] = {
+    "google": {"momentum_order": "tf", "norm": "joint", "eps": 0.0},
+    "lightly": {"momentum_order": "torch", "norm": "split", "eps": 1e-8},
+}
 _LOCK = ".lock"
 
 
 def build_model(config: PretrainConfig) -> SimCLR:
     """The untrained encoder and projector of `config`, from torch's current random state."""
     encoder, dim = build_encoder(
-        config.model, width=config.width, image_size=config.augmentation.size, stem=config.stem
+        config.model,
+        width=config.width,
+        image_size=config.augmentation.size,
+        stem=config.stem,
+        zero_gamma=config.zero_gamma,
     )
-    projector = build_projector(config.projector, dim, config.projector_dim, config.projector_depth)
+    projector = build_projector(
+        config.projector,
+        dim,
+        config.projector_dim,
+        config.projector_depth,
+        hidden=config.projector_hidden,
+        batch_norm=config.projector_batch_norm,
+    )
     return SimCLR(encoder, projector)
 
 
 def build_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.Optimizer:
-    """LARS as in the paper, or Adam. Biases and norm layers are not decayed and not adapted."""
+    """LARS as in the paper, SGD, AdamW or Adam. Biases and norm layers are neither decayed nor
+    adapted."""
     groups = lars_param_groups(model, config.weight_decay)
     if config.optimizer == "lars":
         return LARS(
             groups,
             lr=config.lr or scaled_lr(config.batch_size, config.lr_rule),
-            momentum_order="tf",
-            norm="joint",
-            eps=0.0,
+            trust_coefficient=config.trust_coefficient,
+            trust_clip=config.trust_clip,
+            **_LARS_VARIANTS[config.lars_variant],
         )
     for group in groups:
         group.pop("adapt", None)
-    return torch.optim.Adam(groups, lr=config.lr or _ADAM_LR, fused=True)
+    if config.optimizer == "sgd":
+        assert config.lr is not None
+        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True, fused=True)
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, lr=config.lr or _ADAM_LR, fused=True)
 
 
 def loader_options(config: PretrainConfig, world: World) -> dict[str, Any]:
@@ -80,7 +100,7 @@ def workload(config: PretrainConfig, world: World, n_views: int) -> planner.Work
         images,
         world.size,
         autocast_dtype(config.precision, world.device),
-        2 if config.optimizer == "adam" else 1,
+        2 if config.optimizer in ("adam", "adamw") else 1,
         cuda=world.device.type == "cuda",
     )
 

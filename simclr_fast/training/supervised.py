@@ -72,7 +72,11 @@ def build_classifier(config: PretrainConfig, n_classes: int) -> SimCLR:
     From the same random state the encoder has the same weights as `build_model`'s.
     """
     encoder, dim = build_encoder(
-        config.model, width=config.width, image_size=config.augmentation.size, stem=config.stem
+        config.model,
+        width=config.width,
+        image_size=config.augmentation.size,
+        stem=config.stem,
+        zero_gamma=config.zero_gamma,
     )
     return SimCLR(encoder, nn.Linear(dim, n_classes))
 

@@ -71,6 +71,19 @@ def test_grain_is_the_images_own_and_says_nothing_of_the_class():
     assert (len(source), source.classes) == (1000, demo.CLASSES)
 
 
+def test_held_out_images_are_training_images_that_no_run_trains_on():
+    whole = {path.name for path in named_source("demo").paths}
+    train, held_out = (named_source("demo-held-out", split) for split in ("train", "test"))
+    for source, per_class in ((train, 500), (held_out, 100)):
+        assert np.bincount(source.labels).tolist() == [per_class] * 10
+        assert source.classes == named_source("demo").classes
+        parents = [source.classes[label] for label in source.labels]
+        assert [path.parent.name for path in source.paths] == parents
+    names = [{path.name for path in source.paths} for source in (train, held_out)]
+    assert not names[0] & names[1]
+    assert names[0] | names[1] == whole
+
+
 def test_unknown_split():
     with pytest.raises(ValueError, match="'val'"):
         demo.demo_garments("val")

@@ -1,0 +1,191 @@
+"""The presets' numbers, and a peer's training loop beside ours: same weights, views and steps."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import TINY
+from torch import nn
+
+from simclr_fast.data.loader import TwoViewLoader
+from simclr_fast.data.sources import ArraySource
+from simclr_fast.models.weights import load_weights
+from simclr_fast.training import pretrain as module
+from simclr_fast.training.config import PRESETS, PretrainConfig
+from simclr_fast.training.pretrain import pretrain
+from simclr_fast.training.setup import build_model, build_optimizer, loader_options
+from simclr_fast.utils.distributed import join_world
+
+STEPS = 6
+# Labels of three classes; two images have none.
+LABELS = np.where(np.arange(24) % 12 == 5, -1, np.arange(24) % 3)
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 255, (24, 16, 16, 3), dtype=np.uint8)
+    monkeypatch.setattr(module, "named_source", lambda name: ArraySource(images, LABELS))
+    return replace(TINY, data="noise", out=tmp_path / "run", steps=STEPS, memory="plain", lr=0.5)
+
+
+def textbook_nt_xent(z, temperature, decoupled=False):
+    z = nn.functional.normalize(z)
+    n = len(z) // 2
+    logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
+    positive = (torch.arange(2 * n) + n) % (2 * n)
+    chosen = logits[torch.arange(2 * n), positive]
+    if decoupled:
+        logits = logits.scatter(1, positive[:, None], -torch.inf)
+    return (logits.logsumexp(1) - chosen).mean()
+
+
+def textbook_sup_con(z, labels, temperature):
+    z = nn.functional.normalize(z)
+    logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
+    logs = logits.log_softmax(1)
+    same = (labels[:, None] == labels[None]) & ~torch.eye(len(z), dtype=torch.bool)
+    per_row = -(torch.where(same, logs, 0).sum(1) / same.sum(1).clamp_min(1))
+    return per_row.mean()
+
+
+class PeerLARS:
+    """LARS as solo-learn writes it, one tensor at a time."""
+
+    def __init__(self, model, eta, weight_decay, clip):
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.buffers = [torch.zeros_like(p) for p in self.parameters]
+        self.eta, self.weight_decay, self.clip = eta, weight_decay, clip
+
+    @torch.no_grad()
+    def step(self, lr):
+        for p, buffer in zip(self.parameters, self.buffers, strict=True):
+            step = p.grad
+            if p.ndim > 1:
+                norms = p.norm(), p.grad.norm()
+                if min(norms) > 0:
+                    ratio = self.eta * norms[0]
+                    ratio /= norms[1] + self.weight_decay * norms[0] + 1e-8
+                    if self.clip:
+                        # Tensors: a learning rate of 0 gives infinity, and so 1.
+                        ratio = min(ratio / torch.tensor(lr), torch.tensor(1.0))
+                    step = ratio * (step + self.weight_decay * p)
+            buffer.mul_(0.9).add_(step)
+            p -= lr * buffer
+
+
+def peer_run(config):
+    """The encoder's weights and the losses of a plain loop with the textbook loss."""
+    with join_world("cpu", 60) as world:
+        torch.manual_seed(config.seed)
+        source = module.named_source(config.data)
+        loader = TwoViewLoader(source, config.batch_size, **loader_options(config, world))
+        model = build_model(config).to(memory_format=torch.channels_last).train()
+        optimizer = PeerLARS(
+            model, config.trust_coefficient, config.weight_decay, config.trust_clip
+        )
+        warmup, losses, step = config.warmup_epochs * len(loader), [], 0
+        while step < STEPS:
+            for view1, view2, index in loader:
+                _, z = model(torch.cat([view1, view2]))
+                labels = torch.from_numpy(LABELS)[index]
+                # An image without a label is a class of its own.
+                rows = torch.where(labels < 0, 100 + index, labels).repeat(2)
+                loss = {
+                    "nt-xent": lambda z=z: textbook_nt_xent(z, config.temperature),
+                    "decoupled": lambda z=z: textbook_nt_xent(z, config.temperature, True),
+                    "sup-con": lambda z=z, rows=rows: textbook_sup_con(z, rows, config.temperature),
+                }[config.loss]()
+                model.zero_grad()
+                loss.backward()
+                losses.append(loss.item())
+                progress = (step - warmup) / (STEPS - warmup)
+                factor = step / warmup if step < warmup else (1 + math.cos(math.pi * progress)) / 2
+                optimizer.step(config.lr * factor)
+                step += 1
+                if step == STEPS:
+                    break
+        return dict(model.encoder.state_dict()), losses
+
+
+@pytest.mark.parametrize("loss", ["nt-xent", "decoupled", "sup-con"])
+def test_a_peers_loop_trains_the_same_encoder(config, loss):
+    solo_learn = {
+        "trust_coefficient": 0.02,
+        "trust_clip": True,
+        "lars_variant": "lightly",
+        "weight_decay": 1e-2,
+        "projector_hidden": 40,
+        "projector_batch_norm": False,
+        "zero_gamma": True,
+        "temperature": 0.2,
+    }
+    config = replace(config, loss=loss, **solo_learn)
+    start = dict(build_model(config).encoder.state_dict())
+    expected, losses = peer_run(config)
+    out = pretrain(config)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-4)
+    trained = load_weights(out).encoder.state_dict()
+    assert expected.keys() == trained.keys()
+    for name, value in expected.items():
+        moved = (value.double() - start[name].double()).abs().max()
+        assert moved > 0
+        difference = (trained[name].double() - value.double()).abs().max()
+        assert difference <= 1e-3 * moved, name
+
+
+def test_sup_con_needs_labels(config, monkeypatch):
+    images = np.zeros((24, 16, 16, 3), np.uint8)
+    for labels in (None, np.full(24, -1)):
+        monkeypatch.setattr(
+            module, "named_source", lambda _, given=labels: ArraySource(images, given)
+        )
+        with pytest.raises(ValueError, match="sup-con needs labels"):
+            pretrain(replace(config, loss="sup-con"))
+
+
+def test_options_reach_the_optimizer():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    made = build_optimizer(
+        model, replace(TINY, trust_coefficient=0.02, trust_clip=True, lars_variant="lightly")
+    )
+    for name, value in {
+        "trust_coefficient": 0.02,
+        "trust_clip": True,
+        "momentum_order": "torch",
+        "norm": "split",
+        "eps": 1e-8,
+    }.items():
+        assert made.param_groups[0][name] == value
+    for name, kind in {
+        "sgd": torch.optim.SGD,
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+    }.items():
+        made = build_optimizer(model, replace(TINY, optimizer=name, lr=0.01, weight_decay=0.1))
+        assert type(made) is kind
+        decayed = {
+            g["weight_decay"]: sum(p.numel() for p in g["params"]) for g in made.param_groups
+        }
+        assert decayed == {0.1: 16, 0: 12}
+        assert all(group["lr"] == 0.01 for group in made.param_groups)
+    with pytest.raises(ValueError, match="lr must be given for optimizer sgd"):
+        PretrainConfig(optimizer="sgd")
+
+
+def test_zero_gamma_makes_every_block_the_identity_at_first():
+    model = build_model(replace(TINY, model="resnet50", zero_gamma=True)).encoder
+    assert all(
+        (block.bn3.weight == 0).all() for stage in (model.layer1, model.layer4) for block in stage
+    )
+    with pytest.raises(ValueError, match="zero_gamma is for resnet10"):
+        build_model(replace(TINY, model="vgg11", width=1, zero_gamma=True))
+
+
+def test_presets_build():
+    for preset in PRESETS.values():
+        with torch.device("meta"):
+            build_optimizer(build_model(preset()), preset())
