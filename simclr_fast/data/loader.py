@@ -60,6 +60,7 @@ class _Loader:
         on_error: Literal["raise", "skip"] = "raise",
         num_threads: int | None = None,
         prefetch: bool | None = None,
+        views_on_host: bool = False,
     ) -> None:
         self.source: Source = open_source(source, labels)
         if len(self.source) == 0:
@@ -107,9 +108,13 @@ class _Loader:
             dtype=dtype,
             channels_last=channels_last,
         )
-        self._slots = Slots(lambda: self._new_views(self.rows, self.device), self.device)
+        self.views_on_host = views_on_host and self.device.type == "cuda"
+        home = torch.device("cpu") if self.views_on_host else self.device
+        self._slots = Slots(
+            lambda: self._new_views(self.rows, home), self.device, self.views_on_host
+        )
         self._pinned: PinnedViews | None = None
-        if self._pipeline.on_host and self.device.type != "cpu":
+        if self._pipeline.on_host and home.type != "cpu":
             self._pinned = PinnedViews(
                 lambda: self._new_views(self._pipeline.part_size, torch.device("cpu")), self.device
             )
@@ -118,6 +123,8 @@ class _Loader:
     def describe(self) -> str:
         """One line for a log: what decodes the images and makes the views, and where."""
         copied = f", copied to {self.device}" if self._pinned is not None else ""
+        if self.views_on_host:
+            copied = ", kept in host memory"
         early = ", one batch ahead" if self.prefetch else ""
         return f"{self._pipeline.describe()}{copied}{early}"
 
@@ -213,7 +220,12 @@ class _Loader:
                 slot, ids = self._slots.fill_next(), []
             rows = part.first + len(part.ids)
             views = [view[part.first : rows] for view in slot.views]
-            if self._pinned is None:
+            if self.views_on_host and not self._pipeline.on_host:
+                made = self._new_views(len(part.ids), self.device)
+                self._pipeline.write(part, outputs, made)
+                for view, new in zip(views, made, strict=True):
+                    view.copy_(new, non_blocking=True)
+            elif self._pinned is None:
                 self._pipeline.write(part, outputs, views)
             else:
                 on_host = self._pinned.next()
@@ -312,6 +324,8 @@ class TwoViewLoader(_Loader):
     on_error: "raise": a corrupt image raises `CorruptImageError`, which names it. "skip": it is
         logged, counted in `skipped` and replaced by another.
     prefetch: make the next batch in a thread while this one is in use. Default: only for a GPU.
+    views_on_host: for a GPU, yield the views in pinned memory of the CPU, which saves two batches
+        of memory on the GPU. `LargeBatch` copies what it needs.
 
     Raises:
         ValueError, TypeError: an argument is out of range.

@@ -1,7 +1,7 @@
 """Make the next batch in a thread while this one is in use, in memory that is reused.
 
 On CUDA, streams wait for events and the host does not wait. The only exception is pinned memory,
-which the host must not overwrite before its copy has ended.
+which the host must not overwrite before its copy has ended, nor read before it is filled.
 """
 
 import threading
@@ -22,19 +22,26 @@ NewViews = Callable[[], list[Tensor]]
 class Slot:
     """The memory for the views of one batch, which is filled and read in turn.
 
+    device: where the views are made. on_host: they lie in the host's pinned memory instead.
     _made is the event at the end of the last fill. _read_by are the events after its uses, on any
     stream.
     """
 
-    def __init__(self, views: list[Tensor], device: torch.device) -> None:
-        self.views, self.device = views, device
+    def __init__(self, views: list[Tensor], device: torch.device, on_host: bool = False) -> None:
+        self.views, self.device, self._on_host = views, device, on_host
         self._made: torch.cuda.Event | None = None
         self._read_by: list[torch.cuda.Event] = []
 
     def begin(self) -> None:
-        """Let the current stream wait for all uses of the slot, before it is filled again."""
+        """Wait for all uses of the slot, before it is filled again.
+
+        The current stream waits; for pinned memory the host does.
+        """
         for event in self._read_by:
-            torch.cuda.current_stream(self.device).wait_event(event)
+            if self._on_host:
+                event.synchronize()
+            else:
+                torch.cuda.current_stream(self.device).wait_event(event)
         self._read_by.clear()
 
     def end(self) -> None:
@@ -43,8 +50,11 @@ class Slot:
             self._made = torch.cuda.current_stream(self.device).record_event()
 
     def read(self) -> None:
-        """Let the current stream wait until the slot is filled."""
+        """Wait until the slot is filled. The current stream waits; for pinned memory the host."""
         if self._made is None:
+            return
+        if self._on_host:
+            self._made.synchronize()
             return
         stream = torch.cuda.current_stream(self.device)
         stream.wait_event(self._made)
@@ -64,15 +74,15 @@ class Slots:
     Filling is at most one batch ahead of reading.
     """
 
-    def __init__(self, new_views: NewViews, device: torch.device) -> None:
-        self._new_views, self._device = new_views, device
+    def __init__(self, new_views: NewViews, device: torch.device, on_host: bool = False) -> None:
+        self._new_views, self._device, self._on_host = new_views, device, on_host
         self._slots: list[Slot] = []
         self._in_hand: Slot | None = None
 
     def fill_next(self) -> Slot:
         """The slot that the current stream fills next."""
         if len(self._slots) < 2:
-            self._slots.append(Slot(self._new_views(), self._device))
+            self._slots.append(Slot(self._new_views(), self._device, self._on_host))
         else:
             self._slots.reverse()
         slot = self._slots[-1]

@@ -59,6 +59,25 @@ def test_two_epochs_and_early_stops_have_every_wait(prefetch):
     assert not cuda.faults
 
 
+def copied(views):
+    """What a step does with views in host memory."""
+    return [view.to("cuda", non_blocking=True) * 1.0 for view in views]
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_views_in_host_memory_have_every_wait(prefetch):
+    exact = TwoViewLoader(PIXELS, 4, augmentation=AUG)
+    with gpus() as cuda:
+        loader = TwoViewLoader(
+            PIXELS, 4, augmentation=AUG, device="cuda", prefetch=prefetch, views_on_host=True
+        )
+        assert "kept in host memory" in loader.describe()
+        for _ in range(2):
+            seen = [(*copied(views), index) for *views, index in loader]
+            assert equal(seen, train(exact))
+    assert not cuda.faults
+
+
 def test_a_batch_that_is_read_after_its_loop_is_not_overwritten():
     with gpus() as cuda:
         loader = TwoViewLoader(PIXELS, 4, augmentation=AUG, device="cuda")
@@ -126,6 +145,21 @@ def test_a_missing_wait_for_pinned_memory_is_found(monkeypatch):
     with gpus() as cuda:
         train(TwoViewLoader(PIXELS, 4, augmentation=AUG, device="cuda"))
     assert any("augment_views.default: stream -1" in fault for fault in cuda.faults)
+
+
+@pytest.mark.parametrize("step", ["begin", "read", "done", "end"])
+def test_a_missing_wait_for_views_in_host_memory_is_found(step, monkeypatch, encoded, dali):
+    monkeypatch.setattr(prefetch.Slot, step, nothing)
+    with gpus() as cuda:
+        for *views, _ in TwoViewLoader(
+            PIXELS, 4, augmentation=AUG, device="cuda", views_on_host=True
+        ):
+            copied(views)
+    faults = cuda.faults
+    with dali() as cuda:
+        for *views, _ in loader_of(encoded, views_on_host=True):
+            copied(views)
+    assert faults or cuda.faults
 
 
 def test_memory_that_is_not_recorded_is_found(monkeypatch):
@@ -239,6 +273,15 @@ def test_what_dali_hands_over_is_taken_in_time(encoded, dali, prefetch, monkeypa
         check_colours(train(loader))
     assert not cuda.faults
     assert {device for _, device in cuda.used_devices} == {3}
+
+
+def test_what_dali_makes_may_stay_in_host_memory(encoded, dali, monkeypatch):
+    monkeypatch.setattr(pipelines, "PART", 3)
+    with dali() as cuda:
+        loader = loader_of(encoded, views_on_host=True)
+        for _ in range(2):
+            check_colours([(*copied(views), index) for *views, index in loader])
+    assert not cuda.faults
 
 
 def test_dali_after_an_exception_of_the_producer(encoded, dali):
