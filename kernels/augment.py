@@ -1,18 +1,21 @@
-"""Views on the GPU: crop, resize, flip, jitter, gray, blur, normalise, cast, layout.
+"""Views on the GPU: crop, resize, flip, jitter, gray, blur, normalise, cast, layout (Triton).
 
-One program computes BLOCK pixels of one view. Contrast needs the mean after the steps before it and
-the blur needs neighbours, so there are up to four launches over float32 planes [n, 3, S, S]:
+A program computes BLOCK pixels of one view. The contrast step needs the mean of the whole view, and
+the blur needs neighbouring pixels. So a batch takes up to four launches, with float32 planes P and
+Q [n, 3, S, S] between them:
 
-    resize   source → planes, steps before contrast, partial sums      reads the boxes, writes P
-    color    contrast and what follows; finishes views without blur    reads P, writes P or views
-    blur x   blurred views only                                        reads P, writes Q
-    blur y   blurred views only, finishes them                         reads Q, writes views
+    resize   crop, resize, jitter steps before contrast, sums    reads the boxes, writes P
+    color    contrast and the later steps                        reads P; writes P, or views
+    blur x   along x; only views with blur                       reads P, writes Q
+    blur y   along y; only views with blur                       reads Q, writes views
 
-with P = Q = 12 n S² bytes. Crops that are already cut and resized, uint8 [n, S, S, 3], are read
-twice, 3 n S² bytes each time, instead of being written and read as planes: in place of "resize"
-comes "mean", which only sums, for views with jitter, and "color" starts from the crop again.
+P and Q have 12 n S² bytes each. `color` writes P for views with blur and finishes the others.
 
-Formulas as in csrc/augment_color.h; no atomics, so results repeat.
+`augment_crops` starts from crops that are already cut and resized, uint8 [n, S, S, 3]. Reading them
+twice moves 6 n S² bytes, less than writing and reading planes. So "mean" takes the place of
+"resize". It only adds up pixels, of the views with jitter, and "color" reads the crops again.
+
+The formulas are those of csrc/augment_color.h. There are no atomics: results repeat bit for bit.
 """
 
 import torch
@@ -21,6 +24,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .augment_color import (
+    CONTRAST,
+    FLIP,
+    FLOATS,
+    GRAY,
+    INTS,
+    JITTER,
+    ORDER,
+    SIGMA,
     UNSPECIALIZED,
     clip,
     jitter_step,
@@ -31,15 +42,16 @@ from .augment_color import (
 )
 from .augment_resize import resize_kernel
 
-# Four pixels per thread: with eight, registers halve the warps that hide the memory's latency.
+# Four pixels per thread. Eight would need twice the registers, which would leave half as many warps
+# to hide the memory's latency.
 BLOCK, WARPS = 1024, 8
-# Partial sums that one step of a program's loop adds: all of a view up to 256 pixels wide.
+# Partial sums that a program adds at a time: all of a view of up to 256 × 256 pixels.
 SUMS = 64
 
 
 @triton.jit
 def _crop_pixel(crops, i, y, x, size, mask):
-    """Pixels (y, x) of crop i → r, g, b in [0, 1]  # [BLOCK] each"""
+    """The pixels (y, x) of crop i: r, g, b in [0, 1], [BLOCK] each."""
     at = crops + i * size * size * 3 + (y * size + x) * 3
     r = tl.load(at, mask=mask, other=0).to(tl.float32) * (1.0 / 255)
     g = tl.load(at + 1, mask=mask, other=0).to(tl.float32) * (1.0 / 255)
@@ -50,9 +62,9 @@ def _crop_pixel(crops, i, y, x, size, mask):
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def mean_kernel(
     crops,  # uint8 [n, S, S, 3]
-    ints,
-    floats,
-    partial,  # float32 [n, blocks, 3]; not written for views without jitter
+    ints,  # int32 [n, INTS]
+    floats,  # float32 [n, FLOATS]
+    partial,  # float32 [n, blocks, 3]
     size,
     blocks,
     SIMCLR: tl.constexpr,
@@ -60,12 +72,16 @@ def mean_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """One program: the sums of r, g and b of BLOCK pixels, after the jitter steps before contrast.
+
+    Reads 3 bytes per pixel, writes three floats. Returns at once for views without jitter.
+    """
     size = sized(size, ALIGNED)
     i = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
-    ints += i * 11
-    floats += i * 5
-    if tl.load(ints + 5) == 0:
+    ints += i * INTS
+    floats += i * FLOATS
+    if tl.load(ints + JITTER) == 0:
         return
     pixel = block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     mask = pixel < size * size
@@ -76,19 +92,19 @@ def mean_kernel(
 
 @triton.jit
 def _radius(sigma, most):
-    """Beyond 4 sigma the Gaussian's tail weighs 6e-5 in all."""
+    """The blur's radius in pixels. The Gaussian's tails beyond 4 sigma weigh 6e-5 in total."""
     return tl.minimum(tl.ceil(4.0 * sigma).to(tl.int32), most)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def color_kernel(
     crops,  # uint8 [n, S, S, 3], read with CROPS
-    ints,
-    floats,
-    planes,  # float32 [n, 3, S, S], read without CROPS; written for the blur
-    partial,
+    ints,  # int32 [n, INTS]
+    floats,  # float32 [n, FLOATS]
+    planes,  # float32 [n, 3, S, S], read without CROPS; written for views with blur
+    partial,  # float32 [n, blocks, 3]
     normalize,  # float32 [6]: scale of R, G, B, then shift
-    out,
+    out,  # [n, 3, S, S], any strides
     stride_n,
     stride_c,
     stride_y,
@@ -103,12 +119,19 @@ def color_kernel(
     SUMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """One program: BLOCK pixels of one view, from the contrast step on.
+
+    Contrast is x · f + mean · (1 - f). The mean is the sum of the view's partial sums, divided by
+    S². Pixels of a view with blur go to the planes, others become x · scale + shift in `out`.
+    Reads 12 bytes per pixel, or 3 with CROPS, and the partial sums from L2; writes 12 bytes per
+    pixel, or three elements of `out`.
+    """
     size = sized(size, ALIGNED)
     i = (tl.program_id(0) // blocks).to(tl.int64)
     pixel = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     mask = pixel < size * size
-    ints += i * 11
-    floats += i * 5
+    ints += i * INTS
+    floats += i * FLOATS
     every = tl.arange(0, SUMS)  # [SUMS]
     sums = partial + i * blocks * 3 + every * 3
     sum_r = tl.zeros([SUMS], tl.float32)
@@ -129,9 +152,9 @@ def color_kernel(
     plane = planes + i * 3 * area + pixel
     y = pixel // size
     x = pixel % size
-    jitter = tl.load(ints + 5)
+    jitter = tl.load(ints + JITTER)
     if CROPS:
-        source_x = tl.where(tl.load(ints + 4) != 0, size - 1 - x, x)
+        source_x = tl.where(tl.load(ints + FLIP) != 0, size - 1 - x, x)
         r, g, b = _crop_pixel(crops, i, y, source_x, size, mask)
         after = jitter
     else:
@@ -140,17 +163,17 @@ def color_kernel(
         b = tl.load(plane + 2 * area, mask=mask, other=0.0)
         after = jitter * 0
     for j in range(4):
-        op = tl.load(ints + 6 + j)
-        after = tl.where(op == 1, jitter, after)
+        step = tl.load(ints + ORDER + j)
+        after = tl.where(step == CONTRAST, jitter, after)
         if after != 0:
-            f = tl.load(floats + op)
-            r, g, b = jitter_step(op, f, r, g, b, mean_r, mean_g, mean_b, SIMCLR, ADDITIVE)
-    if tl.load(ints + 10) != 0:
+            f = tl.load(floats + step)
+            r, g, b = jitter_step(step, f, r, g, b, mean_r, mean_g, mean_b, SIMCLR, ADDITIVE)
+    if tl.load(ints + GRAY) != 0:
         r = luma(r, g, b)
         g = r
         b = r
     r, g, b = clip(r), clip(g), clip(b)
-    if _radius(tl.load(floats + 4), most_radius) > 0:
+    if _radius(tl.load(floats + SIGMA), most_radius) > 0:
         tl.store(plane, r, mask=mask)
         tl.store(plane + area, g, mask=mask)
         tl.store(plane + 2 * area, b, mask=mask)
@@ -167,10 +190,10 @@ def color_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def blur_kernel(
-    floats,
+    floats,  # float32 [n, FLOATS]
     source,  # float32 [n, 3, S, S]
-    normalize,
-    out,  # VERTICAL: the views; otherwise float32 [n, 3, S, S]
+    normalize,  # float32 [6]: scale of R, G, B, then shift
+    out,  # VERTICAL: the views [n, 3, S, S]; otherwise float32 [n, 3, S, S]
     stride_n,
     stride_c,
     stride_y,
@@ -183,11 +206,18 @@ def blur_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """One program: BLOCK pixels of one channel of a view, blurred along one axis.
+
+    out(x) = Σ_k w_k source(x + k) / Σ_k w_k with w_k = exp(-k² / (2 sigma²)), |k| <= radius. Beyond
+    the border the source is 0, or reflected. The vertical pass also normalises. Reads 4 bytes per
+    pixel from memory, the taps from the cache; writes 4 bytes per pixel, or an element of the
+    views. Returns at once for views without blur.
+    """
     size = sized(size, ALIGNED)
     plane = tl.program_id(0) // blocks
     i = (plane // 3).to(tl.int64)
     c = (plane % 3).to(tl.int64)
-    sigma = tl.load(floats + i * 5 + 4)
+    sigma = tl.load(floats + i * FLOATS + SIGMA)
     radius = _radius(sigma, most_radius)
     if radius <= 0:
         return
@@ -229,13 +259,13 @@ def augment_views(
     blur_radius: int,
     out: Tensor,
 ) -> None:
-    """Launch the kernels on torch's current stream; arguments are on `out`'s device.
+    """Launch the kernels on torch's current stream. All arguments are on `out`'s device.
 
     where: int64 [2, n], contiguous: each image's address and the stride of its rows in elements.
-    The images are [H, W, 3] with stride (any, 3, 1), all uint8 (as_bytes) or all float32.
-    ints: int32 [n, 11], floats: float32 [n, 5], normalize: float32 [6]: contiguous, as in the
-    kernels.
-    out: [n, 3, S, S] of any strides.
+        The images are [H, W, 3] with strides (any, 3, 1), all uint8 (as_bytes) or all float32.
+    ints: int32 [n, INTS], floats: float32 [n, FLOATS], normalize: float32 [6]; contiguous.
+        augment_color.py says what is in them.
+    out: [n, 3, S, S], any strides.
     """
     n, _, size, _ = out.shape
     if n == 0:
@@ -273,9 +303,9 @@ def augment_crops(
     blur_radius: int,
     out: Tensor,
 ) -> None:
-    """As augment_views, for crops that are cut and resized already: uint8 [n, S, S, 3], contiguous.
+    """`augment_views` of crops that are already cut and resized. The boxes in `ints` are not read.
 
-    The boxes in `ints` are not read.
+    crops: uint8 [n, S, S, 3], contiguous.
     """
     n, _, size, _ = out.shape
     if n == 0:

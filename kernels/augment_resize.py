@@ -1,17 +1,23 @@
-"""Crop and resize of images of any sizes, and the jitter's steps before contrast.
-
-One program computes BLOCK pixels of one view, all taps of both axes at once: neighbours share their
-source pixels through the cache.
-"""
+"""Crop and resize of images of any sizes, and the jitter steps before contrast (Triton)."""
 
 import triton
 import triton.language as tl
 
-from .augment_color import UNSPECIALIZED, clip, sized, steps_before_contrast, store_sums
+from .augment_color import (
+    FLIP,
+    FLOATS,
+    INTS,
+    UNSPECIALIZED,
+    clip,
+    sized,
+    steps_before_contrast,
+    store_sums,
+)
 
 
 @triton.jit
 def _filter(x, BILINEAR: tl.constexpr):
+    """The triangle, or Keys' cubic with a = -0.5."""
     x = tl.abs(x)
     if BILINEAR:
         return tl.maximum(1.0 - x, 0.0)
@@ -22,10 +28,10 @@ def _filter(x, BILINEAR: tl.constexpr):
 
 @triton.jit
 def _window(position, extent, size, SIMCLR: tl.constexpr, BILINEAR: tl.constexpr):
-    """Centre, first sample, number of samples and stretch of the resize filter along one axis.
+    """The filter of an output position along one axis: centre, first sample, samples, stretch.
 
-    The filter is zero from `support` on, so at most ceil(2 support) samples have weight: 4 of a
-    bicubic filter that is not stretched.
+    The filter is zero at distances of `support` and more. So at most ceil(2 support) samples have a
+    weight, for example 4 with a bicubic filter that is not stretched.
     """
     scale = extent.to(tl.float32) / size
     stretch = scale * 0.0 + 1.0
@@ -39,6 +45,7 @@ def _window(position, extent, size, SIMCLR: tl.constexpr, BILINEAR: tl.constexpr
 
 @triton.jit
 def _tap(first, k, center, stretch, extent, BILINEAR: tl.constexpr):
+    """The k-th sample of a filter and its weight, which is 0 outside the box."""
     sample = first + k
     weight = _filter((sample.to(tl.float32) + 0.5 - center) / stretch, BILINEAR)
     return sample, tl.where((sample >= 0) & (sample < extent), weight, 0.0)
@@ -48,8 +55,8 @@ def _tap(first, k, center, stretch, extent, BILINEAR: tl.constexpr):
 def resize_kernel(
     address,  # int64 [n]: of each image's first element
     row_stride,  # int64 [n], in elements
-    ints,  # int32 [n, 11]: y, x, h, w, flip, jitter, order (4), gray
-    floats,  # float32 [n, 5]: factors (4), sigma
+    ints,  # int32 [n, INTS]
+    floats,  # float32 [n, FLOATS]
     planes,  # float32 [n, 3, S, S]
     partial,  # float32 [n, blocks, 3]
     size,
@@ -61,15 +68,21 @@ def resize_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """One program: BLOCK pixels of one view, resized and with the jitter steps before contrast.
+
+    out = Σ weight · source / Σ weight over the samples of both axes that are inside the box. Reads
+    the samples through the cache, which neighbouring pixels share, so each source pixel once from
+    memory. Writes 12 bytes per pixel, and the sums of r, g and b.
+    """
     size = sized(size, ALIGNED)
     i = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     pixel = block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     mask = pixel < size * size
-    ints += i * 11
-    floats += i * 5
+    ints += i * INTS
+    floats += i * FLOATS
     top, left = tl.load(ints).to(tl.int64), tl.load(ints + 1).to(tl.int64)
-    h, w, flip = tl.load(ints + 2), tl.load(ints + 3), tl.load(ints + 4)
+    h, w, flip = tl.load(ints + 2), tl.load(ints + 3), tl.load(ints + FLIP)
     stride = tl.load(row_stride + i)
     y = pixel // size
     x = pixel % size

@@ -53,11 +53,11 @@ def _normalize_view(
     z = tl.load(z_ptr + offset, mask=inside[:, None] & (d < dim)[None, :], other=0.0)
     z = z.to(tl.float32)
 
-    # torch.nn.functional.normalize's eps; a maximum with it would drop a NaN.
+    # 1e-12 is the eps of torch.nn.functional.normalize. A maximum with it would drop a NaN.
     norm = tl.sqrt_rn(tl.sum(z * z, axis=1))
     inv_norm = tl.where(norm < 1e-12, 1e12, tl.div_rn(1.0, norm))
     tl.store(inv_norm_ptr + pair * 2 + VIEW, inv_norm, mask=inside)
-    # An infinite norm must not become 0 · finite.
+    # A row of infinite norm becomes NaN, not zeros.
     scale = tl.where(inv_norm == 0.0, float("nan"), inv_norm)
     scale *= tl.sqrt_rn(tl.div_rn(1.4426950408889634, tl.load(temperature_ptr)))
     # Zeros in the padding, whatever the scale.
@@ -123,7 +123,7 @@ def padded_dim(dim: int) -> int:
 
 
 class RowBlocks(NamedTuple):
-    """Rows, or pairs, of a program of a row-wise kernel, its columns, and its warps."""
+    """What a program of a row-wise kernel holds: rows or pairs of rows, columns, and warps."""
 
     rows: int
     columns: int
@@ -131,14 +131,14 @@ class RowBlocks(NamedTuple):
 
 
 def row_blocks(padded: int) -> RowBlocks:
-    """A program holds whole rows: each value is read once."""
+    """Blocks of whole rows, so that each value is read once."""
     columns = triton.next_power_of_2(padded)
     warps = min(max(columns // 512, 4), 16)
     return RowBlocks(max(BLOCK_ELEMENTS // columns, 1), columns, warps)
 
 
 def finish_blocks(padded: int) -> RowBlocks:
-    """Half as many rows, for the kernels that finish a gradient: with all of them they spill."""
+    """`row_blocks` with half the rows, for the kernels that finish a gradient: more would spill."""
     blocks = row_blocks(padded)
     return blocks._replace(rows=max(blocks.rows // 2, 1))
 

@@ -40,14 +40,20 @@ __all__ = [
     "padded_dim",
 ]
 
+# Rows of a program of the kernels that read a few floats per row.
 WEIGHTS_BLOCK = 512
+# Slots of partial results that a program adds at a time.
 SLOT_BLOCK = 32
 # Rows of a program that adds up statistics.
 PART_ROWS = 256
 
 
 class Losses(NamedTuple):
-    """Of `count` rows: loss, lse, factor [count], stats [count, 4] or [0, 4], reduced []."""
+    """The results of `losses`, float32.
+
+    loss, lse, factor: one value per row. stats: [rows, 4], or [0, 4] without statistics.
+    reduced: [].
+    """
 
     loss: Tensor
     lse: Tensor
@@ -57,7 +63,7 @@ class Losses(NamedTuple):
 
 
 class RowWeights(NamedTuple):
-    """What the gradient's tile kernels need of every row, [M] each, float32 but for the ids."""
+    """What the gradient's tile kernels read for each row: [M] each, float32, ids int32."""
 
     factor: Tensor
     weight: Tensor | None = None
@@ -70,7 +76,7 @@ def floats(device: torch.device, *shape: int) -> Tensor:
 
 
 def make_counter(device: torch.device) -> Tensor:
-    """What `add_up` counts by; the tile kernel before it writes the 0."""
+    """The counter of `add_up`. The tile kernel before it sets it to 0."""
     return torch.empty((), dtype=torch.int32, device=device)
 
 
@@ -87,17 +93,17 @@ def forward(
     Args:
         u_all: [M, D_pad], from `normalize` (of all ranks, concatenated), contiguous.
         temperature: [], float32, on the same device; any value from 0.001 to 100.
-        row_offset, rows: even.
-        decoupled: the positive is left out of the denominator.
+        row_offset, rows: even numbers.
+        decoupled: leave the positive out of the denominator.
         statistics: whether to fill `stats`.
 
     Returns:
         loss: [rows], float32, softplus(log Σ_negatives exp(s_ij) - s_i,p(i)), without the softplus
             if decoupled.
         lse: [rows], float32, loss + s_i,p(i): the logarithm of the denominator.
-        stats: [rows, 4], float32 ([0, 4] without statistics): whether the positive is above all
-            negatives of the other view, entropy in nats over the other view's rows, then both
-            over all rows.
+        stats: [rows, 4], float32 ([0, 4] without statistics). Columns 0 and 1 are for the rows of
+            the other view: whether the positive is above all negatives, and the entropy in nats.
+            Columns 2 and 3 are the same for all rows.
     """
     made = losses(u_all, temperature, row_offset, rows, decoupled, statistics)
     return made.loss, made.lse, made.stats
@@ -112,10 +118,10 @@ def losses(
     statistics: bool,
     mean: bool = False,
 ) -> Losses:
-    """`forward` with more results of the same launches.
+    """`forward`, with two more results of the same launches.
 
     reduced: [], float32, the sum of the rows' losses, or with `mean` their mean.
-    factor: [rows], float32, for `backward` where all rows weigh the same.
+    factor: [rows], float32, for `backward` if all rows have the same upstream gradient.
     """
     padded, device = u_all.size(1), u_all.device
     made = Losses(
@@ -220,8 +226,10 @@ def _tile_sums(
 ) -> tuple[Tensor, Tensor, int]:
     """Partial results over each row's negatives, for `losses_kernel`.
 
-    Returns: [2, slots, rows] (3 planes with statistics); [rows], the positives' x, empty without
-    statistics; how many slots are of the other view (all, without statistics).
+    Returns:
+        The partial results: [2, slots, rows], or [3, slots, rows] with statistics.
+        The positives' x: [rows], or [0] without statistics.
+        The number of slots that are for the other view; without statistics, of all slots.
     """
     config, splits, symmetric = plan
     (total, padded), device = u_all.shape, u_all.device
@@ -306,7 +314,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
         elif a.device.type == "cuda":
             torch.mm(a, b, out_dtype=torch.float32, out=out)
         else:
-            # The interpreter's tensors: the CPU has no product with a wider result.
+            # The interpreter's tensors are on the CPU, which has no product with a wider result.
             torch.mm(a.float(), b.float(), out=out)
 
 
@@ -317,7 +325,7 @@ def row_weights(
     ids: Tensor | None = None,
     inverse_count: Tensor | None = None,
 ) -> tuple[RowWeights, Tensor]:
-    """What W needs of the rows, and max |grad| [], for an upstream gradient of each row, [M]."""
+    """`RowWeights` for an upstream gradient of each row, [M]; and max |grad|, []."""
     device, total = lse_all.device, lse_all.numel()
     weights = RowWeights(
         factor=floats(device, total),
@@ -359,18 +367,19 @@ def backward(
     """Gradients of Σ_i grad_i loss_i, over all ranks' rows i, to this rank's z and to τ.
 
     Args:
-        grad: [M], float32, any stride; or [], the same for all rows: faster. mean: divided by M.
+        grad: [M], float32, any stride; or [], the same for all rows, which is faster.
+        mean: divide grad by M.
         u_all: [M, D_pad]; lse_all: [M], float32; contiguous.
         loss, inv_norm: [R], float32, of this rank's rows.
         z1, z2: what `normalize` took on this rank.
         temperature: [], float32.
         row_offset: first of this rank's rows. decoupled: as in `forward`.
-        factor: [M], of `losses` for all rows: saves a launch where grad is []. None or empty: not
-            at hand.
+        factor: [M], that of `losses` for all rows. It saves a launch if grad is []. None or empty
+            if unknown.
 
     Returns:
         grad_z: [R, D], z's dtype, view-major: first the R/2 rows of view 1.
-        grad_temperature: [], float32, this rank's rows' part.
+        grad_temperature: [], float32: the part of this rank's rows.
     """
     if z2 is None:
         z1, z2 = z1.chunk(2)

@@ -1,7 +1,8 @@
-"""SIMCLR_FAST_AUTOTUNE=1: launch configurations by timing every architecture's, once per shape.
+"""With SIMCLR_FAST_AUTOTUNE=1, time every architecture's launch configurations, once per shape.
 
-The choice lives as long as the process. Results stay deterministic within it, but another run may
-choose, and round, otherwise. The default is the table of nt_xent_configs.py.
+The fastest is used until the process ends, so results repeat within a process. Another run may
+choose another configuration, which rounds differently. Otherwise the table of nt_xent_configs.py
+gives the configurations.
 """
 
 import os
@@ -22,7 +23,7 @@ _CHOICES: dict[tuple[object, ...], Plan] = {}
 def tuned(
     kernel: str, made: Plan, u_all: Tensor, rows: int, launch: Callable[[Plan], object]
 ) -> Plan:
-    """The fastest plan of a kernel; `made` unless asked for, and while a graph is captured."""
+    """The fastest plan of a kernel. `made` without autotuning, and while a graph is captured."""
     if os.environ.get("SIMCLR_FAST_AUTOTUNE") != "1" or not u_all.is_cuda:
         return made
     key = (kernel, made, u_all.device, u_all.dtype, *u_all.shape, rows)
@@ -44,7 +45,7 @@ def candidates(
     total: int,
     processors: int,
 ) -> list[Plan]:
-    """`made` first, then every architecture's configuration, with its splits."""
+    """`made`, then every architecture's configuration with its splits."""
     plans = [made]
     for capability in TABLE:
         kind = SYMMETRIC[kernel] if made.symmetric else kernel
@@ -67,9 +68,9 @@ def fastest(
     launch: Callable[[Plan], object],
     milliseconds: Callable[[Callable[[], object]], float] = _milliseconds,
 ) -> Plan:
-    """The plan of least time, among those that run with this GPU's resources and free memory.
+    """The fastest of the plans that run with this GPU's resources and free memory.
 
-    The first plan if none could be timed, with a warning that gives the cause.
+    If none runs, the first plan, with a warning that gives the cause.
     """
     times: dict[Plan, float] = {}
     failure: Exception | None = None
@@ -77,7 +78,7 @@ def fastest(
         try:
             times[plan] = milliseconds(partial(launch, plan))
         except (OutOfResources, PTXASError, torch.OutOfMemoryError) as error:
-            # Without the traceback, whose frames hold the tensors of the failed launch.
+            # Drop the traceback: its frames hold the tensors of the failed launch.
             failure = error.with_traceback(None)
     if not times:
         warnings.warn(

@@ -26,7 +26,8 @@ from .nt_xent_tiles import (
 
 @triton.jit
 def row_terms(factor_ptr, weight_ptr, ids_ptr, share_ptr, i, end, MASKED: tl.constexpr):
-    """What W needs of rows i: factor, weight, class and share. Without a tensor: 1, or unused."""
+    """Factor, weight, class and share of rows i. Without their tensors the weight is 1, and class
+    and share are not used."""
     inside = (i < end) | (not MASKED)
     factor = tl.load(factor_ptr + i, mask=inside, other=0.0)
     weight = tl.full(i.shape, 1.0, tl.float32)
@@ -56,9 +57,10 @@ def pair_weights(
 ):
     """2^shift W_ij, [BM, BN]: the weight of û_j in the gradient of û_i.
 
-    One exponential per pair; for low temperatures one for each of W's two terms. With classes, less
-    what two positives owe each other: where views are aligned W is small, and the difference is
-    taken before it is rounded.
+    W_ij = exp2(x_ij) (f_i + f_j), one exponential per pair. For low temperatures (LOW):
+    W_ij = w_i exp2(x_ij - f_i) + w_j exp2(x_ij - f_j). With classes, share_i + share_j is
+    subtracted from the weights of positives. For aligned views the difference is small. It is taken
+    here, in float32, before W is rounded for the tensor cores.
     """
     if LOW:
         w = w_i[:, None] * tl.exp2(x - f_i[:, None]) + w_j[None, :] * tl.exp2(x - f_j[None, :])
@@ -94,12 +96,12 @@ def gradient_kernel(
 ):
     """One program: BM rows against one split of the keys; Σ_j W_ij û_j over all features.
 
-    j runs over the negatives; with classes over all other rows. W_ij = exp2(x_ij) (f_i + f_j), so
-    one exponential serves both directions and W is symmetric: this one row pass is the whole
-    gradient. Reads M / SPLITS rows of û from L2 and writes the tile of partial sums once.
+    j runs over the negatives; with classes over all other rows. W is symmetric, so this one pass
+    over the rows is the whole gradient: loss_i and loss_j depend on x_ij by one exponential. Reads
+    M / SPLITS rows of û from L2 and writes the tile of partial sums once.
     """
     CLASSES: tl.constexpr = ids_ptr is not None
-    # Rows 2k and 2k + 1 are excluded for each other, with classes only the row itself.
+    # A row's whole pair is excluded, rows with the same i >> 1; with classes only the row itself.
     SHIFT: tl.constexpr = 0 if CLASSES else 1
     split = tl.program_id(1)
     splits = tl.num_programs(1)
@@ -187,9 +189,10 @@ def weight_tiles_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: a tile of W, BM rows × BN keys, for features that gradient_kernel cannot hold.
+    """One program: a tile of W, BM rows × BN keys. A matrix product with û follows.
 
-    Reads BM + BN rows of û from L2 and writes the tile once; a matrix product with û follows.
+    For more features than gradient_kernel can hold. Reads BM + BN rows of û from L2 and writes the
+    tile once.
     """
     CLASSES: tl.constexpr = ids_ptr is not None
     SHIFT: tl.constexpr = 0 if CLASSES else 1
@@ -251,10 +254,11 @@ def weights_kernel(
     grad_stride,
     BLOCK_R: tl.constexpr,
 ):
-    """One program: BR rows; w_i = grad_i / max |grad|, and what gradient_kernel multiplies by.
+    """One program: BR rows; w_i = grad_i / max |grad|, and factor and share for gradient_kernel.
 
-    With classes w_i is 0 for rows without positives. Each program takes the maximum itself, from
-    L2: that is cheaper than one more launch.
+    With classes w_i is 0 for rows without positives. Each program computes the maximum itself: it
+    reads grad [M] from L2, which is cheaper than one more launch. Writes 2 floats per row, 3 with
+    classes.
     """
     n = tl.arange(0, BLOCK_R)
     largest = tl.zeros([BLOCK_R], tl.float32)
@@ -290,7 +294,7 @@ def _one_minus_exp(loss):
 
 @triton.jit
 def unit_rows(z_ptr, row, d, inside, dim, stride_n, stride_d, inv_norm):
-    """u, [BR, BD], float32."""
+    """The rows of u = z / |z|, [BR, BD], float32."""
     offset = row[:, None] * stride_n + d.to(tl.int64)[None, :] * stride_d
     z = tl.load(z_ptr + offset, mask=inside[:, None] & (d < dim)[None, :], other=0.0)
     return z.to(tl.float32) * inv_norm[:, None]
@@ -348,9 +352,11 @@ def finish_gradient_kernel(
 ):
     """One program: BP pairs; adds the positives, and goes from u to z and to the temperature.
 
-    G_i = k Σ_j W_ij û_j + v (u_p(i) - u_i) with v = W_i,p(i) / τ, and
-    dz_i = (G_i - u_i <u_i, G_i>) / |z_i|: the projection drops the added u_i, and the difference
-    keeps its digits when the views are aligned.
+        G_i  = k Σ_j W_ij û_j + v (u_p(i) - u_i)     with v = W_i,p(i) / τ
+        dz_i = (G_i - u_i <u_i, G_i>) / |z_i|
+
+    The derivative has v u_p(i). The projection removes multiples of u_i, so v u_i may be
+    subtracted: for aligned views the difference keeps its digits.
     Reads the partial sums and z once, writes dz once.
     """
     pairs = rows // 2
@@ -378,11 +384,11 @@ def finish_gradient_kernel(
     g_2 = k * g_2 + v[:, None] * (u_1 - u_2)
     radial_1 = tl.sum(u_1 * g_1, axis=1)
     radial_2 = tl.sum(u_2 * g_2, axis=1)
-    # <u_i, dL/du_i> includes the v u_i that G_i leaves out.
+    # G_i lacks v u_i, so <u_i, dL/du_i> = <u_i, G_i> + v |u_i|².
     squares = tl.sum(u_1 * u_1 + u_2 * u_2, axis=1)
     total = tl.sum(tl.where(inside, radial_1 + radial_2 + v * squares, 0.0), axis=0)
 
-    # A norm below the eps of torch.nn.functional.normalize is a constant: no projection.
+    # Below the eps of torch.nn.functional.normalize the norm is a constant: no projection.
     radial_1 = tl.where(inv_1 >= 1e12, -v, radial_1)
     radial_2 = tl.where(inv_2 >= 1e12, -v, radial_2)
     dz_1 = inv_1[:, None] * (g_1 - radial_1[:, None] * u_1)
@@ -417,7 +423,8 @@ def finish_class_gradient_kernel(
 ):
     """One program: BR rows; dz_i = (G_i - u_i <u_i, G_i>) / |z_i|, and their part of dτ.
 
-    G_i = k Σ_j W_ij û_j holds the positives too. Reads the partial sums and z once, writes dz once.
+    G_i = k Σ_j W_ij û_j, where j also runs over the positives. Reads the partial sums and z once,
+    writes dz once.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BR]
     d = tl.arange(0, BLOCK_D)  # [BD]
@@ -429,7 +436,7 @@ def finish_class_gradient_kernel(
     g = k * sum_splits(sums_ptr, row, d, inside, rows, dim, splits, PADDED, BLOCK_R, BLOCK_D)
     radial = tl.sum(u * g, axis=1)
     total = tl.sum(radial, axis=0)
-    # A norm below the eps of torch.nn.functional.normalize is a constant: no projection.
+    # Below the eps of torch.nn.functional.normalize the norm is a constant: no projection.
     radial = tl.where(inv >= 1e12, 0.0, radial)
     dz = inv[:, None] * (g - radial[:, None] * u)
     mask = inside[:, None] & (d < dim)[None, :]

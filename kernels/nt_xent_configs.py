@@ -7,21 +7,24 @@ import torch
 import triton
 from torch import Tensor
 
-# Features of the gradient that a program can hold beside a dot that runs over blocks of them.
+# Padded features of the gradient that a program can hold while its dot products run over blocks of
+# features.
 VALUE_BLOCK = 128
 # Floats per row that the symmetric forward may keep, as a multiple of the features; and with
-# statistics, which keep three planes of them.
+# statistics, which keep three planes.
 SYMMETRIC_SLOTS = 3
 SYMMETRIC_SLOTS_STATISTICS = 6
+# The keys of a row tile are cut into at most this many parts.
 LOSS_SPLITS = 16
 GRADIENT_SPLITS = 8
+# See best_splits.
 WAVES = 4
 
 
 class Config(NamedTuple):
     """A tile of block_m rows × block_n keys × block_d features, and how it is compiled.
 
-    block_d below the padded features: the dot runs over blocks of them.
+    If block_d is below the padded features, the dot product runs over blocks of features.
     """
 
     block_m: int
@@ -58,9 +61,9 @@ class Plan(NamedTuple):
 
 
 Configs = dict[str, tuple[Config | None, ...]]
-# Of the statistics and the classes in float32, asked for rarely: one for all features.
+# Statistics and classes in float32 are rare: one configuration for all numbers of features.
 _FLOAT32_SUMS = (Config(64, 32, 32, 8, 2),) * 5
-# Padded features up to 64, 128, 256, 512, and more.
+# Each kernel has five configurations: for padded features up to each of these, and for more.
 LIMITS = (64, 128, 256, 512)
 _HMMA: Configs = {
     "forward": (
@@ -208,7 +211,7 @@ _BLACKWELL: Configs = {
     "float32 sums": _FLOAT32_SUMS,
     "float32 class_gradient": _FLOAT32_SUMS,
 }
-# ptxas spills the rows above there.
+# On sm_120 and sm_121 ptxas spills with these rows of _HMMA.
 _BLACKWELL_HMMA: Configs = _HMMA | {
     "forward": (
         Config(128, 64, 64, 4, 3, 2),
@@ -228,7 +231,7 @@ TABLE = {
     (10, 0): _BLACKWELL,
     (12, 0): _BLACKWELL_HMMA,
 }
-# The kernel that gives the same results from half the dots.
+# Kernel → the one that gives the same results with half as many dot products.
 SYMMETRIC = {"forward": "symmetric", "moments": "symmetric_moments"}
 # For a GPU that the table does not list.
 SMALLEST = Config(32, 32, 32, 4, 2)
@@ -240,10 +243,11 @@ def table_config(
     """The configuration of a kernel for û of a dtype.
 
     kernel: "forward" and "moments" (without and with statistics), "symmetric" and
-        "symmetric_moments" (the same by half the dots), "gradient", "class_sums", "class_gradient".
+        "symmetric_moments" (see SYMMETRIC), "gradient", "class_sums", "class_gradient".
 
     A GPU that the table does not list takes the row of its family (the same major version), or
-    the smallest configuration. None only for the symmetric ones: not worth it, or not possible.
+    the smallest configuration. The result is None only for symmetric kernels, where they are
+    slower or do not fit.
     """
     family = [key for key in TABLE if key[0] == capability[0] and key <= capability]
     if not family:
@@ -258,12 +262,12 @@ def table_config(
 
 
 def _fit(config: Config, padded: int) -> Config:
-    """Fewer features than the block holds: a smaller block."""
+    """Make the block of features no larger than the features need."""
     return config._replace(block_d=min(config.block_d, triton.next_power_of_2(padded)))
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How tl.dot multiplies: tf32 for float32 only where the user allowed torch.matmul the same."""
+    """How tl.dot multiplies. float32 becomes tf32 only if the user allowed it for torch.matmul."""
     if dtype != torch.float32:
         return "ieee"
     allowed = torch.backends.cuda.matmul.fp32_precision
@@ -273,13 +277,15 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 def best_splits(row_tiles: int, key_tiles: int, slots: int, limit: int) -> int:
-    """The split of the keys that takes the fewest steps: waves of `slots` programs × key tiles.
+    """The number of splits of the keys that takes the fewest steps.
 
-    Partial sums are kept for at most WAVES · slots tiles of rows, or once per row.
+    The GPU runs `slots` programs at a time. Steps: the waves of programs that run one after the
+    other, times the key tiles of a program. There are at most WAVES · slots programs, so that the
+    memory of partial sums is bounded; or one split.
     """
 
     def steps(splits: int) -> int:
-        # Two more: a program's first loads and its results.
+        # Two more for a program's first loads and for writing its results.
         return triton.cdiv(row_tiles * splits, slots) * (triton.cdiv(key_tiles, splits) + 2)
 
     limit = max(1, min(limit, key_tiles, WAVES * slots // row_tiles))
@@ -287,7 +293,7 @@ def best_splits(row_tiles: int, key_tiles: int, slots: int, limit: int) -> int:
 
 
 def fits_symmetric(kernel: str, config: Config, splits: int, total: int, padded: int) -> bool:
-    """Whether M rows are whole tiles of either view, and the slots stay linear in the features."""
+    """Whether the rows of each view are whole tiles, and the slots fit SYMMETRIC_SLOTS."""
     if total % (2 * config.block_m):
         return False
     half = total // config.block_m // 2
@@ -350,12 +356,12 @@ def plan(
 
 
 def chunk_rows(u_all: Tensor) -> int:
-    """Rows of W that are kept at a time, where it is: as many bytes as the float32 gradient."""
+    """Rows of W that `weight_tiles_kernel` writes at a time: the bytes of the float32 gradient."""
     return 128 * triton.cdiv(4 * u_all.size(1) // u_all.element_size(), 128)
 
 
 def plan_for(kernel: str, u_all: Tensor, rows: int) -> Plan:
-    """`plan` for the GPU that holds û; the interpreter's tensors count as an unlisted one."""
+    """`plan` for the GPU that holds û. The interpreter's tensors count as on an unlisted GPU."""
     total, padded = u_all.shape
     capability, processors = (0, 0), 4
     if u_all.is_cuda:

@@ -23,13 +23,14 @@ from .nt_xent_tiles import (
     share,
 )
 
-# W in [0, 2] is rounded to float16 for the tensor cores; this many binades keep 1e-8 normal.
+# W is in [0, 2] and is rounded to float16 for the tensor cores. Multiplied by 2^14, weights down to
+# 1e-8 are normal numbers of float16.
 WEIGHT_SHIFT = tl.constexpr(14.0)
-# The planes of the partial results, each [SLOTS, R]; all but the first are written when needed.
+# The planes of the partial results, each [SLOTS, R]. The first is always written.
 SUMS = tl.constexpr(0)
 TOPS = tl.constexpr(1)
 MOMENTS = tl.constexpr(2)
-# Six sums over rows, and two unused.
+# Numbers beside Σ û in the statistics of a program: six sums over rows, and two unused.
 SCALARS = tl.constexpr(8)
 
 
@@ -61,7 +62,7 @@ def merge(
 ):
     """The results of `sums_along` for the union of two sets of keys.
 
-    A set without keys has the maximum LOWEST; whatever its sums are, exp2 of it makes them 0.
+    A set without keys has the maximum LOWEST, so its sums are multiplied by 0.
     """
     if LOW:
         high = tl.maximum(top, other_top)
@@ -79,6 +80,7 @@ def merge(
 
 @triton.jit
 def store_partial(partial_ptr, at, plane, top, total, moment, low, mask, STATISTICS: tl.constexpr):
+    """Write the results of `sums_along` to their planes; `plane`: elements of a plane."""
     tl.store(partial_ptr + SUMS * plane + at, total, mask=mask)
     if STATISTICS:
         tl.store(partial_ptr + TOPS * plane + at, top, mask=mask)
@@ -106,9 +108,10 @@ def negatives_kernel(
 ):
     """One program: BM rows of one view against one split of one view's M / 2 keys.
 
-    Σ exp2(x_ij) over the negatives j; for statistics also their maximum, Σ x_ij exp2(x_ij), and the
-    positive's x, from the same tiles: rows that are equal then have scores that are equal.
-    Split s of the other view's keys goes to slot s, of the own view's to slot SPLITS + s.
+    Σ exp2(x_ij) over the negatives j; with STATISTICS also their maximum, Σ x_ij exp2(x_ij), and
+    the positive's x. The positive comes from the same tiles as the negatives, so that equal rows
+    have equal scores. The results for split s of the other view's keys go to slot s, those for the
+    own view's keys to slot SPLITS + s.
     Reads the row tile once and M / 2 / SPLITS rows of û from L2, writes 1 to 3 floats per row.
     """
     split = tl.program_id(1)
@@ -183,13 +186,14 @@ def symmetric_kernel(
     PRECISION: tl.constexpr,
     STATISTICS: tl.constexpr,
 ):
-    """One program: row tile I against key tiles I + b (mod T), one chunk of b in 0 .. T / 2.
+    """One program: row tile I against key tiles J = I + b (mod T), for one chunk of b = 0 .. T / 2.
 
-    The results of negatives_kernel from half its dots, for T / 2 more slots. Tile I holds rows of
-    view I mod 2, so that b even means keys of the own view; M = T · BM. Each pair of tiles is
-    visited once: along its rows it gives results for I, along its columns for J. Those of I go to
-    the chunk's slot, those of J to the slot of b: each is written once. With statistics the other
-    view's slots come first.
+    It gives the results of negatives_kernel with half as many dot products, and needs T / 2 more
+    slots. M = T · BM, and tile I holds rows of view I mod 2: for even b the keys are of the own
+    view. Each pair of tiles is visited once. The sums along its rows are results for I and go to
+    the chunk's slot. The sums along its columns are results for J and go to the slot of b. So each
+    slot is written once. With statistics the slots for the other view come first.
+    Reads the row tile once and BM rows of û from L2 per b, writes 1 to 3 floats per row and slot.
     """
     tile = tl.program_id(0)
     tiles = tl.num_programs(0)
@@ -206,12 +210,12 @@ def symmetric_kernel(
     other_slots = chunks + (half + 1) // 2
     slots = KINDS * chunks + half
     plane = slots * tl.cast(total, tl.int64)
-    # b = T / 2 would meet each pair of tiles from both sides.
+    # With b = T / 2 each pair of tiles would be visited from both sides: half of the tiles skip it.
     repeated = tile >= half
     length = tl.cdiv(half + 1, chunks)
     begin = chunk * length
     end = tl.minimum(begin + length, half + tl.where(repeated, 0, 1))
-    # The tile itself, and for even I the tile of the positives, need a mask.
+    # b = 0 (the tile itself) needs a mask; for even I also b = 1 (the tile of the positives).
     plain = 2 - tile % 2
     for own in range(KINDS):
         top = tl.full([BLOCK_M], LOWEST, tl.float32)
@@ -264,14 +268,14 @@ def symmetric_kernel(
                 else:
                     slot = chunks + b - 1
                 at = tl.cast(slot, tl.int64) * total + key + 2 * r
-                # The tile itself is done by its rows.
+                # For b = 0 the sums along the rows are all results.
                 store_partial(
                     partial_ptr, at, plane, t_top, t_sums, t_moment, PASS == LOW_PASS,
                     (r >= 0) & (b > 0), STATISTICS,
                 )  # fmt: skip
         at = tl.cast(own * other_slots + chunk, tl.int64) * total + row + 2 * r
         store_partial(partial_ptr, at, plane, top, sums, moment, low, r >= 0, STATISTICS)
-    # The slots that only the other side of the pair of tiles would have written.
+    # The slots of the visits with b = T / 2 that were skipped: results without keys.
     if STATISTICS:
         slot = tl.where(half % 2 == 1, chunks, other_slots + chunks - 1) + half // 2
     else:
@@ -300,6 +304,7 @@ def _softplus(x):
 
 @triton.jit
 def _log2_add(a, b):
+    """log2(2^a + 2^b)."""
     top = tl.maximum(a, b)
     return top + tl.log2(tl.exp2(a - top) + tl.exp2(b - top))
 
@@ -343,7 +348,7 @@ def merge_slots(
         )  # fmt: skip
     if not LOW:
         if STATISTICS:
-            # To the maximum as reference. Without any negative both sums are 0.
+            # From the reference 0 to the maximum. Without negatives both sums stay 0.
             scale = tl.exp2(-tl.maximum(top, -EXPONENT_LIMIT - 1.0))
             moment = scale * (moment - tl.where(total > 0.0, top, 0.0) * total)
             total *= scale
@@ -354,7 +359,10 @@ def merge_slots(
 
 @triton.jit
 def _entropy(top, total, moment, positive):
-    """Nats of the softmax over a row's positive and a set of negatives, without cancellation."""
+    """Entropy in nats of the softmax over a row's positive and a set of negatives.
+
+    No two nearly equal numbers are subtracted.
+    """
     lse = _log2_add(top + tl.log2(total), positive)
     share = tl.exp2(top - lse)
     p = tl.exp2(positive - lse)
@@ -388,10 +396,8 @@ def losses_kernel(
 ):
     """One program: BR rows; loss_i = softplus(log Σ_negatives exp(s_ij) - s_i,p(i)).
 
-    The positive stays outside the sum, so a small loss keeps its relative accuracy. Without the
-    softplus if DECOUPLED.
-    Statistics: whether the positive is above every negative of the other view; entropy over the
-    other view's rows; the same two over all rows.
+    If DECOUPLED, the loss is the difference itself. The positive stays outside the sum, so a small
+    loss keeps its relative accuracy. STATISTICS: the four columns that `nt_xent.forward` describes.
     Reads 1 to 3 floats per slot and two rows of û per row, writes 3 to 7 floats.
     """
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -423,7 +429,7 @@ def losses_kernel(
             top, total, moment = merge_slots(
                 partial_ptr, other_slots, slots, plane, rows, r, BLOCK_R, BLOCK_S, False, True
             )
-        # Now both have the maximum as reference.
+        # Both have their maximum as the reference now.
         top, total, moment = merge(top, total, moment, top_o, sum_o, moment_o, True, True)
         tiles_positive = tl.load(positive_ptr + r, mask=inside, other=0.0)
         out = stats_ptr + 4 * r
@@ -447,7 +453,7 @@ def losses_kernel(
 
 @triton.jit
 def gradient_factor(lse, weight, low):
-    """w exp2(shift - y) with y = lse log2(e); for low temperatures y - shift."""
+    """f of `pair_weights`: w exp2(shift - y), y = lse log2(e); for low temperatures y - shift."""
     y = lse * LOG2_E - WEIGHT_SHIFT
     # 0 · ∞ counts 0.
     return tl.where(low, y, tl.where(weight == 0.0, 0.0, weight * tl.exp2(-y)))
@@ -472,8 +478,8 @@ def statistics_parts_kernel(
 ):
     """One program: the sums over ROWS rows that mean_statistics_kernel needs.
 
-    Σ û [D_pad]; the two columns of the other view over view 1's rows; the two of all rows;
-    Σ (lse - loss); Σ |û|². Reads û and six floats per row once.
+    Σ û [D_pad], then the SCALARS: columns 0 and 1 of stats over the rows of view 1, columns 2 and 3
+    over all rows, Σ (lse - loss) and Σ |û|². Reads û and six floats per row once.
     """
     d = tl.arange(0, BLOCK_D)
     columns = tl.zeros([BLOCK_D], tl.float32)

@@ -1,7 +1,7 @@
 """What the tile kernels share: loads, scores, the order of key tiles, sums over programs (Triton).
 
-x_ij = û_i·û_j = s_ij · log2(e), by tiles of the similarity matrix, which never reaches memory.
-Rows 2k and 2k+1 are the views of pair k. README.md derives the formulas.
+The kernels compute tiles of the matrix x_ij = û_i·û_j = s_ij · log2(e) in registers; the matrix
+itself is never stored. Rows 2k and 2k+1 are the views of pair k. README.md derives the formulas.
 """
 
 import triton
@@ -9,13 +9,14 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-# Largest log2(e)/τ whose sums of exp2(x) stay inside float32; beyond it rows track their maximum.
+# Up to this log2(e)/τ, sums of exp2(x) stay in float32's range. Beyond it rows track their maximum.
 EXPONENT_LIMIT = tl.constexpr(96.0)
 # The score of an excluded pair of rows. Finite, so that the difference of two of them is defined.
 LOWEST = tl.constexpr(-1e30)
 
-# A program runs three loops over its key tiles. For low temperatures all tiles are in the first,
-# which tracks maxima; otherwise those on the diagonal or beyond the end are in the last.
+# A program runs three loops over its key tiles. For low temperatures the first has all tiles and
+# tracks maxima. Otherwise the second has the tiles that need no mask, and the third those on the
+# diagonal or beyond the end.
 LOW_PASS = tl.constexpr(0)
 PLAIN_PASS = tl.constexpr(1)
 MASKED_PASS = tl.constexpr(2)
@@ -24,6 +25,7 @@ PASSES = tl.constexpr(3)
 
 @triton.jit
 def needs_maximum(temperature_ptr):
+    """Whether the temperature is so low that exp2(x) may leave float32's range."""
     return tl.load(temperature_ptr) * EXPONENT_LIMIT < LOG2_E
 
 
@@ -61,7 +63,7 @@ def query_tile(
     BLOCK_D: tl.constexpr,
     STEP: tl.constexpr = 1,
 ):
-    """The rows of û that a program keeps, when one block holds all features."""
+    """The rows of û that a program keeps. If a block does not hold all features, nothing of use."""
     if BLOCK_D >= PADDED:
         return load_rows(u_ptr, row, row_end, 0, PADDED, BLOCK_M, BLOCK_D, True, STEP)
     else:
@@ -84,7 +86,7 @@ def scores(
     MASKED: tl.constexpr,
     STEP: tl.constexpr = 1,
 ):
-    """x of the tile at (row, key), [BM, BN]; and its rows of û, if one block holds them."""
+    """x of the tile at (row, key), [BM, BN]; and its keys [BN, BD] if they hold all features."""
     if BLOCK_D >= PADDED:
         keys = load_rows(u_ptr, key, key_end, 0, PADDED, BLOCK_N, BLOCK_D, MASKED, STEP)
         return tl.dot(queries, tl.trans(keys), input_precision=PRECISION), keys
@@ -99,16 +101,16 @@ def scores(
 
 @triton.jit
 def exclude(x, i, j, end):
-    """x with LOWEST where i_r = j_c, and where j_c is not below `end`, [BM, BN]."""
+    """x [BM, BN] with LOWEST where i = j, and where j is not below `end`."""
     return tl.where((i[:, None] == j[None, :]) | (j >= end)[None, :], LOWEST, x)
 
 
 @triton.jit
 def share(row, row_end, total, split, splits, BLOCK_N: tl.constexpr):
-    """This split's part of a row tile's list of key tiles: the unmasked ones, then the others.
+    """This split's part of a row tile's list of key tiles.
 
-    The masked ones hold the diagonal (lo .. hi) and the ragged last tile. Returns the part's begin
-    and end, the length of the unmasked list, and lo, hi.
+    The list has first the `plain` tiles that need no mask, then those on the diagonal (numbers lo
+    to hi) and the incomplete last tile. Returns begin and end of the part, plain, lo and hi.
     """
     tiles = tl.cdiv(total, BLOCK_N)
     whole = total // BLOCK_N
@@ -122,7 +124,7 @@ def share(row, row_end, total, split, splits, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def part_of_pass(PASS: tl.constexpr, low, begin, end, plain):
-    """First and last of the list's key tiles begin .. end that belong to one of the three loops."""
+    """Begin and end of the part of the list that one of the three loops has."""
     if PASS == LOW_PASS:
         first, last = begin, tl.where(low, end, begin)
     elif PASS == PLAIN_PASS:
@@ -134,7 +136,7 @@ def part_of_pass(PASS: tl.constexpr, low, begin, end, plain):
 
 @triton.jit
 def key_of(PASS: tl.constexpr, t, plain, lo, hi, total, BLOCK_N: tl.constexpr):
-    """First row of the list's key tile t."""
+    """The first row of the key tile at place t of the list."""
     unmasked = t + tl.where(t >= lo, hi - lo, 0)
     if PASS == PLAIN_PASS:
         tile = unmasked
@@ -147,27 +149,27 @@ def key_of(PASS: tl.constexpr, t, plain, lo, hi, total, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def reset(counter_ptr):
-    """Zero the counter that the next kernel's `add_up` counts its programs by."""
+    """Set the counter of the next kernel's `add_up` to 0."""
     first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0)
     tl.store(counter_ptr, 0, mask=first)
 
 
 @triton.jit
 def add_up(value, part_ptr, counter_ptr, out_ptr, scale, BLOCK: tl.constexpr):
-    """out = scale · Σ over the grid's programs of their value, [], float32.
+    """out [] = scale · (the sum of `value` over all programs of the grid), float32.
 
-    Every program leaves its value in part [programs]. The last one to arrive, by the counter, adds
-    them all up in the programs' order: the result does not depend on which one that is.
+    Every program stores its value in part [programs] and counts itself. The last one adds all
+    values in the order of the programs, so the result does not depend on which one is last.
     """
     programs = tl.num_programs(0)
     tl.store(part_ptr + tl.program_id(0), value)
-    # All threads of a program have stored before the counter says so.
+    # All threads of the program must have stored before it counts itself.
     tl.debug_barrier()
     if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1:
         i = tl.arange(0, BLOCK)
         total = tl.zeros([BLOCK], tl.float32)
         for first in range(0, programs, BLOCK):
-            # From L2, where other multiprocessors' values are.
+            # From L2: other multiprocessors' values are not in this one's L1 cache.
             total += tl.load(
                 part_ptr + first + i, mask=first + i < programs, other=0.0, cache_modifier=".cg"
             )

@@ -1,8 +1,8 @@
-"""Supervised contrastive loss on the GPU, in O(M D) memory (Triton); as nt_xent.py.
+"""Supervised contrastive loss on the GPU, in O(M D) memory (Triton). It is built like nt_xent.py.
 
-Rows come in any order and number; ids [M], int32, are equal within a class, and inverse_count [M],
-float32, is 1 / (a row's positives), 0 without any. The softmax runs over all rows but the row
-itself, and the positives of row i are the other rows with its id.
+Rows come in any order and number. ids [M], int32, are equal within a class. inverse_count [M],
+float32, is 1 / (number of the row's positives), or 0 without positives. The positives of a row are
+the other rows of its class. Its softmax runs over all other rows.
 """
 
 import torch
@@ -52,9 +52,9 @@ def class_sums_kernel(
 ):
     """One program: BM rows against one split of the M keys.
 
-    Over j ≠ i: Σ exp2(x_ij - reference), with reference 0 or, for low temperatures, the maximum,
-    and Σ x over the positives. Reads the row tile once and M / SPLITS rows of û from L2, writes
-    three floats per row.
+    Σ exp2(x_ij - reference) over j ≠ i, where the reference is 0, or the maximum for low
+    temperatures; and Σ x_ij over the positives. Reads the row tile once and M / SPLITS rows of û
+    from L2, writes three floats per row.
     """
     split = tl.program_id(1)
     splits = tl.num_programs(1)
@@ -117,9 +117,9 @@ def class_losses_kernel(
     splits,
     BLOCK_R: tl.constexpr,
 ):
-    """One program: BR rows; loss_i = lse_i - mean of s over the positives, 0 without any.
+    """One program: BR rows; loss_i = lse_i - mean of s_ij over the positives j; 0 without any.
 
-    Reads three floats per split and row, writes two.
+    Reads three floats per split and row, writes two per row.
     """
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = r < rows
@@ -148,9 +148,11 @@ def forward(
     row_offset: int,
     rows: int,
 ) -> tuple[Tensor, Tensor]:
-    """Losses and log Σ_{j≠i} exp(s_ij), [rows] float32 each, of rows row_offset.. of û [M, D_pad].
+    """Losses of `rows` rows from `row_offset` on, against all rows of û [M, D_pad].
 
-    loss_i = lse_i - mean of s_ij over the positives j, 0 without any.
+    Returns:
+        loss: [rows], float32, lse_i - mean of s_ij over the positives j; 0 without positives.
+        lse: [rows], float32, log Σ_{j≠i} exp(s_ij).
     """
     total, padded = u_all.shape
     config, splits, _ = plan_for("class_sums", u_all, rows)
