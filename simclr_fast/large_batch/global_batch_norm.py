@@ -123,12 +123,17 @@ def on_cuda(x: Tensor) -> bool:
     return x.is_cuda
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which x is summed: float32 or wider."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def moments(x: Tensor, eps: float) -> list[Moments]:
     """The moments of x [N, C, ...]; several if CUDA's kernels need x in several parts."""
     n = x.numel() // x.size(1)
     if on_cuda(x):
         if not n:
-            zeros = x.new_zeros(2, x.size(1), dtype=_wide(x))
+            zeros = x.new_zeros(2, x.size(1), dtype=wide_dtype(x))
             return [Moments(zeros[0], zeros[1] + 1, 0)]
         parts = _parts(x)
         return [Moments(*torch.batch_norm_stats(p, eps), p.numel() // p.size(1)) for p in parts]
@@ -142,7 +147,7 @@ def moments(x: Tensor, eps: float) -> list[Moments]:
         variance, mean = torch.var_mean(x.to(widest), own_axes, correction=0)
         return [Moments(mean, variance * n, n)]
     # With momentum 0 these stay zero. Their dtype determines that of the result.
-    unused = x.new_zeros(2, x.size(1), dtype=_wide(x))
+    unused = x.new_zeros(2, x.size(1), dtype=wide_dtype(x))
     mean, variance = torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0)
     return [Moments(mean.double(), variance.double() * n, n)]
 
@@ -155,13 +160,10 @@ def global_statistics(
 
     One gather if there are several ranks. x: any of the inputs, for its dtype and device.
     """
-    n, dtype = sum(part.n for part in parts), _wide(x)
+    n, dtype = sum(part.n for part in parts), wide_dtype(x)
     if not on_cuda(x):
         row = merge([torch.cat([*p[:2], p.mean.new_full((1,), p.n)]) for p in parts])
-        if batch.group is not None:
-            row = merge(_gathered(row, batch.group).unbind())
-            n = int(row[-1])
-        return _from_row(row, n, dtype, norm, batch)
+        return statistics_of_row(row, n, dtype, norm, batch)
     means, inverses, counts = _table(parts, batch, dtype, x.device)
     if batch.group is not None:
         mean, inverse = means[0], inverses[0]
@@ -189,6 +191,17 @@ def global_statistics(
     statistics = Statistics(*found, n, norm.eps)
     update_running(norm, statistics.mean, statistics.variance, n, batch)
     return statistics
+
+
+@torch.no_grad()
+def statistics_of_row(
+    row: Tensor, n: int, dtype: torch.dtype, norm: Any, batch: WholeBatch
+) -> Statistics:
+    """`global_statistics` from (mean, M2, n) of this rank: [2C + 1]. n: on the host."""
+    if batch.group is not None:
+        row = merge(_gathered(row, batch.group).unbind())
+        n = batch.total(n) if row.is_cuda else int(row[-1])
+    return _from_row(row, n, dtype, norm, batch)
 
 
 def merge(rows: Sequence[Tensor]) -> Tensor:
@@ -249,6 +262,19 @@ def gradient_sums(
     return Sums(whole, whole[1].clone(), whole[0].clone())
 
 
+def join_sums(parts: Sequence[Sums], s: Statistics, weight: Tensor | None) -> Sums:
+    """The sums over the rows of several calls of `gradient_sums`."""
+    whole = torch.stack([part.whole for part in parts]).sum(0)
+    if weight is None:
+        return Sums(whole, None, None)
+    return Sums(whole, slope(whole, s).clone(), whole[0].clone())
+
+
+def slope(whole: Tensor, s: Statistics) -> Tensor:
+    """Σdy·x̂ from `Sums.whole`."""
+    return whole[1] * s.inverse if on_cuda(whole) else whole[1]
+
+
 def input_gradient(
     dy: Tensor, x: Tensor, s: Statistics, weight: Tensor | None, sums: Tensor, batch: WholeBatch
 ) -> Tensor:
@@ -270,7 +296,7 @@ def input_gradient_composed(
     dy: Tensor, x: Tensor, s: Statistics, weight: Tensor | None, sums: Tensor
 ) -> Tensor:
     """`input_gradient` from sums with Σdy·x̂, by operations that every device has."""
-    weight, wide = _as(weight, s), _wide(x)
+    weight, wide = _as(weight, s), wide_dtype(x)
     scale = s.inverse if weight is None else s.inverse * weight
     center, slope = -scale * sums / s.n
     correction = F.batch_norm(x.to(wide), s.mean, s.variance, slope, center, False, 0.0, s.eps)
@@ -325,10 +351,6 @@ class NormalizeFunction(torch.autograd.Function):
         if weight is None or sums.weight is None or sums.bias is None:
             return dx, None, None, None, None
         return dx, sums.weight.to(weight.dtype), sums.bias.to(weight.dtype), None, None
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _as(parameter: Tensor | None, s: Statistics) -> Tensor | None:

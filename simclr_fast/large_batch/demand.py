@@ -1,0 +1,465 @@
+"""The exact gradient of a whole batch, batch normalisation included, from micro-batches.
+
+Forward. Micro-batches meet only in the statistics of batch norms: y = γ x̂ + β with x̂ = (x - μ) r
+and r = (σ² + eps)^-½, where μ and σ² are those of all micro-batches and ranks. So the model is run
+in passes over the micro-batches. A pass makes the inputs x of the next batch norms, and adds up
+their moments. At its end μ and σ² are known, and the next pass can go further.
+
+Once the statistics are known, every value of a micro-batch is a function of its views, of the
+parameters and of the statistics. It does not matter which values are kept and which are made again.
+A schedule chooses: values that are small, or that cost much to make, are kept, and each operation
+asks for the values it needs. `program` writes down what follows from a schedule.
+
+Backward. Let g = ∂L/∂y, and let n be the number of values per channel in the whole batch. The loss
+depends on x directly and through μ and σ². With ∂σ²/∂x_i = 2 (x_i - μ) / n and ∂μ/∂x_i = 1 / n,
+
+    ∂L/∂x_i = γ r (g_i - Σg / n - x̂_i Σ(g x̂) / n),    ∂L/∂β = Σg,    ∂L/∂γ = Σ(g x̂).
+
+Both sums run over the whole batch. A pass turns the gradients of the outputs of some batch norms
+into those of earlier batch norms, and adds up the sums of the latter. So there is a pass per batch
+norm in each direction, and between two passes one gradient per open branch is kept.
+
+The gradient of a convolution's weight W is linear in that of its output: ∂L/∂W = D(∂L/∂x) with some
+linear D. So a pass can add up D(g), D(1) and D(x - μ) before the sums are known:
+
+    ∂L/∂W = γ r (D(g) - Σg / n D(1) - r Σ(g x̂) / n D(x - μ)).
+
+For the first convolution, whose input needs no gradient, this saves a pass.
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.fx import Node
+
+from simclr_fast.large_batch import global_batch_norm as gbn
+from simclr_fast.large_batch.bits import pack, unpack
+from simclr_fast.large_batch.buckets import Buckets
+from simclr_fast.large_batch.gram import Gram
+from simclr_fast.large_batch.malloc_trim import Heap
+from simclr_fast.large_batch.program import Key, Op, Pass, Program
+from simclr_fast.large_batch.refusals import flags
+from simclr_fast.large_batch.schedule import Schedule
+from simclr_fast.large_batch.trace import Graph
+
+aten = torch.ops.aten
+Env = dict[Key, Any]
+
+
+class Lockstep:
+    """Runs one model. `backward` does forward, loss and backward of a step.
+
+    batch: the ranks whose rows form one batch. schedule: from the model's `Graph`, what is kept.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: gbn.WholeBatch,
+        schedule: Callable[[Graph], Schedule],
+    ) -> None:
+        self.model, self.batch, self.schedule = model, batch, schedule
+        self.heap = Heap()
+        self.program: Program | None = None
+        self._trace()
+
+    def backward(
+        self,
+        parts: Sequence[Tensor],
+        loss_of: Callable[[Any], Any],
+        autocast: Callable[[], AbstractContextManager[Any]],
+        sync: bool = True,
+    ) -> Any:
+        """See `LargeBatch.backward`. parts: the micro-batches. autocast: makes the context in which
+        the model's operations run."""
+        if self.flags != flags(self.model):
+            self._trace()
+        self.autocast = autocast
+        program = self._program(parts[0])
+        self.kept: dict[tuple[Key, int], Any] = {}
+        self.statistics: dict[Node, gbn.Statistics] = {}
+        self.grams: dict[Node, Gram] = {}
+        self.whole_sums: dict[Node, Tensor] = {}
+        self.outputs: dict[Node, list[Any]] = {n: [None] * len(parts) for n in self.graph.outputs}
+        self.buckets: Buckets | None = None
+        for number, current in enumerate(program.passes):
+            if current.phase == "backward" and self.buckets is None:
+                result = self._loss(parts, loss_of)
+                lists = [b.parameters for b in self.graph.blocks]
+                self.buckets = Buckets(lists, self.batch.group if sync else None)
+            self._run_pass(current, parts, bool(number % 2))
+            if self.buckets is not None:
+                for index in program.finished(number):
+                    self.buckets.reduce(index)
+        assert self.buckets is not None
+        self.buckets.finish()
+        self.grams, self.statistics, self.outputs = {}, {}, {}
+        return result
+
+    def _trace(self) -> None:
+        self.graph, self.flags = Graph(self.model), flags(self.model)
+        self.program = None
+
+    def _program(self, x: Tensor) -> Program:
+        kind = (x.shape[1:], x.dtype, torch.is_autocast_enabled(x.device.type))
+        if self.program is None or self._kind != kind:
+            with self.autocast():
+                specs = self.graph.measure(x)
+            self.program = Program(self.graph, self.schedule(self.graph), specs)
+            self._kind = kind
+        return self.program
+
+    def _loss(self, parts: Sequence[Tensor], loss_of: Callable[[Any], Any]) -> Any:
+        """The result of the loss. The gradients of the outputs become kept values."""
+        self.batch.finish_forward()
+        leaves = {n: torch.cat(made).requires_grad_() for n, made in self.outputs.items()}
+        self.outputs = {}
+        result = loss_of(self.graph.rebuild(leaves))
+        for node, leaf in leaves.items():
+            if leaf.grad is not None:
+                for m, part in enumerate(leaf.grad.split([len(part) for part in parts])):
+                    self.kept[Key("gradient", node), m] = part
+        return result
+
+    @torch.no_grad()
+    def _run_pass(self, current: Pass, parts: Sequence[Tensor], backwards: bool) -> None:
+        """One pass. backwards: from the last micro-batch to the first, so that values which were
+        made last are used first."""
+        self.moments: dict[Node, list[gbn.Moments]] = {}
+        self.sums: dict[Node, list[gbn.Sums]] = {}
+        self.linear: dict[Node, _Linear] = {}
+        self.current = current
+        for m in reversed(range(len(parts))) if backwards else range(len(parts)):
+            env: Env = {Key("value", self.graph.input): parts[m]}
+            for op in current.ops:
+                for key in op.reads:
+                    if key not in env:
+                        env[key] = self._take(key, m)
+                self.run(op, env)
+                for key in op.last:
+                    value = env.pop(key)
+                    if key in current.keeps:
+                        self._keep(key, m, value)
+            if current.phase == "outputs":
+                for node, made in self.outputs.items():
+                    key = Key("value", node)
+                    made[m] = env[key] if key in env else self._take(key, m)
+                    if key in current.keeps:
+                        self._keep(key, m, made[m])
+        for op in current.ops:
+            if op.kind == "see":
+                self._finish_statistics(op)
+            elif op.kind == "sum":
+                self._finish_sums(op)
+
+    def _take(self, key: Key, m: int) -> Any:
+        take = self.kept.pop if key in self.current.drops else self.kept.get
+        return take((key, m), None)
+
+    def _keep(self, key: Key, m: int, value: Any) -> None:
+        self.kept[key, m] = value
+        if isinstance(value, Tensor):
+            self.heap.note(value)
+
+    def run(self, op: Op, env: Env) -> None:
+        """Execute one operation on one micro-batch. It reads `env` and writes into it."""
+        if op.kind == "make":
+            env[op.writes[0]] = self._value(op.node, env)
+        elif op.kind == "bits":
+            env[op.writes[0]] = pack(env[op.reads[0]], self._layout(op.node))
+        elif op.kind == "see":
+            self._see(op, env)
+        elif (gradient := env.get(op.reads[0])) is None:
+            for key in op.writes:
+                env.setdefault(key, None)
+        elif op.kind == "sum":
+            self._add_sums(op, gradient, env)
+        elif op.kind == "pull_norm":
+            self._pull_norm(op, gradient, env)
+        else:
+            self._pull(op, gradient, env)
+
+    # The forward.
+
+    def _value(self, node: Node, env: Env) -> Any:
+        if node in self.graph.norms:
+            norm, x = self.graph.module(node), env[Key("value", node.all_input_nodes[0])]
+            return gbn.normalize(x, self.statistics[node], norm.weight, norm.bias)
+        read = {n: env[Key("value", n)] for n in node.all_input_nodes if n.op != "get_attr"}
+        with self.autocast():
+            return self.graph.execute(node, read)
+
+    def _see(self, op: Op, env: Env) -> None:
+        norm, x = self.graph.module(op.node), env[op.reads[0]]
+        if not op.gram:
+            self.moments.setdefault(op.node, []).extend(gbn.moments(x, norm.eps))
+            self.example = x[:0]
+            return
+        if op.node not in self.grams:
+            conv = self.graph.module(op.node.all_input_nodes[0])
+            self.grams[op.node] = Gram(conv, norm, self._conv_dtype(conv, x))
+        self.grams[op.node].see(x)
+
+    def _conv_dtype(self, conv: nn.Module, x: Tensor) -> torch.dtype:
+        """The dtype in which a convolution of x computes."""
+        kind = x.device.type
+        with self.autocast():
+            low = torch.is_autocast_enabled(kind) and x.is_floating_point()
+            return torch.get_autocast_dtype(kind) if low and x.dtype != torch.float64 else x.dtype
+
+    def _finish_statistics(self, op: Op) -> None:
+        norm = self.graph.module(op.node)
+        if op.gram:
+            gram = self.grams[op.node]
+            dtype = torch.promote_types(gram.dtype, torch.float32)
+            found = gbn.statistics_of_row(gram.row(), gram.n, dtype, norm, self.batch)
+        else:
+            moments = self.moments.pop(op.node)
+            found = gbn.global_statistics(self.example, moments, norm, self.batch)
+        self.statistics[op.node] = found
+
+    # The backward.
+
+    def _add_sums(self, op: Op, gradient: Tensor, env: Env) -> None:
+        """Add a micro-batch to the sums of a batch norm."""
+        x, s = env[op.reads[1]], self.statistics[op.node]
+        if op.gram:
+            self.grams[op.node].add_gradient(gradient, x)
+            self.sums.setdefault(op.node, [])
+            return
+        self.sums.setdefault(op.node, []).append(gbn.gradient_sums([(gradient, x)], s, None))
+        if op.linear:
+            if op.node not in self.linear:
+                conv = self.graph.module(op.node.all_input_nodes[0])
+                self.linear[op.node] = _Linear(conv)
+            self.linear[op.node].add(gradient, x, env[op.reads[2]], s)
+
+    def _finish_sums(self, op: Op) -> None:
+        if op.node not in self.sums:
+            return
+        norm, s = self.graph.module(op.node), self.statistics[op.node]
+        conv = self.graph.module(op.node.all_input_nodes[0]) if op.gram or op.linear else None
+        if op.gram:
+            gram = self.grams[op.node]
+            whole = gram.own_sums(s)
+            affine = (whole[1].clone(), whole[0].clone())
+        else:
+            sums = gbn.join_sums(self.sums[op.node], s, norm.weight)
+            whole, affine = sums.whole, (sums.weight, sums.bias)
+        # The gradients of parameters are this rank's part. The buckets are averaged later.
+        self._add_parameters((norm.weight, norm.bias), affine)
+        if self.batch.group is not None:
+            dist.all_reduce(whole, group=self.batch.group)
+        self.whole_sums[op.node] = whole
+        if op.gram:
+            self._add_parameters((conv.weight, conv.bias), gram.finish(s, whole))
+        elif op.linear:
+            found = self.linear[op.node].finish(s, whole, norm.weight)
+            self._add_parameters((conv.weight, conv.bias), found)
+
+    def _add_parameters(self, parameters: Sequence[Any], gradients: Sequence[Any]) -> None:
+        assert self.buckets is not None
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if parameter is not None and gradient is not None and parameter.requires_grad:
+                self.buckets.add(parameter, gradient)
+
+    def _pull_norm(self, op: Op, gradient: Tensor, env: Env) -> None:
+        x, norm = env[op.reads[1]], self.graph.module(op.node)
+        if op.gram:
+            dx = self.grams[op.node].input_gradient(gradient, x)
+        else:
+            s, sums = self.statistics[op.node], self.whole_sums[op.node]
+            dx = gbn.input_gradient(gradient, x, s, norm.weight, sums, self.batch)
+        _add(env, op.writes[0], dx, fresh=True)
+
+    def _pull(self, op: Op, gradient: Any, env: Env) -> None:
+        node, program = op.node, self.program
+        assert program is not None
+        if program.is_relu(node):
+            kind = op.reads[1].kind
+            other = env[op.reads[1]]
+            dx = (
+                aten.threshold_backward(gradient, other, 0)
+                if kind == "value"
+                else gradient * unpack(other, gradient.shape, self._layout(node))
+            )
+            _add(env, op.writes[0], dx, fresh=True)
+        elif program.is_sum(node) or program.is_identity(node):
+            for key in op.writes:
+                _add(env, key, gradient)
+        elif self.graph.is_convolution(node):
+            self._pull_convolution(op, gradient, env)
+        else:
+            self._pull_any(op, gradient, env)
+
+    def _pull_convolution(self, op: Op, gradient: Tensor, env: Env) -> None:
+        """The gradients of a convolution, without its forward."""
+        conv, program = self.graph.module(op.node), self.program
+        assert program is not None
+        (source,) = program.inputs(op.node)
+        spec = program.specs[source]
+        assert spec is not None
+        x = env.get(Key("value", source))
+        if x is None:
+            # Only its shape and layout are read.
+            x = gradient.new_empty(len(gradient), *spec.shape)
+            x = x.contiguous(memory_format=self._layout(source))
+        trains = [p is not None and p.requires_grad for p in (conv.weight, conv.bias)]
+        wanted = [bool(op.writes), *(t and not op.linear for t in trains)]
+        dx, *found = _convolution_backward(conv, gradient, x, wanted)
+        self._add_parameters((conv.weight, conv.bias), found)
+        if op.writes:
+            _add(env, op.writes[0], dx.to(spec.dtype), fresh=True)
+
+    def _pull_any(self, op: Op, gradient: Any, env: Env) -> None:
+        """The gradients of any operation, by torch's autograd."""
+        node, program = op.node, self.program
+        assert program is not None
+        read = {n: env[Key("value", n)] for n in program.inputs(node)}
+        if node.target is operator.getitem and not isinstance(next(iter(read.values())), Tensor):
+            # Of a tuple: its gradient is a dict of those of its parts.
+            (key,) = op.writes
+            env[key] = {**(env.get(key) or {}), node.args[1]: gradient}
+            return
+        wanted_nodes = {key.node for key in op.writes}
+        leaves = {n: _leaf(value, n in wanted_nodes) for n, value in read.items()}
+        parameters = self.graph.parameters([node])
+        with torch.enable_grad(), self.autocast():
+            made = self.graph.execute(node, leaves)
+        if isinstance(gradient, dict):
+            pairs = [(made[i], g) for i, g in gradient.items()]
+        else:
+            pairs = [(made, gradient)]
+        pairs = [(value, g) for value, g in pairs if value.requires_grad]
+        inputs = [leaves[key.node] for key in op.writes]
+        if not pairs:
+            found: Sequence[Any] = [None] * (len(inputs) + len(parameters))
+        else:
+            differentiable = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
+            values, gradients = zip(*pairs, strict=True)
+            given = torch.autograd.grad(
+                values, [*differentiable, *parameters], gradients, allow_unused=True
+            )
+            of = dict(zip(map(id, differentiable), given, strict=False))
+            found = [*(of.get(id(t)) for t in inputs), *given[len(differentiable) :]]
+        for key, dx in zip(op.writes, found, strict=False):
+            _add(env, key, dx)
+        self._add_parameters(parameters, found[len(inputs) :])
+
+    def _layout(self, node: Node) -> torch.memory_format:
+        """The layout of a node's value."""
+        assert self.program is not None
+        spec = self.program.specs[node]
+        if spec is None or not spec.channels_last:
+            return torch.contiguous_format
+        return torch.channels_last if len(spec.shape) == 3 else torch.channels_last_3d
+
+
+class _Linear:
+    """The weight gradient of a convolution before a batch norm, added up before the sums of the
+    norm are known."""
+
+    def __init__(self, conv: Any) -> None:
+        self.conv = conv
+        self.parts: list[Tensor] | None = None
+        self.n = 0
+
+    def add(self, gradient: Tensor, x: Tensor, source: Tensor, s: gbn.Statistics) -> None:
+        centred = x - s.mean.view(-1, *[1] * (x.dim() - 2)).to(x.dtype)
+        ones = x.new_ones(len(x), self.conv.groups, *x.shape[2:])
+        made = [
+            _convolution_backward(self.conv, g, source, [False, True, False])[1]
+            for g in (gradient, centred)
+        ]
+        made.append(_ones_gradient(self.conv, ones, source))
+        wide = gbn.wide_dtype(x)
+        if self.conv.bias is not None:
+            axes = [0, *range(2, x.dim())]
+            made += [t.sum(axes, dtype=wide) for t in (gradient, centred)]
+        self.n += x.numel() // x.size(1)
+        made = [t.to(wide) for t in made]
+        if self.parts is None:
+            self.parts = made
+        else:
+            torch._foreach_add_(self.parts, made)
+
+    def finish(
+        self, s: gbn.Statistics, whole: Tensor, gamma: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """This rank's gradients of weight and bias. whole: `Sums.whole` of all ranks."""
+        assert self.parts is not None
+        of_gradient, of_x, of_ones = self.parts[:3]
+        n = max(s.n, 1)
+        scale = s.inverse if gamma is None else s.inverse * gamma.detach()
+        mean, slope = whole[0] / n, s.inverse * gbn.slope(whole, s) / n
+
+        def along(t: Tensor) -> Tensor:
+            return t.view(-1, *[1] * (of_gradient.dim() - 1))
+
+        of_ones = of_ones.repeat_interleave(len(of_gradient) // len(of_ones), 0)
+        weight = along(scale) * (of_gradient - along(mean) * of_ones - along(slope) * of_x)
+        if len(self.parts) == 3:
+            return weight, None
+        gradient_sum, x_sum = self.parts[3:]
+        return weight, scale * (gradient_sum - mean * self.n - slope * x_sum)
+
+
+def _convolution_backward(
+    conv: Any, gradient: Tensor, source: Tensor, wanted: list[bool]
+) -> tuple[Any, ...]:
+    found: tuple[Any, ...] = aten.convolution_backward(
+        gradient,
+        source.to(gradient.dtype),
+        conv.weight.detach().to(gradient.dtype),
+        None if conv.bias is None else [len(conv.bias)],
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        False,
+        [0] * len(conv.padding),
+        conv.groups,
+        wanted,
+    )
+    return found
+
+
+def _ones_gradient(conv: Any, ones: Tensor, source: Tensor) -> Tensor:
+    """The weight gradient for a gradient of ones. One channel per group, as all are alike."""
+    weight = conv.weight.detach()[: conv.groups].to(ones.dtype)
+    found: Tensor = aten.convolution_backward(
+        ones,
+        source.to(ones.dtype),
+        weight,
+        None,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        False,
+        [0] * len(conv.padding),
+        conv.groups,
+        [False, True, False],
+    )[1]
+    return found
+
+
+def _leaf(value: Any, needs_grad: bool) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().requires_grad_(needs_grad and value.is_floating_point())
+
+
+def _add(env: Env, key: Key, gradient: Any, *, fresh: bool = False) -> None:
+    """Add to a gradient. fresh: nothing else uses the memory of `gradient`."""
+    before = env.get(key)
+    if before is None or gradient is None:
+        env[key] = before if gradient is None else gradient
+    elif fresh:
+        env[key] = gradient.add_(before)
+    else:
+        # Out of place, because autograd may return the same tensor for two inputs.
+        env[key] = before + gradient

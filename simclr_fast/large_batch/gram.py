@@ -1,0 +1,148 @@
+"""Batch norms after 1×1 convolutions, without the convolution's output.
+
+Let x = W y + b at every place, with y of C_in channels, x of C_out. Write E for the mean over the
+whole batch. Then
+
+    μ = E[x] = W E[y] + b,    σ² = diag(W Cov(y) Wᵀ).
+
+So the Gram matrix Σ y yᵀ, C_in × C_in, gives the statistics of all C_out channels. For an expanding
+convolution it is cheaper than the convolution, and x is never made.
+
+The backward needs no x either. Let g be the gradient of the batch norm's output, r = (σ² + eps)^-½,
+k = γ r, n the number of values per channel, s = Σ g and t = Σ g x̂ with x̂ = r (x - μ). The gradient
+of x is k (g - s/n - x̂ t/n), as in `lockstep`. Multiplied with Wᵀ this is
+
+    ∂L/∂y = Wᵀ (k g) - B y - c,    B = Wᵀ diag(k r t / n) W,
+    c = Wᵀ (k s / n + (k r t / n) (b - μ)).
+
+Over the rows of one rank (index R), with m its mean of y, C = Σ_R (y - m)(y - m)ᵀ,
+A = Σ_R g (y - m)ᵀ and δ = W m + b - μ,
+
+    t_R = r (rowsum(A ⊙ W) + s_R δ),
+    ∂L/∂W = k (A + (s_R - s n_R / n) mᵀ - (r t / n) (W C + n_R δ mᵀ)),
+    ∂L/∂b = k (s_R - s n_R / n - (r t / n) n_R δ).
+
+s, t, n and μ are those of all ranks. With a single rank δ and s_R - s n_R / n are zero.
+
+Products of a micro-batch are summed in float32 or wider, and merged in float64.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simclr_fast.large_batch import global_batch_norm as gbn
+from simclr_fast.ops import widest_float
+
+
+class Gram:
+    """Statistics and gradients of one batch norm and the convolution before it, over one step.
+
+    conv: 1×1, unpadded, ungrouped. dtype: in which the convolution computes.
+    """
+
+    def __init__(self, conv: Any, norm: Any, dtype: torch.dtype) -> None:
+        self.conv, self.norm, self.dtype = conv, norm, dtype
+        self.wide = widest_float(conv.weight.device)
+        # Rounded as in the convolution, whose output the statistics describe.
+        self.weight = conv.weight.detach().flatten(1).to(dtype)  # [C_out, C_in]
+        self.bias = None if conv.bias is None else conv.bias.detach().to(dtype).to(self.wide)
+        self.n = 0
+        self.mean = self.weight.new_zeros(conv.in_channels, dtype=self.wide)
+        self.squares = self.mean.new_zeros(conv.in_channels, conv.in_channels)
+        self.cross = self.mean.new_zeros(conv.out_channels, conv.in_channels)
+        self.sum = self.mean.new_zeros(conv.out_channels)
+
+    def sampled(self, y: Tensor) -> Tensor:
+        """The places of y that the convolution reads."""
+        return y[(slice(None), slice(None), *(slice(None, None, s) for s in self.conv.stride))]
+
+    def see(self, y: Tensor) -> None:
+        """Add a micro-batch of the convolution's input, [N, C_in, ...], to the statistics."""
+        rows = _rows(self.sampled(y).to(self.dtype))
+        n = len(rows)
+        if not n:
+            return
+        mean = rows.mean(0, dtype=gbn.wide_dtype(rows)).to(self.wide)
+        squares = _product(rows, rows).to(self.wide).addr_(mean, mean, alpha=-n)
+        # Chan, Golub and LeVeque (1979).
+        apart, total = mean - self.mean, self.n + n
+        self.squares += squares.addr_(apart, apart, alpha=self.n * n / total)
+        self.mean += apart * (n / total)
+        self.n = total
+
+    def row(self) -> Tensor:
+        """(mean, M2, n) of the convolution's output on this rank: [2 C_out + 1]."""
+        weight = self.weight.to(self.wide)
+        self.spread = weight @ self.squares  # [C_out, C_in]
+        squares = (self.spread * weight).sum(1).clamp_min(0)
+        return torch.cat([self._own_mean(), squares, squares.new_full((1,), self.n)])
+
+    def _own_mean(self) -> Tensor:
+        mean = self.weight.to(self.wide) @ self.mean
+        return mean if self.bias is None else mean + self.bias
+
+    def add_gradient(self, g: Tensor, y: Tensor) -> None:
+        """Add a micro-batch to Σ g and Σ g yᵀ. g: [N, C_out, ...], y: as for `see`."""
+        rows = _rows(g)
+        self.sum += rows.sum(0, dtype=gbn.wide_dtype(rows))
+        self.cross += _product(rows, _rows(self.sampled(y).to(g.dtype)))
+
+    def own_sums(self, s: gbn.Statistics) -> Tensor:
+        """(Σ g, Σ g x̂) over this rank's rows: [2, C_out]."""
+        weight, inverse = self.weight.to(self.wide), s.inverse.to(self.wide)
+        self.cross.addr_(self.sum, self.mean, alpha=-1)
+        # Zero on a rank without rows, whose own mean is not one.
+        self.shift = (self._own_mean() - s.mean) * bool(self.n)
+        slope = inverse * ((self.cross * weight).sum(1) + self.sum * self.shift)
+        return torch.stack([self.sum, slope])
+
+    def finish(self, s: gbn.Statistics, whole: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's gradients of the convolution's weight and bias.
+
+        whole: `own_sums` of all ranks. Afterwards `input_gradient` can be called.
+        """
+        weight, n = self.weight.to(self.wide), max(s.n, 1)
+        inverse, gamma = s.inverse.to(self.wide), self.norm.weight
+        scale = inverse if gamma is None else inverse * gamma.detach()
+        mean_gradient, slope = whole[0] / n, inverse * whole[1] / n
+        rest = self.sum - mean_gradient * self.n
+        centred = self.cross.addr(rest, self.mean) - slope[:, None] * self.spread.addr(
+            self.shift, self.mean, alpha=self.n
+        )
+        bias = scale * (rest - slope * self.n * self.shift)
+        center = -s.mean.to(self.wide)
+        center = center if self.bias is None else center + self.bias
+        self.forth = (scale[:, None] * weight).to(self.dtype)  # [C_out, C_in]
+        self.back = weight.T @ ((scale * slope)[:, None] * weight)  # [C_in, C_in]
+        self.constant = weight.T @ (scale * (mean_gradient + slope * center))  # [C_in]
+        self.back, self.constant = self.back.to(self.dtype), self.constant.to(self.dtype)
+        return (scale[:, None] * centred).view_as(self.conv.weight), bias
+
+    def input_gradient(self, g: Tensor, y: Tensor) -> Tensor:
+        """The gradient of y, given that of the batch norm's output."""
+        sampled = self.sampled(y)
+        rows = _rows(sampled.to(self.dtype))
+        found = torch.addmm(self.constant, _rows(g.to(self.dtype)), self.forth, beta=-1)
+        found = found.addmm_(rows, self.back, alpha=-1).to(y.dtype)
+        shape = sampled.shape
+        found = found.view(len(y), *shape[2:], shape[1]).movedim(-1, 1)
+        if found.stride() == y.stride():
+            return found
+        whole = torch.zeros_like(y)
+        self.sampled(whole).copy_(found)
+        return whole
+
+
+def _rows(t: Tensor) -> Tensor:
+    """[N, C, ...] as [places, C]: a view if channels come last in memory."""
+    return t.movedim(1, -1).reshape(-1, t.size(1))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """aᵀ b, summed in float32 or wider."""
+    wide = gbn.wide_dtype(a)
+    if a.dtype is not wide and gbn.on_cuda(a):
+        return torch.mm(a.T, b, out_dtype=wide)
+    return a.to(wide).T @ b.to(wide)

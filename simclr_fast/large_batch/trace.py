@@ -1,0 +1,267 @@
+"""A model as a list of operations in blocks.
+
+`torch.fx` gives the operations in order. A block ends where the rest of the model needs only a
+single value, for example after a residual sum.
+"""
+
+import copy
+import inspect
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx import Node
+
+from simclr_fast.large_batch.batch_norms import after_norm, uses_batch_statistics
+from simclr_fast.large_batch.refusals import arguments, refusal, refuse_hooks, refuse_random
+
+_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+_IN_PLACE: dict[Any, Callable[..., Any]] = {
+    getattr(operator, f"i{name}"): getattr(operator, name) for name in _OPERATORS
+}
+
+
+class Spec(NamedTuple):
+    """What the tensor of a node is like. shape: without the rows. channels_last: its layout."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    channels_last: bool
+
+
+@dataclass(eq=False)
+class Block:
+    """Consecutive operations. `input` is the only earlier value that they read."""
+
+    nodes: list[Node]
+    input: Node
+    outputs: list[Node]
+    parameters: list[nn.Parameter]
+
+
+class Graph:
+    """The blocks of `model`, for the current training flags of its modules.
+
+    Raises:
+        ValueError: the model cannot be traced, draws random numbers, has hooks, or overwrites
+            values that are read later.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        refuse_hooks(model)
+        self.root = _Call(model)
+        self.modules = dict(self.root.named_modules())
+        try:
+            graph = _Tracer().trace(self.root)
+        except Exception as error:
+            raise refusal(f"its forward cannot be traced: {error}") from error
+        self.norms = {n for n in graph.nodes if self._normalizes(n)}
+        self._split_activations(graph)
+        (self.input,) = (n for n in graph.nodes if n.op == "placeholder")
+        (self.result,) = (n.args[0] for n in graph.nodes if n.op == "output")
+        nodes = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
+        for node in nodes:
+            refuse_random(node, self.module(node) if node.op == "call_module" else None)
+        self._make_out_of_place(nodes)
+        found: dict[Node, None] = {}
+        fx.map_arg(self.result, lambda n: found.setdefault(n))
+        self.outputs = list(found)
+        self.nodes = nodes
+        self.blocks = list(self._blocks())
+
+    def module(self, node: Node) -> Any:
+        return self.modules[str(node.target)]
+
+    def execute(self, node: Node, env: dict[Node, Any]) -> Any:
+        """The value of a node that is not a batch norm."""
+
+        def value(n: Node) -> Any:
+            return self._attribute(n) if n.op == "get_attr" else env[n]
+
+        args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
+        if node.op == "call_module":
+            return self.module(node)(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+    def rebuild(self, values: dict[Node, Any]) -> Any:
+        """The model's result, with `values` for its nodes."""
+        return fx.map_arg(self.result, values.__getitem__)
+
+    def _normalizes(self, node: Node) -> bool:
+        return node.op == "call_module" and uses_batch_statistics(self.module(node))
+
+    def _attribute(self, node: Node) -> Any:
+        return operator.attrgetter(str(node.target))(self.root)
+
+    def convolution(self, norm: Node) -> Node | None:
+        """The convolution that makes a norm's input for this norm alone, padded with zeros."""
+        (source,) = norm.all_input_nodes
+        alone = list(source.users) == [norm] and self.is_convolution(source)
+        return source if alone else None
+
+    def is_convolution(self, node: Node) -> bool:
+        """Whether the gradients of a node are those of torch's convolution, padded with zeros."""
+        if node.op != "call_module" or len(node.all_input_nodes) != 1:
+            return False
+        module = self.module(node)
+        return (
+            type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+            and module.padding_mode == "zeros"
+            and not isinstance(module.padding, str)
+        )
+
+    def is_expanding(self, node: Node) -> bool:
+        """Whether a node is a 1×1 convolution to at least twice the channels: cheap to repeat."""
+        if not self.is_convolution(node):
+            return False
+        conv = self.module(node)
+        return (
+            set(conv.kernel_size) == {1}
+            and set(conv.padding) == {0}
+            and conv.groups == 1
+            and 2 * conv.in_channels <= conv.out_channels
+        )
+
+    def parameters(self, nodes: Iterable[Node]) -> list[nn.Parameter]:
+        """The trainable parameters that the operations use."""
+        found: dict[nn.Parameter, None] = {}
+        for node in nodes:
+            if node.op == "call_module":
+                found.update(dict.fromkeys(self.module(node).parameters()))
+            for source in node.all_input_nodes:
+                if source.op == "get_attr" and isinstance(self._attribute(source), nn.Parameter):
+                    found[self._attribute(source)] = None
+        return [p for p in found if p.requires_grad]
+
+    @torch.no_grad()
+    def measure(self, x: Tensor) -> dict[Node, Spec | None]:
+        """What the values of all nodes are like, found by running one row. None: not a tensor.
+
+        Batch norms let their input pass: they change neither shape nor dtype.
+        """
+        example = x[:1] if len(x) else x.new_zeros(1, *x.shape[1:])
+        env: dict[Node, Any] = {self.input: example}
+        for node in self.nodes:
+            passes = node in self.norms
+            env[node] = env[node.all_input_nodes[0]] if passes else self.execute(node, env)
+        return {node: _spec(value) for node, value in env.items()}
+
+    def _blocks(self) -> Iterator[Block]:
+        nodes = self.nodes
+        place = {n: i for i, n in enumerate(nodes)}
+
+        def last_use(node: Node) -> int:
+            return max((place.get(user, len(nodes)) for user in node.users), default=-1)
+
+        alive = {self.input}
+        source, start, cut, norms = self.input, 0, 0, 0
+        for i, node in enumerate(nodes):
+            if node in self.norms:
+                # A block has at least one batch norm, and ends as late as possible before the next.
+                if cut > start:
+                    yield self._block(nodes[start:cut], source, [nodes[cut - 1]])
+                    source, start, norms = nodes[cut - 1], cut, 0
+                norms += 1
+            alive = {n for n in alive | {node} if last_use(n) > i}
+            # Not after a batch norm, because its output is cheap to make from its input.
+            if norms and alive == {node} and node not in self.norms:
+                cut = i + 1
+        yield self._block(nodes[start:], source, self.outputs)
+
+    def _block(self, nodes: list[Node], source: Node, outputs: list[Node]) -> Block:
+        return Block(nodes, source, outputs, self.parameters(nodes))
+
+    def _split_activations(self, graph: fx.Graph) -> None:
+        """Split timm's batch norms with activation into separate nodes."""
+        for node in list(graph.nodes):
+            end = node
+            for name in after_norm(self.module(node)) if node in self.norms else ():
+                with graph.inserting_after(end):
+                    new = graph.call_module(f"{node.target}.{name}", (end,))
+                end.replace_all_uses_with(new, lambda user, new=new: user is not new)
+                end = new
+
+    def _make_out_of_place(self, nodes: list[Node]) -> None:
+        """Replace operations that write into their input, because stored values must not change.
+
+        Raises:
+            ValueError: an operation overwrites a value that a later one reads.
+        """
+        # Copies, because the modules of the model must not change.
+        copies: dict[str, nn.Module] = {}
+        for i, node in enumerate(nodes):
+            if self._replace_in_place(node, copies):
+                overwritten = node.all_input_nodes[0]
+                if any(user in nodes[i + 1 :] for user in overwritten.users):
+                    raise refusal(f"{node.format_node()} overwrites a value that is read later")
+        self.modules.update(copies)
+
+    def _replace_in_place(self, node: Node, copies: dict[str, nn.Module]) -> bool:
+        """Make the operation out of place; return whether it wrote into its first input."""
+        name = getattr(node.target, "__name__", str(node.target))
+        if node.op == "call_module" and getattr(self.module(node), "inplace", False) is True:
+            module = copy.copy(self.module(node))
+            module.inplace = False
+            copies[str(node.target)] = module
+        elif node.target in _IN_PLACE:
+            node.target = _IN_PLACE[node.target]
+        elif node.op == "call_method" and name.endswith("_") and not name.endswith("__"):
+            node.target = name[:-1]
+        elif arguments(node).get("inplace") is True:
+            function: Any = node.target
+            bound = inspect.signature(function).bind(*node.args, **node.kwargs)
+            bound.arguments["inplace"] = False
+            node.args, node.kwargs = bound.args, bound.kwargs
+        elif "out" in node.kwargs or name in ("setitem", "relu_", "dropout_"):
+            raise refusal(f"{node.format_node()} writes into a tensor")
+        else:
+            return False
+        return True
+
+
+class _Call(nn.Module):
+    """Calls `model` with one argument, so that the others keep their defaults when traced."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Any) -> Any:
+        return self.model(x)
+
+
+class _Proxy(fx.Proxy):
+    """Records y += x as such. fx records it as y = y + x, which hides that y is overwritten."""
+
+
+def _recorded(function: Callable[..., Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    return lambda y, x: y.tracer.create_proxy("call_function", function, (y, x), {})
+
+
+for _name in _OPERATORS:
+    setattr(_Proxy, f"__i{_name}__", _recorded(getattr(operator, f"i{_name}")))
+
+
+class _Tracer(fx.Tracer):
+    def proxy(self, node: Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.modules.batchnorm._BatchNorm) or super().is_leaf_module(
+            m, module_qualified_name
+        )
+
+
+def _spec(value: Any) -> Spec | None:
+    if not isinstance(value, Tensor):
+        return None
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(value.dim())
+    # One row of a single pixel or channel has both layouts.
+    dense = layout is not None and value.is_contiguous(memory_format=layout)
+    return Spec(tuple(value.shape[1:]), value.dtype, dense and not value.is_contiguous())
