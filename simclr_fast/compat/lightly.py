@@ -140,16 +140,17 @@ class LARS(optim.LARS):
         trust_coefficient: float = 0.001,
         eps: float = 1e-8,
     ):
-        super().__init__(
-            params,
-            lr,
-            momentum=momentum,
-            dampening=dampening,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            trust_coefficient=trust_coefficient,
-            eps=eps,
-        )
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "trust_coefficient": trust_coefficient,
+            "eps": eps,
+        }
+        self._start(params, defaults)
 
-    def _rule(self, group: dict[str, Any], apart: bool) -> tuple[float, bool]:
-        return group["weight_decay"], group["weight_decay"] != 0
+    def _rule(self, options: dict[str, Any], apart: bool = False) -> tuple[float, bool]:
+        weight_decay = options["weight_decay"]
+        return weight_decay, options.get("adapt", weight_decay != 0)

@@ -1,6 +1,6 @@
 """solo-learn's loss and optimizer, computed by simclr_fast."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,14 +38,11 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Te
 class LARS(optim.LARS):
     """``solo.utils.lars.LARS``: the same arguments, defaults, steps and momentum buffers.
 
-    With ``exclude_bias_n_norm_lars``, parameters of one dimension are neither adapted nor decayed.
-    """
+    With ``exclude_bias_n_norm``, parameters of one dimension are neither adapted nor decayed.
 
-    _other_names: ClassVar[dict[str, str]] = {
-        "eta": "trust_coefficient",
-        "clip_lars_lr": "trust_clip",
-    }
-    _exclude = False
+    clip_lars_lr, exclude_bias_n_norm_lars: the names that clip_lr and exclude_bias_n_norm had in
+        older versions. The groups have the names that were given.
+    """
 
     def __init__(
         self,
@@ -57,30 +54,40 @@ class LARS(optim.LARS):
         nesterov: bool = False,
         eta: float = 1e-3,
         eps: float = 1e-8,
-        clip_lars_lr: bool = False,
-        exclude_bias_n_norm_lars: bool = False,
+        clip_lr: bool = False,
+        exclude_bias_n_norm: bool = False,
+        *,
+        clip_lars_lr: bool | None = None,
+        exclude_bias_n_norm_lars: bool | None = None,
     ):
-        self._exclude = exclude_bias_n_norm_lars
-        super().__init__(
-            params,
-            lr,
-            momentum=momentum,
-            dampening=dampening,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            trust_coefficient=eta,
-            eps=eps,
-            trust_clip=clip_lars_lr,
-        )
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        default = self.defaults.setdefault("exclude_bias_n_norm_lars", self._exclude)
-        param_group.setdefault("exclude_bias_n_norm_lars", default)
-        super().add_param_group(param_group)
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "eta": eta,
+            "eps": eps,
+        }
+        for name, value, old_name, old_value in (
+            ("clip_lr", clip_lr, "clip_lars_lr", clip_lars_lr),
+            (
+                *("exclude_bias_n_norm", exclude_bias_n_norm),
+                *("exclude_bias_n_norm_lars", exclude_bias_n_norm_lars),
+            ),
+        ):
+            if value and old_value is not None:
+                raise TypeError(f"{old_name} is the old name of {name}: give one of them")
+            if old_value is None:
+                defaults[name] = value
+            else:
+                defaults[old_name] = old_value
+        self._start(params, defaults)
 
     def _apart(self, p: Tensor) -> bool:
         return p.ndim == 1
 
-    def _rule(self, group: dict[str, Any], apart: bool) -> tuple[float, bool]:
-        excluded = apart and group["exclude_bias_n_norm_lars"]
-        return (0.0, False) if excluded else (group["weight_decay"], True)
+    def _rule(self, options: dict[str, Any], apart: bool = False) -> tuple[float, bool]:
+        excluded = apart and options["exclude_bias_n_norm"]
+        weight_decay = 0.0 if excluded else options["weight_decay"]
+        return weight_decay, options.get("adapt", not excluded)

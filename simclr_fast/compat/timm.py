@@ -14,8 +14,7 @@ class Lars(optim.LARS):
     if ``foreach`` is None.
     """
 
-    _other_names: ClassVar[dict[str, str]] = {"trust_coeff": "trust_coefficient"}
-    _always_adapt = False
+    _fixed_options: ClassVar[dict[str, Any]] = {"when_zero": "decay"}
 
     def __init__(
         self,
@@ -31,25 +30,20 @@ class Lars(optim.LARS):
         always_adapt: bool = False,
         foreach: bool | None = None,
     ):
-        self._always_adapt = always_adapt
-        super().__init__(
-            params,
-            lr,
-            momentum=momentum,
-            dampening=dampening,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            trust_coefficient=trust_coeff,
-            eps=eps,
-            trust_clip=trust_clip,
-            when_zero="decay",
-            foreach=foreach,
-        )
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "trust_coeff": trust_coeff,
+            "eps": eps,
+            "trust_clip": trust_clip,
+            "always_adapt": always_adapt,
+            "foreach": foreach,
+        }
+        self._start(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        default = self.defaults.setdefault("always_adapt", self._always_adapt)
-        param_group.setdefault("always_adapt", default)
-        super().add_param_group(param_group)
-
-    def _rule(self, group: dict[str, Any], apart: bool) -> tuple[float, bool]:
-        return group["weight_decay"], group["weight_decay"] != 0 or group["always_adapt"]
+    def _rule(self, options: dict[str, Any], apart: bool = False) -> tuple[float, bool]:
+        weight_decay = options["weight_decay"]
+        return weight_decay, options.get("adapt", weight_decay != 0 or options["always_adapt"])

@@ -1,8 +1,6 @@
 """LARS and its parameter groups."""
 
-import math
 from collections.abc import Callable, Iterable
-from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -10,8 +8,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from simclr_fast import ops
-from simclr_fast.optim.lars_native import native_step, use_native, wants_native
-from simclr_fast.optim.lars_torch import Batch, foreach_step
+from simclr_fast.optim.lars_native import has_wrapped, native_step, use_native, wants_native
+from simclr_fast.optim.lars_options import OptionNames
+from simclr_fast.optim.lars_torch import Batch, foreach_step, one_dtype
 
 _NORM_LAYERS = (
     nn.modules.batchnorm._NormBase,
@@ -19,7 +18,6 @@ _NORM_LAYERS = (
     nn.LayerNorm,
     nn.RMSNorm,
 )
-_NUMBERS = ("momentum", "dampening", "weight_decay", "trust_coefficient", "eps")
 
 
 class LARS(Optimizer):
@@ -80,8 +78,9 @@ class LARS(Optimizer):
     """
 
     _step_supports_amp_scaling = True
-    # For simclr_fast.compat: keys of another library's parameter groups → their names here.
-    _other_names: ClassVar[dict[str, str]] = {}
+    # For simclr_fast.compat: the values of options that another library's groups do not have.
+    _fixed_options: ClassVar[dict[str, Any]] = {}
+    _names: OptionNames
 
     def __init__(
         self,
@@ -121,36 +120,47 @@ class LARS(Optimizer):
             "fused": fused,
             "capturable": capturable,
         }
-        _check_group(defaults)
+        self._start(params, defaults)
+
+    def _start(
+        self, params: Iterable[Tensor] | Iterable[dict[str, Any]], defaults: dict[str, Any]
+    ) -> None:
+        self._names = OptionNames(defaults, self._fixed_options)
+        self._names.check(defaults)
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            self._rename(group)
-            for name, value in self.defaults.items():
+        """Called by load_state_dict, copy and pickle."""
+        # A loaded group keeps the options that the saved one lacks.
+        kept = self.__dict__.get("param_groups")
+        defaults = state["defaults"] if kept is None else self.defaults
+        names = OptionNames(defaults, self._fixed_options)
+        for i, group in enumerate(state["param_groups"]):
+            names.translate(group)
+            for name, value in (defaults if kept is None else kept[i]).items():
                 group.setdefault(name, value)
-
-    def _rename(self, group: dict[str, Any]) -> None:
-        for theirs, ours in self._other_names.items():
-            if theirs in group:
-                group[ours] = group.pop(theirs)
+            names.settle(group, self._rule)
+            names.check(group)
+            _keep_lr_on_device(group, names)
+        self._names = names
+        super().__setstate__(state)
+        # torch adds it for optimizers that have it. Groups added later would get it too.
+        self.defaults.pop("differentiable", None)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group. Missing keys take the values given to the constructor."""
-        self._rename(param_group)
+        if isinstance(param_group, dict):  # torch says what else it may not be
+            self._names.translate(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_group(group)
+            self._names.settle(group, self._rule)
+            self._names.check(group)
             _check_params(group["params"])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        if group["capturable"] and group["params"]:
-            device = group["params"][0].device
-            lr = torch.as_tensor(group["lr"], dtype=ops.widest_float(device), device=device)
-            group["lr"] = lr.clone()
+        _keep_lr_on_device(group, self._names)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -167,19 +177,26 @@ class LARS(Optimizer):
         return loss
 
     def _wants_native(self) -> bool:
-        return any(wants_native(group) for group in self.param_groups)
+        return any(wants_native(self._names.options(group)) for group in self.param_groups)
 
     def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         native: dict[torch.device, list[Batch]] = {}
+        plain: list[Batch] = []
         for batch in self._batches(found_inf):
-            device = batch.params[0].device
             if use_native(batch.group, batch.params):
-                native.setdefault(device, []).append(batch)
+                native.setdefault(batch.params[0].device, []).append(batch)
             elif batch.group["foreach"] is False:
                 for i in range(len(batch.params)):
-                    foreach_step(batch.select([i]), grad_scale, found_inf)
+                    plain += one_dtype(batch.select([i]))
             else:
-                foreach_step(batch, grad_scale, found_inf)
+                plain += one_dtype(batch)
+        if any(has_wrapped(batch.params) for batch in plain):
+            # Imported here: it takes long, and needs a torch with torch.distributed.
+            from simclr_fast.optim.lars_sharded import localize
+
+            plain = localize(plain, grad_scale)
+        for batch in plain:
+            foreach_step(batch, grad_scale, found_inf)
         for device, on_device in native.items():
             native_step(device, on_device, grad_scale, found_inf)
 
@@ -187,16 +204,20 @@ class LARS(Optimizer):
         """Whether a subclass treats this tensor differently from the others of its group."""
         return False
 
-    def _rule(self, group: dict[str, Any], apart: bool) -> tuple[float, bool]:
+    def _rule(self, options: dict[str, Any], apart: bool = False) -> tuple[float, bool]:
         """Weight decay of the group's tensors, and whether they are adapted."""
-        return group["weight_decay"], group["adapt"]
+        return options["weight_decay"], options["adapt"]
 
     def _batches(self, found_inf: Tensor | None) -> list[Batch]:
         """Tensors that share a device and a rule, group by group."""
         batches = []
         sets_apart = type(self)._apart is not LARS._apart
         for group in self.param_groups:
-            momentum = group["momentum"] != 0
+            if self._names.has_foreign(group):
+                self._names.translate(group)
+                self._names.settle(group, self._rule)
+            options = self._names.options(group)
+            momentum = options["momentum"] != 0
             parts: dict[tuple[torch.device, bool], _Part] = {}
             # Most of a step's Python time is spent in this loop, so it reads each attribute once.
             for p in group["params"]:
@@ -212,17 +233,17 @@ class LARS(Optimizer):
                 if momentum:
                     part.buffers.append(self.state[p].get("momentum_buffer"))
             for (_, apart), part in parts.items():
-                batches += self._part_batches(part, group, apart, found_inf)
+                batches += self._part_batches(part, options, apart, found_inf)
         return batches
 
     def _part_batches(
-        self, part: "_Part", group: dict[str, Any], apart: bool, found_inf: Tensor | None
+        self, part: "_Part", options: dict[str, Any], apart: bool, found_inf: Tensor | None
     ) -> list[Batch]:
         params, grads, buffers = part
-        dampening = group["dampening"]
-        weight_decay, adapt = self._rule(group, apart)
+        dampening = options["dampening"]
+        weight_decay, adapt = self._rule(options, apart)
         if not buffers:
-            return [Batch(params, grads, [], group, 0.0, weight_decay, adapt)]
+            return [Batch(params, grads, [], options, 0.0, weight_decay, adapt)]
         fresh = [i for i, buffer in enumerate(buffers) if buffer is None]
         # The first step has no dampening, and a skipped step is not the first. So the overflow flag
         # must be read on the host, only in this case.
@@ -231,7 +252,7 @@ class LARS(Optimizer):
         for i in fresh:
             buffers[i] = torch.zeros_like(params[i], memory_format=torch.preserve_format)
             self.state[params[i]]["momentum_buffer"] = buffers[i]
-        batch = Batch(params, grads, buffers, group, dampening, weight_decay, adapt)
+        batch = Batch(params, grads, buffers, options, dampening, weight_decay, adapt)
         if not fresh or dampening == 0:
             return [batch]
         older = sorted(set(range(len(params))) - set(fresh))
@@ -278,40 +299,6 @@ def lars_param_groups(model: nn.Module, weight_decay: float = 1e-6) -> list[dict
     ]
 
 
-def _check_group(group: dict[str, Any]) -> None:
-    lr = group["lr"]
-    for name in _NUMBERS if isinstance(lr, Tensor) else ("lr", *_NUMBERS):
-        if not isinstance(group[name], Real) or isinstance(group[name], bool):
-            raise TypeError(f"{name} must be a number, got {group[name]!r}")
-    for name in ("nesterov", "trust_clip", "adapt", "maximize", "capturable"):
-        if not isinstance(group[name], bool):
-            raise TypeError(f"{name} must be a bool, got {group[name]!r}")
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1 or lr.is_complex():
-            raise ValueError(f"lr must be a float or a one-element real tensor, got {lr}")
-    elif not lr >= 0:
-        raise ValueError(f"lr must be at least 0, got {lr}")
-    for name in ("momentum", "weight_decay", "trust_coefficient", "eps"):
-        if not 0 <= group[name] < math.inf:
-            raise ValueError(f"{name} must be finite and at least 0, got {group[name]}")
-    if not math.isfinite(group["dampening"]):
-        raise ValueError(f"dampening must be finite, got {group['dampening']}")
-    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
-        raise ValueError(
-            "nesterov=True needs momentum > 0 and dampening = 0, got "
-            f"momentum={group['momentum']}, dampening={group['dampening']}"
-        )
-    for name, allowed in (
-        ("momentum_order", ("torch", "tf")),
-        ("norm", ("split", "joint")),
-        ("when_zero", ("skip", "decay")),
-    ):
-        if group[name] not in allowed:
-            raise ValueError(f"{name} must be one of {allowed}, got {group[name]!r}")
-    if group["foreach"] and group["fused"]:
-        raise ValueError("foreach=True and fused=True exclude each other")
-
-
 def _check_params(params: list[Tensor]) -> None:
     for p in params:
         if p.is_complex() or not p.is_floating_point():
@@ -323,3 +310,16 @@ def _check_params(params: list[Tensor]) -> None:
                 f"LARS cannot update an expanded parameter (shape {list(p.shape)}), whose elements "
                 "share memory; .clone() it"
             )
+        if getattr(p, "_fsdp_flattened", False):
+            raise ValueError(
+                "LARS needs the norm of each weight, and a parameter of FullyShardedDataParallel "
+                "holds pieces of several; shard the model with torch.distributed.fsdp.fully_shard"
+            )
+
+
+def _keep_lr_on_device(group: dict[str, Any], names: OptionNames) -> None:
+    """For a capturable group, make lr a tensor of its own that a CUDA graph can read."""
+    if names.options(group)["capturable"] and group["params"]:
+        device = group["params"][0].device
+        lr = torch.as_tensor(group["lr"], dtype=ops.widest_float(device), device=device)
+        group["lr"] = lr.clone()

@@ -33,23 +33,28 @@ def use_native(group: dict[str, Any], params: list[Tensor]) -> bool:
     if not wants_native(group):
         return False
     device = params[0].device
-    wrapped = None
-    if not _PLAIN_TYPES.issuperset(map(type, params)):
-        wrapped = next((p for p in params if is_traceable_wrapper_subclass(p)), None)
     if not group["fused"]:
-        if wrapped is not None:
+        if has_wrapped(params):
             return False
         kernels = ops.implementation_for(device, on_cuda=ops.Implementation.CUDA)
         return kernels is not ops.Implementation.PLAIN
-    if wrapped is None:
-        reason = ops.why_plain(device, on_cuda=ops.Implementation.CUDA)
+    if has_wrapped(params):
+        wrapped = next(p for p in params if is_traceable_wrapper_subclass(p))
+        reason: str | None = f"it takes plain tensors, not a {type(wrapped).__name__}"
     else:
-        reason = f"it takes plain tensors, not a {type(wrapped).__name__}"
+        reason = ops.why_plain(device, on_cuda=ops.Implementation.CUDA)
     if reason is not None:
         raise RuntimeError(
             f"fused=True needs the native LARS kernel, which cannot be used: {reason}"
         ) from ops.EXTENSION_ERROR
     return True
+
+
+def has_wrapped(params: list[Tensor]) -> bool:
+    """Whether one of them is not a plain tensor, such as a DTensor."""
+    return not _PLAIN_TYPES.issuperset(map(type, params)) and any(
+        map(is_traceable_wrapper_subclass, params)
+    )
 
 
 def wants_native(group: dict[str, Any]) -> bool:

@@ -22,6 +22,8 @@ class Batch(NamedTuple):
     dampening: float
     weight_decay: float
     adapt: bool
+    # [2, len(params)]: the norms of weights and gradients of the trust ratio, if they are known.
+    norms: Tensor | None = None
 
     def select(self, indices: list[int]) -> "Batch":
         return self._replace(
@@ -31,28 +33,53 @@ class Batch(NamedTuple):
         )
 
 
-def foreach_step(batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    """Update parameters and momentum buffers in place. The gradients are not changed."""
+def one_dtype(batch: Batch) -> list[Batch]:
+    """Batches whose parameters have one dtype, and whose gradients have one."""
     for g in batch.grads:
         if g.layout is not torch.strided:
             raise ValueError(f"LARS needs strided gradients, got layout {g.layout}")
+    by_dtype: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
+    for i, (p, g) in enumerate(zip(batch.params, batch.grads, strict=True)):
+        by_dtype.setdefault((p.dtype, g.dtype), []).append(i)
+    return [batch.select(indices) for indices in by_dtype.values()]
+
+
+def foreach_step(batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    """Update parameters and momentum buffers in place. The gradients are not changed.
+
+    batch: from `one_dtype`.
+    """
     if found_inf is not None and _on_host(found_inf):
         if found_inf:
             return
         found_inf = None
-    by_dtype: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
-    for i, (p, g) in enumerate(zip(batch.params, batch.grads, strict=True)):
-        by_dtype.setdefault((p.dtype, g.dtype), []).append(i)
-    for (dtype, grad_dtype), indices in by_dtype.items():
-        part = batch.select(indices)
-        arithmetic = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-        if arithmetic != dtype or found_inf is not None:
-            _update_copies(part, arithmetic, grad_scale, found_inf)
-            continue
-        other_grads = grad_dtype != arithmetic
-        if other_grads:
-            part = part._replace(grads=[g.to(arithmetic) for g in part.grads])
-        _update(part, grad_scale, own_grads=other_grads)
+    dtype, arithmetic = batch.params[0].dtype, _arithmetic_dtype(batch)
+    if arithmetic != dtype or found_inf is not None:
+        _update_copies(batch, arithmetic, grad_scale, found_inf)
+        return
+    other_grads = batch.grads[0].dtype != arithmetic
+    if other_grads:
+        batch = batch._replace(grads=[g.to(arithmetic) for g in batch.grads])
+    _update(batch, grad_scale, own_grads=other_grads)
+
+
+def norms_of_ratios(batch: Batch, grad_scale: Tensor | None) -> Tensor:
+    """[2, len(params)]: the norms of weights and gradients of the trust ratios.
+
+    batch: from `one_dtype`.
+    """
+    dtype = _arithmetic_dtype(batch)
+    params = [p.to(dtype) for p in batch.params]
+    vectors = _Vectors([g.to(dtype) for g in batch.grads], own=False)
+    _unscale(vectors, batch, grad_scale)
+    if batch.group["norm"] == "joint":
+        vectors.add(params, batch.weight_decay)
+    return torch.stack((_norms(params), _norms(vectors.tensors)))
+
+
+def _arithmetic_dtype(batch: Batch) -> torch.dtype:
+    dtype = batch.params[0].dtype
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def _update_copies(
@@ -101,24 +128,20 @@ def _update(batch: Batch, grad_scale: Tensor | None, *, own_grads: bool) -> None
     """Update params and buffers in place, all in one dtype. With `own_grads`, change grads too."""
     params, group, lr = batch.params, batch.group, batch.group["lr"]
     device, dtype = params[0].device, params[0].dtype
-    wide = widest_float(device)
     if isinstance(lr, Tensor):
-        lr = lr.to(device, wide).reshape(())
+        lr = lr.to(device, widest_float(device)).reshape(())
     update = _Vectors(batch.grads, own_grads)
-    sign = -1.0 if group["maximize"] else 1.0
-    if grad_scale is not None:
-        update.scale((sign / grad_scale.to(device, wide)).to(dtype))
-    elif sign < 0:
-        update.scale(sign)
+    _unscale(update, batch, grad_scale)
 
     joint = group["norm"] == "joint"
-    ratios = None
-    if batch.adapt and not joint:
-        ratios = _trust_ratios(params, update.tensors, batch, lr)
+    norms = batch.norms
+    if batch.adapt and norms is None and not joint:
+        norms = torch.stack((_norms(params), _norms(update.tensors)))
     if batch.weight_decay:
         update.add(params, batch.weight_decay)
-    if batch.adapt and joint:
-        ratios = _trust_ratios(params, update.tensors, batch, lr)
+    if batch.adapt and norms is None:
+        norms = torch.stack((_norms(params), _norms(update.tensors)))
+    ratios = _trust_ratios(norms, batch, lr) if batch.adapt and norms is not None else None
 
     lr_in_momentum = group["momentum_order"] == "tf"
     if ratios is not None:
@@ -144,13 +167,22 @@ def _update(batch: Batch, grad_scale: Tensor | None, *, own_grads: bool) -> None
         torch._foreach_add_(params, update.tensors, alpha=-lr)
 
 
-def _trust_ratios(
-    params: list[Tensor], vectors: list[Tensor], batch: Batch, lr: float | Tensor
-) -> Tensor:
+def _unscale(gradients: _Vectors, batch: Batch, grad_scale: Tensor | None) -> None:
+    """Divide by the scale of the GradScaler, and change the sign to maximize."""
+    sign = -1.0 if batch.group["maximize"] else 1.0
+    if grad_scale is not None:
+        p = batch.params[0]
+        scale = grad_scale.to(p.device, widest_float(p.device))
+        gradients.scale((sign / scale).to(_arithmetic_dtype(batch)))
+    elif sign < 0:
+        gradients.scale(sign)
+
+
+def _trust_ratios(norms: Tensor, batch: Batch, lr: float | Tensor) -> Tensor:
     """Trust ratio of each tensor, [len(params)], in the widest dtype of the device."""
     group = batch.group
     joint = group["norm"] == "joint"
-    w, g = _norms(params), _norms(vectors)
+    w, g = norms.unbind()
     decay = 0.0 if joint else batch.weight_decay
     ratios = group["trust_coefficient"] * w / (g + decay * w + group["eps"])
     skip = not joint and group["when_zero"] == "skip"
