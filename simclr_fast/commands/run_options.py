@@ -2,13 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar, cast, get_args
+from typing import Annotated, Literal, TypeVar, cast
 
 import tyro
 
 from simclr_fast.training.config import PRESETS, PretrainConfig
 
-Preset = Literal["demo", "cifar10", "imagenet100", "imagenet"]
+Preset = Literal[
+    "demo",
+    "cifar10",
+    "cifar10-resnet50",
+    "cifar100",
+    "stl10",
+    "imagenet100",
+    "imagenet-256",
+    "imagenet",
+    "simclr-v2",
+]
 DEMO_DATA = ("demo", "demo-grain", "demo-held-out")
 
 
@@ -47,7 +57,7 @@ def parse_run(kind: type[T], arguments: Sequence[str], command: str) -> T:
 
 
 def _another(preset: str) -> str:
-    return next(name for name in reversed(get_args(Preset)) if name != preset)
+    return next(name for name in ("imagenet", "demo") if name != preset)
 
 
 def _value(arguments: Sequence[str], option: str) -> str | None:

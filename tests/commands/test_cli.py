@@ -9,6 +9,7 @@ import warnings
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -17,7 +18,7 @@ from simclr_fast.commands import cli
 from simclr_fast.commands.ablate import Ablate
 from simclr_fast.commands.cli import COMMANDS, run
 from simclr_fast.commands.pretrain import Pretrain
-from simclr_fast.commands.run_options import parse_run
+from simclr_fast.commands.run_options import Preset, parse_run
 from simclr_fast.training.ablate import OPERATIONS, grid
 from simclr_fast.training.config import PRESETS, PretrainConfig
 from simclr_fast.utils.interrupts import Interrupted
@@ -111,9 +112,9 @@ def test_presets_follow_the_data_unless_given():
     assert preset() == ("demo", 256, 0.5)
     assert preset("--data", "demo-grain") == ("demo", 256, 0.5)
     assert preset("--data=photos") == ("imagenet", 4096, 0.1)
-    assert preset("--data", "photos", "--preset=cifar10") == ("cifar10", 1024, 0.5)
-    assert preset("--preset", "imagenet100", "--batch-size", "64") == ("imagenet100", 64, 0.1)
-    assert set(PRESETS) == {*map(str, ("demo", "cifar10", "imagenet100", "imagenet"))}
+    assert preset("--data", "photos", "--preset=cifar10") == ("cifar10", 256, 0.2)
+    assert preset("--preset", "imagenet-256", "--batch-size", "64") == ("imagenet-256", 64, 0.1)
+    assert tuple(PRESETS) == get_args(Preset)
 
 
 def test_an_unknown_preset_is_wrong_usage(capsys):

@@ -360,7 +360,7 @@ Raises:
 def test_the_table_of_presets(name):
     page = (ROOT / "docs" / "pretrain.md").read_text()
     (row,) = re.findall(rf"^\| `{name}` \|(.*)\|$", page, re.MULTILINE)
-    encoder, views, batch, length, temperature, lr = (cell.strip() for cell in row.split("|"))
+    encoder, views, batch, length, temperature, lr, _ = (cell.strip() for cell in row.split("|"))
     config = PRESETS[name]()
     assert encoder.lower().replace("-", "").startswith(config.model)
     assert views.startswith(f"{config.augmentation.size}²")
@@ -368,5 +368,9 @@ def test_the_table_of_presets(name):
     steps = f"{config.steps or 0:,} steps"
     assert length == (steps if config.steps else f"{config.epochs:,} epochs")
     assert temperature == f"{config.temperature:g}"
-    rules = {"linear": "0.3 · batch / 256", "sqrt": "0.075 · √batch"}
+    rules = {
+        "linear": "0.3 · batch / 256",
+        "sqrt": "0.075 · √batch",
+        "sqrt-v2": "0.1 · √batch",
+    }
     assert lr == (f"{config.lr:g}" if config.lr else rules[config.lr_rule])

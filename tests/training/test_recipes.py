@@ -13,6 +13,7 @@ from torch import nn
 from simclr_fast.data.loader import TwoViewLoader
 from simclr_fast.data.sources import ArraySource
 from simclr_fast.models.weights import load_weights
+from simclr_fast.optim.schedule import warmup_cosine
 from simclr_fast.training import pretrain as module
 from simclr_fast.training.config import PRESETS, PretrainConfig
 from simclr_fast.training.pretrain import pretrain
@@ -183,6 +184,36 @@ def test_zero_gamma_makes_every_block_the_identity_at_first():
     )
     with pytest.raises(ValueError, match="zero_gamma is for resnet10"):
         build_model(replace(TINY, model="vgg11", width=1, zero_gamma=True))
+
+
+@pytest.mark.parametrize(
+    ("preset", "images", "warmup", "peak"),
+    [
+        # google-research/simclr: 0.3 · batch / 256 over 10 epochs; VISSL and mmselfsup: 4.8.
+        ("imagenet", 1_281_167, 3_120, 4.8),
+        # lightly: 0.075 · √256.
+        ("imagenet-256", 1_281_167, 50_040, 1.2),
+        # SimCLR v2: 6.4 at 4096, warm-up of 5% of 800 epochs.
+        ("simclr-v2", 1_281_167, 12_480, 6.4),
+        ("cifar10", 50_000, 1_950, 0.4),
+        # simclr-pytorch: 1% of its 48,000 steps.
+        ("cifar10-resnet50", 50_000, 480, 4.0),
+        ("imagenet100", 126_689, 4_940, 0.3),
+    ],
+)
+def test_learning_rates_are_those_of_the_published_formulas(preset, images, warmup, peak):
+    config = PRESETS[preset]()
+    per_epoch = images // config.batch_size
+    total = config.epochs * per_epoch
+    assert round(config.warmup_epochs * per_epoch) == warmup
+    optimizer = build_optimizer(nn.Linear(2, 2), config)
+    scheduler = warmup_cosine(optimizer, warmup, total)
+    for step in (0, 1, warmup // 3, warmup - 1, warmup, total // 2, total - 1):
+        ramp = peak * step / warmup
+        cosine = peak / 2 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+        expected = ramp if step < warmup else cosine
+        got = scheduler.base_lrs[0] * scheduler.lr_lambdas[0](step)
+        assert got == pytest.approx(expected, abs=1e-12)
 
 
 def test_presets_build():
