@@ -63,7 +63,8 @@ class OptionNames:
         self._foreign: dict[str, tuple[str, str | None]] = {}
         for option, others in _OTHER_NAMES.items():
             names = (option, *others)
-            here = next((name for name in names if name in defaults), None)
+            honoured = option if option in DEFAULTS else None
+            here = next((name for name in names if name in defaults), honoured)
             self._foreign.update({name: (option, here) for name in names if name != here})
             if here is not None and here != option:
                 self._renamed.append((option, here))
