@@ -18,6 +18,7 @@ _NORM_LAYERS = (
     nn.LayerNorm,
     nn.RMSNorm,
 )
+_NONE = type(None)
 
 
 class LARS(Optimizer):
@@ -211,30 +212,38 @@ class LARS(Optimizer):
     def _batches(self, found_inf: Tensor | None) -> list[Batch]:
         """Tensors that share a device and a rule, group by group."""
         batches = []
-        sets_apart = type(self)._apart is not LARS._apart
         for group in self.param_groups:
             if self._names.has_foreign(group):
                 self._names.translate(group)
                 self._names.settle(group, self._rule)
             options = self._names.options(group)
-            momentum = options["momentum"] != 0
-            parts: dict[tuple[torch.device, bool], _Part] = {}
-            # Most of a step's Python time is spent in this loop, so it reads each attribute once.
-            for p in group["params"]:
-                grad = p.grad
-                if grad is None:
-                    continue
-                key = p.device, sets_apart and self._apart(p)
-                part = parts.get(key)
-                if part is None:
-                    part = parts[key] = _Part([], [], [])
-                part.params.append(p)
-                part.grads.append(grad)
-                if momentum:
-                    part.buffers.append(self.state[p].get("momentum_buffer"))
-            for (_, apart), part in parts.items():
+            for part, apart in self._parts(group["params"], momentum=options["momentum"] != 0):
                 batches += self._part_batches(part, options, apart, found_inf)
         return batches
+
+    def _parts(self, params: list[Tensor], momentum: bool) -> list[tuple["_Part", bool]]:
+        """The tensors with a gradient by device, and whether a subclass sets them apart."""
+        # Comprehensions and sets over whole lists: with hundreds of small tensors, a loop over the
+        # tensors would take longer than updating them.
+        grads = [p.grad for p in params]
+        if _contains_none(grads):
+            params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
+            grads = [grad for grad in grads if grad is not None]
+        if not params:
+            return []
+        state = self.state
+        buffers = [state[p].get("momentum_buffer") for p in params] if momentum else []
+        whole = _Part(params, grads, buffers)
+        sets_apart = type(self)._apart is not LARS._apart
+        if not sets_apart and len({p.device for p in params}) == 1:
+            return [(whole, False)]
+        split: dict[tuple[torch.device, bool], list[int]] = {}
+        for i, p in enumerate(params):
+            split.setdefault((p.device, self._apart(p)), []).append(i)
+        return [
+            (_Part(*([values[i] for i in indices] if values else [] for values in whole)), apart)
+            for (_, apart), indices in split.items()
+        ]
 
     def _part_batches(
         self, part: "_Part", options: dict[str, Any], apart: bool, found_inf: Tensor | None
@@ -244,7 +253,9 @@ class LARS(Optimizer):
         weight_decay, adapt = self._rule(options, apart)
         if not buffers:
             return [Batch(params, grads, [], options, 0.0, weight_decay, adapt)]
-        fresh = [i for i, buffer in enumerate(buffers) if buffer is None]
+        fresh: list[int] = []
+        if _contains_none(buffers):
+            fresh = [i for i, buffer in enumerate(buffers) if buffer is None]
         # The first step has no dampening, and a skipped step is not the first. So the overflow flag
         # must be read on the host, only in this case.
         if fresh and dampening != 0 and found_inf is not None and bool(found_inf):
@@ -264,8 +275,13 @@ class _Part(NamedTuple):
     """The tensors of a group that share a device and a rule. No buffers if momentum is 0."""
 
     params: list[Tensor]
-    grads: list[Tensor]
+    grads: list[Any]
     buffers: list[Any]
+
+
+def _contains_none(values: list[Any]) -> bool:
+    """Quicker than a loop, and `None in values` would call the tensors' ==."""
+    return _NONE in set(map(type, values))
 
 
 # Excluded from torch.compile: tracing would add a guard per parameter, and the native step is one
