@@ -208,11 +208,10 @@ double value_of(const Tensor& t) {
   return *static_cast<const float*>(t.data_ptr());
 }
 
-void lars_cpu(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
-              const std::vector<Tensor>& buffers, const std::vector<int64_t>& group_sizes,
-              const std::vector<int64_t>& flags, const std::vector<double>& hyper,
-              const std::vector<Tensor>& rates, const std::optional<Tensor>& grad_scale,
-              const std::optional<Tensor>& found_inf) {
+void lars_cpu(const TensorList& params, const TensorList& grads, const TensorList& buffers,
+              const std::vector<int64_t>& group_sizes, const std::vector<int64_t>& flags,
+              const std::vector<double>& hyper, const std::vector<Tensor>& rates,
+              const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
   if (found_inf && value_of(*found_inf) != 0.0) return;
   LarsArguments arguments(params, grads, buffers, group_sizes, flags, hyper);
   std::vector<double> values;
@@ -232,8 +231,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(simclr_fast, m) {
       "Tensor? found_inf) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(simclr_fast, CPU, m) { m.impl("lars_", TORCH_BOX(&simclr::lars_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(simclr_fast, CPU, m) {
+  m.impl("lars_", &simclr::boxed_lars<simclr::lars_cpu>);
+}
 // With a sparse gradient the dispatcher comes here, where the arguments' check names the reason.
 STABLE_TORCH_LIBRARY_IMPL(simclr_fast, SparseCPU, m) {
-  m.impl("lars_", TORCH_BOX(&simclr::lars_cpu));
+  m.impl("lars_", &simclr::boxed_lars<simclr::lars_cpu>);
 }

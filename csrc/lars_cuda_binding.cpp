@@ -4,6 +4,7 @@
 
 #include "lars_binding.h"
 #include "lars_cuda.h"
+#include "torch_check.h"
 
 namespace simclr {
 namespace {
@@ -16,17 +17,18 @@ const void* device_value(const Tensor& t, int32_t device, torch::headeronly::Sca
   return t.data_ptr();
 }
 
-void lars_cuda(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
-               const std::vector<Tensor>& buffers, const std::vector<int64_t>& group_sizes,
-               const std::vector<int64_t>& flags, const std::vector<double>& hyper,
-               const std::vector<Tensor>& rates, const std::optional<Tensor>& grad_scale,
-               const std::optional<Tensor>& found_inf) {
+void lars_cuda(const TensorList& params, const TensorList& grads, const TensorList& buffers,
+               const std::vector<int64_t>& group_sizes, const std::vector<int64_t>& flags,
+               const std::vector<double>& hyper, const std::vector<Tensor>& rates,
+               const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
   using torch::headeronly::ScalarType;
   if (params.empty()) return;
-  const int32_t device = params[0].get_device_index();
+  const int32_t device = ask(aoti_torch_get_device_index, params[0]);
+  const int32_t cuda = aoti_torch_device_type_cuda();
   for (const auto* list : {&params, &grads, &buffers})
-    for (const Tensor& t : *list)
-      STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == device,
+    for (AtenTensorHandle t : *list)
+      STD_TORCH_CHECK(ask(aoti_torch_get_device_type, t) == cuda &&
+                          ask(aoti_torch_get_device_index, t) == device,
                       "lars_: one call takes the parameters, gradients and momentum buffers of one "
                       "device");
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -41,7 +43,7 @@ void lars_cuda(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
     return t ? static_cast<const float*>(device_value(*t, device, ScalarType::Float)) : nullptr;
   };
   const std::vector<int64_t> size = {lars_cuda_workspace(arguments.tensors.data(), count)};
-  const Tensor workspace = torch::stable::new_empty(params[0], size, ScalarType::Double);
+  const Tensor workspace = torch::stable::new_empty(owned(params[0]), size, ScalarType::Double);
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const int error = lars_cuda_step(arguments.tensors.data(), count, arguments.groups.data(),
@@ -55,8 +57,10 @@ void lars_cuda(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
 }  // namespace
 }  // namespace simclr
 
-STABLE_TORCH_LIBRARY_IMPL(simclr_fast, CUDA, m) { m.impl("lars_", TORCH_BOX(&simclr::lars_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(simclr_fast, CUDA, m) {
+  m.impl("lars_", &simclr::boxed_lars<simclr::lars_cuda>);
+}
 STABLE_TORCH_LIBRARY_IMPL(simclr_fast, SparseCUDA, m) {
-  m.impl("lars_", TORCH_BOX(&simclr::lars_cuda));
+  m.impl("lars_", &simclr::boxed_lars<simclr::lars_cuda>);
 }
 #endif  // SIMCLR_WITH_CUDA

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "nt_xent.h"
+#include "torch_check.h"
 
 namespace simclr {
 namespace {
