@@ -42,10 +42,10 @@ from simclr_fast.large_batch.bits import pack, unpack
 from simclr_fast.large_batch.buckets import Buckets
 from simclr_fast.large_batch.gram import Gram
 from simclr_fast.large_batch.malloc_trim import Heap
-from simclr_fast.large_batch.program import Key, Op, Pass, Program
+from simclr_fast.large_batch.program import Op, Pass, Program
 from simclr_fast.large_batch.refusals import flags
 from simclr_fast.large_batch.schedule import Schedule
-from simclr_fast.large_batch.trace import Graph
+from simclr_fast.large_batch.trace import Graph, Key
 
 aten = torch.ops.aten
 Env = dict[Key, Any]
@@ -190,7 +190,7 @@ class Lockstep:
         if node in self.graph.norms:
             norm, x = self.graph.module(node), env[Key("value", node.all_input_nodes[0])]
             return gbn.normalize(x, self.statistics[node], norm.weight, norm.bias)
-        read = {n: env[Key("value", n)] for n in node.all_input_nodes if n.op != "get_attr"}
+        read = {n: env[Key("value", n)] for n in self.graph.inputs[node]}
         with self.autocast():
             return self.graph.execute(node, read)
 
@@ -280,7 +280,7 @@ class Lockstep:
     def _pull(self, op: Op, gradient: Any, env: Env) -> None:
         node, program = op.node, self.program
         assert program is not None
-        if program.is_relu(node):
+        if node in self.graph.relus:
             kind = op.reads[1].kind
             other = env[op.reads[1]]
             dx = (
@@ -289,10 +289,10 @@ class Lockstep:
                 else gradient * unpack(other, gradient.shape, self._layout(node))
             )
             _add(env, op.writes[0], dx, fresh=True)
-        elif program.is_sum(node) or program.is_identity(node):
+        elif node in program.sums or node in self.graph.identities:
             for key in op.writes:
                 _add(env, key, gradient)
-        elif self.graph.is_convolution(node):
+        elif node in self.graph.convolutions:
             self._pull_convolution(op, gradient, env)
         else:
             self._pull_any(op, gradient, env)
@@ -301,7 +301,7 @@ class Lockstep:
         """The gradients of a convolution, without its forward."""
         conv, program = self.graph.module(op.node), self.program
         assert program is not None
-        (source,) = program.inputs(op.node)
+        (source,) = self.graph.inputs[op.node]
         spec = program.specs[source]
         assert spec is not None
         x = env.get(Key("value", source))
@@ -320,7 +320,7 @@ class Lockstep:
         """The gradients of any operation, by torch's autograd."""
         node, program = op.node, self.program
         assert program is not None
-        read = {n: env[Key("value", n)] for n in program.inputs(node)}
+        read = {n: env[Key("value", n)] for n in self.graph.inputs[node]}
         if node.target is operator.getitem and not isinstance(next(iter(read.values())), Tensor):
             # Of a tuple: its gradient is a dict of those of its parts.
             (key,) = op.writes
@@ -328,7 +328,7 @@ class Lockstep:
             return
         wanted_nodes = {key.node for key in op.writes}
         leaves = {n: _leaf(value, n in wanted_nodes) for n, value in read.items()}
-        parameters = self.graph.parameters([node])
+        parameters = self.graph.parameters[node]
         with torch.enable_grad(), self.autocast():
             made = self.graph.execute(node, leaves)
         if isinstance(gradient, dict):

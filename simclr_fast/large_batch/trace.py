@@ -9,9 +9,10 @@ import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
@@ -22,6 +23,9 @@ _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"
 _IN_PLACE: dict[Any, Callable[..., Any]] = {
     getattr(operator, f"i{name}"): getattr(operator, name) for name in _OPERATORS
 }
+_ADD = (operator.add, torch.add)
+_RELU = (F.relu, torch.relu, "relu")
+_PRODUCTS = (F.linear, F.conv1d, F.conv2d, F.conv3d, torch.matmul, torch.bmm, operator.matmul)
 
 
 class Spec(NamedTuple):
@@ -30,6 +34,13 @@ class Spec(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     channels_last: bool
+
+
+class Key(NamedTuple):
+    """A value of a micro-batch: a node's value, its gradient, or where its value is positive."""
+
+    kind: Literal["value", "gradient", "bits"]
+    node: Node
 
 
 @dataclass(eq=False)
@@ -71,6 +82,48 @@ class Graph:
         self.outputs = list(found)
         self.nodes = nodes
         self.blocks = list(self._blocks())
+        self._analyse()
+
+    def _analyse(self) -> None:
+        """What programs of all schedules need to know about the nodes.
+
+        inputs: the nodes that a node reads, without parameters and buffers. parameters: the
+        trainable parameters that it uses itself. values, gradients, bits: its keys.
+        needs_gradient: nodes that depend on a trainable parameter.
+        levels: one more than the highest level of the batch norms before a batch norm.
+        complete: the level of the backward pass in which the gradient of a node's value is
+        complete; for nodes with a gradient.
+        """
+        every = [self.input, *self.nodes]
+        self.inputs = {n: [i for i in n.all_input_nodes if i.op != "get_attr"] for n in every}
+        self.parameters = {n: self.parameters_of([n]) for n in every}
+        self.values = {n: Key("value", n) for n in every}
+        self.gradients = {n: Key("gradient", n) for n in every}
+        self.bits = {n: Key("bits", n) for n in every}
+        self.levels: dict[Node, int] = {}
+        self.needs_gradient: set[Node] = set()
+        depth = {self.input: 0}
+        for node in self.nodes:
+            depth[node] = max((depth[i] for i in self.inputs[node]), default=0)
+            if node in self.norms:
+                depth[node] += 1
+                self.levels[node] = depth[node]
+            if self.parameters[node] or any(i in self.needs_gradient for i in self.inputs[node]):
+                self.needs_gradient.add(node)
+        self.top = 1 + max(self.levels.values(), default=0)
+        self.complete: dict[Node, int] = {}
+        for node in reversed(self.nodes):
+            levels = [self.top] if node in self.outputs else []
+            # Without a way to an output, a user gets no gradient.
+            for user in (u for u in node.users if u in self.complete):
+                levels.append(self.levels.get(user, self.complete[user]))
+            if levels and node in self.needs_gradient:
+                self.complete[node] = min(levels)
+        self.convolutions = {n for n in self.nodes if self._is_convolution(n)}
+        self.expanding = {n for n in self.convolutions if self._is_expanding(n)}
+        self.costly = {n for n in self.nodes if self._is_costly(n)}
+        self.relus = {n for n in self.nodes if self._is_relu(n)}
+        self.identities = {n for n in self.nodes if self._is_identity(n)}
 
     def module(self, node: Node) -> Any:
         return self.modules[str(node.target)]
@@ -102,10 +155,10 @@ class Graph:
     def convolution(self, norm: Node) -> Node | None:
         """The convolution that makes a norm's input for this norm alone, padded with zeros."""
         (source,) = norm.all_input_nodes
-        alone = list(source.users) == [norm] and self.is_convolution(source)
+        alone = list(source.users) == [norm] and source in self.convolutions
         return source if alone else None
 
-    def is_convolution(self, node: Node) -> bool:
+    def _is_convolution(self, node: Node) -> bool:
         """Whether the gradients of a node are those of torch's convolution, padded with zeros."""
         if node.op != "call_module" or len(node.all_input_nodes) != 1:
             return False
@@ -116,10 +169,8 @@ class Graph:
             and not isinstance(module.padding, str)
         )
 
-    def is_expanding(self, node: Node) -> bool:
-        """Whether a node is a 1×1 convolution to at least twice the channels: cheap to repeat."""
-        if not self.is_convolution(node):
-            return False
+    def _is_expanding(self, node: Node) -> bool:
+        """Whether a convolution is 1×1 and to at least twice the channels: cheap to repeat."""
         conv = self.module(node)
         return (
             set(conv.kernel_size) == {1}
@@ -128,7 +179,29 @@ class Graph:
             and 2 * conv.in_channels <= conv.out_channels
         )
 
-    def parameters(self, nodes: Iterable[Node]) -> list[nn.Parameter]:
+    def _is_costly(self, node: Node) -> bool:
+        """Whether a node multiplies matrices, as far as one can see."""
+        if node.op == "call_module":
+            return any(p.dim() > 1 for p in self.module(node).parameters())
+        return node.target in _PRODUCTS
+
+    def _is_relu(self, node: Node) -> bool:
+        if node.op == "call_module":
+            return type(self.module(node)) is nn.ReLU
+        return node.target in _RELU
+
+    def _is_identity(self, node: Node) -> bool:
+        return node.op == "call_module" and type(self.module(node)) is nn.Identity
+
+    def is_sum(self, node: Node, specs: dict[Node, Spec | None]) -> bool:
+        """Whether a node adds two different tensors of the same shape and dtype."""
+        inputs = self.inputs[node]
+        if node.target not in _ADD or node.kwargs or list(node.args) != inputs:
+            return False
+        kinds = {None if (s := specs[n]) is None else s[:2] for n in (node, *inputs)}
+        return len(inputs) == 2 and len(kinds) == 1 and None not in kinds
+
+    def parameters_of(self, nodes: Iterable[Node]) -> list[nn.Parameter]:
         """The trainable parameters that the operations use."""
         found: dict[nn.Parameter, None] = {}
         for node in nodes:
@@ -175,7 +248,7 @@ class Graph:
         yield self._block(nodes[start:], source, self.outputs)
 
     def _block(self, nodes: list[Node], source: Node, outputs: list[Node]) -> Block:
-        return Block(nodes, source, outputs, self.parameters(nodes))
+        return Block(nodes, source, outputs, self.parameters_of(nodes))
 
     def _split_activations(self, graph: fx.Graph) -> None:
         """Split timm's batch norms with activation into separate nodes."""
