@@ -1,6 +1,5 @@
 """`LargeBatch.backward`: a training step with a batch whose activations do not fit into memory."""
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, get_args
@@ -8,13 +7,20 @@ from typing import Any, Literal, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from simclr_fast.large_batch import grad_cache
+from simclr_fast.large_batch.averaging import average_gradients, share_weights
 from simclr_fast.large_batch.batch_norms import batch_norms
 from simclr_fast.large_batch.global_batch_norm import WholeBatch
 from simclr_fast.large_batch.lockstep import Lockstep
+from simclr_fast.large_batch.refusals import (
+    refusal,
+    refuse_grad_cache,
+    refuse_model,
+    refuse_views,
+)
 from simclr_fast.large_batch.replay import global_norms, recomputed_blocks
+from simclr_fast.large_batch.second_run import Comparing, State
 from simclr_fast.utils.distributed import row_counts_of
 
 Memory = Literal["plain", "replay", "lockstep", "grad-cache"]
@@ -35,21 +41,25 @@ class LargeBatch:
     memory:
         "plain": keep all activations.
         "replay": keep only the inputs of blocks, and recompute each block in the backward with the
-            batch statistics of its first pass. For any model with blocks in a Sequential or
-            ModuleList.
+            batch statistics and random numbers of its first pass. For any model with blocks in a
+            Sequential or ModuleList whose forward changes nothing. Forward hooks in a block run
+            twice.
         "lockstep": all micro-batches go through a layer before any goes on, so batch statistics are
             those of the whole batch. For any model that torch.fx can trace and that draws no random
             numbers; see `simclr_fast.large_batch.lockstep`.
         "grad-cache": compute all outputs without a graph, then repeat each micro-batch with one.
             For models without batch statistics. Others raise ValueError, unless allow_ghost_bn.
-    All modes give the same gradient up to rounding, except grad-cache with allow_ghost_bn. In all
-    modes, no layer except batch norm may mix the rows of a batch.
+    All modes give the same gradient up to rounding, except grad-cache with allow_ghost_bn. A model
+    that a mode would run differently raises ValueError, which names the module and a mode that can
+    run it. In all modes, no layer except batch norm may mix the rows of a batch. Modules,
+    parameters, hooks and flags of the model may change between steps.
 
     micro_batch: rows per micro-batch in lockstep and grad-cache (default 256). The last one may be
         smaller.
-    group: ranks whose batches form one batch, each with any number of rows. Batch statistics are
-        over all ranks, and .grad is averaged over them, as in DistributedDataParallel. Do not wrap
-        the model in it. Parameters of the loss itself are not averaged.
+    group: ranks whose batches form one batch, each with any number of rows. All ranks begin with
+        the weights of the first one. Batch statistics are over all ranks, and .grad is averaged
+        over them, as in DistributedDataParallel. Do not wrap the model in it. Parameters may lack
+        a gradient on some ranks or all. Parameters of the loss itself are not averaged.
     autocast: dtype of torch.autocast for the model. The loss runs outside of it.
     offload_gb: lockstep keeps up to that many GB (10⁹ bytes) of block inputs in host memory.
     keep_every: lockstep keeps every k-th block's input, and recomputes the rest in the backward.
@@ -84,27 +94,20 @@ class LargeBatch:
             raise ValueError(f"keep_every is for memory='lockstep', got {memory!r}")
         if compile and memory != "lockstep":
             raise ValueError(f"compile is for memory='lockstep', got {memory!r}")
-        if isinstance(model, DistributedDataParallel):
-            raise ValueError("model must be bare: LargeBatch averages gradients over group itself")
         self.model, self.memory, self.autocast = model, memory, autocast
         self.micro_batch = micro_batch or _MICRO_BATCH
         self.group = group if group is not None and dist.get_world_size(group) > 1 else None
         self.batch = WholeBatch(self.group)
         self.allow_ghost_bn = allow_ghost_bn
-        self.run = model
         self._sync = True
+        self._refuse_model()
+        if self.group is not None:
+            share_weights(model, self.group)
         if memory == "lockstep":
             self.lockstep = Lockstep(model, self.batch, offload_gb, keep_every, compile)
-        elif self.group is not None:
-            # Statistics are the same on all ranks already. torch 2.14 renames the option.
-            options = inspect.signature(DistributedDataParallel).parameters
-            new = "forward_sync_buffers" in options
-            quiet: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
-            self.run = DistributedDataParallel(model, process_group=self.group, **quiet)
         if memory == "replay":
             recomputed_blocks(model)
-        if memory == "grad-cache" and not allow_ghost_bn:
-            grad_cache.refuse_ghost_batch_norm(model)
+        self._comparing = Comparing()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -137,6 +140,8 @@ class LargeBatch:
         parts = (views,) if isinstance(views, Tensor) else tuple(views)
         if not parts:
             raise ValueError("views must hold at least one tensor")
+        refuse_views(self.memory, parts)
+        self._refuse_model()
         rows = sum(map(len, parts))
         if self.group is None:
             self.batch.rows = [rows]
@@ -163,19 +168,23 @@ class LargeBatch:
 
         with torch.autocast(device, enabled=False):
             if self.memory == "lockstep":
-                return self.lockstep.backward(self._split(parts), loss_of, autocast, self._sync)
-            if self.memory == "grad-cache":
-                if not self.allow_ghost_bn:
-                    grad_cache.refuse_ghost_batch_norm(self.model)
-                return grad_cache.backward(
-                    self.model, self.run, self._split(parts), loss_of, autocast, self._sync
+                return self.lockstep.backward(
+                    self._split(parts), self._unchanged(loss_of), autocast, self._sync
                 )
-            replay = self.memory == "replay"
-            with self._unsynced(), self._norms(replay):
-                joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-                with autocast(True):
-                    outputs = self.run(joined)
-                return loss_of(outputs)
+            if self.memory == "grad-cache":
+                compare = self._comparing.next_step(self.model, parts[0].device)
+                result = grad_cache.backward(
+                    self.model, self._split(parts), loss_of, autocast, compare
+                )
+            else:
+                with self._norms(parts[0].device):
+                    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+                    with autocast(True):
+                        outputs = self.model(joined)
+                    result = loss_of(outputs)
+            if self._sync and self.group is not None:
+                average_gradients(self.model, self.group)
+            return result
 
     @property
     def row_counts(self) -> list[int]:
@@ -187,12 +196,28 @@ class LargeBatch:
         split = [p for part in parts for p in part.split(self.micro_batch) if len(p)]
         return split or [parts[0][:0]]
 
-    def _norms(self, replay: bool) -> AbstractContextManager[Any]:
-        if not replay and (self.group is None or not batch_norms(self.model)):
-            return nullcontext()
-        return global_norms(self.model, self.batch, replay)
+    def _unchanged(self, loss_of: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """`loss_of`, after a check that the forward changed nothing: lockstep runs layers twice."""
+        norms = set(batch_norms(self.model).values())
+        watched = {name: m for name, m in self.model.named_modules() if m not in norms}
+        before = State(watched)
 
-    def _unsynced(self) -> AbstractContextManager[Any]:
-        if self._sync or not isinstance(self.run, DistributedDataParallel):
+        def checked(outputs: Any) -> Any:
+            if what := before.changed(State(watched), filled=False):
+                raise refusal(f"its forward changes {what}, and it runs twice", "plain")
+            return loss_of(outputs)
+
+        return checked
+
+    def _norms(self, device: torch.device) -> AbstractContextManager[Any]:
+        if self.memory == "replay":
+            compare = self._comparing.next_step(self.model, device)
+            return global_norms(self.model, self.batch, recompute=True, compare=compare)
+        if self.group is None or not batch_norms(self.model):
             return nullcontext()
-        return self.run.no_sync()
+        return global_norms(self.model, self.batch, recompute=False)
+
+    def _refuse_model(self) -> None:
+        refuse_model(self.model, self.memory, ranks=self.group is not None)
+        if self.memory == "grad-cache":
+            refuse_grad_cache(self.model, self.allow_ghost_bn)

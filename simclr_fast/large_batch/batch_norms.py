@@ -1,5 +1,8 @@
 """Find the batch norms of a model, and refuse those with an unknown forward."""
 
+from functools import partial
+from typing import Any
+
 from torch import nn
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -8,17 +11,24 @@ _FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 _WITH_ACTIVATION = ("BatchNormAct2d", "SyncBatchNormAct")
 
 
+class Replaced(partial[Any]):
+    """A forward that LargeBatch puts in the place of a batch norm's own during a step."""
+
+
 def uses_batch_statistics(module: nn.Module) -> bool:
     """Whether `module` is a batch norm that uses the statistics of the batch.
 
     Raises:
-        ValueError: it is a subclass with another forward, which cannot be replaced.
+        ValueError: it has another forward, of its subclass or of its own, which cannot be
+            replaced.
     """
     if not isinstance(module, _BatchNorm):
         return False
     if not module.training and module.running_mean is not None:
         return False
-    if type(module).forward not in _FORWARDS and type(module).__name__ not in _WITH_ACTIVATION:
+    own = vars(module).get("forward")
+    known = type(module).forward in _FORWARDS or type(module).__name__ in _WITH_ACTIVATION
+    if not known or not (own is None or isinstance(own, Replaced)):
         raise ValueError(
             f"{type(module).__name__} is a batch norm that overrides forward, so its statistics "
             "cannot be those of the whole batch; only memory='plain' on one rank can run it"

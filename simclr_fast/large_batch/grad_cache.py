@@ -7,87 +7,82 @@ with its part of that gradient.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from simclr_fast.large_batch.batch_norms import batch_norms
-
-
-def refuse_ghost_batch_norm(model: nn.Module) -> None:
-    """Raise ValueError if `model` has batch norms in training mode."""
-    if norms := batch_norms(model):
-        raise ValueError(
-            f"memory='grad-cache' normalises each micro-batch by its own statistics ({len(norms)} "
-            f"batch norms, {next(iter(norms))!r} first), so the gradient is not that of the batch: "
-            "its cosine to the true one was 0.94, 0.85, 0.75 and 0.61 at micro-batches of 256, "
-            "128, 64 and 32 of 512 views on a small ResNet. Use memory='lockstep', which is exact, "
-            "or allow_ghost_bn"
-        )
+from simclr_fast.large_batch.outputs import (
+    rebuild,
+    refuse_other_constants,
+    refuse_other_rows,
+    tensors,
+)
+from simclr_fast.large_batch.second_run import AllNumbers, State, differ
 
 
 def backward(
     model: nn.Module,
-    run: nn.Module,
     parts: Sequence[Tensor],
     loss_of: Callable[[Any], Any],
     autocast: Callable[[], AbstractContextManager[Any]],
-    sync: bool,
+    compare: bool,
 ) -> Any:
-    """See `LargeBatch.backward`. run: `model`, or DistributedDataParallel around it. parts: the
-    micro-batches."""
-    device = parts[0].device
-    states, outputs = [], []
+    """See `LargeBatch.backward`. parts: the micro-batches.
+
+    compare: raise ValueError if a micro-batch runs differently the second time.
+    """
+    devices = {parts[0].device, *(p.device for p in model.parameters())}
+    norms = set(batch_norms(model).values())
+    watched = {name: m for name, m in model.named_modules() if m not in norms}
+
+    def run(part: Tensor, filled: bool) -> Any:
+        before = State(watched) if compare and part is parts[0] else None
+        with autocast():
+            made = model(part)
+        if before is not None and (what := before.changed(State(watched), filled=filled)):
+            raise _refusal(f"its forward changes {what}")
+        return made
+
+    numbers, outputs = [], []
     with torch.no_grad(), _untracked(model):
         for part in parts:
-            states.append(_random_state(device))
-            with autocast():
-                outputs.append(model(part))
+            numbers.append(AllNumbers(devices))
+            outputs.append(run(part, filled=False))
+            refuse_other_rows(outputs[-1], len(part), "grad-cache")
+            refuse_other_constants(outputs[0], outputs[-1], "grad-cache")
     columns = list(zip(*(tensors(o) for o in outputs), strict=True))
-    leaves = [torch.cat(column).requires_grad_() for column in columns]
-    result = loss_of(rebuild(outputs[0], iter(leaves)))
+    leaves = [torch.cat(column) for column in columns]
+    for leaf in leaves:
+        leaf.requires_grad_(leaf.is_floating_point() or leaf.is_complex())
+    # Clones, because loss_fn may overwrite its argument, and no leaf may be overwritten.
+    result = loss_of(rebuild(outputs[0], iter([leaf.clone() for leaf in leaves])))
     sizes = [len(part) for part in parts]
+    cached = list(zip(*(leaf.detach().split(sizes) for leaf in leaves), strict=True))
     del outputs, columns
     shares = [None if leaf.grad is None else leaf.grad.split(sizes) for leaf in leaves]
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    after = AllNumbers(devices)
+    try:
         for i, part in enumerate(parts):
-            _set_random_state(states[i], device)
-            # DDP averages once, in the backward of the last micro-batch.
-            waits = isinstance(run, DistributedDataParallel) and not (sync and i == len(parts) - 1)
-            with run.no_sync() if waits else nullcontext():  # type: ignore[operator]
-                with autocast():
-                    made = tensors(run(part))
-                ends = [(m, s[i]) for m, s in zip(made, shares, strict=True) if s is not None]
+            numbers[i].restore()
+            made = tensors(run(part, filled=True))
+            if compare and differ(cached[i], made):
+                raise _refusal(
+                    "its output was another the second time, so it draws random numbers that "
+                    "cannot be restored, or reads something that its forward changes"
+                )
+            ends = [
+                (m, s[i])
+                for m, s in zip(made, shares, strict=True)
+                if s is not None and m.requires_grad
+            ]
+            if ends:
                 torch.autograd.backward([m for m, _ in ends], [g for _, g in ends])
+    finally:
+        after.restore()
     return result
-
-
-def tensors(outputs: Any) -> list[Tensor]:
-    """The tensors of a model's outputs: a tensor, or tuples, lists and dicts of such."""
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    if isinstance(outputs, dict):
-        outputs = list(outputs.values())
-    if isinstance(outputs, (list, tuple)):
-        return [t for o in outputs for t in tensors(o)]
-    raise TypeError(
-        f"the model must return tensors, or tuples, lists and dicts of them, got "
-        f"{type(outputs).__name__}"
-    )
-
-
-def rebuild(like: Any, found: Iterator[Tensor]) -> Any:
-    """A copy of `like` in which the tensors of `found` replace its tensors, in order."""
-    if isinstance(like, Tensor):
-        return next(found)
-    if isinstance(like, dict):
-        return type(like)((key, rebuild(value, found)) for key, value in like.items())
-    items = [rebuild(value, found) for value in like]
-    return type(like)(*items) if hasattr(like, "_fields") else type(like)(items)
 
 
 @contextmanager
@@ -103,12 +98,7 @@ def _untracked(model: nn.Module) -> Iterator[None]:
             norm.track_running_stats = True  # type: ignore[assignment]
 
 
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return torch.get_rng_state(), cuda
-
-
-def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)
+def _refusal(why: str) -> ValueError:
+    return ValueError(
+        f"memory='grad-cache' runs the model twice, and {why}; memory='plain' can run it"
+    )

@@ -37,6 +37,7 @@ from simclr_fast.large_batch.compiled_regions import CompiledRegions, Norm, Regi
 from simclr_fast.large_batch.graph import Block, Graph, Segment
 from simclr_fast.large_batch.malloc_trim import Heap
 from simclr_fast.large_batch.offload import Arena, Stored
+from simclr_fast.large_batch.outputs import refuse_other_rows
 from simclr_fast.large_batch.refusals import flags
 
 Values = dict[Node, Any]
@@ -80,8 +81,13 @@ class Lockstep:
         self.statistics = {}
         blocks = self.graph.blocks
         values, saved = self._forward(parts)
-        leaves = {n: torch.cat([v[n] for v in values]).requires_grad_() for n in self.graph.outputs}
-        result = loss_of(self.graph.rebuild(leaves))
+        for part, v in zip(parts, values, strict=True):
+            refuse_other_rows(list(v.values()), len(part), "lockstep")
+        leaves = {n: torch.cat([v[n] for v in values]) for n in self.graph.outputs}
+        for leaf in leaves.values():
+            leaf.requires_grad_(leaf.is_floating_point() or leaf.is_complex())
+        # Clones, because loss_fn may overwrite its argument, and no leaf may be overwritten.
+        result = loss_of(self.graph.rebuild({n: leaf.clone() for n, leaf in leaves.items()}))
         sizes = [len(part) for part in parts]
         gradients: list[Values] = [{} for _ in sizes]
         for node, leaf in leaves.items():

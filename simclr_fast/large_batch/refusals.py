@@ -1,25 +1,158 @@
-"""What lockstep cannot run, or would silently change: refused by name, with the mode that can.
+"""What a memory mode cannot run, or would silently change: refused by name, with the mode that can.
 
-`flags` says when to look again.
+What shows only when the model runs is found in `second_run`. `flags` says when lockstep has to look
+again.
 """
 
 import inspect
+from collections.abc import Iterable, Sequence
+from types import FunctionType
 from typing import Any
 
-import torch.nn.functional as F
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.fx import Node
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from simclr_fast.large_batch.batch_norms import batch_norms
 
 _RANDOM = ("dropout", "bernoulli", "rand", "multinomial", "stochastic_depth", "normal_", "uniform_")
+
+
+# By name, because importing them takes long.
+_COPIES = ("DistributedDataParallel", "DataParallel")
+_SHARDS = ("FullyShardedDataParallel", "FSDPModule")
+
+
+def refuse_model(model: nn.Module, memory: str, ranks: bool) -> None:
+    """Raise ValueError for a model that `memory` cannot run exactly, and name the module.
+
+    ranks: whether several ranks form one batch.
+    """
+    normed = ranks and bool(batch_norms(model))
+    for name, module in model.named_modules():
+        what = f"{name or 'the model'} ({type(module).__name__})"
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        if kinds.intersection(_COPIES) or ((ranks or memory != "plain") and kinds & {*_SHARDS}):
+            raise ValueError(
+                f"model must be bare, but {what} spreads it over devices: LargeBatch averages "
+                "gradients over group itself"
+            )
+        if memory in ("replay", "lockstep") or (memory == "plain" and normed):
+            if module._compiled_call_impl is not None or "OptimizedModule" in kinds:
+                raise ValueError(
+                    f"memory={memory!r} cannot replace the blocks and batch norms of {what}, which "
+                    "is compiled: pass the model from before torch.compile"
+                    + (", or use memory='plain'" if not normed else "")
+                )
+            if isinstance(module, torch.jit.ScriptModule):
+                raise ValueError(
+                    f"memory={memory!r} cannot replace the blocks and batch norms of {what}, which "
+                    "is scripted: pass the Python module"
+                )
+    for name, p in model.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise ValueError(f"{name} is not initialised: run the lazy model once before")
+        if (ranks or memory != "plain") and is_traceable_wrapper_subclass(p):
+            raise ValueError(
+                f"{name} is a {type(p).__name__}, and memory={memory!r} "
+                f"{'over ranks ' if ranks else ''}takes plain parameters"
+            )
+        if ranks and _after_accumulation(p):
+            raise ValueError(
+                f"{name} has a hook of register_post_accumulate_grad_hook, which would see the "
+                "gradient before it is averaged over ranks: do its work after LargeBatch.backward"
+            )
+    if memory in ("replay", "grad-cache") and parametrize._cache_enabled:
+        raise ValueError(
+            f"memory={memory!r} computes weights twice, and torch.nn.utils.parametrize.cached() "
+            "would give the first ones again: leave it around LargeBatch.backward"
+        )
+
+
+def refuse_grad_cache(model: nn.Module, allow_ghost_bn: bool) -> None:
+    """Raise ValueError for batch norms, and for hooks that see a micro-batch for the whole batch.
+
+    Gradient hooks would get the gradient of one micro-batch after the other. A forward hook may
+    store what it sees, and would see every micro-batch twice.
+    """
+    norms = batch_norms(model)
+    if norms and not allow_ghost_bn:
+        raise ValueError(
+            f"memory='grad-cache' normalises each micro-batch by its own statistics ({len(norms)} "
+            f"batch norms, {next(iter(norms))!r} first), so the gradient is not that of the batch: "
+            "its cosine to the true one was 0.94, 0.85, 0.75 and 0.61 at micro-batches of 256, "
+            "128, 64 and 32 of 512 views on a small ResNet. Use memory='lockstep', which is exact, "
+            "or allow_ghost_bn"
+        )
+    for name, module in model.named_modules():
+        hooks: Iterable[object] = (
+            *module._forward_hooks.values(),
+            *module._forward_pre_hooks.values(),
+            *module._backward_hooks.values(),
+            *module._backward_pre_hooks.values(),
+        )
+        for hook in hooks:
+            if not computed_attribute(hook):
+                raise ValueError(
+                    f"memory='grad-cache' would call the hooks of {name or 'the model'} "
+                    f"({type(module).__name__}) several times, with parts of the batch; "
+                    "memory='replay' and memory='plain' can run this model"
+                )
+    for name, p in model.named_parameters():
+        if _has_gradient_hooks(p):
+            raise ValueError(
+                f"memory='grad-cache' would call the gradient hooks of {name} once per "
+                "micro-batch; memory='replay' and memory='plain' can run this model"
+            )
+
+
+def refuse_views(memory: str, parts: Sequence[Tensor]) -> None:
+    """Raise an error for modes and views for which there is no gradient."""
+    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+        raise RuntimeError(
+            "LargeBatch.backward computes gradients: leave torch.no_grad() and "
+            "torch.inference_mode() around it"
+        )
+    if memory == "lockstep" and any(part.requires_grad for part in parts):
+        raise ValueError(
+            "memory='lockstep' computes no gradient of the views, which require one; "
+            "memory='replay' can"
+        )
+
+
+def computed_attribute(hook: object) -> str | None:
+    """The attribute that a hook of torch's pruning or weight norm computes before each forward.
+
+    None for other hooks.
+    """
+    kind = type(hook)
+    if isinstance(hook, nn.utils.prune.BasePruningMethod):
+        return hook._tensor_name
+    if kind.__module__.startswith("torch.nn.utils.") and hasattr(hook, "name"):
+        return str(hook.name)
+    return None
 
 
 def flags(model: nn.Module) -> tuple[Any, ...]:
     """A value that changes when a `Graph` must be built again: modules, settings and hooks."""
     modules = (
-        (id(m), id(vars(m).get("forward")), m.training, _has_hooks(m)) for m in model.modules()
+        (id(m), id(vars(m).get("forward")), _has_hooks(m), _settings(m)) for m in model.modules()
     )
     parameters = ((id(p), p.requires_grad, _has_gradient_hooks(p)) for p in model.parameters())
     return (*modules, *parameters)
+
+
+def _settings(m: nn.Module) -> list[tuple[str, Any]]:
+    """The attributes that a forward may branch on, and the tensors that are no buffers."""
+    found = []
+    for name, value in vars(m).items():
+        if isinstance(value, (bool, int, float, str, tuple, type(None))):
+            found.append((name, value))
+        elif isinstance(value, Tensor) or callable(value):
+            found.append((name, id(value)))
+    return found
 
 
 def refuse_hooks(model: nn.Module) -> None:
@@ -28,9 +161,27 @@ def refuse_hooks(model: nn.Module) -> None:
         if _has_hooks(module):
             what = f"{name or type(module).__name__!r} has forward or backward hooks"
             raise refusal(f"{what}, which it would not always call")
+        if "forward" in vars(module):
+            what = f"the forward of {name or type(module).__name__!r} was replaced"
+            raise refusal(f"{what}, which it would not always call")
     for name, parameter in model.named_parameters():
         if _has_gradient_hooks(parameter):
             raise refusal(f"{name} has gradient hooks, which it would not call")
+
+
+def refuse_context(expected: tuple[bool, ...]) -> None:
+    """Refuse an operation that is traced under another `context` than the forward began in."""
+    if context() != expected:
+        raise refusal(
+            "its forward switches gradients or autocast on or off, which a trace does not record"
+        )
+
+
+def context() -> tuple[bool, ...]:
+    """Whether gradients are enabled, and autocast on the CPU and on accelerators."""
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = ("cpu", "cuda" if accelerator is None else accelerator.type)
+    return torch.is_grad_enabled(), *map(torch.is_autocast_enabled, kinds)
 
 
 def refuse_random(node: Node, module: Any) -> None:
@@ -61,21 +212,29 @@ def _has_hooks(m: nn.Module) -> bool:
 
 
 def _has_gradient_hooks(p: nn.Parameter) -> bool:
-    return bool(p._backward_hooks) or bool(getattr(p, "_post_accumulate_grad_hooks", None))
+    return bool(p._backward_hooks) or _after_accumulation(p)
+
+
+def _after_accumulation(p: nn.Parameter) -> bool:
+    return bool(getattr(p, "_post_accumulate_grad_hooks", None))
 
 
 def arguments(node: Node) -> dict[str, Any]:
-    """The arguments by name for functions of torch.nn.functional; else the keyword arguments."""
-    if node.op == "call_function" and getattr(F, getattr(node.target, "__name__", ""), None):
-        function: Any = node.target
+    """The arguments by name for functions written in Python; else the keyword arguments."""
+    if isinstance(node.target, FunctionType):
         try:
-            bound = inspect.signature(function).bind(*node.args, **node.kwargs)
-        except ValueError:
+            bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+        except (TypeError, ValueError):
             return dict(node.kwargs)
         bound.apply_defaults()
         return dict(bound.arguments)
     return dict(node.kwargs)
 
 
-def refusal(why: str) -> ValueError:
-    return ValueError(f"memory='lockstep' cannot run this model: {why}; memory='replay' can")
+class RefusedModel(ValueError):
+    """A model that lockstep cannot run."""
+
+
+def refusal(why: str, mode: str = "replay") -> RefusedModel:
+    """mode: the memory mode that can run the model."""
+    return RefusedModel(f"memory='lockstep' cannot run this model: {why}; memory={mode!r} can")

@@ -2,21 +2,65 @@
 
 Plain `torch.utils.checkpoint` would compute the statistics again, with a second collective over
 ranks, and update the running buffers twice (pytorch issue 96136).
+
+A block gives the right gradient only if its recomputation is the same computation. Its random
+numbers are restored. What else would differ is found by comparing both runs, and refused.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from simclr_fast.large_batch import global_batch_norm as gbn
-from simclr_fast.large_batch.batch_norms import after_norm, batch_norms
+from simclr_fast.large_batch.batch_norms import Replaced, after_norm, batch_norms
+from simclr_fast.large_batch.second_run import HostNumbers, State, differ, samples, version
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+# Layers with weights per block, where a plain Sequential of layers is cut into blocks.
+_LAYERS_PER_BLOCK = 2
+
+
+class Block(NamedTuple):
+    """Some layers that are recomputed together.
+
+    name: as in named_modules. owner: the module, or the Sequential whose layers from `first` to
+    before `last` are the block.
+    """
+
+    name: str
+    owner: nn.Module
+    first: int | None = None
+    last: int | None = None
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """All modules inside, by name."""
+        if self.first is None:
+            tops = [(self.name, self.owner)]
+        else:
+            children = list(self.owner.named_children())[self.first : self.last]
+            prefix = f"{self.name}." if self.name else ""
+            tops = [(f"{prefix}{name}", child) for name, child in children]
+        return {name: m for top, child in tops for name, m in child.named_modules(prefix=top)}
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        if self.first is None:
+            return self.owner.forward
+        layers = list(self.owner.children())[self.first : self.last]
+
+        def run(x: Any) -> Any:
+            for layer in layers:
+                x = layer(x)
+            return x
+
+        return run
 
 
 class _Tape:
@@ -61,8 +105,13 @@ class GlobalNorms:
     def _statistics(self, norm: Any, x: Tensor) -> gbn.Statistics:
         tape = self.tape
         if tape is not None and tape.position is not None:
+            if tape.position == len(tape.statistics):
+                raise _checkpoints_itself()
             tape.position += 1
             return tape.statistics[tape.position - 1]
+        if torch._C._current_graph_task_id() != -1:
+            # Inside a backward, and not by our recomputation.
+            raise _checkpoints_itself()
         statistics = gbn.global_statistics(x, gbn.moments(x, norm.eps), norm, self.batch)
         if tape is not None:
             tape.statistics.append(statistics)
@@ -70,18 +119,26 @@ class GlobalNorms:
 
 
 @contextmanager
-def global_norms(model: nn.Module, batch: gbn.WholeBatch, recompute: bool) -> Iterator[None]:
+def global_norms(
+    model: nn.Module, batch: gbn.WholeBatch, recompute: bool, compare: bool = False
+) -> Iterator[None]:
     """A context in which the batch norms of `model` use the statistics of the whole batch.
 
-    recompute: blocks keep only their inputs and are recomputed in the backward.
+    recompute: blocks keep only their inputs and are recomputed in the backward. compare: raise
+    ValueError if the recomputation of a block is another computation.
     """
     norms = GlobalNorms(batch)
     forwards: dict[nn.Module, Callable[..., Any]] = {
-        norm: partial(norms.forward, norm) for norm in batch_norms(model).values()
+        norm: Replaced(norms.forward, norm) for norm in batch_norms(model).values()
     }
-    if recompute:
-        for block in recomputed_blocks(model):
-            forwards[block] = partial(_checkpointed, block.forward, norms)
+    parts: dict[nn.Module, list[Callable[..., Any]]] = {}
+    for block in recomputed_blocks(model) if recompute else ():
+        run = _Recomputed(block, norms, compare)
+        if block.first is None:
+            forwards[block.owner] = run
+        else:
+            parts.setdefault(block.owner, []).append(run)
+    forwards |= {owner: partial(_one_after_the_other, runs) for owner, runs in parts.items()}
     before: dict[nn.Module, Any] = {m: vars(m).get("forward") for m in forwards}
     try:
         for module, forward in forwards.items():
@@ -96,26 +153,37 @@ def global_norms(model: nn.Module, batch: gbn.WholeBatch, recompute: bool) -> It
                 module.forward = forward
 
 
-def recomputed_blocks(model: nn.Module) -> list[nn.Module]:
+def recomputed_blocks(model: nn.Module) -> list[Block]:
     """The blocks of `model`: items of a Sequential or ModuleList with several layers inside.
 
-    A block with more than half of all parameters counts as a wrapper: its blocks are taken.
+    A block with more than half of all parameters counts as a wrapper: its blocks are taken. A model
+    without blocks whose Sequentials hold single layers, such as VGG, is cut after every second
+    layer with weights.
 
     Raises:
         ValueError: there are no blocks.
     """
     half = sum(p.numel() for p in model.parameters()) / 2
 
-    def search(module: nn.Module, listed: bool) -> list[nn.Module]:
+    def search(name: str, module: nn.Module, listed: bool) -> list[Block]:
         layers = sum(any(True for _ in m.parameters(recurse=False)) for m in module.modules())
         is_list = isinstance(module, _CONTAINERS)
-        block = listed and not is_list and layers > 1
-        if block and sum(p.numel() for p in module.parameters()) <= half:
-            return [module]
-        inside = [b for child in module.children() for b in search(child, is_list)]
-        return inside or ([module] if block else [])
+        inside = [
+            block
+            for child_name, child in module.named_children()
+            for block in search(f"{name}.{child_name}" if name else child_name, child, is_list)
+        ]
+        # A list that has no blocks, in a list: a Sequential of a convolution and a batch norm.
+        small = isinstance(module, nn.Sequential) and not inside
+        if not listed or layers < 2 or (is_list and not small):
+            return inside
+        if sum(p.numel() for p in module.parameters()) <= half:
+            return [Block(name, module)]
+        return inside or [Block(name, module)]
 
-    found = search(model, False)
+    found = search("", model, False) or [
+        block for name, m in model.named_modules() for block in _cut(name, m)
+    ]
     if not found:
         raise ValueError(
             "memory='replay' recomputes the blocks in a model's Sequential or ModuleList; "
@@ -124,18 +192,99 @@ def recomputed_blocks(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _checkpointed(
-    forward: Callable[..., Any], norms: GlobalNorms, *args: Any, **kwargs: Any
-) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    tape = _Tape(norms)
-    # Copy lists, because a DenseNet appends to the list that it passes on.
-    args = tuple(list(a) if isinstance(a, list) else a for a in args)
-    return checkpoint(
-        forward,
-        *args,
-        use_reentrant=False,
-        context_fn=lambda: (tape.record(), tape.replay()),
-        **kwargs,
+def _cut(name: str, module: nn.Module) -> list[Block]:
+    """A Sequential of layers in blocks of `_LAYERS_PER_BLOCK` layers with weights; [] if short."""
+    if type(module).forward is not nn.Sequential.forward or "forward" in vars(module):
+        return []
+    layers = list(module.children())
+    weighted = [i for i, m in enumerate(layers) if any(p.dim() > 1 for p in m.parameters())]
+    if len(weighted) <= _LAYERS_PER_BLOCK:
+        return []
+    starts = [0, *weighted[_LAYERS_PER_BLOCK::_LAYERS_PER_BLOCK]]
+    ends = [*starts[1:], len(layers)]
+    return [Block(name, module, i, j) for i, j in zip(starts, ends, strict=True)]
+
+
+def _one_after_the_other(runs: list[Callable[..., Any]], x: Any) -> Any:
+    for run in runs:
+        x = run(x)
+    return x
+
+
+class _Recomputed:
+    """The forward of a block that is recomputed in the backward."""
+
+    def __init__(self, block: Block, norms: GlobalNorms, compare: bool) -> None:
+        self.block, self.norms, self.compare = block, norms, compare
+        self.forward = block.forward
+        own = set(batch_norms(block.owner).values())
+        self.watched = {name: m for name, m in block.modules.items() if m not in own}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+        tape = _Tape(self.norms)
+        # Copy lists, because a DenseNet appends to the list that it passes on.
+        args = tuple(list(a) if isinstance(a, list) else a for a in args)
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        runs = _Runs(self, given)
+        # With early stop a recomputation ends before the outputs that are compared.
+        with set_checkpoint_early_stop(not self.compare):
+            return checkpoint(
+                runs,
+                *args,
+                use_reentrant=False,
+                context_fn=lambda: (tape.record(), tape.replay()),
+                **kwargs,
+            )
+
+
+class _Runs:
+    """Both runs of a block in one step. given: the tensors among its arguments."""
+
+    def __init__(self, of: _Recomputed, given: list[Tensor]) -> None:
+        self.forward, self.block, self.watched = of.forward, of.block, of.watched
+        self.given, self.compare = given, of.compare
+        self.numbers: HostNumbers | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.numbers is None:
+            self.numbers = HostNumbers()
+            versions = list(map(version, self.given))
+            outputs = self._run(args, kwargs, filled=False)
+            if versions != list(map(version, self.given)):
+                raise self._refusal("its forward overwrites its input")
+            self.given = []
+            self.samples = samples(outputs) if self.compare else []
+            return outputs
+        with self.numbers.again():
+            outputs = self._run(args, kwargs, filled=True)
+        if self.compare and differ(self.samples, samples(outputs)):
+            raise self._refusal(
+                "its output was another the second time, so it draws random numbers that cannot "
+                "be restored, or reads something that its forward changes"
+            )
+        return outputs
+
+    def _run(self, args: Any, kwargs: Any, filled: bool) -> Any:
+        if not self.compare:
+            return self.forward(*args, **kwargs)
+        before = State(self.watched)
+        outputs = self.forward(*args, **kwargs)
+        if what := before.changed(State(self.watched), filled=filled):
+            raise self._refusal(f"its forward changes {what}")
+        return outputs
+
+    def _refusal(self, why: str) -> ValueError:
+        return ValueError(
+            f"memory='replay' computes {self.block.name or 'the model'} "
+            f"({type(self.block.owner).__name__}) twice, and {why}; memory='plain' can run it"
+        )
+
+
+def _checkpoints_itself() -> ValueError:
+    return ValueError(
+        "the model recomputes batch norms itself (torch.utils.checkpoint, or timm's "
+        "set_grad_checkpointing), which would take their statistics twice: switch that off, as "
+        "memory='replay' and memory='lockstep' do this"
     )

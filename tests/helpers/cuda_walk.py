@@ -453,18 +453,3 @@ _BATCH_NORM = {
     "batch_norm_backward_reduce": _norm_reduce,
     "batch_norm_backward_elemt": _norm_backward,
 }
-
-
-class PassThrough(nn.Module):
-    """In the place of DistributedDataParallel, whose C++ reducer records real CUDA events."""
-
-    def __init__(self, module: nn.Module, **_: Any) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def no_sync(self) -> Iterator[None]:
-        yield

@@ -1,6 +1,7 @@
 """Whole steps on device "cuda" without a GPU, each once: python cuda_walk_steps.py WORLD CASE...
 
-Prints JSON, per case what `cuda_walk` saw in its second step (the first one makes the state).
+Prints JSON, per case what `cuda_walk` saw in its third step: the first one makes the state, and in
+the first two replay and grad-cache compare both runs of a layer, which waits for the device.
 """
 
 import json
@@ -13,7 +14,7 @@ import cuda_walk
 import numpy as np
 import torch
 import torch.distributed as dist
-from cuda_walk import DEVICE, PassThrough, walk
+from cuda_walk import DEVICE, walk
 from torch import Tensor, nn
 
 from simclr_fast.augment.params import Augmentation, draw_views
@@ -108,7 +109,7 @@ def train(
         )
         return scaler.scale(loss), loss.detach(), statistics
 
-    for _ in range(2 if fault is None else 1):
+    for _ in range(3 if fault is None else 1):
         cuda_walk.RECORD.clear()
         batch = views(autocast)
         seen["views"] = cuda_walk.RECORD.launches
@@ -164,13 +165,10 @@ def evaluate() -> Any:
 
 
 def stand_ins() -> None:
-    """For what runs below the dispatcher: DDP's reducer, and the launch of the views' kernel."""
+    """For what runs below the dispatcher: the launch of the views' kernel."""
     import simclr_fast.kernels.augment as kernels
-    from simclr_fast.large_batch import api, grad_cache
     from simclr_fast.ops import library
 
-    api.DistributedDataParallel = PassThrough  # type: ignore[misc, assignment]
-    grad_cache.DistributedDataParallel = PassThrough  # type: ignore[misc, assignment]
     library._triton_unusable = lambda initialized: None  # type: ignore[assignment]
     kernels.augment_crops = lambda *args: args[-1].zero_()
 
