@@ -1,17 +1,29 @@
 """Open images as a Source: by name ("demo", "cifar10:ROOT"), path, list of files or array."""
 
+import re
 import warnings
-from collections import Counter
 from collections.abc import Sequence
+from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
+from simclr_fast.data.account import Account, OnError, printable
 from simclr_fast.data.demo import CLASSES, HELD_OUT, PER_CLASS, demo_folder, grainy_images
-from simclr_fast.data.shards import open_shards
-from simclr_fast.data.sources import IMAGE_SUFFIXES, ArraySource, DatasetSource, FileSource, Source
+from simclr_fast.data.folders import archive_kind, find_images, suffix_of
+from simclr_fast.data.huggingface import HuggingFaceSource, is_dataset, is_saved, load_saved
+from simclr_fast.data.shards import ShardSource
+from simclr_fast.data.sources import (
+    IMAGE_SUFFIXES,
+    ArraySource,
+    DatasetSource,
+    FileSource,
+    Source,
+    subset,
+)
 from simclr_fast.utils.extras import need
 
 # Name → torchvision's class, and the arguments of its training and test splits.
@@ -33,35 +45,48 @@ _LEFT_OUT = frozenset(f".{kind}" for kind in ("gif", "heic", "heif", "avif", "jf
 
 
 @overload
-def named_source(data: str, split: Literal["train"] = "train") -> Source: ...
+def named_source(data: str, split: Literal["train"] = "train", **opening: Any) -> Source: ...
 @overload
-def named_source(data: str, split: Literal["test"]) -> Source | None: ...
-def named_source(data: str, split: Literal["train", "test"] = "train") -> Source | None:
+def named_source(data: str, split: Literal["test"], **opening: Any) -> Source | None: ...
+def named_source(
+    data: str,
+    split: Literal["train", "test"] = "train",
+    *,
+    labels: Path | None = None,
+    image_key: str | None = None,
+    on_error: OnError = "raise",
+) -> Source | None:
     """The images of `data`; None for the test split of a path, which has only one split.
 
-    data: "demo", "demo-grain", "demo-held-out", a path, or NAME:ROOT with a name from TORCHVISION.
-        torchvision reads such a data set from the folder ROOT; nothing is downloaded. The training
-        split includes the unlabelled images of STL-10 and the validation images of DTD and
-        Flowers-102. "demo-held-out" has the demo's training images only: the last hundred of every
-        class are its test split. Recipes are chosen on it.
+    data: "demo", "demo-grain", "demo-held-out", a path or pattern, or NAME:ROOT with a name from
+        TORCHVISION. torchvision reads such a data set from the folder ROOT; nothing is downloaded.
+        The training split includes the unlabelled images of STL-10 and the validation images of DTD
+        and Flowers-102. "demo-held-out" has the demo's training images only: the last hundred of
+        every class are its test split. Recipes are chosen on it.
+    labels, image_key, on_error: as for `open_source`.
     """
+    name, _, root = data.partition(":")
+    source: Source | None
     if data == "demo":
-        return open_source(demo_folder(split))
-    if data == "demo-held-out":
+        source = open_source(demo_folder(split))
+    elif data == "demo-held-out":
         images = open_source(demo_folder("train"))
-        assert isinstance(images, FileSource)
-        assert images.labels is not None
         place = np.arange(len(images)) % PER_CLASS["train"]
-        ids = np.flatnonzero((place < PER_CLASS["train"] - HELD_OUT) == (split == "train"))
-        return FileSource([images.paths[i] for i in ids], images.labels[ids], images.classes)
-    if data == "demo-grain":
+        first = place < PER_CLASS["train"] - HELD_OUT
+        source = subset(images, np.flatnonzero(first == (split == "train")), "in the other split")
+    elif data == "demo-grain":
         source = ArraySource(*grainy_images(split))
         source.classes = CLASSES
-        return source
-    name, _, root = data.partition(":")
-    if name in _TORCHVISION and root:
-        return _torchvision_source(name, root, split)
-    return open_source(data) if split == "train" else None
+    elif name in _TORCHVISION and root:
+        source = _torchvision_source(name, root, split)
+    elif is_saved(Path(data)):
+        found = load_saved(Path(data), split)
+        source = None if found is None else open_source(found, image_key=image_key)
+    elif split == "test":
+        return None
+    else:
+        source = open_source(data, image_key=image_key, on_error=on_error)
+    return source if source is None or labels is None else source.with_labels(labels)
 
 
 def _torchvision_source(name: str, root: str, split: Literal["train", "test"]) -> Source:
@@ -77,7 +102,7 @@ def _torchvision_source(name: str, root: str, split: Literal["train", "test"]) -
         return DatasetSource(part)
     paths, labels = zip(*(pair for part in files for pair in part), strict=True)
     classes = tuple(getattr(parts[0], "classes", ()))
-    return FileSource([Path(path) for path in paths], np.array(labels, np.int64), classes)
+    return FileSource(paths, np.array(labels, np.int64), classes, "classes of the data set")
 
 
 def _files(dataset: Any) -> list[tuple[str, int]]:
@@ -91,39 +116,103 @@ def _files(dataset: Any) -> list[tuple[str, int]]:
     return list(zip(paths, dataset._labels, strict=True)) if paths else []
 
 
-def open_source(data: Any, labels: Any = None) -> Source:
-    """Open images as a `Source`.
+def open_source(
+    data: Any,
+    labels: Any = None,
+    *,
+    image_key: str | None = None,
+    on_error: OnError = "raise",
+) -> Source:
+    """Open images as a `Source`. `Source.account` has what was found and what was left out.
 
     data: one of
         - a folder: class/…/image (torchvision's ImageFolder) or images without labels;
-        - one image file, `.tar` (WebDataset), `.tfrecord` or `.rec` (RecordIO), or a list of them;
+        - one image file, `.tar` (WebDataset), `.tfrecord` or `.rec` (RecordIO), a list of them, or
+          a pattern: shards/{000..099}.tar, shards/*.tar. gzip, bzip2 and xz are decompressed once,
+          into the cache folder;
         - a uint8 array or tensor [n, H, W, 3] or [n, 3, H, W], in memory;
-        - a data set of PIL images, such as `torchvision.datasets.CIFAR10(root)`;
+        - a data set of PIL images, such as `torchvision.datasets.CIFAR10(root)`, or of dicts;
+        - a `Dataset` of Hugging Face's `datasets`, or a folder that its save_to_disk wrote;
         - a Source.
-    labels: integers [n], for arrays and lists of files.
+    labels: one per image, or the path of a CSV file with lines "path,label". They replace the
+        labels that the data have. Integers, whole floats and booleans are class numbers, strings
+        are classes in sorted order; -1 means unlabelled.
+    image_key: the image of a sample that has several: the field of a tar ("jpg"), the feature of a
+        TFRecord, the column of a Dataset. In tars it may be a pattern ("*.jpg": every such field is
+        an image of its own) or several with ";" between (the first that a sample has).
+    on_error: "raise": an archive that is cut off or damaged, two members of one name, a link that
+        leads nowhere or a folder that cannot be read is an error. "skip": it is noted in
+        `account.lost`, and the images that are lost are missing.
 
     Raises:
-        FileNotFoundError: the path does not exist. ValueError: there are no images.
+        FileNotFoundError: the path does not exist. ValueError: there are no images, data are
+            damaged, `labels` are no labels, or a sample has several images and no `image_key`.
     """
+    source = _opened(data, image_key, on_error)
+    return source if labels is None else source.with_labels(labels)
+
+
+def _opened(data: Any, image_key: str | None, on_error: OnError) -> Source:
     if isinstance(data, Source):
         return data
     if isinstance(data, Tensor):
         data = data.numpy(force=True)
     if isinstance(data, np.ndarray):
-        return ArraySource(_channels_last(data), labels)
+        return ArraySource(_channels_last(data))
     if isinstance(data, str | Path):
         path = Path(data)
-        return _open_folder(path) if path.is_dir() else _open_files([path], labels)
+        if not path.is_dir():
+            paths = [path] if path.exists() else _matching(str(data))
+            return _open_files(paths, Account(on_error), image_key)
+        if is_saved(path):
+            return _opened(load_saved(path, "train"), image_key, on_error)
+        return _open_folder(path, Account(on_error), image_key)
     if isinstance(data, Sequence) and len(data) and isinstance(data[0], str | Path):
-        return _open_files([Path(p) for p in data], labels)
+        return _open_files([Path(p) for p in data], Account(on_error), image_key)
     if isinstance(data, Sequence) and len(data) and isinstance(data[0], np.ndarray):
-        return ArraySource(data, labels)
+        return ArraySource(data)
+    if isinstance(data, dict):
+        names = ", ".join(map(str, list(data)[:5]))
+        raise ValueError(f"data must be one data set, got a dict of {names}: pass one of them")
+    if isinstance(data, IterableDataset) or type(data).__name__ == "IterableDataset":
+        raise ValueError(
+            f"data must have a length and images by number; {type(data).__name__} streams them. "
+            "Load it without streaming"
+        )
+    if is_dataset(data) and len(data):
+        return HuggingFaceSource(data, Account(on_error), image_key)
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data):
         return DatasetSource(data)
     raise ValueError(
         f"data must be a folder, files, an array or a data set of images, got {type(data).__name__}"
         + (" without elements" if hasattr(data, "__len__") and not len(data) else "")
     )
+
+
+def _matching(pattern: str) -> list[Path]:
+    """The paths that a pattern stands for: {000..099} and {a,b}, *, ? and [ ], and :: between."""
+    paths: list[Path] = []
+    for text in (text for part in pattern.split("::") for text in _braces(part)):
+        found = sorted(glob(text)) if has_magic(text) else [text]
+        if not found:
+            raise FileNotFoundError(f"no file matches {printable(text)}")
+        paths += map(Path, found)
+    return paths
+
+
+def _braces(text: str) -> list[str]:
+    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", text)
+    if match is None:
+        return [text]
+    first, last, listed = match.groups()
+    if listed is None:
+        width = max(len(first), len(last)) if "0" in (first[0], last[0]) else 0
+        step = 1 if int(first) <= int(last) else -1
+        choices = [f"{i:0{width}}" for i in range(int(first), int(last) + step, step)]
+    else:
+        choices = listed.split(",")
+    rest = _braces(text[match.end() :])
+    return [text[: match.start()] + choice + end for choice in choices for end in rest]
 
 
 def _channels_last(images: np.ndarray) -> np.ndarray:
@@ -136,48 +225,52 @@ def _channels_last(images: np.ndarray) -> np.ndarray:
     raise ValueError(f"images must be [n, H, W, 3] or [n, 3, H, W], got {images.shape}")
 
 
-def _open_folder(folder: Path) -> Source:
-    shards = sorted(p for p in folder.iterdir() if p.suffix in (".tar", ".rec", ".tfrecord"))
-    if shards:
-        return _open_files(shards, None)
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    paths = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
-    if left_out := Counter(p.suffix.lower() for p in files if p.suffix.lower() in _LEFT_OUT):
-        counted = ", ".join(f"{n} {suffix}" for suffix, n in sorted(left_out.items()))
+def _open_folder(folder: Path, account: Account, image_key: str | None) -> Source:
+    """Images in class folders, else images without labels, else archives."""
+    found = find_images(str(folder), account)
+    if unread := {k: n for k, n in account.left_out.items() if k in _LEFT_OUT}:
+        counted = ", ".join(f"{n} {suffix}" for suffix, n in sorted(unread.items()))
         warnings.warn(
             f"files in {folder} that are not read: {counted}; convert them to JPEG or PNG",
-            stacklevel=3,
+            stacklevel=4,
         )
-    if not paths:
+    if found.archives and not found.paths:
+        return _open_files([Path(path) for path in found.archives], account, image_key)
+    if found.archives and not found.classes:
+        raise ValueError(
+            f"{folder} has both images ({len(found.paths)}) and archives ({len(found.archives)}): "
+            f"pass the archives as a pattern ({folder}/*{Path(found.archives[0]).suffix}), or move "
+            "one of the two"
+        )
+    for path in found.archives:
+        account.leave_out(suffix_of(path), path)
+    if not found.paths:
         raise ValueError(
             f"no images in {folder} (looked for {', '.join(sorted(IMAGE_SUFFIXES))}, and for "
-            ".tar, .tfrecord and .rec files)"
+            f".tar, .tfrecord and .rec files); {account.line()}"
         )
-    tops = [p.relative_to(folder).parts for p in paths]
-    if any(len(parts) == 1 for parts in tops):
-        return FileSource(paths)
-    classes = sorted({parts[0] for parts in tops})
-    number = {name: i for i, name in enumerate(classes)}
-    labels = np.array([number[parts[0]] for parts in tops], dtype=np.int64)
-    return FileSource(paths, labels, tuple(classes))
+    source = FileSource(found.paths, found.labels, found.classes, "folder names")
+    source.scanned = account
+    return source
 
 
-def _open_files(paths: Sequence[Path], labels: Any) -> Source:
+def _open_files(paths: Sequence[Path], account: Account, image_key: str | None) -> Source:
     for path in paths:
+        if path.is_dir():
+            raise ValueError(f"data must be one folder or files, got the folder {path} in a list")
         if not path.is_file():
-            raise FileNotFoundError(f"no such file or folder: {path}")
-    kinds = {path.suffix.lower() for path in paths}
-    if kinds & {".tar", ".tfrecord", ".rec"}:
+            raise FileNotFoundError(f"no such file or folder: {printable(path)}")
+    kinds = {archive_kind(path.name) for path in paths}
+    if kinds != {""}:
         if len(kinds) != 1:
-            raise ValueError(f"all shards must have one suffix, got {', '.join(sorted(kinds))}")
-        return open_shards(paths)
-    if unknown := kinds - IMAGE_SUFFIXES:
+            suffixes = sorted({path.suffix for path in paths})
+            raise ValueError(f"all shards must have one suffix, got {', '.join(suffixes)}")
+        return ShardSource(paths, account, image_key)
+    if unknown := {path.suffix.lower() for path in paths} - IMAGE_SUFFIXES:
         raise ValueError(
             f"files must have a suffix of {', '.join(sorted(IMAGE_SUFFIXES))}, got "
             f"{', '.join(sorted(unknown))}"
         )
-    if labels is not None:
-        labels = np.asarray(labels, dtype=np.int64)
-        if labels.shape != (len(paths),):
-            raise ValueError(f"labels must be [{len(paths)}], one per file, got {labels.shape}")
-    return FileSource(paths, labels)
+    source = FileSource(paths)
+    source.scanned = account
+    return source

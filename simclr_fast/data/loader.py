@@ -48,6 +48,7 @@ class _Loader:
         augmentation: Augmentation,
         *,
         labels: Any = None,
+        image_key: str | None = None,
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = True,
@@ -62,7 +63,7 @@ class _Loader:
         prefetch: bool | None = None,
         views_on_host: bool = False,
     ) -> None:
-        self.source: Source = open_source(source, labels)
+        self.source: Source = open_source(source, labels, image_key=image_key, on_error=on_error)
         if len(self.source) == 0:
             raise ValueError("source holds no images")
         if batch_size < 1:

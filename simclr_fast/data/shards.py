@@ -5,41 +5,76 @@ Formats: POSIX tar; tensorflow.org/tutorials/load_data/tfrecord (length, CRC, Ex
 buffer, CRC); mxnet.apache.org RecordIO (magic, flag and length, IRHeader, image).
 """
 
+import bz2
+import gzip
+import logging
+import lzma
 import mmap
 import struct
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from simclr_fast.data.sources import IMAGE_SUFFIXES, Source, file_fingerprint
+from simclr_fast.data.account import Account, printable
+from simclr_fast.data.demo import cache_folder
+from simclr_fast.data.folders import archive_kind
+from simclr_fast.data.labels import Labels, from_text
+from simclr_fast.data.sources import Source, file_fingerprint, fingerprint
+from simclr_fast.data.tars import LABEL_FIELDS, Record, scan_tar
+from simclr_fast.utils.checkpoint import write_atomic
+from simclr_fast.utils.locks import locked
 
+log = logging.getLogger(__name__)
 _RECORDIO_MAGIC = 0xCED7230A
-_TFRECORD_IMAGE = (b"image/encoded", b"image")
-_TFRECORD_LABEL = (b"image/class/label", b"label")
-
-
-class _Record(NamedTuple):
-    key: str
-    spans: tuple[tuple[int, int], ...]  # (offset, bytes), joined by the RecordIO magic if several
-    label: int | None
+_TFRECORD_IMAGE = ("image/encoded", "image")
+_TFRECORD_LABEL = ("image/class/label", "label")
+_COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+_ZSTD = b"\x28\xb5\x2f\xfd"
+_RECORD = "record"
 
 
 class ShardSource(Source):
     """One image per record of one or more shards."""
 
-    def __init__(self, paths: Sequence[Path], scan: Callable[[Path], Iterator[_Record]]) -> None:
-        self.paths = list(paths)
+    def __init__(self, paths: Sequence[Path], account: Account, image_key: str | None) -> None:
+        self.paths, self.scanned = list(paths), account
         self._maps: dict[int, np.ndarray] = {}
-        self._records = [(s, record) for s, path in enumerate(self.paths) for record in scan(path)]
+        self._files: list[Path] = []
+        self._records: list[tuple[int, Record]] = []
+        for shard, path in enumerate(self.paths):
+            file = unpacked(path, account)
+            found = list(_scan(path, file, account, image_key))
+            if not found:
+                account.leave_out("shards without images", str(path))
+            self._files.append(file)
+            self._records += [(shard, record) for record in found]
         if not self._records:
-            raise ValueError(f"no images in {', '.join(map(str, paths))}")
+            raise ValueError(
+                f"no images in {', '.join(map(printable, self.paths))}: {account.line()}"
+            )
+        self._read_labels()
+
+    def _read_labels(self) -> None:
         labels = [record.label for _, record in self._records]
-        if all(label is not None for label in labels):
-            self.labels = np.array(labels, dtype=np.int64)
+        for field in (_RECORD, *LABEL_FIELDS):
+            values = [label.get(field) for label in labels]
+            if all(value is None for value in values):
+                continue
+            if field in ("cls", "txt"):
+                try:
+                    found = from_text(values)
+                except ValueError as error:
+                    found = Labels(None, (), str(error))
+                self.set_labels(found)
+            else:
+                self.set_labels(values)
+            if self.labels is not None and field != _RECORD:
+                self.about_labels += f" of .{field}"
+            return
 
     def __len__(self) -> int:
         return len(self._records)
@@ -47,7 +82,7 @@ class ShardSource(Source):
     def read(self, i: int) -> np.ndarray:
         shard, record = self._records[i]
         if shard not in self._maps:
-            self._maps[shard] = np.memmap(self.paths[shard], np.uint8, mode="r")
+            self._maps[shard] = np.memmap(self._files[shard], np.uint8, mode="r")
         parts = [self._maps[shard][offset : offset + size] for offset, size in record.spans]
         if len(parts) == 1:
             return parts[0]
@@ -59,94 +94,169 @@ class ShardSource(Source):
 
     def name(self, i: int) -> str:
         shard, record = self._records[i]
-        return f"{self.paths[shard]}:{record.key}"
+        return f"{printable(self.paths[shard])}:{printable(record.key)}"
+
+    def path(self, i: int) -> str:
+        return self._records[i][1].key
 
     def fingerprint(self) -> bytes:
-        return file_fingerprint(self.paths)
+        found = repr([(shard, record.spans) for shard, record in self._records])
+        return fingerprint([file_fingerprint(self.paths), found.encode()])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}
 
 
-def open_shards(paths: Sequence[Path]) -> ShardSource:
-    """Open shards of one kind: .tar, .tfrecord or .rec."""
-    scans = {".tar": scan_webdataset, ".tfrecord": scan_tfrecord, ".rec": scan_recordio}
-    return ShardSource(paths, scans[paths[0].suffix.lower()])
+def _scan(path: Path, file: Path, account: Account, image_key: str | None) -> Iterator[Record]:
+    kind = archive_kind(path.name)
+    if kind == "tar":
+        return scan_tar(str(file), account, image_key)
+    if kind == "tfrecord":
+        return scan_tfrecord(file, account, image_key)
+    return scan_recordio(file, account)
 
 
-def scan_webdataset(path: Path) -> Iterator[_Record]:
-    """Members KEY.jpg (or another image suffix); the label is the text of KEY.cls if present."""
-    images: dict[str, tuple[int, int]] = {}
-    labels: dict[str, int] = {}
-    try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                folder, _, base = member.name.rpartition("/")
-                stem, _, suffix = base.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                if not member.isfile():
-                    continue
-                if f".{suffix.lower()}" in IMAGE_SUFFIXES:
-                    images[key] = (member.offset_data, member.size)
-                elif suffix == "cls":
-                    labels[key] = int(tar.extractfile(member).read())  # type: ignore[union-attr]
-    except (tarfile.TarError, ValueError) as error:
-        raise ValueError(f"not a readable WebDataset tar: {path}: {error}") from error
-    for key, span in images.items():
-        yield _Record(key, (span,), labels.get(key))
+def unpacked(path: Path, account: Account) -> Path:
+    """`path`, or its decompressed copy in the cache folder if it is a gzip, bzip2 or xz file.
+
+    The copy is made once. Random access needs it.
+    """
+    with path.open("rb") as file:
+        start = file.read(6)
+    if start.startswith(_ZSTD):
+        raise ValueError(f"{path} is compressed by zstd: decompress it first (zstd -d)")
+    opened = next((op for magic, op in _COMPRESSED.items() if start.startswith(magic)), None)
+    if opened is None:
+        return path
+    name = file_fingerprint([path]).hex()
+    target = cache_folder() / "unpacked" / name
+    with locked(target.with_name(f"{name}.lock")):
+        if target.exists():
+            return target
+        log.info("decompressing %s into %s", printable(path), target)
+        cut: list[str] = []
+
+        def write(part: Path) -> None:
+            with opened(path, "rb") as packed, part.open("wb") as out:
+                try:
+                    # read1 gives what it has before it meets the damage.
+                    while piece := packed.read1(1 << 20):
+                        out.write(piece)
+                except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+                    cut.append(f"{path} is damaged: {error}")
+                    account.damage(cut[0])
+
+        damaged = target.with_name(f"{name}-damaged")
+        write_atomic(damaged, write)
+        if cut:
+            return damaged
+        damaged.replace(target)
+    return target
 
 
-def scan_tfrecord(path: Path) -> Iterator[_Record]:
+def scan_tfrecord(path: Path, account: Account, image_key: str | None) -> Iterator[Record]:
     """tf.train.Example records with image/encoded and image/class/label (or image, label)."""
+    names = (image_key,) if image_key else _TFRECORD_IMAGE
+    seen: set[str] = set()
     with _mapped(path) as data:
-        position, number = 0, 0
+        position, number, images = 0, 0, 0
         while position < len(data):
             if position + 12 > len(data):
-                raise ValueError(f"{path} ends within the header of record {number}")
+                account.damage(f"{path} ends within the header of record {number}")
+                break
             (length,) = struct.unpack_from("<Q", data, position)
             start, end = position + 12, position + 12 + length
             if end + 4 > len(data):
-                raise ValueError(f"{path} ends within record {number}")
+                account.damage(f"{path} ends within record {number}")
+                break
             try:
-                span, label = _parse_example(data, start, end)
+                features = _features(data, start, end)
+                image = next((features[name] for name in names if name in features), None)
+                values = _values(data, image) if image else []
+                label = next((features[n] for n in _TFRECORD_LABEL if n in features), None)
+                labels = _values(data, label) if label else []
             except (IndexError, ValueError, struct.error) as error:
-                raise ValueError(f"{path}: record {number} is not a tf.train.Example") from error
-            if span is None:
-                raise ValueError(f"{path}: record {number} has no feature image/encoded or image")
-            yield _Record(str(number), (span,), label)
+                account.damage(f"{path}: record {number} is not a tf.train.Example ({error})")
+                values, labels, features = [], [], {}
+            seen |= set(features)
+            if len(values) > 1 or (values and not isinstance(values[0], slice)):
+                raise ValueError(
+                    f"{path}: record {number} must have one image of bytes in {names[0]}, got "
+                    f"{len(values)} values of {type(values[0]).__name__.replace('slice', 'bytes')}"
+                )
+            if values and values[0].stop > values[0].start:
+                span = (values[0].start, values[0].stop - values[0].start)
+                yield Record(str(number), (span,), {_RECORD: _one_label(data, labels, number)})
+                images += 1
+            else:
+                account.leave_out("records without an image", f"{path}:{number}")
             position, number = end + 4, number + 1
+    if number and not images:
+        raise ValueError(
+            f"{path} has no images in {' or '.join(names)}; its features are "
+            f"{', '.join(sorted(seen))}: choose one by image_key (--image-key NAME)"
+        )
 
 
-def scan_recordio(path: Path) -> Iterator[_Record]:
+def scan_recordio(path: Path, account: Account) -> Iterator[Record]:
     """Image records of MXNet's im2rec: IRHeader (flag, label, id, id2), then an image file."""
+    number = 0
     with _mapped(path) as data:
-        position, number = 0, 0
+        position = 0
         while position < len(data):
-            spans = []
-            while True:
-                if position + 8 > len(data):
-                    raise ValueError(f"{path} ends within record {number}")
-                magic, header = struct.unpack_from("<II", data, position)
-                if magic != _RECORDIO_MAGIC:
-                    raise ValueError(f"{path}: no RecordIO magic at byte {position}")
-                part, length = header >> 29, header & ((1 << 29) - 1)
-                if position + 8 + length > len(data):
-                    raise ValueError(f"{path} ends within record {number}")
-                spans.append((position + 8, length))
-                position += 8 + (length + 3) // 4 * 4
-                # 0: a whole record; 1, 2, 3: the first, a middle, the last part of one.
-                if part in (0, 3):
-                    break
-            offset, length = spans[0]
-            if length < 24:
-                raise ValueError(f"{path}: record {number} has no IRHeader")
-            flag, label = struct.unpack_from("<If", data, offset)
-            skip = 24 + 4 * flag
-            if flag > 0:
-                (label,) = struct.unpack_from("<f", data, offset + 24)
+            try:
+                spans, position = _recordio_parts(data, position)
+                offset, length = spans[0]
+                if length < 24:
+                    raise ValueError("has no IRHeader")
+                flag, label = struct.unpack_from("<If", data, offset)
+                skip = 24 + 4 * flag
+                if skip > length:
+                    raise ValueError(f"has no room for its {flag} labels")
+            except ValueError as error:
+                account.damage(f"{path}: record {number} {error}")
+                return
+            value: Any = label
+            if flag == 1:
+                (value,) = struct.unpack_from("<f", data, offset + 24)
+            elif flag > 1:
+                value = ValueError(f"record {number} has {flag} labels")
             spans[0] = (offset + skip, length - skip)
-            yield _Record(str(number), tuple(spans), int(label))
+            if sum(length for _, length in spans):
+                yield Record(str(number), tuple(spans), {_RECORD: value})
+            else:
+                account.leave_out("records without an image", f"{path}:{number}")
             number += 1
+    index = path.with_suffix(".idx")
+    if index.is_file() and (listed := len(index.read_text().splitlines())) != number:
+        account.damage(f"{path} has {number} records, but {index.name} lists {listed}")
+
+
+def _recordio_parts(data: mmap.mmap | bytes, position: int) -> tuple[list[tuple[int, int]], int]:
+    """The (offset, bytes) of the parts of the record at `position`, and the position behind it."""
+    spans = []
+    while True:
+        if position + 8 > len(data):
+            raise ValueError("is cut off")
+        magic, header = struct.unpack_from("<II", data, position)
+        if magic != _RECORDIO_MAGIC:
+            raise ValueError(f"lacks RecordIO's magic number at byte {position}")
+        part, length = header >> 29, header & ((1 << 29) - 1)
+        if position + 8 + length > len(data):
+            raise ValueError("is cut off")
+        spans.append((position + 8, length))
+        position += 8 + (length + 3) // 4 * 4
+        # 0: a whole record; 1, 2, 3: the first, a middle, the last part of one.
+        if part in (0, 3):
+            return spans, position
+
+
+def _one_label(data: mmap.mmap | bytes, values: list[Any], number: int) -> Any:
+    if len(values) > 1:
+        return ValueError(f"record {number} has {len(values)} labels")
+    if not values:
+        return None
+    return bytes(data[values[0]]) if isinstance(values[0], slice) else values[0]
 
 
 @contextmanager
@@ -168,16 +278,17 @@ def _fields(data: mmap.mmap | bytes, start: int, end: int) -> Iterator[tuple[int
         if wire == 0:
             value, start = _varint(data, start)
             yield number, wire, value, 0
-        elif wire == 2:
+            continue
+        if wire == 2:
             length, start = _varint(data, start)
-            if start + length > end:
-                raise ValueError("a field leaves its message")
-            yield number, wire, start, length
-            start += length
         elif wire in (1, 5):
-            start += 8 if wire == 1 else 4
+            length = 8 if wire == 1 else 4
         else:
             raise ValueError(f"wire type {wire}")
+        if start + length > end:
+            raise ValueError("a field leaves its message")
+        yield number, wire, start, length
+        start += length
 
 
 def _varint(data: mmap.mmap | bytes, position: int) -> tuple[int, int]:
@@ -191,37 +302,45 @@ def _varint(data: mmap.mmap | bytes, position: int) -> tuple[int, int]:
         shift += 7
 
 
-def _parse_example(
-    data: mmap.mmap | bytes, start: int, end: int
-) -> tuple[tuple[int, int] | None, int | None]:
-    """The image's (offset, bytes) and label. Example.features=1 → Features.feature=1 (a map)."""
-    image, label = None, None
-    for _, _, features, size in _fields(data, start, end):
-        for _, _, entry, entry_size in _fields(data, features, features + size):
-            name, feature = b"", (0, 0)
-            for number, _, offset, length in _fields(data, entry, entry + entry_size):
-                if number == 1:
-                    name = bytes(data[offset : offset + length])
-                else:
-                    feature = (offset, length)
-            if name in _TFRECORD_IMAGE:
-                image = _first_value(data, feature)
-            elif name in _TFRECORD_LABEL:
-                label = _first_integer(data, feature)
-    return image, label
+def _messages(data: mmap.mmap | bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """(field number, start, end) of the messages, strings and bytes in a message."""
+    for number, wire, offset, length in _fields(data, start, end):
+        if wire == 2:
+            yield number, offset, offset + length
 
 
-def _first_value(data: mmap.mmap | bytes, feature: tuple[int, int]) -> tuple[int, int] | None:
-    """Feature.bytes_list=1 → BytesList.value=1."""
-    for _, _, offset, length in _fields(data, feature[0], sum(feature)):
-        for _, _, value, size in _fields(data, offset, offset + length):
-            return value, size
-    return None
+def _features(data: mmap.mmap | bytes, start: int, end: int) -> dict[str, tuple[int, int]]:
+    """Name → (start, end) of each Feature. Example.features=1 → Features.feature=1 (a map)."""
+    found = {}
+    for _, *features in _messages(data, start, end):
+        for _, *entry in _messages(data, *features):
+            parts = {number: (a, b) for number, a, b in _messages(data, *entry)}
+            a, b = parts.get(1, (0, 0))
+            found[data[a:b].decode("utf-8", "backslashreplace")] = parts.get(2, (0, 0))
+    return found
 
 
-def _first_integer(data: mmap.mmap | bytes, feature: tuple[int, int]) -> int | None:
-    """Feature.int64_list=3 → Int64List.value=1, packed or not."""
-    for _, _, offset, length in _fields(data, feature[0], sum(feature)):
-        for _, wire, value, _ in _fields(data, offset, offset + length):
-            return value if wire == 0 else _varint(data, value)[0]
-    return None
+def _values(data: mmap.mmap | bytes, feature: tuple[int, int]) -> list[Any]:
+    """A Feature's values: slices of bytes_list=1, floats of float_list=2, integers of int64_list=3.
+
+    Numbers are packed, or each is a field of its own.
+    """
+    out: list[Any] = []
+    for kind, *values in _messages(data, *feature):
+        for _, wire, offset, length in _fields(data, *values):
+            if kind == 1:
+                out.append(slice(offset, offset + length))
+            elif kind == 2:
+                out += np.frombuffer(data[offset : offset + length], "<f4").tolist()
+            elif wire == 0:
+                out.append(_signed(offset))
+            else:
+                position = offset
+                while position < offset + length:
+                    value, position = _varint(data, position)
+                    out.append(_signed(value))
+    return out
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value

@@ -7,6 +7,7 @@ import threading
 import time
 import warnings
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -347,7 +348,7 @@ def test_all_corrupt_is_an_error(tmp_path):
 def test_a_file_that_vanished_is_named(tmp_path):
     write_images(tmp_path, 3)
     loader = TwoViewLoader(tmp_path, 3, 16)
-    loader.source.paths[1].unlink()
+    Path(loader.source.paths[1]).unlink()
     with pytest.raises(CorruptImageError, match=str(loader.source.paths[1])):
         run(loader)
 

@@ -130,7 +130,7 @@ def test_folders_nested_and_flat(tmp_path):
     assert source.labels.tolist() == [0, 1, 1]
     assert source.read(0).tobytes() == FILES[1]
     (tmp_path / "9.png").write_bytes(picture(9, kind="PNG"))
-    assert open_source(str(tmp_path)).labels is None
+    assert open_source(str(tmp_path)).labels.tolist() == [0, 1, 1, -1]
     assert len(open_source([tmp_path / "9.png"], labels=[4])) == 1
 
 
