@@ -7,21 +7,26 @@ import numpy as np
 
 from simclr_fast.augment.preview import contact_sheet, save_sheet
 from simclr_fast.commands.run_options import RunOptions, parse_run
-from simclr_fast.data.datasets import named_source
+from simclr_fast.data.account import printable
 from simclr_fast.data.decode import decode_some
+from simclr_fast.training.setup import open_data
 
 
 @dataclass(frozen=True)
 class Preview(RunOptions):
     """Draw some images of --data, their two random views, and each step of the augmentation.
 
-    Of the options of pretrain, only --data, --seed and those of the augmentation have an effect.
+    Of the options of pretrain, only --data, --labels, --image-key, --on-error, --seed and those of
+    the augmentation have an effect.
     """
 
     images: int = 8
     """Number of images, evenly spaced in the data."""
     to: Path = Path("preview.jpg")
     """The picture to write. A .jpg has at most 500 kB; a .png is several times as large."""
+    list: bool = False
+    """Draw nothing. Print what was found in --data: the images used, every class, and what was left
+    out and why."""
 
 
 def run(arguments: list[str]) -> int:
@@ -30,7 +35,11 @@ def run(arguments: list[str]) -> int:
     if given.images < 1:
         raise ValueError(f"images must be at least 1, got {given.images}")
     config = given.config
-    source = named_source(config.data)
+    source = open_data(config)
+    if given.list:
+        print("\n".join(source.account.lines()))
+        return 0
+    print(f"data           {printable(config.data)}: {source.account.line()}")
     # Evenly spaced, because a folder holds one class after another.
     ids = np.linspace(0, len(source) - 1, min(given.images, len(source))).astype(np.int64)
     images = decode_some(source, ids)

@@ -6,7 +6,7 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from simclr_fast.data.datasets import named_source
-from simclr_fast.data.sources import Source, subset
+from simclr_fast.data.sources import Source
 
 
 def balanced_subset(labels: np.ndarray, fraction: float, seed: int = 0) -> np.ndarray:
@@ -120,9 +120,6 @@ def _test_source(data: str) -> Source:
 
 
 def _labelled(source: Source, name: str) -> tuple[Source, np.ndarray]:
-    if source.labels is None:
-        raise ValueError(f"{name!r} has no labels: give a folder that has one folder per class")
-    known = np.flatnonzero(source.labels >= 0)
-    if len(known) == len(source):
-        return source, source.labels
-    return subset(source, known), source.labels[known]
+    known = source.labelled(f"{name!r} has no labels")
+    assert known.labels is not None
+    return known, known.labels

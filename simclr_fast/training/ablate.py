@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from simclr_fast.augment.params import Augmentation
-from simclr_fast.data.datasets import named_source
 from simclr_fast.data.sources import Source
 from simclr_fast.evaluation.features import features
 from simclr_fast.evaluation.linear import linear_probe
@@ -26,7 +25,7 @@ from simclr_fast.evaluation.plots import HeatMap, plot_heat_maps
 from simclr_fast.models.weights import load_weights
 from simclr_fast.training.config import NOT_COMPARED, PretrainConfig, to_json
 from simclr_fast.training.pretrain import pretrain
-from simclr_fast.training.setup import build_model
+from simclr_fast.training.setup import build_model, open_data
 from simclr_fast.utils import checkpoint
 from simclr_fast.utils.device import release_memory, resolve_device
 from simclr_fast.utils.extras import need
@@ -145,12 +144,12 @@ def ablate(
             `base`, or the data have no labelled test images. BlockingIOError: another process uses
             the folder.
     """
-    train, test = named_source(base.data, "train"), named_source(base.data, "test")
+    train, test = open_data(base), open_data(base, "test")
     if train.labels is None or test is None or test.labels is None:
         raise ValueError(
             f"an ablation needs labelled training and test images: data {base.data!r} has none"
         )
-    _claim(folder, base)
+    _claim(folder, base, (train, test))
     with locked(folder / ".lock", f"another process runs the ablation in {folder}"):
         return _run_cells(base, cells, folder, max_cells, train, test)
 
@@ -209,10 +208,12 @@ def _run_cells(
     return rows
 
 
-def _claim(folder: Path, base: PretrainConfig) -> None:
-    """Create the folder for ablations of `base`, or check that it is one."""
+def _claim(folder: Path, base: PretrainConfig, sources: Sequence[Source]) -> None:
+    """Create the folder for ablations of `base` on these images and labels, or check that it is."""
     about = folder / "base.json"
     values = json.loads(to_json(base))
+    # By content: a copy of the images elsewhere is the same data.
+    values["images"] = [f"{s.content().hex()} {s.labels_fingerprint().hex()}" for s in sources]
     text = json.dumps({k: v for k, v in values.items() if k not in NOT_COMPARED}, indent=2) + "\n"
     if about.exists():
         if (before := about.read_text()) != text:
@@ -260,7 +261,7 @@ def untrained_top1(base: PretrainConfig, folder: Path) -> float:
     """Top-1 of the probe on the untrained encoder; saved in untrained.json."""
     kept = folder / "untrained.json"
     if not kept.exists():
-        train, test = named_source(base.data, "train"), named_source(base.data, "test")
+        train, test = open_data(base), open_data(base, "test")
         assert test is not None
         torch.manual_seed(base.seed)
         encoder, device = build_model(base).encoder, resolve_device(base.device)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from simclr_fast.augment.params import Augmentation, augmentation_from
+from simclr_fast.data.account import Account
 
 
 @dataclass(frozen=True)
@@ -14,9 +15,14 @@ class PretrainConfig:
     """One run. The defaults are the paper's ImageNet recipe (arXiv:2002.05709, section 2.2)."""
 
     data: str = "demo"
-    """Images: a folder, a .tar, .tfrecord or .rec file, "demo", "demo-grain" or "demo-held-out"
-    (embedded), or NAME:ROOT for torchvision's data set NAME (cifar10, stl10, food101, ...) in the
-    folder ROOT."""
+    """Images: a folder, a .tar, .tfrecord or .rec file or a pattern of them (DIR/{000..099}.tar),
+    "demo", "demo-grain" or "demo-held-out" (embedded), or NAME:ROOT for torchvision's data set NAME
+    (cifar10, stl10, food101, ...) in the folder ROOT."""
+    labels: Path | None = None
+    """A CSV file with lines "path,label". Its labels replace those of the data."""
+    image_key: str | None = None
+    """Which image of a sample to use if it has several: a field of tars (jpg), a feature of
+    TFRecords, a column of Hugging Face data sets."""
     out: Path | None = None
     """Output folder. By default runs/NAME-DATE."""
     model: str = "resnet50"
@@ -96,8 +102,8 @@ class PretrainConfig:
     channels_last: bool = True
     """Memory format of views and weights; faster for convolutions."""
     on_error: Literal["raise", "skip"] = "raise"
-    """What to do with a corrupt image. raise: end the run and name the image. skip: take another
-    image instead."""
+    """What to do with a corrupt image or a damaged archive. raise: end the run and name it. skip:
+    take another image instead, and go on without what a damaged archive lacks."""
     workers: int | None = None
     """Threads that decode images. By default the cores that this process may use, at most 8."""
     log_every: int = 20
@@ -320,6 +326,8 @@ NOT_COMPARED = (
     "checkpoint_every",
     "checkpoint_minutes",
 )
+# The key in config.json of the account of the run's images. It is no option.
+IMAGES = "images"
 PRESETS = {
     "demo": demo,
     "cifar10": cifar10,
@@ -333,17 +341,26 @@ PRESETS = {
 }
 
 
-def to_json(config: Any) -> str:
-    """A dataclass as JSON."""
-    return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
+def to_json(config: Any, images: Account | None = None) -> str:
+    """A dataclass as JSON; with `images`, what the run found in its data as well."""
+    values = dataclasses.asdict(config)
+    if images is not None:
+        values[IMAGES] = images.to_json()
+    return json.dumps(values, indent=2, default=str) + "\n"
 
 
 def from_json(text: str) -> PretrainConfig:
     """The inverse of `to_json`."""
     values = json.loads(text)
     augmentation = augmentation_from(values.pop("augmentation"))
-    out = values.pop("out")
-    return PretrainConfig(**values, augmentation=augmentation, out=Path(out) if out else None)
+    values.pop(IMAGES, None)
+    out, labels = values.pop("out"), values.pop("labels", None)
+    return PretrainConfig(
+        **values,
+        augmentation=augmentation,
+        out=Path(out) if out else None,
+        labels=Path(labels) if labels else None,
+    )
 
 
 def differences(before: str, after: str) -> list[str]:
@@ -352,5 +369,9 @@ def differences(before: str, after: str) -> list[str]:
     Ignores those in NOT_COMPARED.
     """
     old, new = json.loads(before), json.loads(after)
+    for values in (old, new):
+        # Of the account of the images, their number and the kind of their labels.
+        account = values.pop(IMAGES, {})
+        values |= {f"{IMAGES} {name}": account.get(name) for name in ("used", "labels")}
     names = [name for name in new if name not in NOT_COMPARED and old.get(name) != new[name]]
     return [f"{name}: {old.get(name)} → {new[name]}" for name in names]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from simclr_fast import __version__
+from simclr_fast.data.account import printable
 from simclr_fast.data.loader import OneViewLoader, TwoViewLoader
 from simclr_fast.evaluation.online import OnlineProbe
 from simclr_fast.large_batch import LargeBatch, planner
@@ -76,7 +77,8 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype is torch.float16)
     probe = None
     if config.probe_every and world.rank == 0:
-        probe = OnlineProbe(loader.source.labels, config.probe_every, world.device)
+        labels = loader.source.need_labels("probe_every needs labelled images")
+        probe = OnlineProbe(labels, config.probe_every, world.device)
     step = 0
 
     def where() -> str:
@@ -98,7 +100,7 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
         world.check_alike(model, step)
         metrics = None
         if world.rank == 0:
-            write_config(config, out)
+            write_config(config, loader.source.account, out)
             log.info("%s", summary(config, world, task, memory, predicted, total_steps, out))
             metrics = stack.enter_context(
                 Metrics(task.name, out / "metrics.jsonl", config, step, total_steps)
@@ -228,8 +230,6 @@ def summary(
 ) -> str:
     """A few lines that describe a run before it starts."""
     loader = task.loader
-    source = loader.source
-    classes = f", {len(source.classes)} classes" if source.classes else ""
     weights = sum(p.numel() for p in task.model.parameters())
     mode = memory["memory"]
     if predicted is not None and predicted < float("inf"):
@@ -243,7 +243,7 @@ def summary(
         threads = torch.get_num_threads()
         device = f"{world.device}, {threads} thread{'s' * (threads > 1)}"
     lines = {
-        "data": f"{config.data}: {len(source):,} images{classes}",
+        "data": f"{printable(config.data)}: {loader.source.account.line()}",
         "model": f"{config.model}, {weights / 1e6:.1f} million weights",
         "batch": f"{config.batch_size:,} images{ranks}",
         "length": f"{total_steps:,} steps, {epochs:.4g} epochs",

@@ -5,14 +5,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from simclr_fast.data.datasets import named_source
 from simclr_fast.data.loader import TwoViewLoader
 from simclr_fast.data.sources import Source
 from simclr_fast.losses.nt_xent import nt_xent_loss
 from simclr_fast.losses.sup_con import sup_con_loss
 from simclr_fast.training.config import PretrainConfig
 from simclr_fast.training.loop import Task, train
-from simclr_fast.training.setup import build_model, loader_options
+from simclr_fast.training.setup import build_model, loader_options, open_data
 from simclr_fast.utils.distributed import join_world
 
 
@@ -32,10 +31,12 @@ def pretrain(config: PretrainConfig) -> Path:
     """
     with join_world(config.device, config.timeout) as world:
         torch.manual_seed(config.seed)
-        source = named_source(config.data)
+        source = open_data(config)
         loader = TwoViewLoader(source, config.batch_size, **loader_options(config, world))
         model = build_model(config)
-        classes = positive_classes(source, world.device) if config.loss == "sup-con" else None
+        classes = None
+        if config.loss == "sup-con":
+            classes = positive_classes(source, world.device)
 
         def loss(outputs: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             _, z = outputs
@@ -67,8 +68,6 @@ def positive_classes(source: Source, device: torch.device) -> Tensor:
     Raises:
         ValueError: no image has a label.
     """
-    if source.labels is None or source.labels.max() < 0:
-        raise ValueError("loss sup-con needs labels: give a folder that has one folder per class")
-    labels = torch.from_numpy(source.labels)
+    labels = torch.from_numpy(source.need_labels("loss sup-con needs labels"))
     own = labels.max() + 1 + torch.arange(len(labels))
     return torch.where(labels < 0, own, labels).to(device)

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from simclr_fast.data.datasets import named_source
 from simclr_fast.data.sources import Source
 from simclr_fast.evaluation.embed import class_pictures, project
 from simclr_fast.evaluation.features import features, pixels
@@ -16,6 +15,7 @@ from simclr_fast.evaluation.linear import linear_probe
 from simclr_fast.evaluation.plots import plot_embedding
 from simclr_fast.models.encoders import RESNETS, build_encoder, default_stem
 from simclr_fast.training.config import PretrainConfig
+from simclr_fast.training.setup import open_data
 from simclr_fast.utils import checkpoint
 from simclr_fast.utils.device import resolve_device
 
@@ -31,8 +31,8 @@ def probe_report(config: PretrainConfig, out: Path) -> Iterator[str]:
     images: logistic regression on the raw pixels, shrunk to 32 × 32 if larger, and the same encoder
     with the run's initial weights.
     """
-    train, test = named_source(config.data, "train"), named_source(config.data, "test")
-    if train is None or test is None or train.labels is None or test.labels is None:
+    train, test = open_data(config), open_data(config, "test")
+    if test is None or train.labels is None or test.labels is None:
         return
     aug, device = config.augmentation, resolve_device(config.device)
     small = replace(aug, size=min(aug.size, _PIXELS))
@@ -76,7 +76,7 @@ def next_steps(config: PretrainConfig, out: Path) -> Iterator[str]:
     """Commands to run after a finished run, ready to be copied."""
     data = f" --data {config.data}" if config.data != "demo" else ""
     # `eval linear` needs test images. `eval embed` does not.
-    protocol = "embed" if named_source(config.data, "test") is None else "linear"
+    protocol = "embed" if open_data(config, "test") is None else "linear"
     stem = config.stem or default_stem(config.augmentation.size)
     # torchvision has only some of our encoders; torch.export takes any.
     plain = config.model in RESNETS and config.model != "resnet10" and stem == "imagenet"

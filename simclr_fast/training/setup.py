@@ -7,11 +7,14 @@ from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
 
+from simclr_fast.data.account import Account
+from simclr_fast.data.datasets import named_source
+from simclr_fast.data.sources import Source
 from simclr_fast.large_batch import planner
 from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector
 from simclr_fast.models.weights import about_encoder
@@ -31,6 +34,21 @@ _LARS_VARIANTS: dict[str, dict[str, Any]] = {
     "lightly": {"momentum_order": "torch", "norm": "split", "eps": 1e-8},
 }
 _LOCK = ".lock"
+
+
+@overload
+def open_data(config: PretrainConfig, split: Literal["train"] = "train") -> Source: ...
+@overload
+def open_data(config: PretrainConfig, split: Literal["test"]) -> Source | None: ...
+def open_data(config: PretrainConfig, split: Literal["train", "test"] = "train") -> Source | None:
+    """The images of a run; None if there are no test images."""
+    return named_source(
+        config.data,
+        split,
+        labels=config.labels,
+        image_key=config.image_key,
+        on_error=config.on_error,
+    )
 
 
 def build_model(config: PretrainConfig) -> SimCLR:
@@ -167,9 +185,12 @@ def output_folder(config: PretrainConfig, world: World) -> Iterator[Path]:
         yield out
 
 
-def write_config(config: PretrainConfig, out: Path) -> None:
-    """Write config.json. If there is an older one, first warn of the settings that differ."""
-    path, text = out / "config.json", to_json(config)
+def write_config(config: PretrainConfig, images: Account, out: Path) -> None:
+    """Write config.json: the options, and what was found in the data.
+
+    If there is an older one, first warn of the settings that differ.
+    """
+    path, text = out / "config.json", to_json(config, images)
     if path.exists() and (changed := differences(path.read_text(), text)):
         log.warning("continues with changed settings: %s", "; ".join(changed))
     write_atomic(path, lambda part: part.write_text(text))

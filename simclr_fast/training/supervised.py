@@ -11,14 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from simclr_fast.data.datasets import named_source
 from simclr_fast.data.loader import ImageLoader, OneViewLoader
 from simclr_fast.data.sources import Source
 from simclr_fast.evaluation.accuracy import Scores, score, true_class_rank
 from simclr_fast.models.encoders import SimCLR, build_encoder
 from simclr_fast.training.config import PretrainConfig
 from simclr_fast.training.loop import Task, train
-from simclr_fast.training.setup import loader_options
+from simclr_fast.training.setup import loader_options, open_data
 from simclr_fast.utils.checkpoint import write_atomic
 from simclr_fast.utils.distributed import join_world
 
@@ -35,11 +34,8 @@ def supervise(config: PretrainConfig) -> tuple[Path, Scores | None]:
     """
     with join_world(config.device, config.timeout) as world:
         torch.manual_seed(config.seed)
-        source = named_source(config.data)
-        if source.labels is None or source.labels.min() < 0:
-            raise ValueError(
-                f"data {config.data!r} have no labels: give a folder that has one folder per class"
-            )
+        source = open_data(config).labelled(f"data {config.data!r} have no labels")
+        assert source.labels is not None
         labels = torch.from_numpy(source.labels).to(world.device)
         loader = OneViewLoader(source, config.batch_size, **loader_options(config, world))
         model = build_classifier(config, int(source.labels.max()) + 1)
@@ -57,7 +53,7 @@ def supervise(config: PretrainConfig) -> tuple[Path, Scores | None]:
             return value, {"loss": sums[0], "accuracy": sums[1]}
 
         out = train(config, world, Task("supervised", model, loader, loss))
-        test = named_source(config.data, "test")
+        test = open_data(config, "test")
         if world.rank != 0 or test is None or test.labels is None:
             return out, None
         scores = score_classifier(model, test, config, world.device)

@@ -41,7 +41,7 @@ def _rank(
     os.dup2(sys.stderr.fileno(), 2)
     torch.set_num_threads(1)
     # Arrays need no decoder: importing DALI would take longer than the run.
-    train.named_source = lambda name: pixels()
+    train.open_data = lambda config: pixels()
     rank_watch._GRACE = 2.0
     if plan is not None:
         plan(rank)

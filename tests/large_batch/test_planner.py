@@ -216,7 +216,7 @@ def config(tmp_path):
 @pytest.fixture
 def arrays(monkeypatch):
     images = torch.randint(0, 255, (16, 20, 20, 3), dtype=torch.uint8).numpy()
-    monkeypatch.setattr("simclr_fast.training.pretrain.named_source", lambda name: images)
+    monkeypatch.setattr("simclr_fast.training.pretrain.open_data", lambda config: images)
 
 
 def test_auto_takes_plain_for_a_small_batch_on_the_cpu(config, arrays, monkeypatch):

@@ -33,14 +33,13 @@ from simclr_fast.utils.locks import locked
 
 @pytest.fixture
 def base(monkeypatch):
-    rng = np.random.default_rng(0)
-
-    def source(data, split="train"):
+    def source(config, split="train"):
+        rng = np.random.default_rng(len(split))
         images = rng.integers(0, 255, (24, 16, 16, 3), dtype=np.uint8)
         return ArraySource(images, np.arange(24) % 3)
 
     for target in (module, train):
-        monkeypatch.setattr(target, "named_source", source)
+        monkeypatch.setattr(target, "open_data", source)
     return replace(TINY, data="noise", steps=2, warmup_epochs=0)
 
 

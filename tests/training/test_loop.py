@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     images = np.random.default_rng(0).integers(0, 255, (24, 16, 16, 3), dtype=np.uint8)
-    monkeypatch.setattr(module, "named_source", lambda name: ArraySource(images, np.arange(24) % 3))
+    monkeypatch.setattr(module, "open_data", lambda config: ArraySource(images, np.arange(24) % 3))
     own = {"steps": 6, "checkpoint_every": 2, "memory": "plain"}
     return replace(TINY, data="noise", out=tmp_path / "run", **own)
 
@@ -260,9 +260,9 @@ def test_the_report_shrinks_large_images(config, monkeypatch):
         widths.append(of_train.shape[1])
         return fit(of_train, *rest, **options)
 
-    monkeypatch.setattr(module, "named_source", lambda name: ArraySource(images))
+    monkeypatch.setattr(module, "open_data", lambda config: ArraySource(images))
     monkeypatch.setattr(
-        report, "named_source", lambda name, split: ArraySource(images, np.arange(24) % 3)
+        report, "open_data", lambda config, split="train": ArraySource(images, np.arange(24) % 3)
     )
     monkeypatch.setattr(report, "linear_probe", noted)
     config = replace(config, augmentation=replace(config.augmentation, size=48), steps=1)

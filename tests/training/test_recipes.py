@@ -28,7 +28,7 @@ LABELS = np.where(np.arange(24) % 12 == 5, -1, np.arange(24) % 3)
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     images = np.random.default_rng(0).integers(0, 255, (24, 16, 16, 3), dtype=np.uint8)
-    monkeypatch.setattr(module, "named_source", lambda name: ArraySource(images, LABELS))
+    monkeypatch.setattr(module, "open_data", lambda config: ArraySource(images, LABELS))
     return replace(TINY, data="noise", out=tmp_path / "run", steps=STEPS, memory="plain", lr=0.5)
 
 
@@ -81,7 +81,7 @@ def peer_run(config):
     """The encoder's weights and the losses of a plain loop with the textbook loss."""
     with join_world("cpu", 60) as world:
         torch.manual_seed(config.seed)
-        source = module.named_source(config.data)
+        source = module.open_data(config)
         loader = TwoViewLoader(source, config.batch_size, **loader_options(config, world))
         model = build_model(config).to(memory_format=torch.channels_last).train()
         optimizer = PeerLARS(
@@ -141,9 +141,7 @@ def test_a_peers_loop_trains_the_same_encoder(config, loss):
 def test_sup_con_needs_labels(config, monkeypatch):
     images = np.zeros((24, 16, 16, 3), np.uint8)
     for labels in (None, np.full(24, -1)):
-        monkeypatch.setattr(
-            module, "named_source", lambda _, given=labels: ArraySource(images, given)
-        )
+        monkeypatch.setattr(module, "open_data", lambda _, given=labels: ArraySource(images, given))
         with pytest.raises(ValueError, match="sup-con needs labels"):
             pretrain(replace(config, loss="sup-con"))
 

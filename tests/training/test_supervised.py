@@ -45,7 +45,7 @@ def textures(n, seed):
 def config(tmp_path, monkeypatch):
     parts = {"train": textures(64, 0), "test": textures(30, 1)}
     monkeypatch.setattr(
-        supervised, "named_source", lambda data, split="train": ArraySource(*parts[split])
+        supervised, "open_data", lambda config, split="train": ArraySource(*parts[split])
     )
     return replace(
         TINY,
@@ -123,7 +123,7 @@ def test_bad_checkpoints_end_a_resume(config):
 
 def test_labels_are_needed(config, monkeypatch):
     images, _ = textures(20, 0)
-    monkeypatch.setattr(supervised, "named_source", lambda *_: ArraySource(images))
+    monkeypatch.setattr(supervised, "open_data", lambda *_: ArraySource(images))
     with pytest.raises(ValueError, match="'stripes' have no labels"):
         supervise(config)
 
