@@ -42,7 +42,7 @@ struct AugmentView {
   int64_t height, width;  // of the box
   bool flip;
   int32_t steps;
-  int32_t contrast;  // index of the contrast step, or `steps`; its offset is filled in here
+  int32_t contrast;  // index of the contrast step, or `steps`; augment_view fills in its offset
   ColorStep step[5];
   float sigma;  // 0: no blur
   void* out;    // [3, size, size], or [size, size, 3] when channels_last

@@ -1,11 +1,14 @@
-// One view of one image in two passes over the pixels; L = floats per vector register.
+// One view of one image, in two passes over its pixels. A vector register holds L floats.
 //
-// Pass A resizes L output rows at a time: vertically with lanes along the source row, an L×L
-// transpose in registers, horizontally with lanes along the L rows (so no gathers), the colour
-// steps before contrast while the pixel is still in registers, a transpose back. It sums what
-// contrast needs the mean of. Pass B runs contrast and what follows row by row, blurs, normalises,
-// casts. Memory traffic: the box once, the [3, S, S] float plane buffer (L2) once each way, the
-// output.
+// Pass A makes L output rows at a time:
+//   1. resize vertically; a vector holds L neighbours of a source row
+//   2. transpose L×L blocks in registers; now a vector holds one column of the L output rows
+//   3. resize horizontally, which needs no gathers this way, and run the colour steps before
+//      contrast while the pixels are still in registers
+//   4. add up the pixels, whose mean contrast needs; transpose back
+// Pass B goes row by row: contrast and the later steps, blur, normalise, cast.
+// Memory traffic: the box once, the float planes [3, S, S] once each way (they fit the L2 cache),
+// the output once.
 #include <math.h>
 #include <string.h>
 
@@ -35,8 +38,8 @@ int64_t taps_width(const AugmentSpec& spec, int64_t in) {
   return int64_t(ceil((spec.bilinear ? 1 : 2) * stretch)) * 2 + 1;
 }
 
-// Source samples outside [0, in) count for nothing and the rest is renormalised, in Pillow, in
-// torch's antialiased resize and in TensorFlow's half-pixel bicubic alike.
+// Samples outside [0, in) get no weight and the others are renormalised, as in Pillow, in torch's
+// antialiased resize and in TensorFlow's half-pixel bicubic.
 void fill_taps(const AugmentSpec& spec, int64_t in, double gain, Taps& taps) {
   const double scale = double(in) / double(spec.size);
   const double stretch = spec.antialias && scale > 1 ? scale : 1;
@@ -182,7 +185,7 @@ void resize_group_vertically(const AugmentView& view, const Scratch& s, const in
   }
 }
 
-// Resizes everything and runs the steps before contrast; sums[c] are of what contrast sees.
+// Resizes and runs the steps before contrast. sums[c]: the sum of channel c before contrast.
 template <typename P>
 void pass_a(const AugmentSpec& spec, const AugmentView& view, const Scratch& s, double* sums) {
   const int64_t size = spec.size, padded = round_up(size);
@@ -247,7 +250,7 @@ void fill_contrast_offset(const AugmentSpec& spec, const double* sums, ColorStep
 }
 
 // ---- pass B
-// Beyond 4σ the Gaussian's tail weighs 6e-5 in all: .016/255 at most.
+// The Gaussian's tails beyond 4σ weigh 6e-5 in total, which is at most 0.016 / 255 in a pixel.
 int blur_weights(const AugmentSpec& spec, float sigma, float* weight) {
   if (!(sigma > 0)) return 0;
   int radius = int(ceil(4.0 * double(sigma)));
@@ -293,7 +296,7 @@ void blur_row(const AugmentSpec& spec, const float* weight, int radius, float* c
   }
 }
 
-// The neighbour of row y at distance k, or null where padding is zero.
+// Row y of the plane; beyond the border its reflection, or null where the padding is zero.
 const float* blur_neighbour(const AugmentSpec& spec, const float* plane, int64_t y) {
   if (y < 0 || y >= spec.size) {
     if (!spec.reflect) return nullptr;

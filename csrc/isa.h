@@ -1,8 +1,9 @@
 // Run-time choice of instruction set.
 //
-// A file csrc/<op>_kernel.cpp includes neither torch nor the STL's inline code and is compiled once
-// per instruction set: SIMCLR_ISA = base | avx2 | avx512. arm64 has only base, which is NEON there.
-// It wraps everything in `namespace SIMCLR_ISA`. The caller picks one:
+// A file csrc/<op>_kernel.cpp is compiled once per instruction set: SIMCLR_ISA = base | avx2 |
+// avx512. arm64 has only base, which is NEON there. The file wraps everything in
+// `namespace SIMCLR_ISA`. It includes neither torch nor the STL: the linker might choose an inline
+// function compiled for AVX-512 for the whole extension. The caller picks an instruction set:
 //
 //   SIMCLR_DECLARE_ISAS(void, my_kernel, (const float* x, int64_t n))   // in <op>.h
 //   SIMCLR_DISPATCH(my_kernel)(x, n);                                   // in <op>_cpu.cpp

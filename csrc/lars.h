@@ -1,7 +1,7 @@
 // LARS: the arithmetic that the CPU and CUDA kernels share. No torch, no STL.
 //
 // With s = ±1 / grad_scale (minus to maximise), λ the weight decay and r the trust ratio:
-//   d = s·g + λ·p                     without decay just s·g, so that an infinite p stays
+//   d = s·g + λ·p                     just s·g if λ = 0, as 0·p is NaN for an infinite p
 //   v = μ·v + into·d       into = (1 - dampening)·r, times lr when the momentum order is TF's
 //   p = p - out·u          out = lr, or 1 in TF's order;  u = v, or into·d + μ·v with Nesterov
 // Norms are sums of squares of p and g (or of d), accumulated in double on the CPU.

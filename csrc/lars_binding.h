@@ -109,7 +109,7 @@ class LarsArguments {
                     "lars_: group_sizes do not cover the parameters and buffers");
   }
 
-  // Copies back what was updated in a contiguous copy because its strides allowed nothing else.
+  // Copies results back to tensors whose strides made the update work on a contiguous copy.
   void finish() {
     for (auto& [original, copy] : copies_) torch::stable::copy_(original, copy);
   }
@@ -146,7 +146,7 @@ class LarsArguments {
     return true;
   }
 
-  // Whether the elements fill one block of memory, in whatever order of dimensions.
+  // Whether the elements fill one block of memory, in any order of dimensions.
   static bool is_dense(AtenTensorHandle t) {
     const Shape shape(t);
     std::vector<std::pair<int64_t, int64_t>> order;

@@ -1,13 +1,15 @@
 // simclr_fast::lars_ on the CPU: the whole optimizer step in one parallel region without barriers.
 //
-// Threads take items from one list in order. A tensor of at most kOwned elements is one item
-// (several tiny ones share it): its norms, then its update, while it is still in that core's cache.
-// A larger one has an item per piece of kPiece elements, which takes the piece's norms and puts it
-// on the thread's own stack; once all norms of a tensor are there, threads update the pieces of
-// their stacks, the newest, which is still in their cache, first. A thread that finds nothing left
-// updates pieces of others, so that hardly any ever waits and an interrupted thread holds up no
-// one. Sums are taken per piece and added in order: the result depends neither on the number of
-// threads nor on which of them did what.
+// Threads take items from one list, in order.
+//   - A tensor of at most kOwned elements is one item; several tiny ones share an item. Its thread
+//     computes the norms and then updates the tensor, while it is in that core's cache.
+//   - A larger tensor has an item per piece of kPiece elements. A thread computes the norms of the
+//     piece and puts the piece on its own stack. As soon as all norms of the tensor are known,
+//     threads update the pieces on their stacks, the newest first, which is in their cache.
+// A thread that finds no more items updates pieces of other threads. So threads hardly ever wait,
+// and an interrupted thread delays no other.
+// Sums are taken per piece and added in order. So the result depends neither on the number of
+// threads nor on which thread did what.
 #include <atomic>
 #include <cmath>
 #include <deque>
@@ -21,7 +23,7 @@ namespace {
 
 constexpr int64_t kPiece = 1 << 16;
 constexpr int64_t kOwned = 1 << 17;
-// Tiny tensors are put together up to this many elements; no thread is started for fewer.
+// Tiny tensors share an item up to this many elements. No thread is started for fewer.
 constexpr int64_t kGrain = 1 << 15;
 
 // The tensors begin..end-1, or the piece number `piece` of the split tensor number `begin`.
@@ -42,7 +44,7 @@ struct Split {
   LarsFactors factors;
 };
 
-// The pieces of one split tensor whose norms a thread took.
+// The pieces of one split tensor whose norms a thread computed.
 struct Mine {
   int32_t split;
   std::vector<int64_t> pieces;
@@ -102,7 +104,8 @@ class Step {
     }
   }
 
-  // However many threads run this at once, it ends: norms wait for nothing.
+  // Ends for any number of threads: waiting is only for norms, and computing norms waits for
+  // nothing.
   void work() {
     const int64_t items = static_cast<int64_t>(items_.size());
     std::vector<Mine> stack;
@@ -191,7 +194,7 @@ class Step {
     if (groups_[t.group].flags & lars_adapt)
       for (int64_t k = 0; k < pieces(t.n); ++k) squares(t, k, sums + 2 * k);
     const LarsFactors f = factors(t, sums);
-    // The last piece is the one that is still in the cache.
+    // The last piece is still in the cache.
     for (int64_t k = pieces(t.n); k-- > 0;)
       update(t, k * kPiece, std::min(kPiece, t.n - k * kPiece), f);
   }

@@ -166,7 +166,8 @@ __device__ inline Squares<A> thread_squares(const T* p, const T* g, int n, doubl
   return sums;
 }
 
-// A float sum of 128 squares that is far from the ends of float32's range lost nothing to them.
+// Whether a float32 sum of 128 squares is so far within float32's range that no square overflowed,
+// and those that underflowed do not count.
 __device__ inline bool in_range(float x) { return x > 1e-25f && x < 1e37f; }
 __device__ inline bool in_range(double) { return true; }
 

@@ -1,10 +1,10 @@
 // LARS on the CPU: sums of squares and the update of one piece of one tensor.
 //
 // Memory per element: the sums read p and g; the update reads p, g, v and writes p, v. One core
-// reads faster from several places at once, so a piece is walked as four quarters side by side,
-// with the lines of the next iterations prefetched. Half precision passes through float32 tiles in
-// the first-level cache. Every sum is a double one, in which the square of a float32 is exact, so
-// the sums do not depend on the instruction set.
+// reads faster from several places at once, so a piece is processed as four quarters side by side,
+// and the cache lines of the next iterations are prefetched. Half precision passes through float32
+// tiles in the first-level cache. Sums are taken in double, in which the square of a float32 is
+// exact. So they do not depend on the instruction set.
 #include "lars.h"
 
 #ifdef __F16C__
@@ -23,7 +23,7 @@ constexpr int kBytes = 32;
 constexpr int kBytes = 16;
 #endif
 constexpr int kDoubles = kBytes / 8;
-// Elements walked together; element i of a quarter is summed in lane i % kBlock.
+// Elements processed together. Element i of a quarter is added in lane i % kBlock.
 constexpr int kBlock = 16;
 constexpr int kRegisters = kBlock / kDoubles;
 constexpr int kStreams = 4;
@@ -50,7 +50,7 @@ inline Doubles load(const double* x) {
 }
 
 inline Doubles load(const float* x) {
-  // Where gcc would convert in two halves and join them, at half the speed.
+  // gcc would convert two halves and join them, at half the speed.
 #if defined(__AVX512F__)
   return _mm512_cvtps_pd(_mm256_loadu_ps(x));
 #elif defined(__AVX__)

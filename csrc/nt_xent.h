@@ -39,8 +39,8 @@ struct NtXentNormalize {
   Workers workers;
 };
 
-// The forward pass keeps 2^x of the negatives for the backward pass where that is no more than a
-// few times u; returns the number of elements, for block pairs of csrc/nt_xent_schedule.h, or 0.
+// How many values 2^x of negatives the forward pass keeps for the backward pass: those of all block
+// pairs of csrc/nt_xent_schedule.h; or 0 if that is more than a few times the size of u.
 // simclr_fast/ops/nt_xent.py has the same formula.
 inline int64_t kept_size(int64_t total, int64_t dim) {
   const int64_t block = total / 10 + 49 < 192 ? total / 10 + 49 : 192;

@@ -1,7 +1,8 @@
 // NT-Xent's backward pass on the CPU, compiled once per instruction set.
 //
-// G_i = Σ_j W_ij u_j over the negatives j, W_ij = g_i e^(s_ij - lse_i) + g_j e^(s_ij - lse_j);
-// then, row by row in double precision, the positive's term and the Jacobian of the normalisation.
+// First G_i = Σ_j W_ij u_j over the negatives j, with
+// W_ij = g_i e^(s_ij - lse_i) + g_j e^(s_ij - lse_j).
+// Then, row by row in double precision, the positive's term and the gradient of the normalisation.
 #include "nt_xent_classes.h"
 #include "nt_xent_schedule.h"
 #include "nt_xent_tiles.h"
@@ -9,7 +10,7 @@
 namespace simclr::SIMCLR_ISA {
 namespace {
 
-// A row of u in slices of kProductVecs vectors of features, `stride` apart.
+// Copies a row of u in slices of kProductVecs vectors of features. Slices are `stride` apart.
 template <class T>
 void slice_row(const T* u, int64_t dim, int64_t padded_dim, int64_t stride, T* out) {
   constexpr int64_t width = kProductVecs * kLanes<T>;
@@ -17,12 +18,12 @@ void slice_row(const T* u, int64_t dim, int64_t padded_dim, int64_t stride, T* o
     for (int64_t k = 0; k < width; ++k) out[k] = d + k < dim ? u[d + k] : T(0);
 }
 
-// What multiplies the exponentials: see Weights in nt_xent_tiles.h.
+// The factors of the exponentials. Weights in nt_xent_tiles.h has the formulas.
 template <class T>
 struct Factors {
   T* factor;  // [total rounded up to panels], 0 beyond total
   T* lse;     // in bits, or null
-  T* share;   // [total], what a row's positives share among them, or null
+  T* share;   // [total], g / (a row's positives), or null
   double scale;
 };
 
@@ -32,7 +33,7 @@ Factors<T> make_factors(const NtXentBackward<T>& p) {
   Factors<T> f{allocate<T>(p.workspace, padded), nullptr, nullptr, 0};
   if (!in_range<T>(p.temperature, p.total)) f.lse = allocate<T>(p.workspace, padded);
   if (p.classes.ids) f.share = allocate<T>(p.workspace, p.total);
-  // The largest upstream gradient is taken out, so that small ones do not become subnormal.
+  // Divide by the largest upstream gradient, so that small ones do not become subnormal.
   for (int64_t i = 0; i < p.total; ++i) {
     const double g = __builtin_fabs(double(p.grad[i * p.grad_stride]));
     if (!(g <= f.scale)) f.scale = g;
@@ -63,7 +64,7 @@ void weighted_sums(const NtXentBackward<T>& p, const Factors<T>& f, T* g, int64_
   const int pair_bits = p.classes.ids ? 0 : 1;
   const bool symmetric = p.rows == p.total;
   const int64_t padded_rows = round_up(p.rows, kPanel<T>);
-  // What the products read: [block][slice][row][features].
+  // u in the order in which the products read it: [block][slice][row][features].
   constexpr int64_t width = kProductVecs * kLanes<T>;
   const int64_t sliced_dim = round_up(padded_dim, width);
   T* sliced = allocate<T>(p.workspace, round_up(p.total, block) * sliced_dim);
@@ -109,17 +110,18 @@ void weighted_sums(const NtXentBackward<T>& p, const Factors<T>& f, T* g, int64_
       });
 }
 
-// Where the gradients of a pair's two views are formed.
+// The two views of a pair, and where their gradients go.
 template <class T>
 struct Pair {
   const T* z[2];          // [dim]
-  const T* negatives[2];  // [dim], Σ_j W_ij u_j, times scale: dL/du but for the positive
+  const T* negatives[2];  // [dim], Σ_j W_ij u_j; times scale: dL/du without the positive's term
   double scale;
   double q;    // weight of the positive, over temperature
   T* grad[2];  // [dim]
 };
 
-// The projection removes u, so the positive's term is q·(positive - u), exact for aligned views.
+// dL/du has the term q·positive. The projection removes multiples of u, so the term may be
+// q·(positive - u) instead, which keeps its digits for aligned views.
 // Returns Σ <u, dL/du> over both views.
 template <class T>
 double finish_pair(const Pair<T>& p, int64_t dim) {
@@ -140,8 +142,8 @@ double finish_pair(const Pair<T>& p, int64_t dim) {
     squares += u0 * u0 + u1 * u1;
   }
   const double along[2] = {sum_lanes(sums[0]), sum_lanes(sums[1])};
-  // A clamped norm is a constant: nothing is projected, and the u that the positive's term left out
-  // comes back.
+  // A clamped norm is a constant: there is no projection, and the q·u that was subtracted is added
+  // again.
   const double radial[2] = {clamped[0] ? -p.q : along[0], clamped[1] ? -p.q : along[1]};
   for (int64_t k = 0; k < dim; k += kDoubles) {
     const Doubles u0 = load_doubles(p.z[0] + k, dim - k) * inverse[0];

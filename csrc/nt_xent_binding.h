@@ -31,8 +31,8 @@ void run_workers(int64_t count, void (*body)(void*, int64_t), void* context) {
 
 Workers workers() { return {int64_t(torch::stable::get_num_threads()), run_workers}; }
 
-// Contiguous, on the CPU. Through the shim: torch::stable::new_empty's trip through the dispatcher
-// costs several times as much, which small batches feel.
+// An uninitialised, contiguous CPU tensor. Calls the shim directly: torch::stable::new_empty goes
+// through the dispatcher, which takes several times as long and counts for small batches.
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   int64_t strides[2] = {1, 1};
   if (sizes.size() == 2) strides[0] = sizes.begin()[1];

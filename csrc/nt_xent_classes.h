@@ -1,4 +1,5 @@
-// Positives by class on the CPU: sums over a class's rows forward, a mask over W's tiles backward.
+// Positives by class on the CPU: the forward pass sums the rows of each class, the backward pass
+// changes the weights W of positives.
 #pragma once
 
 #include "nt_xent_schedule.h"
@@ -9,7 +10,7 @@ namespace {
 // Sums over the rows of each class, in double precision.
 template <class T>
 struct ClassSums {
-  const int64_t* slot;  // [total], which class a row belongs to
+  const int64_t* slot;  // [total], the class of a row
   const double* sums;   // [classes, dim]
   int64_t dim;
 
@@ -28,7 +29,7 @@ ClassSums<T> sum_classes(const NtXentForward<T>& p) {
     slot[i] = of_id[ids[i]];
   }
   double* sums = allocate<double>(p.workspace, classes * p.dim);
-  // A thread takes whole features: every sum has one order whatever their number.
+  // A thread adds whole features, so the order of a sum does not depend on the number of threads.
   constexpr int64_t chunk = 2 * kDoubles;
   parallel(p.workers, round_up(p.dim, chunk) / chunk, [&](int64_t c, int64_t) {
     const int64_t end = smaller(p.dim, (c + 1) * chunk);
@@ -62,8 +63,9 @@ void finish_class_row(const NtXentForward<T>& p, const ClassSums<T>& sums, doubl
   p.lse[row] = log2_sum / kLog2E;
 }
 
-// Takes share_i + share_j from the weights W of positives, before W meets u: what is left is small
-// where the softmax is right, and keeps its digits. w: the panel of block J that starts at row j.
+// Subtracts share_i + share_j from the weights W of positives. For aligned views the difference is
+// small; it keeps its digits because it is taken before the product of W and u. w: the panel of
+// block J that starts at row j.
 template <class T>
 void subtract_shares(const Block<T>& I, const Block<T>& J, int64_t j, const int32_t* ids,
                      const T* share, T* w, int64_t stride) {
@@ -77,7 +79,7 @@ void subtract_shares(const Block<T>& I, const Block<T>& J, int64_t j, const int3
   }
 }
 
-// From g, Σ_j W_ij u_j, times scale: dL/du, to dL/dz.
+// From g = Σ_j W_ij u_j to dL/dz. dL/du is scale·g.
 template <class T>
 void finish_class_gradients(const NtXentBackward<T>& p, double scale, const T* g,
                             int64_t padded_dim) {

@@ -61,7 +61,8 @@ void clear(ColumnPartials<T>& columns) {
   fill<T>(columns.highest[0], 2 * kTileVecs, -1e30f);
 }
 
-// Where Sums hold what a row collects over columns of a view: the row's own view or the other.
+// Where Sums has the results of a row over the columns of a view: 2·row for the row's own view,
+// 2·row + 1 for the other one.
 int64_t sum_index(int64_t row, int64_t view) { return 2 * row + ((view ^ row) & 1); }
 
 // Adds the partial results of `count` rows, the first of which has number first_row in sums.
@@ -76,7 +77,8 @@ void add_rows(const RowPartials<T>& rows, int64_t first_row, int64_t count, cons
     }
 }
 
-// The same for one panel's columns: by symmetry they are rows too, and the rows their columns.
+// The same for the columns of one panel. x is symmetric: they are rows too, and the rows are their
+// columns.
 template <class T, Pass pass>
 void add_columns(const ColumnPartials<T>& columns, int64_t first_row, int64_t count,
                  const Sums& sums) {
@@ -90,7 +92,8 @@ void add_columns(const ColumnPartials<T>& columns, int64_t first_row, int64_t co
     }
 }
 
-// References of one panel's columns as rows, for rows of view 1 and of view 2; 0 for filling.
+// The references of a panel's columns when they are rows: over columns of view 1, then of view 2.
+// Rows that only fill up the panel get 0.
 template <class T>
 void column_references(const T* references, int64_t first_row, int64_t count, T* out) {
   for (int view = 0; view < 2; ++view)
@@ -116,7 +119,7 @@ void collect_pair(const Block<T>& I, int64_t first_row, const Block<T>& J, int64
     const References<T> reference{references ? references + 2 * first_row : nullptr,
                                   panel_references};
     // Rows [0, mirrored) count for the columns too. A block's pair with itself holds each x twice:
-    // rows above the panel's own are mirrored, those below are left out.
+    // the rows before the panel are mirrored, those after it are left out.
     const int64_t mirrored = !symmetric ? 0 : diagonal ? j : I.padded;
     const int64_t end = diagonal ? j + kPanel<T> : I.padded;
     collect_panel<T, pass, true>(I, 0, mirrored, J, j, dim, rows, columns, reference);
@@ -137,7 +140,7 @@ void collect_blocks(const Packed<T>& rows, const Packed<T>& columns, const Sums&
                     const Block<T> I = rows[b], J = columns[c];
                     Vec<T>* own = scratch + worker * 3 * block;
                     RowPartials<T> partials{own, own + block, own + 2 * block, nullptr, block};
-                    // Only 2^x without references is what the backward pass can use.
+                    // The backward pass can use 2^x only without references.
                     if (p.kept && (pass == Pass::sum || pass == Pass::stats))
                       partials.kept = p.kept + number * block * block;
                     collect_pair<T, pass>(I, I.first - rows.first, J, J.first - columns.first,
@@ -145,7 +148,7 @@ void collect_blocks(const Packed<T>& rows, const Packed<T>& columns, const Sums&
                   });
 }
 
-// log2 Σ, mean of x under the softmax and maximum of x for one class of columns.
+// log2 Σ 2^x, mean of x under the softmax and maximum of x over a set of columns.
 struct Negatives {
   double log2_sum, mean, highest;
 };
@@ -160,7 +163,8 @@ Negatives both(const Negatives& a, const Negatives& b) {
           more.highest > less.highest ? more.highest : less.highest};
 }
 
-// compared: the positive as the negatives' maximum is computed; positive: more exactly.
+// compared: the positive's x, rounded as that of the negatives, with whose maximum it is compared.
+// positive: the same in double precision, for the entropy.
 template <class T>
 void top1_and_entropy(const Negatives& negatives, double positive, T compared, T* out) {
   const Negatives all = both(negatives, {positive, positive, positive});

@@ -1,10 +1,12 @@
-// Blocks of rows of NT-Xent on the CPU, and the order in which pairs of them are visited.
+// Blocks of rows of NT-Xent on the CPU, and the order in which pairs of blocks are visited.
 //
-// In one process x is symmetric, so only tiles on and above the diagonal are computed: each gives
-// sums of its rows and of its columns, and its weights W serve both products W·u. Pairs of blocks
-// go in rounds, I + J = round modulo the number of blocks, so each block has one pair in a round. A
-// pair waits only for the two pairs of the round before that contain its blocks. So every sum is
-// taken in one order for any number of threads, and a slow thread delays only a few others.
+// In one process x is symmetric, so only tiles on and above the diagonal are computed. Each gives
+// sums of its rows and of its columns, and in the backward pass its weights W are multiplied by the
+// u of its columns and by the u of its rows.
+// Pairs of blocks go in rounds: I + J = round, modulo the number of blocks. So each block has one
+// pair in a round. A pair waits only for the pairs of the previous round that contain its blocks.
+// So every sum is taken in the same order for any number of threads, and a slow thread delays only
+// a few others.
 #pragma once
 
 #include <sched.h>
@@ -28,7 +30,7 @@ int64_t block_rows(int64_t total) {
   return smaller(kLargestBlock, round_up(total / kBlocksWanted + 1, kPanel<T>));
 }
 
-// 2^x and the sums of it stay in range; else every row needs its own reference.
+// Whether 2^x and its sums stay in range. Otherwise every row needs its own reference.
 template <class T>
 bool in_range(double temperature, int64_t total) {
   return kLog2E / temperature * 1.001 + __builtin_log2(double(total)) + 8 <
@@ -69,12 +71,12 @@ struct Block {
   const T* panels;
   int64_t first;   // index of its first row among all rows
   int64_t count;   // rows
-  int64_t padded;  // rows with those that fill up the last panel; they are zero
+  int64_t padded;  // rows, with the zero rows that fill up the last panel
   int pair_bits;   // 1: no row meets itself or its pair's other row; 0: no row meets itself
 };
 
-// Rows [first, first + count) of u in panels of kPanel rows, feature-major: panel[k][r]; taken in
-// blocks of `block` rows.
+// Rows [first, first + count) of u in panels of kPanel rows, feature-major: panel[k][r]. `block`
+// rows make a block.
 template <class T>
 struct Packed {
   const T* panels;
@@ -94,7 +96,7 @@ struct Four {
   typedef T Type __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T))));
 };
 
-// Four rows of u's features 0..3 to four features of panel's rows 0..3.
+// Copies features 0..3 of four rows of u to the panel, where each feature is contiguous.
 template <class T>
 SIMCLR_INLINE void transpose(const T* u, int64_t dim, T* panel, typename Four<T>::Type& poison) {
   using V = typename Four<T>::Type;
@@ -109,7 +111,7 @@ SIMCLR_INLINE void transpose(const T* u, int64_t dim, T* panel, typename Four<T>
     *reinterpret_cast<V*>(panel + f * kPanel<T>) = V{r[0][f], r[1][f], r[2][f], r[3][f]};
 }
 
-// Returns whether every value is a number.
+// Copies up to kPanel rows of u to the panel. Returns whether all values are finite.
 template <class T>
 bool pack_panel(const T* u, int64_t rows, int64_t dim, T* panel) {
   typename Four<T>::Type poison{};
@@ -126,7 +128,8 @@ bool pack_panel(const T* u, int64_t rows, int64_t dim, T* panel) {
   return poison[0] + poison[1] + poison[2] + poison[3] == 0;
 }
 
-// each_row(row) runs for every row of a panel, those that fill it up too, on the panel's thread.
+// Calls each_row(row) for every row of a panel, also for those that fill it up, on the thread that
+// packs the panel.
 template <class T, class F>
 Packed<T> pack(const T* u, int64_t first, int64_t count, int64_t dim, int64_t block, int pair_bits,
                const Workers& workers, const Workspace& workspace, bool* finite,
@@ -143,7 +146,7 @@ Packed<T> pack(const T* u, int64_t first, int64_t count, int64_t dim, int64_t bl
   return {packed, first, count, dim, block, pair_bits};
 }
 
-// The pair that has number t in the order of rounds; counts on t growing by any steps.
+// Finds the pair with number t in the order of rounds. t must not become smaller between calls.
 struct PairOrder {
   int64_t blocks;
   int64_t round = 0, before = 0;  // pairs in earlier rounds
@@ -176,7 +179,7 @@ void for_block_pairs(const Packed<T>& rows, const Packed<T>& columns, const Work
     });
     return;
   }
-  // done[b]: rounds that block b has behind it.
+  // done[b]: the number of rounds that block b has finished.
   int64_t* done = allocate<int64_t>(workspace, blocks);
   for (int64_t b = 0; b < blocks; ++b) done[b] = 0;
   int64_t next = 0;

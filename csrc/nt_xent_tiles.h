@@ -1,6 +1,6 @@
 // The tiles of NT-Xent on the CPU: similarities, exponentials while they are in registers, and the
 // products of the weights W with the embeddings.
-// A register tile takes its columns from one panel as vectors, its rows from another as broadcasts.
+// A register tile loads its columns from one panel as vectors and broadcasts its rows from another.
 #pragma once
 
 #include "nt_xent_schedule.h"
@@ -30,8 +30,9 @@ SIMCLR_INLINE void similarities(const T* rows, const T* columns, int64_t dim, Ti
   }
 }
 
-// One such x, to the last bit: a positive is compared with the negatives, and equal rows must tie.
-// In vectors, as a compiler may multiply and add scalars in two roundings.
+// A single x, with the same bits as `similarities` computes: the positive is compared with the
+// negatives, and equal rows must tie. In vectors, because a compiler may round the products of
+// scalars before it adds them.
 template <class T>
 T similarity(const T* row, const T* column, int64_t dim) {
   Vec<T> x{};
@@ -50,7 +51,7 @@ SIMCLR_INLINE bool needs_mask(const Block<T>& I, int64_t i, const Block<T>& J, i
          j + kPanel<T> > J.count;
 }
 
-// All bits set for negatives, none for self, positive and filling.
+// All bits are set for negatives, none for self, positive and rows that fill up a panel.
 template <class T>
 using Mask = typename Lanes<T>::IntVec[kTileRows<T>][kTileVecs];
 
@@ -59,7 +60,7 @@ SIMCLR_INLINE void make_mask(const Block<T>& I, int64_t i, const Block<T>& J, in
                              Mask<T>& keep) {
   using Int = typename Lanes<T>::IntVec;
   using Bits = typename Lanes<T>::Bits;
-  // Counted from the tile's first column, which is even, as is its first row where pairs matter.
+  // Counted from the tile's first column. It is even, and so is the first row where pairs matter.
   const int bits = I.pair_bits;
   const Bits pair = Bits(((I.first + i) >> bits) - ((J.first + j) >> bits));
   const Bits columns = Bits(J.count - j);
@@ -77,8 +78,8 @@ SIMCLR_INLINE void make_mask(const Block<T>& I, int64_t i, const Block<T>& J, in
     }
 }
 
-// What the forward pass collects over the negatives of each row, for columns of the row's own view
-// [0] and of the other view [1]: arrays [rows][2].
+// The results of the forward pass over the negatives of each row: arrays [rows][2], for columns of
+// the row's own view [0] and of the other view [1].
 struct Sums {
   double* sum;       // Σ 2^(x - reference)
   double* weighted;  // Σ 2^(x - reference)·x
@@ -254,8 +255,8 @@ void weigh_panel(const Block<T>& I, const Block<T>& J, int64_t j, int64_t dim,
   }
 }
 
-// As weigh_panel for all panels of J, from the 2^x that the forward pass kept. In a block's pair
-// with itself those are of the panels from a row's own on; the others mirror them.
+// Like weigh_panel for all panels of J, from the 2^x that the forward pass kept. In a block's pair
+// with itself, the forward pass kept the panels from a row's own on; the others mirror them.
 template <class T>
 void weigh_kept(const Block<T>& I, const Block<T>& J, const T* kept, const Weights<T>& p) {
   const bool diagonal = I.first == J.first;
