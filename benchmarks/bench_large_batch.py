@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -92,8 +91,7 @@ def one(mode: str, given: "CommandLine") -> dict:
             for _ in range(2)
         ]
         del images
-        before = resident()
-        _reset_peak()
+        before = harness.reset_peak()
         losses, seconds = [], []
         for _ in range(given.steps):
             began = time.perf_counter()
@@ -104,20 +102,10 @@ def one(mode: str, given: "CommandLine") -> dict:
             seconds.append(time.perf_counter() - began)
         return {
             "losses": losses,
-            "gb": (resident("VmHWM") - before) / 1e9,
+            "gb": (harness.resident("VmHWM") - before) / 1e3,
             "seconds": statistics.median(seconds[1:] or seconds),
             "first": seconds[0],
         }
-
-
-def resident(field: str = "VmRSS") -> int:
-    """Resident bytes of this process now, or with "VmHWM" the peak since the last reset."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
-
-
-def _reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def measure(mode: str, given: "CommandLine") -> dict:

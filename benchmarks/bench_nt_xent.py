@@ -9,8 +9,6 @@ With MALLOC_TOP_PAD_=4294967296 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 bef
 malloc reuses memory. Losses that build 2N × 2N matrices then have no page faults.
 """
 
-import ctypes
-import re
 import subprocess
 import sys
 import time
@@ -18,7 +16,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -79,22 +76,16 @@ def gradient_error(loss, z1, z2) -> float:
     return ((actual - wanted).norm() / wanted.norm()).item()
 
 
-def _resident(key: str) -> float:
-    return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
-
-
 def print_memory(name: str, n: int, d: int) -> None:
-    """Print by how many MB forward+backward raise the peak of this process's resident memory."""
-    loss, z = (losses(n) | relatives(n))[name], views(n, d)
-    forward_backward(loss, *z)  # compiles, loads libraries
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
-    forward_backward(loss, *z)
-    print(_resident("VmHWM") - before)
+    """Print `harness.peak_memory` of forward+backward in this process."""
+    step = partial(forward_backward, (losses(n) | relatives(n))[name], *views(n, d))
+    # The first call compiles and loads libraries.
+    step()
+    print(harness.peak_memory(step, torch.device("cpu")))
 
 
 def peak_memory(name: str, n: int, d: int) -> float:
+    """`print_memory` in a process of its own, where no other loss has used memory before."""
     command = [sys.executable, "-m", "simclr_fast.benchmarks.bench_nt_xent", "--memory-of", name]
     command += ["--n", str(n), "--d", str(d), "--threads", str(torch.get_num_threads())]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

@@ -22,7 +22,7 @@ import torch
 import simclr_fast
 from simclr_fast import ops
 from simclr_fast.utils.checkpoint import write_atomic
-from simclr_fast.utils.device import resolve_device
+from simclr_fast.utils.device import resolve_device, usable_cores
 from simclr_fast.utils.extras import installed_versions, need
 
 T = TypeVar("T")
@@ -187,17 +187,22 @@ def peak_memory(step: Callable[[], object], device: torch.device) -> float | Non
     gc.collect()
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-    # Resets the peak to the memory that is resident now.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
+    before = reset_peak()
     step()
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
-def _resident(key: str) -> float:
+def reset_peak() -> float:
+    """Set the peak of this process's resident memory to what is resident now; return it in MB."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def resident(key: str) -> float:
+    """MB of this process's resident memory: "VmRSS" now, "VmHWM" at its peak."""
     status = Path("/proc/self/status").read_text()
     (line,) = (line for line in status.splitlines() if line.startswith(key + ":"))
-    return int(line.split()[1]) / 1e3
+    return int(line.split()[1]) * 1024 / 1e6
 
 
 def memory_column(
@@ -217,7 +222,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "simclr_fast": simclr_fast.__version__,
         "commit": _commit(),
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "instruction_set": _instruction_set(),
         "load": os.getloadavg()[0],

@@ -1,7 +1,6 @@
 """The speed limits of this machine, measured in the same run as the tables that they bound."""
 
 import contextlib
-import os
 import subprocess
 from collections.abc import Callable
 from importlib import import_module
@@ -13,6 +12,7 @@ from simclr_fast import ops
 from simclr_fast.benchmarks import harness
 from simclr_fast.benchmarks.fma_peak import fma_per_second
 from simclr_fast.benchmarks.harness import Options
+from simclr_fast.utils.device import usable_cores
 
 _ROUNDS = 5
 # Float32 elements: more than any last-level cache holds, a small part of any GPU's memory.
@@ -76,6 +76,5 @@ def _seconds(steps: dict[str, Callable[[], object]], device: torch.device) -> di
 
 def text(found: dict[str, float]) -> str:
     """The rates in one line."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     rates = "; ".join(f"{name} {rate:.3g}" for name, rate in found.items())
-    return f"floor of the machine ({cores} cores): {rates}"
+    return f"floor of the machine ({usable_cores()} cores): {rates}"
