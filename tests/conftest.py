@@ -1,4 +1,4 @@
-"""Options of the whole suite, and Ctrl-C as in a terminal."""
+"""Options of the whole suite; Ctrl-C works even if the suite was started with &."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    # A shell that starts the suite with & has it ignored.
+    # A shell that starts the suite with & makes it ignore Ctrl-C.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if _natively(config):
@@ -26,12 +26,12 @@ def pytest_configure(config):
     if paths and all(path.resolve().is_relative_to(INTERPRETED) for path in paths):
         # Triton reads it when a kernel is defined, so it holds for the whole process.
         os.environ["TRITON_INTERPRET"] = "1"
-        # One thread: OpenBLAS's own would wait for each other in small products.
+        # OpenBLAS's threads would wait for each other in small products.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def pytest_ignore_collect(collection_path, config):
-    """The interpreter would disturb the tests that compile: it needs a process of its own."""
+    """Tests in the interpreter need a process of their own: it would break tests that compile."""
     here = collection_path.is_relative_to(INTERPRETED)
     if here and not _natively(config) and os.environ.get("TRITON_INTERPRET") != "1":
         return True

@@ -75,7 +75,7 @@ def test_matches_the_reference(spec, brightness, interpolation, size):
 
 
 @pytest.mark.parametrize("spec", ["simclr", "torchvision"])
-def test_large_photographs(spec):
+def test_large_photographs_match_the_reference(spec):
     aug = Augmentation(64, spec)
     images = [photograph(3000, 4000)]
     p = drawn(aug, images)
@@ -85,7 +85,7 @@ def test_large_photographs(spec):
 @pytest.mark.parametrize("spec", ["simclr", "torchvision"])
 @pytest.mark.parametrize("size", [40, 17, 64])
 def test_whole_images_of_every_small_size(size, spec):
-    """Scales at which some weights are exactly zero included."""
+    """At some of these scales, filter weights are exactly zero."""
     aug = Augmentation(size, spec, crop=False, p_flip=0, p_jitter=0, p_gray=0, p_blur=0)
     images = [photograph(n, 70 - n) for n in range(1, 70)]
     p = drawn(aug, images)
@@ -114,7 +114,7 @@ def test_dtypes_layouts_and_normalisation(size, dtype, channels_last):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rounding_is_to_nearest_even(dtype):
-    """All values of a sweep, subnormal halves included, as torch casts them."""
+    """As torch casts, for values over the whole range and subnormal halves."""
     n = 64
     sweep = torch.cat([torch.linspace(0, 1, n * n // 2), torch.logspace(-9, 0, n * n // 2)])
     image = sweep.reshape(1, n, n, 1).expand(1, n, n, 3).contiguous()
@@ -123,7 +123,7 @@ def test_rounding_is_to_nearest_even(dtype):
     assert torch.equal(apply_views(image, p, aug, dtype=dtype)[0, 0].flatten(), sweep.to(dtype))
 
 
-def test_no_step_is_the_identity():
+def test_without_steps_the_pixels_are_unchanged():
     aug = Augmentation(50, crop=False, p_flip=0, p_jitter=0, p_gray=0, p_blur=0)
     image = photograph(50, 50)[None]
     out = apply_views(image, drawn(aug, image), aug)
@@ -131,7 +131,7 @@ def test_no_step_is_the_identity():
 
 
 @pytest.mark.parametrize("kind", ["list", "numpy", "strided", "float"])
-def test_input_kinds_agree(kind):
+def test_every_kind_of_input_gives_the_same_views(kind):
     aug = Augmentation(32)
     batch = torch.stack([photograph(40, 44), photograph(400, 440)[::10, ::10]])
     p = drawn(aug, batch)
@@ -147,7 +147,7 @@ def test_input_kinds_agree(kind):
     torch.testing.assert_close(apply_views(given, p, aug), expected, atol=2e-6, rtol=0)
 
 
-def test_out_of_other_strides():
+def test_out_may_have_any_strides():
     aug = Augmentation(16)
     images = [CHINA, FLOWER]
     p = drawn(aug, images)
@@ -155,7 +155,7 @@ def test_out_of_other_strides():
     assert torch.equal(apply_views(images, p, aug, out=out), apply_views(images, p, aug))
 
 
-def test_plain_torch_agrees(monkeypatch):
+def test_plain_torch_gives_the_same_views(monkeypatch):
     aug = Augmentation(48, mean=(0.5,) * 3, std=(0.25,) * 3)
     images = [CHINA, FLOWER]
     p = drawn(aug, images, seed=3)
@@ -164,7 +164,7 @@ def test_plain_torch_agrees(monkeypatch):
     torch.testing.assert_close(apply_views(images, p, aug), native, atol=1e-4, rtol=0)
 
 
-def test_empty_batch():
+def test_an_empty_batch_gives_no_views():
     empty = torch.empty(0, 5, 5, 3, dtype=torch.uint8)
     p = drawn(Augmentation(32), empty)
     assert apply_views([], p, Augmentation(32)).shape == (0, 3, 32, 32)
@@ -172,7 +172,7 @@ def test_empty_batch():
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_change_nothing(threads):
+def test_views_do_not_depend_on_the_number_of_threads(threads):
     aug = Augmentation(40)
     images = [CHINA, FLOWER] * 4
     p = drawn(aug, images)
@@ -203,7 +203,7 @@ TORCHVISION_OPS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, 
 
 @pytest.mark.parametrize("image", [CHINA, FLOWER], ids=["china", "flower"])
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2), (2, 0, 3, 1)])
-def test_colour_and_blur_are_torchvisions(image, order):
+def test_colour_and_blur_equal_torchvision(image, order):
     factors = (1.4, 0.5, 1.7, -0.17)
     aug = Augmentation(256, "torchvision")
     p = params((20, 30, 256, 256), order, factors, flip=True, sigma=1.3)
@@ -216,7 +216,7 @@ def test_colour_and_blur_are_torchvisions(image, order):
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("box", [(3, 5, 400, 600), (100, 100, 120, 90), (0, 0, 427, 640)])
-def test_resize_is_torchvisions_antialiased(box, interpolation):
+def test_resize_equals_torchvisions_antialiased_resize(box, interpolation):
     aug = Augmentation(224, "torchvision", interpolation=interpolation)
     image = CHINA.permute(2, 0, 1).float() / 255
     mode = F.InterpolationMode(interpolation)
@@ -225,7 +225,7 @@ def test_resize_is_torchvisions_antialiased(box, interpolation):
     assert (out - expected).abs().max() * 255 < 0.05
 
 
-def test_simclr_colours_are_colorsyss():
+def test_simclr_saturation_and_hue_equal_colorsys():
     """HSV saturation and hue, pixel by pixel, against the standard library."""
     pixels = torch.rand(16, 16, 3, dtype=torch.float64, generator=torch.manual_seed(0))
     pixels[0] = pixels[0, :, :1]

@@ -39,7 +39,7 @@ class Encoded(Source):
 
 
 ENCODED = Encoded()
-# Of two views of a part, whatever its size.
+# A graph of two views may have this many operators.
 OPERATORS = 250
 pytestmark = pytest.mark.filterwarnings("ignore:The external source node")
 
@@ -95,8 +95,8 @@ def test_both_views_match_the_fused_kernel(size, spec, brightness, interpolation
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("spec", ["simclr", "torchvision"])
-def test_every_order_of_the_jitter(spec, interleaved):
-    """On a crop that is magnified, with overshoot; strong factors."""
+def test_every_order_of_the_jitter_matches_the_fused_kernel(spec, interleaved):
+    """On a magnified crop, where the bicubic filter overshoots, with strong factors."""
     aug = Augmentation(64, spec, p_blur=0, p_gray=0, p_jitter=1, p_flip=0)
     orders = np.array(list(permutations(range(4))), np.uint8)
     image = CHINA[200:240, 100:140].copy()
@@ -114,7 +114,7 @@ def test_every_order_of_the_jitter(spec, interleaved):
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_layout_half_precision_and_normalisation(interleaved):
+def test_layout_half_precision_and_normalisation_of_the_output(interleaved):
     aug = Augmentation(32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
     params = drawn(aug, 0)
     expected = apply_views(IMAGES, params, aug).permute(0, 2, 3, 1)
@@ -126,7 +126,7 @@ def test_layout_half_precision_and_normalisation(interleaved):
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("off", ["crop", "p_flip", "p_jitter", "p_gray", "p_blur"])
-def test_switched_off_steps(off, interleaved):
+def test_views_without_a_step_match_the_fused_kernel(off, interleaved):
     aug = Augmentation(40, **{off: 0 if off != "crop" else False})
     params = drawn(aug, 0)
     (out,) = run(IMAGES, [params], aug, interleaved=interleaved)
@@ -149,7 +149,7 @@ def all_views(loader):
 
 @pytest.mark.parametrize("spec", ["simclr", "torchvision"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_crops_are_the_resize_rounded_to_bytes(spec, interpolation):
+def test_crops_equal_the_resize_rounded_to_bytes(spec, interpolation):
     aug = Augmentation(48, spec, interpolation=interpolation, p_jitter=0, p_gray=0, p_blur=0)
     exact = all_views(TwoViewLoader(ENCODED, 6, augmentation=aug, shuffle=False))
     crops = all_views(crop_loader(aug)) * 255
@@ -158,8 +158,8 @@ def test_crops_are_the_resize_rounded_to_bytes(spec, interpolation):
 
 
 @pytest.mark.parametrize(("spec", "most"), [("simclr", 12), ("torchvision", 3)])
-def test_what_bytes_cost_the_fused_gpu_views(spec, most):
-    """Rounding, and clipping the bicubic overshoot, before a jitter that may amplify both."""
+def test_rounding_crops_to_bytes_changes_views_little(spec, most):
+    """Bytes round the crop and clip the bicubic overshoot. The jitter may amplify the error."""
     aug = Augmentation(96, spec)
     exact = all_views(TwoViewLoader(ENCODED, 6, augmentation=aug, shuffle=False))
     error = (all_views(crop_loader(aug)) - exact).abs() * 255
@@ -168,7 +168,7 @@ def test_what_bytes_cost_the_fused_gpu_views(spec, most):
     assert error.max() < most
 
 
-def test_crops_stay_with_their_images_through_layouts_normalisation_and_halves():
+def test_crops_stay_with_their_images():
     aug = Augmentation(32, "torchvision", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
     options = {"channels_last": True, "dtype": torch.float16}
     exact = TwoViewLoader(ENCODED, 6, augmentation=aug, shuffle=False, **options)
@@ -181,7 +181,7 @@ def test_crops_stay_with_their_images_through_layouts_normalisation_and_halves()
 
 
 def test_all_images_go_to_the_same_decoder(monkeypatch):
-    """Of a share in between, an image's place in its part would choose the one or the other."""
+    """With a share between 0 and 1, an image's place in its part would choose the decoder."""
     fn, given = pipelines.import_dali().fn, []
     image = fn.decoders.image
     monkeypatch.setattr(fn.decoders, "image", lambda *a, **k: (given.append(k), image(*a, **k))[1])
@@ -195,8 +195,8 @@ def test_all_images_go_to_the_same_decoder(monkeypatch):
 @pytest.mark.parametrize("kind", [pipelines.DaliViews, pipelines.DaliCrops])
 @pytest.mark.parametrize("source", [ENCODED, open_source(np.stack(IMAGES[:2]))])
 def test_the_gpu_graph_satisfies_the_operator_schemas(kind, spec, source):
-    """All that needs no driver: every operator exists for its device, and takes its arguments and
-    its inputs' devices."""
+    """What can be checked without a driver: every operator exists for its device, and accepts its
+    arguments and the devices of its inputs."""
     reader = (decode.FileReader if source.encoded else decode.PixelReader)(source, 1)
     aug, device = Augmentation(224, spec), torch.device("cuda:0")
     pipe = kind(reader, 2, aug, lambda ids, sizes: [], device, 2).define()
@@ -223,7 +223,7 @@ def test_the_gpu_graph_satisfies_the_operator_schemas(kind, spec, source):
     if kind is pipelines.DaliViews:
         expected |= {"GaussianBlur", "LookupTable", "CropMirrorNormalize"}
     assert expected <= computing
-    # What is fed is no operation. Each of the others is a launch or a piece of host work.
+    # External sources are no operations. Each other operator is a launch, or work of the host.
     operators = [i for i in pipe._ops if i._op.schema.OperatorName() != "ExternalSource"]
     assert len(operators) <= OPERATORS
     assert (("Image", "mixed") in seen) == source.encoded

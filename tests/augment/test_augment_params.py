@@ -1,4 +1,4 @@
-"""Parameters: keyed by (seed, epoch, id, view) alone, and distributed as the named spec says."""
+"""Parameters depend on (seed, epoch, id, view) alone and have the distribution of their spec."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def same(a, b):
         ),
     ],
 )
-def test_philox_known_answers(key, counter, expected):
+def test_philox_gives_the_published_numbers(key, counter, expected):
     out = philox(np.array(key, dtype=np.uint32), np.array(counter, dtype=np.uint32)[:, None])
     assert out[:, 0].tolist() == expected
 
@@ -53,7 +53,7 @@ def test_a_sample_gets_the_same_parameters_in_any_batch(spec):
     assert same(whole[5:6], draw_params(aug, 7, 3, ids[5:6], 1, sizes[5:6]))
 
 
-def test_every_part_of_the_key_matters():
+def test_every_part_of_the_key_changes_the_parameters():
     aug, ids, sizes = Augmentation(), np.arange(50), SIZES[:50]
     base = draw_params(aug, 1, 2, ids, 0, sizes)
     for seed, epoch, view in ((2, 2, 0), (1 + 2**32, 2, 0), (1, 3, 0), (1, 2, 1)):
@@ -63,7 +63,7 @@ def test_every_part_of_the_key_matters():
     assert not np.any(base.factors == far.factors)
 
 
-def test_resizing_the_image_leaves_all_but_the_box():
+def test_the_images_size_changes_only_the_box():
     aug, ids = Augmentation(), np.arange(100)
     a = draw_params(aug, 0, 0, ids, 0, np.tile([[100, 100]], (100, 1)))
     b = draw_params(aug, 0, 0, ids, 0, np.tile([[333, 77]], (100, 1)))
@@ -78,7 +78,7 @@ def ks(sample, cdf_or_sample):
 
 
 @pytest.mark.parametrize("spec", ["simclr", "torchvision"])
-def test_switches_order_factors_and_sigma(spec):
+def test_switches_order_factors_and_sigma_have_their_distributions(spec):
     aug = Augmentation(spec=spec, s=0.5)
     p = draw_params(aug, 11, 0, np.arange(N), 0, SIZES)
     for drawn, probability in ((p.flip, 0.5), (p.jitter, 0.8), (p.gray, 0.2), (p.sigma > 0, 0.5)):
@@ -110,7 +110,7 @@ def test_additive_brightness_is_centred_on_zero():
 
 
 def tensorflow_crop(height, width, area, ratio, rng):
-    """Scalar sample_distorted_bounding_box with min_object_covered = .1, whole image as object."""
+    """sample_distorted_bounding_box with min_object_covered = 0.1 and the whole image as object."""
     for _ in range(100):
         aspect = rng.uniform(*ratio)
         least, most = area[0] * height * width, area[1] * height * width
@@ -143,7 +143,7 @@ def torchvision_crop(height, width, area, ratio, rng):
 
 @pytest.mark.parametrize("shape", [(375, 500), (32, 32), (60, 400)])
 @pytest.mark.parametrize("spec", ["simclr", "torchvision"])
-def test_crops_follow_the_spec(spec, shape):
+def test_crops_have_the_distribution_of_the_spec(spec, shape):
     torch.manual_seed(0)
     rng = random.Random(0)
     area, ratio = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -187,7 +187,7 @@ def test_boxes_lie_inside_any_image(spec, shape):
     assert np.all(box[:, :2] + box[:, 2:] <= sizes)
 
 
-def test_steps_switch_off():
+def test_a_step_of_probability_0_never_happens():
     aug = Augmentation(crop=False, p_flip=0, p_jitter=0, p_gray=0, p_blur=0)
     p = draw_params(aug, 0, 0, np.arange(1000), 0, SIZES[:1000])
     assert not np.concatenate([p.flip, p.jitter, p.gray, p.sigma]).any()
@@ -250,7 +250,7 @@ def test_bad_draws_are_named():
 
 
 @pytest.mark.parametrize("spec", ["simclr", "torchvision"])
-def test_both_views_at_once_are_each_view(spec):
+def test_drawing_both_views_at_once_equals_drawing_each(spec):
     aug = Augmentation(spec=spec, area=(0.5, 0.6))
     ids = np.arange(400) * 12_345_678_901
     views = draw_views(aug, 2**40, 9, ids, SIZES[:400])

@@ -67,7 +67,7 @@ def saved(image, kind, **options):
     return Image.open(buffer)
 
 
-def test_unusual_images():
+def test_images_with_exif_alpha_gray_or_16_bits():
     views = SimCLRViews(48, crop=False, p_flip=0, p_jitter=0, p_gray=0, p_blur=0)
 
     def view(image):
@@ -138,7 +138,7 @@ def test_bad_images_are_named():
         views(torch.zeros(2, 3, 8, 8), ids=[1])
 
 
-def test_lightlys_signature():
+def test_lightlys_arguments_give_the_same_views():
     transform = SimCLRTransform(input_size=32, cj_strength=0.5, gaussian_blur=0.0)
     views = transform(PIL_CHINA)
     assert isinstance(views, list)
@@ -148,7 +148,7 @@ def test_lightlys_signature():
         SimCLRTransform(rr_prob=0.5)
 
 
-def test_contact_sheet():
+def test_the_contact_sheet_shows_each_step_alone():
     aug = Augmentation(24, mean=(0.5,) * 3, std=(0.5,) * 3)
     rows, lines = contact_sheet([CHINA, CHINA[:50, :80]], aug, seed=1)
     assert rows.shape == (2, len(COLUMNS), 24, 24, 3)

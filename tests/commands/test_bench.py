@@ -30,7 +30,7 @@ def test_measure_takes_turns_after_warming_up():
 
 
 def test_ratios_are_medians_of_each_rounds_ratio():
-    """So a round in which everything was slow changes nothing."""
+    """So a round in which everything was slow does not change them."""
     table = harness.Table(
         "t", "ours", {"step": {"ours": [1.0, 10.0, 2.0], "peer": [2.0, 30.0, 6.0]}}, floors=()
     )
@@ -52,7 +52,7 @@ def test_lars_side_by_side_from_the_command_line(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "lars.png").stat().st_size > 5000
 
 
-def test_what_is_wrong_is_not_timed(monkeypatch, capsys, tmp_path):
+def test_a_wrong_result_is_not_timed(monkeypatch, capsys, tmp_path):
     right = checks.nt_xent_loss
 
     def wrong(z, *arguments, **options):
@@ -82,7 +82,7 @@ def test_every_subject_is_checked_before_it_is_timed(subject, monkeypatch, capsy
     assert not list(tmp_path.iterdir())
 
 
-def test_epochs_of_views_as_on_a_gpu(monkeypatch):
+def test_the_gpu_contenders_of_augment_run_an_epoch(monkeypatch):
     """The contenders of `bench augment --device cuda`, on the CPU."""
     pytest.importorskip("nvidia.dali", reason="decoding needs DALI (Linux)")
     monkeypatch.setattr(augment_epochs, "SIZE", 40)
@@ -93,8 +93,8 @@ def test_epochs_of_views_as_on_a_gpu(monkeypatch):
     assert table.names()[-1] == augment_epochs.FLOOR
 
 
-def test_a_step_of_each_loop(monkeypatch):
-    """The encoder's share, each part's and every rate are there, and the parts are the whole."""
+def test_a_table_of_whole_steps_has_every_share_and_rate(monkeypatch):
+    """The shares of the parts add up to 100%, and every rate is there."""
     pytest.importorskip("nvidia.dali", reason="decoding needs DALI (Linux)")
     pytest.importorskip("lightly")
     options = harness.Options(torch.device("cpu"), 1, 1, True)
@@ -108,7 +108,7 @@ def test_a_step_of_each_loop(monkeypatch):
     assert "GFLOP a step" in table.notes[0]
 
 
-def test_memory_is_the_peak_beyond_what_was_there():
+def test_memory_is_the_growth_of_the_peak():
     if harness.peak_memory(lambda: None, torch.device("cpu")) is None:
         pytest.skip("the operating system does not say")
     held = torch.ones(10_000_000)
@@ -116,7 +116,7 @@ def test_memory_is_the_peak_beyond_what_was_there():
     assert 38 < mb < 50
 
 
-def test_recomputed_tiles_are_the_textbook_loss():
+def test_recomputed_tiles_equal_the_textbook_loss():
     z = torch.randn(2, 37, 20, dtype=torch.float64)
     ours, plain = (
         torch.autograd.functional.vjp(lambda a, b, f=f: f(a, b, 0.2), tuple(z), torch.tensor(1.7))
@@ -125,14 +125,14 @@ def test_recomputed_tiles_are_the_textbook_loss():
     torch.testing.assert_close(ours, plain, check_dtype=False)
 
 
-def test_the_floor_of_this_machine():
+def test_the_floors_of_this_machine_are_measured():
     found = machine.floors(harness.Options(torch.device("cpu"), 1, 1, True))
     assert all(rate > 0 for rate in found.values())
     assert {"copy, GB/s", "exp, 1e9/s"} <= set(found)
     assert "copy, GB/s" in machine.text(found)
 
 
-def test_the_floor_of_a_gpu(monkeypatch):
+def test_the_floors_of_a_gpu_count_operations_and_bytes(monkeypatch):
     """Three kinds of rates, by their counts of operations and bytes."""
     monkeypatch.setattr(machine, "_GPU_SIDE", 64)
     monkeypatch.setattr(machine, "_GPU_ELEMENTS", 1 << 16)
@@ -145,7 +145,7 @@ def test_the_floor_of_a_gpu(monkeypatch):
     }
 
 
-def test_who_is_left_out_of_the_losses_is_said(monkeypatch):
+def test_missing_libraries_are_named_in_the_notes(monkeypatch):
     monkeypatch.setitem(sys.modules, "lightly.loss", None)
     notes = []
     assert "textbook eager" in peers.nt_xent_peers(256, notes)
@@ -155,9 +155,7 @@ def test_who_is_left_out_of_the_losses_is_said(monkeypatch):
     ]
 
 
-def test_without_matplotlib_the_results_are_written_and_it_is_said_first(
-    tmp_path, capsys, monkeypatch
-):
+def test_without_matplotlib_only_the_picture_is_missing(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(bench_lars, "shapes_of", lambda model: [(30, 40), (50,)] * 5)
     command = ["bench", "lars", "--quick", "--rounds", "1", "--out", str(tmp_path)]
@@ -168,8 +166,8 @@ def test_without_matplotlib_the_results_are_written_and_it_is_said_first(
 
 
 @pytest.mark.parametrize("module", [bench_augment, augment_epochs, bench_step])
-def test_a_table_without_ours_is_left_out(monkeypatch, module):
-    """As where DALI is missing and an image cannot be decoded: it ended in a KeyError."""
+def test_a_table_without_our_time_says_why(monkeypatch, module):
+    """As without DALI, where no image can be decoded."""
 
     def refuse(*_, **__):
         raise ImportError("no decoder")
@@ -194,7 +192,7 @@ def test_a_table_without_ours_is_left_out(monkeypatch, module):
     assert all("not timed" in table.text() for table in found)
 
 
-def test_a_subject_that_cannot_run_is_named_and_the_others_go_on(tmp_path, capsys, monkeypatch):
+def test_a_subject_that_cannot_run_does_not_stop_the_others(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench.machine, "floors", lambda options: {"copy, GB/s": 1.0})
     monkeypatch.setattr(bench, "_refuse_wrong_results", lambda *_: None)
     monkeypatch.setitem(sys.modules, "sklearn", None)

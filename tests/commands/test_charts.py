@@ -76,7 +76,7 @@ def test_speed_shows_ours_lightly_and_the_fastest(results, monkeypatch):
     assert min(Image.open(results / "speed.png").size) > 200
 
 
-def test_memory_of_each_mode(results):
+def test_the_memory_chart_is_drawn(results):
     charts.memory(results / "plan.json", results / "memory.png")
     assert min(Image.open(results / "memory.png").size) > 200
 

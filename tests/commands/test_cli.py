@@ -88,8 +88,8 @@ PROTOCOLS = [f"eval {name}" for name in ("linear", "knn", "finetune", "layers", 
 
 
 @pytest.mark.parametrize("command", [*sorted(COMMANDS.keys() - {"eval"}), *PROTOCOLS])
-def test_every_option_has_a_sentence_of_help(command, capsys):
-    """Those of pretrain are another module's."""
+def test_every_option_has_help(command, capsys):
+    """pretrain's options are in another module."""
     name, *protocol = command.split()
     assert run([name, *protocol, "--help"]) == 0
     module = import_module(f"simclr_fast.commands.{name}")
@@ -154,7 +154,9 @@ def ends(monkeypatch, capsys, error, command="pretrain"):
         (SystemExit(2), "plan", 2, ""),
     ],
 )
-def test_exit_status(monkeypatch, capsys, error, command, status, says):
+def test_errors_have_their_exit_status_and_message(
+    monkeypatch, capsys, error, command, status, says
+):
     found, errors = ends(monkeypatch, capsys, error, command)
     assert (found, len(errors.splitlines())) == (status, int(bool(says)))
     assert says in errors

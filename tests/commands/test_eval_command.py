@@ -58,7 +58,7 @@ def check_scores(scores):
     assert sorted(scores["per_class"]) == sorted(CLASSES)
 
 
-def test_linear(home, capsys):
+def test_eval_linear_prints_and_reuses_its_results(home, capsys):
     assert evaluate(home, "linear", "--epochs", "2", "--batch-size", "60") == 0
     printed = capsys.readouterr().out
     for word in ("logistic regression", "SGD, 2 epochs", "top-5", "lowest classes", "linear.json"):
@@ -76,7 +76,7 @@ def test_linear(home, capsys):
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
 
 
-def test_knn(home, capsys):
+def test_eval_knn_leaves_out_too_large_k(home, capsys):
     assert evaluate(home, "knn", "--k", "1", "20", "200") == 0
     found = results(home, "knn")
     # 200 is more than the 120 training images.
@@ -86,7 +86,7 @@ def test_knn(home, capsys):
     assert "20 neighbours" in capsys.readouterr().out
 
 
-def test_finetune(home, tmp_path):
+def test_eval_finetune_trains_on_a_subset(home, tmp_path):
     options = ("--epochs", "2", "--batch-size", "40", "--labels", "0.1", "1")
     assert evaluate(home, "finetune", *options) == 0
     found = results(home, "finetune")
@@ -99,7 +99,7 @@ def test_finetune(home, tmp_path):
     assert results(home, "finetune")["mine"]["images"] == 2
 
 
-def test_layers(home, capsys):
+def test_eval_layers_probes_every_layer(home, capsys):
     assert evaluate(home, "layers") == 0
     found = results(home, "layers")
     assert [(name, scores["width"]) for name, scores in found.items()] == [
@@ -114,7 +114,7 @@ def test_layers(home, capsys):
 
 
 @pytest.mark.parametrize(("kind", "depth"), [("nonlinear", 3), ("linear", 2), ("none", 2)])
-def test_taps_are_the_projectors_own_outputs(kind, depth):
+def test_layer_features_equal_the_projectors_outputs(kind, depth):
     encoder, dim = build_encoder("resnet10", width=0.125, image_size=16)
     model = SimCLR(encoder, build_projector(kind, dim, 24, depth)).eval()
     images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -132,7 +132,7 @@ def test_taps_are_the_projectors_own_outputs(kind, depth):
     )
 
 
-def test_load_run(home, tmp_path):
+def test_a_run_is_loaded_with_its_augmentation(home, tmp_path):
     model, augmentation = load_run(home / "run")
     assert augmentation.size == 32
     state = torch.load(checkpoints(home / "run" / "checkpoints")[-1], weights_only=True)["model"]
@@ -175,7 +175,7 @@ def test_signals_end_it_and_the_same_command_goes_on(home, tmp_path, capsys, mon
     assert json.loads((tmp_path / "cut" / "linear.json").read_text())["results"] == whole
 
 
-def test_several_processes_are_refused(home, capsys, monkeypatch):
+def test_eval_refuses_several_processes(home, capsys, monkeypatch):
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     encoder = ["--encoder", str(home / "run")]
@@ -186,7 +186,7 @@ def test_several_processes_are_refused(home, capsys, monkeypatch):
     assert not (home / "never").exists()
 
 
-def test_errors_and_help(home, tmp_path, capsys):
+def test_eval_errors_are_one_line(home, tmp_path, capsys):
     assert evaluate(home, "knn", test=False) == 1
     assert "pass --test" in capsys.readouterr().err
     assert evaluate(home, "knn", "--test", str(home / "test" / "bag"), test=False) == 1

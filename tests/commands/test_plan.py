@@ -61,7 +61,7 @@ def test_grad_cache_is_not_called_a_fit(settings, capsys):
 
 
 @pytest.mark.parametrize(("name", "memory"), [(n, m) for n, (m, _) in plan.GPUS.items()])
-def test_gpus_by_name(settings, capsys, name, memory):
+def test_a_gpu_name_gives_its_memory(settings, capsys, name, memory):
     settings(Setting("plain", None, 0.9 * memory * 1e9))
     assert run(["plan", *SMALL, "--gpu", name]) == 0
     assert f"{plan.GPUS[name][1].name} with {memory}GB" in capsys.readouterr().out
@@ -69,13 +69,13 @@ def test_gpus_by_name(settings, capsys, name, memory):
     assert run(["plan", *SMALL, "--gpu", name]) == 1
 
 
-def test_memory_of_its_own(settings, capsys):
+def test_gpu_memory_overrides_that_of_the_named_gpu(settings, capsys):
     settings(Setting("plain", None, 30e9))
     assert run(["plan", *SMALL, "--gpu", "h100", "--gpu-memory", "24GiB"]) == 1
     assert "H100 80GB SXM with 24GiB" in capsys.readouterr().out
 
 
-def test_it_says_what_it_does_before_it_computes(monkeypatch, capsys):
+def test_plan_prints_what_it_does_before_it_computes(monkeypatch, capsys):
     def slow(*_):
         shown.append(capsys.readouterr().out)
         yield Setting("plain", None, 1e9)
@@ -86,14 +86,14 @@ def test_it_says_what_it_does_before_it_computes(monkeypatch, capsys):
     assert "Each row takes some seconds" in shown[0]
 
 
-def test_a_terminal_shows_that_the_next_row_is_computed(settings, monkeypatch, capsys):
+def test_a_terminal_shows_the_progress_of_plan(settings, monkeypatch, capsys):
     settings(Setting("plain", None, 1e9))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert run(["plan", *SMALL]) == 0
     assert "computing the next row" in capsys.readouterr().err
 
 
-def test_json(settings, capsys):
+def test_plan_writes_json(settings, capsys):
     refused = Setting("replay", None, float("inf"), float("inf"), float("inf"), refusal="no")
     settings(Setting("plain", None, 90e9), refused, Setting("lockstep", 64, 20e9))
     assert run(["plan", *SMALL, "--gpu", "a100-80gb", "--json"]) == 0

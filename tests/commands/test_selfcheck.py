@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def brief(monkeypatch):
-    """Only what takes no time, and one long check."""
+    """Only the checks that take no time, and one long check."""
 
     def some():
         yield "versions", checks.versions
@@ -45,7 +45,7 @@ def test_this_machine_passes(capsys):
     assert "no GPU" in next(line for line in lines if "second GPU" in line)
 
 
-def test_the_report(brief, tmp_path, capsys, monkeypatch):
+def test_the_report_has_machine_checks_and_failures(brief, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(["selfcheck", "--device", "cpu", "--full"]) == 0
     printed = capsys.readouterr().out
@@ -85,7 +85,7 @@ def test_a_wrong_loss_is_found_and_the_rest_still_checked(monkeypatch, capsys, t
     assert "FAIL NT-Xent float32" in (tmp_path / "report.txt").read_text()
 
 
-def test_nonsense_is_refused(capsys):
+def test_an_unusable_device_is_refused(capsys):
     assert run(["selfcheck", "--device", "mps"]) == 1
     assert "device must be auto, cpu, cuda or cuda:N, got mps" in capsys.readouterr().err
     if not torch.cuda.is_available():
@@ -95,7 +95,7 @@ def test_nonsense_is_refused(capsys):
 
 
 def _changed(monkeypatch, change):
-    """Statistics, or a loss, other than they should be."""
+    """Make the statistics or the loss wrong."""
     right = checks.nt_xent_loss
 
     def wrong(*arguments, return_stats=False, **options):
@@ -215,24 +215,24 @@ def pretended_cuda(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
 
 
-def test_devices_are_named(pretended_cuda):
+def test_the_gpus_are_listed(pretended_cuda):
     text = checks.devices(SimpleNamespace(type="cuda"))
     assert "cuda:0 Pretended sm_90 80 GiB" in text
     assert "driver" in text
     assert checks.found_devices()["gpus"][0]["architecture"] == "sm_90"
 
 
-def test_two_streams(pretended_cuda, monkeypatch):
+def test_a_result_that_differs_between_streams_is_found(pretended_cuda, monkeypatch):
     assert checks.two_streams(CPU) == "20 runs on 2 streams are equal"
     counts = iter(range(100))
     right = checks._fused
-    # One result of twenty is another one.
+    # One of twenty results differs.
     monkeypatch.setattr(checks, "_fused", lambda z: right(z) * (1 + (next(counts) == 7)))
     with pytest.raises(AssertionError):
         checks.two_streams(CPU)
 
 
-def test_a_second_gpu(pretended_cuda, monkeypatch):
+def test_a_second_gpu_is_checked(pretended_cuda, monkeypatch):
     with pytest.raises(checks.Skip, match="one GPU"):
         checks.second_gpu(CPU)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -246,14 +246,14 @@ def test_a_second_gpu(pretended_cuda, monkeypatch):
     assert checks.second_gpu(real("cpu")) == "cpu agrees with cpu"
 
 
-def test_a_cuda_graph(pretended_cuda, monkeypatch):
+def test_a_cuda_graph_is_replayed_and_checked(pretended_cuda, monkeypatch):
     assert checks.cuda_graph(CPU) == "a replay with other values equals eager"
     monkeypatch.setattr(_Captured, "replay", lambda self: None)
     with pytest.raises(AssertionError):
         checks.cuda_graph(CPU)
 
 
-def test_lars_on_cuda(pretended_cuda, monkeypatch):
+def test_the_lars_check_needs_cuda_kernels(pretended_cuda, monkeypatch):
     monkeypatch.setattr(checks.ops, "why_plain", lambda *_, **__: "too old")
     with pytest.raises(checks.Skip, match="plain torch computes LARS here: too old"):
         checks.cuda_lars(CPU)
@@ -329,7 +329,7 @@ def test_the_driver_is_read_however_it_is_written(text, found, monkeypatch, tmp_
     assert checks._driver() == found
 
 
-def test_there_are_tests_for_a_gpu():
+def test_the_suite_has_tests_for_a_gpu():
     command = [sys.executable, "-m", "pytest", "--co", "-q", "-p", "no:cacheprovider"]
     command += ["--device", "cuda:0", "tests/kernels/interpreted"]
     status, lines = checks._bounded(command, Path(__file__).parents[2], 100)
@@ -364,7 +364,7 @@ def test_the_tests_run_in_a_process_of_their_own(pretended_cuda, monkeypatch, tm
         checks.device_tests(torch.device("cuda", 0))
 
 
-def test_the_benchmarks_are_kept(monkeypatch):
+def test_the_benchmark_results_are_kept(monkeypatch):
     result = {"tables": [{"ratios": {"forward": {"ours": 1.0, "eager": 2.5}}}]}
 
     def bounded(command, folder, seconds):

@@ -80,7 +80,7 @@ def test_twenty_steps_equal_the_library(name, kwargs, dtype):
 
 
 @pytest.mark.parametrize("name", ["timm", "lightly"])
-def test_signature_and_checkpoint_are_the_librarys(name):
+def test_signature_and_checkpoint_equal_the_librarys(name):
     theirs, ours = peer(name)
     expected = inspect.signature(theirs.__init__).parameters
     signature = inspect.signature(ours.__init__).parameters
@@ -157,7 +157,7 @@ def test_a_compiled_training_step_is_quiet_and_equals_the_eager_one(foreach, rec
     assert not [message for message in messages if not message.startswith(usual)]
 
 
-def test_training_a_compiled_model():
+def test_lars_trains_a_compiled_model():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
     optimizer = LARS(model.parameters(), lr=2.0, weight_decay=1e-6)
@@ -174,7 +174,7 @@ def test_training_a_compiled_model():
     assert losses[-1] < losses[0] / 5
 
 
-def test_op_passes_opcheck():
+def test_the_lars_op_passes_opcheck():
     from simclr_fast import ops
 
     if not ops.has_extension():

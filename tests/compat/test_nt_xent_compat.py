@@ -25,21 +25,21 @@ def assert_same(ours, theirs, z):
 
 
 @pytest.mark.parametrize("temperature", [0.07, 0.5])
-def test_lightly(temperature):
+def test_lightlys_loss(temperature):
     theirs = pytest.importorskip("lightly.loss", reason="lightly is not installed")
     z = views()
     ours = lightly.NTXentLoss(temperature)(*z)
     assert_same(ours, theirs.NTXentLoss(temperature)(*z), z)
 
 
-def test_lightly_decoupled():
+def test_lightlys_decoupled_loss():
     theirs = pytest.importorskip("lightly.loss", reason="lightly is not installed")
     z = views()
     ours = NTXentLoss(0.2, decoupled=True)(*z)
     assert_same(ours, theirs.DCLLoss(0.2)(*z), z)
 
 
-def test_lightly_memory_bank():
+def test_lightlys_memory_bank():
     theirs = pytest.importorskip("lightly.loss", reason="lightly is not installed")
     size = (60, D)  # two batches of 24, then one that is cut at the end
     wanted, ours = theirs.NTXentLoss(0.2, size), lightly.NTXentLoss(0.2, size)
@@ -58,7 +58,7 @@ def test_lightly_memory_bank():
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.5])
-def test_solo_learn(temperature):
+def test_solo_learns_loss(temperature):
     z = [torch.cat(views()).detach().requires_grad_()]
     indexes = torch.randperm(1000, generator=torch.Generator().manual_seed(0))[:N].repeat(2)
     ours = solo_learn.simclr_loss_func(z[0], indexes, temperature)
@@ -66,7 +66,7 @@ def test_solo_learn(temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.07, 0.5])
-def test_pytorch_metric_learning(temperature):
+def test_pytorch_metric_learnings_loss(temperature):
     theirs = pytest.importorskip(
         "pytorch_metric_learning.losses", reason="pytorch-metric-learning is not installed"
     )
@@ -83,7 +83,7 @@ def test_pytorch_metric_learning(temperature):
 
 
 @pytest.mark.parametrize("hidden_norm", [True, False])
-def test_google_simclr(hidden_norm):
+def test_google_simclrs_loss(hidden_norm):
     z = [torch.cat(views()).detach().requires_grad_()]
     ours, stats = google_simclr.add_contrastive_loss(z[0], hidden_norm, 0.7)
     wanted, logits, labels = peers.google_simclr(z[0], hidden_norm, 0.7)
@@ -120,6 +120,6 @@ def test_google_simclr(hidden_norm):
         ),
     ],
 )
-def test_bad_input(call, error, message):
+def test_bad_input_to_drop_in_losses_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call(torch.ones(6, 3))

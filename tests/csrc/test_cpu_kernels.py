@@ -19,8 +19,9 @@ FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": [*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), "-mfma", "-mf16c"],
 }
-# sanitizer, file, before, after, what must be said. The first two go beyond an array, the third
-# adds bits of floats as signed numbers, the last takes sums that another thread may be adding to.
+# The sanitizer, the file, a piece of its source, the fault that replaces it, and what the sanitizer
+# must report. The first two go beyond an array, the third adds bits of floats as signed numbers,
+# the last reads sums that another thread may be adding to.
 FAULTS = {
     "overflow": (
         *("address", "nt_xent_backward_kernel.cpp"),
@@ -54,7 +55,7 @@ pytestmark = [
 
 
 def build_and_run(folder, sanitizer, isa="base", fault=None):
-    """Compiles the kernels for one instruction set, a piece of source exchanged, and runs them."""
+    """Compile and run the kernels for one instruction set, with a fault planted in the source."""
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     (folder / "tests" / "csrc").mkdir(parents=True)
     driver = shutil.copy(ROOT / "tests" / "csrc" / "cpu_kernels.cpp", folder / "tests" / "csrc")
@@ -80,7 +81,7 @@ def build_and_run(folder, sanitizer, isa="base", fault=None):
     ("sanitizer", "isa"),
     [("address", "base"), ("address", "avx2"), ("address", "avx512"), ("thread", "base")],
 )
-def test_kernels_are_clean(tmp_path, sanitizer, isa):
+def test_sanitizers_find_nothing_in_the_kernels(tmp_path, sanitizer, isa):
     if not has_isa(isa):
         pytest.skip(f"this CPU has no {isa}")
     result = build_and_run(tmp_path, sanitizer, isa)

@@ -23,7 +23,7 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc
 
 
 def emulate(folder, sanitizer, fault=None):
-    """Compiles and runs the emulated kernels, with one piece of their source exchanged."""
+    """Compile and run the emulated kernels, with a fault planted in the source."""
     source = (CSRC / "lars_cuda.cu").read_text()
     if fault:
         before, after = fault
@@ -53,7 +53,7 @@ def emulate(folder, sanitizer, fault=None):
 
 
 @needs_gxx
-def test_emulated_kernels_equal_formulas(tmp_path):
+def test_emulated_kernels_equal_the_formulas(tmp_path):
     result = emulate(tmp_path, "none")
     assert (result.returncode, result.stdout) == (0, "ok\n"), result.stdout + result.stderr
 
@@ -61,7 +61,7 @@ def test_emulated_kernels_equal_formulas(tmp_path):
 @needs_gxx
 @pytest.mark.sanitize
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
-def test_emulated_kernels_are_clean(tmp_path, sanitizer):
+def test_sanitizers_find_nothing_in_the_emulated_kernels(tmp_path, sanitizer):
     result = emulate(tmp_path, sanitizer)
     assert (result.returncode, result.stdout) == (0, "ok\n"), result.stdout + result.stderr
 

@@ -21,7 +21,8 @@ pytestmark = [
     pytest.mark.skipif(not ops.has_extension(), reason="the extension is not built"),
 ]
 
-# File, what stands there once, what is planted, the tests that meet it, the sanitizer's words.
+# The file, a piece of its source, the fault that replaces it, the tests that run into it, and what
+# the sanitizer reports.
 FAULTS = [
     (
         "lars_kernel.cpp",
@@ -52,7 +53,7 @@ FAULTS = [
         "heap-buffer-overflow",
     ),
 ]
-# Without what compiles for minutes, and what measures memory that the sanitizers take.
+# Without tests that compile for minutes or measure memory, of which the sanitizers take much.
 CLEAN = [
     ("losses/test_nt_xent_cpu.py", "not memory"),
     ("losses/test_nt_xent.py", "not opcheck and not compile"),
@@ -111,7 +112,7 @@ def faulty(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("file", "which"), CLEAN)
-def test_extension_is_clean(clean, file, which):
+def test_sanitizers_find_nothing_in_the_extension(clean, file, which):
     result = run(clean, file, which)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert " passed" in result.stdout

@@ -24,7 +24,7 @@ DALI = pytest.param(
     marks=pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="DALI is optional (Linux)"),
 )
 AUG = Augmentation(size=16, p_blur=0.5)
-# The jitter is most of what building a DALI graph takes; tests of order and failures do without.
+# Without jitter a DALI graph is built much faster: enough for tests of order and failures.
 QUICK = Augmentation(size=16, p_jitter=0)
 
 
@@ -85,7 +85,7 @@ def test_epochs_differ_and_repeat_by_number(folder):
     assert not equal(run(TwoViewLoader(folder, 5, augmentation=AUG, seed=4)), first)
 
 
-def test_views_belong_to_the_image_not_to_the_batch(folder):
+def test_views_do_not_depend_on_the_batch_size(folder):
     def by_image(batch_size):
         loader = TwoViewLoader(folder, batch_size, augmentation=AUG, drop_last=False)
         rows = [row for batch in run(loader) for row in zip(*batch, strict=True)]
@@ -198,7 +198,7 @@ def test_a_gpu_without_dali_gets_the_views_of_the_cpu(folder, no_dali):
         assert loader.describe().endswith("on the CPU, copied to cuda:0, one batch ahead")
 
 
-def test_only_files_need_a_decoder(no_dali, monkeypatch):
+def test_arrays_need_no_decoder(no_dali, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     pixels = np.zeros((4, 12, 10, 3), np.uint8)
@@ -223,7 +223,7 @@ def test_only_files_need_a_decoder(no_dali, monkeypatch):
         ("pixels", {"size": 32, "backend": "dali"}, pipelines.DaliViews),
     ],
 )
-def test_which_pipeline_serves_what(folder, kind, options, expected):
+def test_each_backend_and_source_gets_its_pipeline(folder, kind, options, expected):
     pytest.importorskip("nvidia.dali", reason="DALI is optional (Linux)")
     source = folder if kind == "files" else np.zeros((4, 12, 10, 3), np.uint8)
     with FakeCuda():
@@ -257,7 +257,7 @@ def test_large_images_go_through_dali_in_smaller_parts(tmp_path):
     assert parts[sizes[2], 64] == 2
 
 
-def test_rocm_is_served_without_dali(folder, monkeypatch):
+def test_on_rocm_views_are_made_without_dali(folder, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
     with FakeCuda():
         loader = TwoViewLoader(folder, 4, 64, device="cuda")
@@ -277,7 +277,7 @@ def test_dali_and_fused_agree(folder):
             assert (one - two).abs().mean() < 0.3 / 255
 
 
-def test_memory_gives_what_files_give(folder, tmp_path):
+def test_arrays_give_the_same_views_as_files(folder, tmp_path):
     pixels = np.random.default_rng(1).integers(0, 255, (8, 12, 10, 3), dtype=np.uint8)
     for i, image in enumerate(pixels):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
@@ -306,7 +306,7 @@ def corrupt(path, how):
 
 @pytest.mark.parametrize("backend", ["fused", DALI])
 @pytest.mark.parametrize("how", ["empty", "half", "text"])
-def test_corrupt_images(tmp_path, caplog, backend, how):
+def test_corrupt_images_raise_or_are_skipped(tmp_path, caplog, backend, how):
     write_images(tmp_path, 12)
     bad = sorted(tmp_path.rglob("*.*"))[7]
     corrupt(bad, how)
@@ -319,7 +319,7 @@ def test_corrupt_images(tmp_path, caplog, backend, how):
     assert str(bad) in caplog.text
     assert [len(b[2]) for b in first] == [4, 4, 4]
     assert 7 not in torch.cat([b[2] for b in first])
-    # What was found out when does not matter: another loader that knows already gives the same.
+    # A loader that knows the corrupt image from the start gives the same batches.
     informed = TwoViewLoader(tmp_path, 4, augmentation=QUICK, backend=backend, on_error="skip")
     informed.skipped = {7}
     assert equal(run(informed), first)
@@ -337,7 +337,7 @@ def test_damaged_pixels_are_replaced_or_decoded_but_never_crash(tmp_path):
     assert sum(len(b[2]) for b in run(loader)) == 40
 
 
-def test_all_corrupt_is_an_error(tmp_path):
+def test_a_folder_of_only_corrupt_images_is_an_error(tmp_path):
     write_images(tmp_path, 2)
     for path in tmp_path.rglob("*.*"):
         corrupt(path, "text")
@@ -371,7 +371,7 @@ def test_bad_arguments_are_named(folder, options, says):
 
 
 @pytest.mark.parametrize("backend", ["fused", DALI])
-def test_every_dtype(folder, backend):
+def test_views_have_the_dtype_asked_for(folder, backend):
     def view(dtype):
         loader = TwoViewLoader(folder, 4, augmentation=QUICK, backend=backend, dtype=dtype)
         return next(iter(loader))[0].clone()
@@ -386,7 +386,7 @@ def test_every_dtype(folder, backend):
 
 
 @pytest.mark.parametrize("backend", ["fused", DALI])
-def test_parts_and_threads_change_nothing(folder, backend, monkeypatch):
+def test_views_do_not_depend_on_parts_and_threads(folder, backend, monkeypatch):
     def epochs(**options):
         loader = TwoViewLoader(
             folder, 7, augmentation=QUICK, backend=backend, drop_last=False, **options
@@ -432,7 +432,7 @@ def test_state_of_another_loader_is_refused(folder):
         TwoViewLoader(folder, 5, 16).load_state_dict(state)
 
 
-def test_exif_is_not_applied(tmp_path):
+def test_the_loader_ignores_exif_orientation(tmp_path):
     image = Image.new("RGB", (30, 10))
     exif = image.getexif()
     exif[0x0112] = 6

@@ -145,7 +145,7 @@ def any_bytes(monkeypatch):
 
 @pytest.mark.usefixtures("any_bytes")
 @pytest.mark.parametrize("name", DATA_SETS)
-def test_training_and_test_images_of(name, tmp_path):
+def test_images_and_labels_of_a_data_set(name, tmp_path):
     write, count, labels, test_labels = DATA_SETS[name]
     write(tmp_path)
     train, test = (named_source(f"{name}:{tmp_path}", split) for split in ("train", "test"))
@@ -153,14 +153,14 @@ def test_training_and_test_images_of(name, tmp_path):
     assert train.labels.tolist() == labels
     assert test.labels.tolist() == test_labels
     assert train.fingerprint() != test.fingerprint()
-    # Pixels are theirs, image files are left for DALI to decode.
+    # These data sets give pixels. The others give files, which are decoded later.
     assert train.encoded == (name not in ("cifar10", "cifar100", "stl10", "svhn"))
     assert len(train.read(count - 1)) > 0
     pair = labelled_pair(f"{name}:{tmp_path}", None)
     assert pair.train_labels.tolist() == [label for label in labels if label >= 0]
 
 
-def test_every_name_is_tried():
+def test_every_data_set_name_is_tested():
     assert sorted(DATA_SETS) == sorted(TORCHVISION)
 
 
@@ -171,7 +171,7 @@ def test_a_data_set_that_is_not_there_is_named(name, tmp_path):
 
 
 @pytest.mark.usefixtures("any_bytes")
-def test_test_images(tmp_path):
+def test_the_test_images_of_a_data_set(tmp_path):
     """--test NAME means the test images of NAME; the training images are refused."""
     write_food101(tmp_path)
     data = f"food101:{tmp_path}"

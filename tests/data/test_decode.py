@@ -64,7 +64,7 @@ DECODERS = [
 
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("name", FILES)
-def test_unusual_files_are_what_pillow_reads(name, decoder, tmp_path):
+def test_unusual_files_decode_as_pillow_reads_them(name, decoder, tmp_path):
     image, options, expected = FILES[name]
     image.save(tmp_path / name, **options)
     decoded = decoded_by(decoder, open_source(tmp_path))
@@ -96,7 +96,7 @@ def test_decode_some_gives_the_pixels_of_every_source(tmp_path):
 
 
 @pytest.mark.parametrize("backend", ["fused", pytest.param("dali", marks=needs_dali)])
-def test_sizes_from_8_to_4000(backend, tmp_path):
+def test_files_of_8_to_4000_pixels_equal_their_arrays(backend, tmp_path):
     """Files of very different sizes in one batch, beside the same pixels given as arrays."""
     for i, size in enumerate([(8, 8), (4000, 3000), (9, 300), (640, 427), (300, 8)]):
         CHINA.resize(size).save(tmp_path / f"{i}.jpg", quality=90)
@@ -114,7 +114,7 @@ def test_sizes_from_8_to_4000(backend, tmp_path):
 
 @pytest.mark.parametrize("kept", [0, 23 * 9 * 300 * 3 - 1, 1 << 30])
 def test_small_sets_are_decoded_once(tmp_path, monkeypatch, kept):
-    """Batches that mix kept and new images, epochs broken off, and files that are gone by then."""
+    """Also in batches of kept and new images, after interrupted epochs, and with deleted files."""
 
     def batches(loader, stop=None):
         return [(a.clone(), b.clone(), i) for a, b, i in islice(loader, stop)]

@@ -10,7 +10,7 @@ from simclr_fast.data import demo
 from simclr_fast.data.datasets import named_source
 
 
-def test_balanced_and_compact():
+def test_the_demo_images_are_balanced_and_distinct():
     assert (demo.files("simclr_fast") / "assets" / demo._ASSET).stat().st_size <= 4 << 20
     for split, per_class in demo.PER_CLASS.items():
         images, labels = demo.demo_garments(split)
@@ -34,7 +34,7 @@ def test_colour_is_deterministic_and_says_nothing_of_the_class():
     assert (np.abs(means - background.mean(0)) < 4 * error).all()
 
 
-def test_written_once_as_jpeg_files(tmp_path, monkeypatch):
+def test_demo_files_are_written_once(tmp_path, monkeypatch):
     monkeypatch.setenv("SIMCLR_FAST_CACHE", str(tmp_path))
     folder = demo.demo_folder("test")
     paths = sorted(folder.rglob("*.jpg"))
@@ -89,6 +89,6 @@ def test_held_out_images_are_training_images_that_no_run_trains_on():
     assert names[0] | names[1] == whole
 
 
-def test_unknown_split():
+def test_an_unknown_split_is_refused():
     with pytest.raises(ValueError, match="'val'"):
         demo.demo_garments("val")

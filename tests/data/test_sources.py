@@ -120,7 +120,7 @@ def test_a_cut_shard_names_itself(tmp_path, write):
             open_source(path)
 
 
-def test_folders_nested_and_flat(tmp_path):
+def test_nested_and_flat_folders_give_images_and_labels(tmp_path):
     for i, label in enumerate(("b", "a", "b")):
         (tmp_path / label / "deep").mkdir(parents=True, exist_ok=True)
         (tmp_path / label / "deep" / f"{i}.JPG").write_bytes(FILES[i])
@@ -134,7 +134,7 @@ def test_folders_nested_and_flat(tmp_path):
     assert len(open_source([tmp_path / "9.png"], labels=[4])) == 1
 
 
-def test_arrays_tensors_and_data_sets():
+def test_arrays_tensors_and_data_sets_give_images_and_labels():
     images = np.random.default_rng(0).integers(0, 255, (4, 6, 5, 3), dtype=np.uint8)
     for given in (images, torch.from_numpy(images), images.transpose(0, 3, 1, 2), list(images)):
         source = open_source(given)
@@ -167,7 +167,7 @@ def test_bad_data_is_named(data, error, says):
         open_source(data)
 
 
-def test_a_folder_is_what_torchvision_takes_it_for(tmp_path):
+def test_labels_of_a_folder_equal_torchvisions(tmp_path):
     names = [f"{c}/{i}{e}" for i, e in enumerate(IMAGE_SUFFIXES | {".TIF"}) for c in "ab"]
     for name in (*names, "a/note.txt", "a/one.gif", "a/two.GIF", "b/c/three.heic"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +200,7 @@ def test_header_gives_the_size_and_a_cut_file_is_refused(kind, mode):
             checked_size(data[: int(len(data) * share)])
 
 
-def test_lossless_webp_size():
+def test_the_size_of_a_lossless_webp():
     buffer = io.BytesIO()
     Image.new("RGB", (33, 12)).save(buffer, "WEBP", lossless=True)
     assert checked_size(np.frombuffer(buffer.getvalue(), np.uint8)) == (12, 33)
@@ -229,7 +229,7 @@ def test_a_changed_png_is_found_by_its_checksum():
         checked_size(data)
 
 
-def test_torchvision_data_sets_as_they_are():
+def test_torchvision_data_sets_work_unchanged():
     data = torchvision.datasets.FakeData(3, (3, 12, 10))
     source = open_source(data)
     assert np.array_equal(source.read(1), np.array(data[1][0]))

@@ -34,7 +34,7 @@ def train(encoder, recipe, folder, augmentation=AUGMENTATION, data=None):
     return train_classifier(encoder, 4, data or source(), 3, recipe, augmentation, folder)
 
 
-def test_the_first_step_by_hand(tmp_path):
+def test_the_first_training_step_equals_the_formula(tmp_path):
     """Nesterov from rest: p = -lr (1 + momentum) g, at lr = base · batch / 256."""
     encoder, data = small_encoder(), source()
     model = train(encoder, Recipe(frozen=True, epochs=1, lr=0.1), tmp_path)
@@ -48,7 +48,7 @@ def test_the_first_step_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars"])
-def test_frozen_means_frozen(tmp_path, optimizer):
+def test_a_frozen_encoder_does_not_change(tmp_path, optimizer):
     encoder = small_encoder()
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
     recipe = Recipe(frozen=True, epochs=30, lr=40, batch_size=12, optimizer=optimizer)
@@ -78,7 +78,7 @@ class Stopping(ArraySource):
 
     def read(self, i):
         self.reads += 1
-        # As a GPU's generator, torch's own is not where it was before the interruption.
+        # After an interruption torch's generator has another state.
         torch.rand(1)
         if self.reads > 24 + 14:
             raise KeyboardInterrupt
@@ -99,7 +99,7 @@ def test_resume_is_bit_for_bit(tmp_path, monkeypatch, frozen):
     resumed = train(with_dropout(), recipe, tmp_path / "cut", crops)
     for key, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key]), key
-    # What is finished is only read; what is of another recipe is begun anew.
+    # A finished training is only read. With another recipe it begins anew.
     done = checkpoints(tmp_path / "cut")[-1]
     stamp = done.stat().st_mtime_ns
     again = train(with_dropout(), recipe, tmp_path / "cut", crops)
@@ -110,7 +110,7 @@ def test_resume_is_bit_for_bit(tmp_path, monkeypatch, frozen):
     assert not done.exists()
 
 
-def test_a_loss_that_leaves_the_numbers_ends_the_run(tmp_path):
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
     with torch.no_grad():
         encoder[1].weight.fill_(math.inf)
@@ -119,11 +119,11 @@ def test_a_loss_that_leaves_the_numbers_ends_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("field", ["epochs", "lr", "batch_size"])
-def test_bad_recipes(field):
+def test_a_recipe_refuses_zero(field):
     with pytest.raises(ValueError, match=field):
         Recipe(**{"frozen": True, "epochs": 1, "lr": 1.0, field: 0})
 
 
-def test_labels_are_needed(tmp_path):
+def test_training_a_classifier_needs_labels(tmp_path):
     with pytest.raises(ValueError, match="labels"):
         train(small_encoder(), Recipe(True, 1, 1.0), tmp_path, data=ArraySource(source().images))

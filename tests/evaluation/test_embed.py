@@ -30,7 +30,7 @@ from simclr_fast.models.encoders import build_encoder
 from simclr_fast.models.weights import about_encoder
 
 
-def test_pca_is_scikit_learns():
+def test_pca_equals_scikit_learns():
     from sklearn.decomposition import PCA
 
     x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 7) + 3
@@ -134,7 +134,7 @@ BLINDNESS = {
 
 
 @pytest.mark.parametrize("kind", BLINDNESS)
-def test_classes_differ_for_the_colour_blind(kind):
+def test_colour_blind_people_can_tell_classes_apart(kind):
     """By marker, or by a colour at least 30 of 441 away; 20 classes are also named in the plot."""
     styles = [class_style(label) for label in range(35)]
     assert len(set(styles)) == 35
@@ -146,14 +146,14 @@ def test_classes_differ_for_the_colour_blind(kind):
             assert not same or np.linalg.norm(seen[a] - seen[b]) > 30, (styles[a], styles[b])
 
 
-def test_the_loss_and_where_chance_is(tmp_path):
+def test_the_loss_is_drawn(tmp_path):
     rows = [{"step": i, "loss": 4.0, "contrastive_accuracy": 0.5} for i in (20, 40)]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     plot_loss(tmp_path / "m.jsonl", tmp_path / "loss.png", 256)
     assert min(Image.open(tmp_path / "loss.png").size) > 300
 
 
-def test_names_say_nothing_of_the_machine():
+def test_names_of_images_have_no_private_folders():
     assert short_name("/home/me/photos/dog/1.jpg") == "dog/1.jpg"
     assert short_name("image 3 of the array") == "image 3 of the array"
 
@@ -193,7 +193,7 @@ def test_the_command_writes_pictures_and_page(page):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine (Debian: chromium)")
-def test_the_page_in_a_browser(page, tmp_path):
+def test_the_page_works_in_a_browser(page, tmp_path):
     with browser(tmp_path / "profile") as tab:
         tab.open(page)
         assert tab.js("document.title") == "40 images of images by resnet10"

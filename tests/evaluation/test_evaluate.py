@@ -39,9 +39,9 @@ def small_images(n=7):
     return np.random.default_rng(0).integers(0, 255, (n, 8, 8, 3), dtype=np.uint8)
 
 
-def test_top_k_by_hand():
+def test_ranks_of_the_true_class():
     scores = torch.tensor([[0.1, 0.7, 0.2, 0], [0.4, 0.1, 0.4, 0.1], [0.0, 0.0, 0.0, 1.0]])
-    # Of equal scores the lower index is first, as argmax has it.
+    # Of equal scores, that with the lower index is first, as in argmax.
     assert true_class_rank(scores, torch.tensor([2, 2, 1])).tolist() == [1, 1, 2]
     assert true_class_rank(scores, scores.argmax(1)).tolist() == [0, 0, 0]
     classes = tuple("abcdefg")
@@ -53,7 +53,7 @@ def test_top_k_by_hand():
     assert json.dumps(found.to_json())
 
 
-def test_ranks_are_scikit_learns_top_k():
+def test_top_k_accuracy_equals_scikit_learns():
     from sklearn.metrics import top_k_accuracy_score
 
     scores = torch.rand(50, 9, generator=torch.Generator().manual_seed(0))
@@ -63,15 +63,15 @@ def test_ranks_are_scikit_learns_top_k():
         assert ours == pytest.approx(top_k_accuracy_score(labels, scores.numpy(), k=k))
 
 
-def test_bootstrap_interval():
+def test_the_bootstrap_interval_is_1_96_standard_errors():
     accuracy = bootstrap(np.arange(1000) < 700)
     assert accuracy.value == 0.7
-    # 1.96 standard errors of a mean of 1,000 draws of .7.
+    # 1.96 standard errors of the mean of 1,000 draws that are 1 with probability 0.7.
     assert accuracy.high - accuracy.low == pytest.approx(2 * 1.96 * (0.21 / 1000) ** 0.5, rel=0.15)
 
 
 @pytest.mark.parametrize("l2", [1e-2, 1.0, 100.0])
-def test_logistic_regression_is_scikit_learns(l2):
+def test_logistic_regression_equals_scikit_learns(l2):
     train, labels = clusters(300, 3)
     train = train * torch.logspace(-2, 2, 8) + 5
     fit = fit_logistic(train, labels, l2)
@@ -98,7 +98,7 @@ def test_a_fit_in_blocks_and_from_a_start_is_the_same(monkeypatch):
         assert torch.allclose(whole.weight, other.weight, atol=1e-4)
 
 
-def test_constant_and_dependent_features():
+def test_constant_and_dependent_features_have_a_finite_fit():
     train, labels = clusters(60, 1)
     train = torch.cat([train, train, torch.full((60, 2), 3.0)], 1)
     fit = fit_logistic(train, labels, 1.0)
@@ -142,7 +142,7 @@ def test_sweep_chooses_on_held_out_images_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(problem, lambda self, l2, *r: fitted.append(l2) or fit(self, l2, *r))
     assert sweep().validation == whole.validation
     assert fitted == [1.0, 1e-2, whole.fit.l2]
-    # What is finished is only fitted once more; of other arguments, nothing is taken over.
+    # A finished sweep only repeats its last fit. With other arguments it begins anew.
     assert sweep().validation == whole.validation
     assert fitted[3:] == [whole.fit.l2]
     sweep_logistic(train, labels, n_classes=3, values=values, seed=1, progress=progress)
@@ -162,7 +162,7 @@ def test_probe_separates_what_is_separable_and_no_more():
     assert 0.2 < linear_probe(noise[:300], labels, noise[300:], test_labels).value < 0.5
 
 
-def test_bad_arguments():
+def test_bad_arguments_of_a_probe_are_refused():
     train, labels = clusters(30, 1)
     with pytest.raises(ValueError, match="l2"):
         fit_logistic(train, labels, 0)
@@ -175,7 +175,7 @@ def test_bad_arguments():
         balanced_subset(labels, 0)
 
 
-def test_features_and_pixels_are_in_order_and_undistorted():
+def test_features_are_in_the_order_of_the_images():
     images = small_images()
     source = ArraySource(images)
     flat = torch.from_numpy(images).permute(0, 3, 1, 2).flatten(1) / 255
@@ -249,7 +249,7 @@ def test_fingerprint_changes_with_weights_images_and_preprocessing(tmp_path):
     assert len(set(keys)) == len(keys)
 
 
-def test_balanced_subsets_are_fixed_nested_and_balanced():
+def test_balanced_subsets_are_balanced_and_nested():
     labels = np.repeat(np.arange(5), [100, 100, 100, 100, 7])
     ten, one = balanced_subset(labels, 0.1), balanced_subset(labels, 0.01)
     assert np.bincount(labels[ten]).tolist() == [10, 10, 10, 10, 1]
@@ -260,7 +260,7 @@ def test_balanced_subsets_are_fixed_nested_and_balanced():
     assert np.array_equal(balanced_subset(labels, 1), np.arange(407))
 
 
-def test_subset_lists(tmp_path):
+def test_lists_of_images_choose_a_subset(tmp_path):
     names = ["n01/n01_3.JPEG", "n01/n01_7.JPEG", "n02/n02_3.JPEG", "n02/a.JPEG", "n01/a.JPEG"]
     source = FileSource([tmp_path / name for name in names])
     listing = tmp_path / "1percent.txt"
@@ -290,7 +290,7 @@ def standardised(n=600, dim=40, classes=7):
 
 @pytest.mark.parametrize("l2", [1e5, 1.0, 1e-3])
 def test_float32_products_find_the_same_minimum(l2):
-    """What the exploratory fits on GPUs compute in. Their tolerance is that of the gradient."""
+    """On GPUs the exploratory fits multiply in float32."""
     x, labels = standardised()
     fits = [
         linear._Problem(x, labels, 7, "cpu", dtype).fit(l2, None, 1e-4, 2000)
@@ -311,7 +311,7 @@ def test_a_sweep_with_float32_products_chooses_the_same(monkeypatch):
     monkeypatch.setattr(linear, "_rough_products", lambda device: torch.float32)
     rough = sweep_logistic(x, labels, n_classes=7, values=SWEEP[::4])
     assert rough.fit.l2 == exact.fit.l2
-    # At most one of the 119 held-out images is told differently.
+    # At most one of the 119 held-out images is classified differently.
     assert max(abs(rough.validation[v] - exact.validation[v]) for v in exact.validation) < 1.5 / 119
     # The final fit is in float64 either way.
     assert torch.allclose(rough.fit.weight, exact.fit.weight, atol=1e-6)
@@ -337,7 +337,7 @@ def test_the_final_fit_begins_without_the_sweeps_copy(monkeypatch):
 
 
 class Encoder(torch.nn.Module):
-    """Features that `coarse` autocast turns, or does not."""
+    """coarse: autocast changes the features' directions."""
 
     def __init__(self, coarse):
         super().__init__()

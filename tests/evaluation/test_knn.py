@@ -19,7 +19,7 @@ def data(n, m, dim=6, classes=4):
 
 
 @pytest.mark.parametrize("k", [1, 20, 200])
-def test_it_is_scikit_learns(k):
+def test_weighted_knn_equals_scikit_learns(k):
     train, labels, test, test_labels = data(500, 101)
     theirs = KNeighborsClassifier(
         k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / TAU)
@@ -38,7 +38,7 @@ def test_it_is_scikit_learns(k):
 
 
 @pytest.mark.parametrize(("query_block", "bank_block"), [(7, 11), (1, 1000), (1000, 3)])
-def test_blocks_change_nothing(query_block, bank_block):
+def test_results_do_not_depend_on_the_block_sizes(query_block, bank_block):
     train, _, test, _ = data(150, 40)
     similarities, indices = nearest(test, train, 9)
     parts = nearest(test, train, 9, query_block=query_block, bank_block=bank_block)

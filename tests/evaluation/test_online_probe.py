@@ -1,4 +1,4 @@
-"""The probe beside pretraining: known answers, and training that does not notice it."""
+"""The probe beside pretraining: known answers, and pretraining is the same with and without it."""
 
 import json
 from dataclasses import replace
@@ -28,7 +28,7 @@ def features(labels, views=2, spread=0.5, seed=0):
     )
 
 
-def test_the_first_step_by_hand():
+def test_the_first_step_of_the_probe_equals_the_formula():
     labels = np.arange(8) % 4
     probe = OnlineProbe(labels, every=1, device=CPU)
     index = torch.arange(8)
@@ -43,7 +43,7 @@ def test_the_first_step_by_hand():
     assert torch.allclose(probe.state["weight"], -2.0 * 1.9 * error.T @ x / 16, atol=1e-4)
 
 
-def test_it_learns_what_can_be_learnt():
+def test_the_probe_learns_separable_classes():
     labels = np.arange(400) % 4
     probe = OnlineProbe(labels, every=50, device=CPU)
     rows = []
@@ -86,7 +86,7 @@ def test_images_without_labels_teach_nothing_and_do_not_count():
     probe.take(features(np.zeros(2, int)))
     row = probe.after_step(2, torch.tensor([2, 3]))
     assert row["linear"] is None
-    # Momentum goes on, a gradient there is not.
+    # There is no gradient, and momentum goes on.
     assert torch.allclose(probe.state["weight"], before * (1 + 0.81 / 1.9), atol=1e-5)
     for none in (None, np.full(3, -1)):
         with pytest.raises(ValueError, match="labelled"):

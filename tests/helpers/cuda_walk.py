@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 DEVICE = torch.device("cuda:0")
-# What tolist finds in a tensor.
+# The value that `tolist` returns for every element.
 INVENTED = 1
 _aten = torch.ops.aten
 _PACKAGE = str(Path(__file__).parents[2] / "simclr_fast") + "/"
@@ -48,7 +48,7 @@ _WAITING = {
     "_linalg_check_errors",
     "histc",
 }
-# They launch nothing.
+# Operations that launch nothing.
 _FREE = {
     "detach",
     "empty",
@@ -85,7 +85,7 @@ class Record:
 
 
 RECORD = Record()
-# Tensors in pinned memory; they stay, as another's storage could get the address of a freed one.
+# Tensors in pinned memory. They are kept: another storage could get the address of a freed one.
 _PINNED: list[Tensor] = []
 _MODE = FakeTensorMode(allow_non_fake_inputs=True)
 _NO_CONTEXT = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_byte)(lambda *_: False)
@@ -147,7 +147,7 @@ def _where() -> str:
     frame, inner = sys._getframe(1), ""
     while frame is not None:
         name = frame.f_code.co_filename
-        # Of a comprehension, the function around it.
+        # For a comprehension, take the function around it.
         if name.startswith(_PACKAGE) and not frame.f_code.co_name.startswith("<"):
             return f"{name.removeprefix(_PACKAGE)}:{frame.f_code.co_name}{inner}"
         place = name.partition("site-packages/torch/")[2]
@@ -179,7 +179,7 @@ def _without_driver() -> None:
     original = torch._C._select_conv_backend
 
     def select(*operands: Any, **options: Any) -> Any:
-        # Whether cuDNN takes bfloat16 is asked of the driver; that it takes float16 is known.
+        # Whether cuDNN takes bfloat16, torch asks the driver; for float16 it knows.
         return original(*map(_as_half, operands), **options)
 
     torch._C._select_conv_backend = select
@@ -295,7 +295,7 @@ class _Walk(TorchDispatchMode):
         return out
 
     def _mixed(self, name: str, given: list[Tensor]) -> None:
-        """A number of the CPU is an argument of the launch; stacked or chosen, it is copied."""
+        """A CPU scalar is an argument of the launch. If it is stacked or selected, it is copied."""
         numbers = [t for t in given if t.device.type == "cpu"]
         if numbers and name in ("cat", "stack", "where", "masked_fill", "masked_fill_"):
             RECORD.copies[f"{name} of a CPU tensor @ {_where()}"] += 1
@@ -335,7 +335,7 @@ def _copied(name: str, source: Tensor, target: Tensor, args: Any, kwargs: Any) -
     how = args[2] if name == "copy_" and len(args) > 2 else kwargs.get("non_blocking", False)
     to = "to" if target.is_cuda else "from"
     what = f"copy {to} CUDA of {list(target.shape)}"
-    # From memory that is not pinned the host waits until the copy has left it.
+    # If the memory is not pinned, the host waits until it was read.
     if (target.is_cuda and how and _pinned(source)) or (
         not target.is_cuda and how and _pinned(target)
     ):
@@ -445,7 +445,7 @@ def _dense(x: Tensor) -> bool:
     return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
 
 
-# CUDA has these, and torch no shape functions for them. What the kernels demand is asserted.
+# CUDA operations for which torch has no shape functions. These assert what the kernels require.
 _BATCH_NORM = {
     "batch_norm_stats": _norm_stats,
     "batch_norm_gather_stats_with_counts": _norm_gather,

@@ -1,7 +1,8 @@
-"""Whole steps on device "cuda" without a GPU, each once: python cuda_walk_steps.py WORLD CASE...
+"""Run whole steps on device "cuda" without a GPU: python cuda_walk_steps.py WORLD CASE...
 
-Prints JSON, per case what `cuda_walk` saw in its third step: the first one makes the state, and in
-the first two replay and grad-cache compare both runs of a layer, which waits for the device.
+Prints JSON: for each case what `cuda_walk` recorded in the third step. The first step creates the
+optimizer's state. In the first two, replay and grad-cache compare both runs of a layer, which waits
+for the device.
 """
 
 import json
@@ -95,7 +96,7 @@ def train(
     scheduler = warmup_cosine(optimizer, 1, 10)
     scaler = torch.amp.GradScaler("cuda", enabled=autocast is torch.float16)
     cuda_walk.INVENTED = 2 * ROWS
-    # Ranks that are not told the numbers of rows ask each other.
+    # Without the numbers of rows, the ranks ask each other.
     row_counts = None if untold else [2 * ROWS] * world
     seen: dict[str, Any] = {}
 
@@ -154,7 +155,7 @@ def described(t: Tensor) -> tuple[Any, ...]:
 
 
 def evaluate() -> Any:
-    """A batch of features after the first, whose dtype is checked."""
+    """Features of a second batch. The dtype is checked with the first one."""
     with DEVICE:
         encoder, _ = build_encoder("resnet18")
     inference = Inference(encoder, DEVICE)

@@ -4,11 +4,11 @@
         ...  # code that uses device "cuda", its streams and its events
     assert not cuda.faults
 
-Tensors that are asked for on "cuda" lie on the CPU and are computed there at once; who reads and
-writes which of them on which stream goes to the race detector that torch has for real GPUs
+Tensors that are created on "cuda" lie on the CPU, and operations on them run there at once. Each
+read and write, with its stream, is reported to torch's race detector for real GPUs
 (torch/cuda/_sanitizer.py). The host is a stream of its own: what it launches comes after what it
-did before, and it sees a stream's work only after it has waited for it. A tensor that is used on
-another stream than the one it was allocated on must have been told so (`record_stream`).
+did before, and it sees a stream's work only after it has waited for it. If a tensor is used on
+another stream than the one it was allocated on, `record_stream` must have been called.
 """
 
 import threading
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _HOST = -1
-# These look at no value.
+# Operations that read no value.
 _SHAPES_ONLY = {"aten::empty_like", "aten::new_empty", "aten::new_empty_strided"}
 
 
@@ -45,7 +45,7 @@ class FakeCuda:
         # Stream of allocation, and streams recorded, by storage. None: memory that is not torch's.
         self._allocated_on: dict[int, int | None] = {}
         self._recorded: set[tuple[int, int]] = set()
-        # A storage that is freed could give its address to another one.
+        # Kept, because another storage could get the address of a freed one.
         self._alive: list[torch.UntypedStorage] = []
         self._stack = ExitStack()
 
@@ -174,7 +174,7 @@ class FakeCuda:
                 self._wait(_HOST, stream)
 
     def allocate(self, tensor: torch.Tensor, foreign: bool = False) -> torch.Tensor:
-        """Take `tensor`, which lies on the CPU, for one on the current device.
+        """Treat `tensor`, which lies on the CPU, as one on the current device.
 
         foreign: not from torch's allocator, so that no stream needs to be recorded.
         """

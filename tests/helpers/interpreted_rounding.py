@@ -112,7 +112,7 @@ def test_supervised_loss_and_gradient(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_self_checks_tolerances_hold(dtype, monkeypatch):
-    # Fewer pairs than on a machine: the interpreter is slow.
+    # Fewer pairs than selfcheck takes: the interpreter is slow.
     monkeypatch.setattr(checks, "_PAIRS", 57)
     device = torch.device("cpu")
     assert "gradient by" in checks.nt_xent(device, dtype)
@@ -124,7 +124,7 @@ def test_the_self_checks_tolerances_hold(dtype, monkeypatch):
         assert "gradient is off by" in checks.learnable_temperature(device)
 
 
-# The net itself.
+# These checks must find a planted fault.
 
 
 @triton.jit
@@ -154,7 +154,7 @@ def test_products_are_exact_and_sums_are_cut_off():
     a = np.array([[one] + [tiny] * 7], np.float16)
     b = np.array([[one]] + [[tiny]] * 7, np.float16)
     zero = np.zeros((1, 1), np.float32)
-    # Seven times 2⁻²⁴ is .4 of a last place of 1 each: cut off to 2⁻²⁴, summed, cut off to 2⁻²³.
+    # Each of the seven terms of 2⁻²⁴ is kept; their sum, 3.5 · 2⁻²³, is cut off to 3 · 2⁻²³.
     assert tensor_core_dot(a, b, zero, "ieee")[0, 0] == 1 + 3 * 2.0**-23
     assert tensor_core_dot(-a, b, zero, "ieee")[0, 0] == -1 - 3 * 2.0**-23
     generator = np.random.default_rng(0)

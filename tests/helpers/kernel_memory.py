@@ -87,7 +87,7 @@ def _span(tensor) -> tuple[int, int]:
 
 
 def seeded(seed: int) -> torch.Generator:
-    """Of the device on which the test makes its tensors."""
+    """A generator on the device on which the test makes its tensors."""
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 

@@ -31,7 +31,7 @@ def views(first=0, last=PAIRS, size=16):
 
 
 def lively(model):
-    """float64, with norm weights and biases that no two channels share."""
+    """The model in float64. No two channels have the same norm weight or bias."""
     for p in model.parameters():
         if p.dim() == 1:
             nn.init.normal_(p, 1, 0.3)
@@ -66,12 +66,12 @@ def step(model, backward):
 
 
 def assert_equal(found, expected, tolerance=1e-12):
-    """Every tensor of two results of `step`, by the norm of the difference."""
+    """Compare every tensor of two results of `step`, by the norm of the difference."""
     assert abs(found[0] - expected[0]) <= tolerance * abs(expected[0])
     for have, want in zip(found[1:], expected[1:], strict=True):
         assert have.keys() == want.keys()
         scale = max((t.double().norm() for t in want.values()), default=0)
         for name, t in want.items():
             error = (have[name] - t).double().norm()
-            # A gradient that is zero but for rounding is measured by the others.
+            # A gradient that is zero except for rounding is compared with the size of the others.
             assert error <= tolerance * max(t.double().norm(), 1e-3 * scale), (name, error)

@@ -1,4 +1,4 @@
-"""A folder that one of the processes that run tests makes for all of them."""
+"""A folder that one of pytest's processes makes for all of them."""
 
 import fcntl
 import os
@@ -6,7 +6,7 @@ import shutil
 
 
 def made_once(tmp_path_factory, name, make):
-    """The folder `name`, after `make(folder)`: called by the first process that asks for it."""
+    """The folder `name`. The first process that asks for it calls `make(folder)`."""
     parent = tmp_path_factory.getbasetemp()
     shared = parent.parent if "PYTEST_XDIST_WORKER" in os.environ else parent
     folder = shared / name

@@ -58,7 +58,7 @@ class Launch:
 
     @property
     def variant(self) -> str:
-        """What Triton compiles anew for, the architecture included."""
+        """Everything for which Triton compiles anew, with the architecture."""
         return f"{self.name} {self.signature} {self.constants} {self.attributes} {self.options}"
 
     @property
@@ -113,7 +113,7 @@ class _CudaRoute(TorchDispatchMode):
 
 
 def _key(func) -> torch._C.DispatchKey:
-    """Where what a CUDA tensor runs is registered."""
+    """The dispatch key under which the kernel for CUDA tensors is registered."""
     own = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CUDA")
     keys = torch._C.DispatchKey
     return keys.CUDA if own else keys.CompositeExplicitAutograd
@@ -193,7 +193,8 @@ def other_launches(step: Callable[[], object]) -> list[str]:
     return [name for e in profile.events() if e.cpu_parent is None for name in _launching(e)]
 
 
-# These make a tensor, look at one, or read a value, which for a CUDA tensor the project never does.
+# Operators that launch nothing: they make a tensor or a view, or read a value, which the project
+# never does with a CUDA tensor.
 _NO_LAUNCH = {
     *("empty", "empty_like", "empty_strided", "new_empty", "resize_"),
     *("detach", "detach_", "lift_fresh", "_local_scalar_dense"),

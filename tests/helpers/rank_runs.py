@@ -1,4 +1,4 @@
-"""Processes of their own, one per rank: a function, or a pretraining run to be stopped anywhere."""
+"""Run a function, or a pretraining run that may be killed anywhere, with one process per rank."""
 
 import multiprocessing
 import os
@@ -24,7 +24,7 @@ _context.set_forkserver_preload(["torchvision.models", "rank_runs"])
 
 
 def on_ranks(function: Callable, arguments: tuple, size: int) -> None:
-    """Call function(rank, *arguments) on every rank, and raise what one of them raises."""
+    """Call function(rank, *arguments) on every rank; if one raises an error, raise it here."""
     torch.multiprocessing.start_processes(function, arguments, size, start_method="forkserver")
 
 
@@ -79,7 +79,7 @@ class Run:
             self.processes[-1].start()
 
     def wait(self, ranks: list[int] | None = None, seconds: float = 90) -> list[int | None]:
-        """Exit statuses of `ranks`, by default all; None for a rank that is still there."""
+        """Exit statuses of `ranks`, by default of all; None for a rank that still runs."""
         end = time.monotonic() + seconds
         chosen = self.processes if ranks is None else [self.processes[r] for r in ranks]
         for process in chosen:

@@ -1,4 +1,4 @@
-"""Writes tf_crops.json beside it: how often TensorFlow's crops are at most so high, wide, large, ….
+"""Writes tf_crops.json beside it: the distributions of height, width, … of TensorFlow's crops.
 
     pip install tensorflow-cpu && python tests/helpers/tf_crops.py
 

@@ -1,4 +1,4 @@
-"""What a pretraining run of a second or two is made of."""
+"""Data and settings for pretraining runs of a second or two."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ TINY = PretrainConfig(
 
 
 def write_photos(folder: Path, count: int, classes: int = 2) -> Path:
-    """`count` JPEG files of noise, 24×24, in turn of `classes` folders."""
+    """Write `count` JPEG files of noise, 24×24, in turn to `classes` folders."""
     rng = np.random.default_rng(0)
     for i in range(count):
         pixels = rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)

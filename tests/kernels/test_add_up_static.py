@@ -20,7 +20,7 @@ def sums_kernel(x_ptr, part_ptr, counter_ptr, out_ptr):
 
 @triton.jit
 def careless_kernel(x_ptr, part_ptr, counter_ptr, out_ptr):
-    """Without barrier and order: another program's value may not have arrived."""
+    """The planted fault: without barrier and order another program's value may be missing."""
     value = tl.sum(tl.load(x_ptr + tl.arange(0, 256)), axis=0)
     tl.store(part_ptr + tl.program_id(0), value)
     if tl.atomic_add(counter_ptr, 1, sem="relaxed") == tl.num_programs(0) - 1:

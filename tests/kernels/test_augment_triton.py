@@ -28,7 +28,7 @@ planar, last = torch.contiguous_format, torch.channels_last
 f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
 
 def close(out, exact):
-    # .1/255, and a last place of the outputs' dtype: the interpreter cuts bfloat16 off.
+    # 0.1/255, and a last place of the outputs' dtype: the interpreter cuts bfloat16 off.
     error = (out.float() - exact).abs()
     return (error <= 0.1 / 255 + torch.finfo(out.dtype).eps * exact.abs()).all().item()
 

@@ -99,24 +99,24 @@ def check(case: Case, static):
         assert static.narrow_copies == 0
     if config.block_d >= case.padded >= 64 and case.kernel in ("forward", "gradient"):
         per_thread = config.block_m * config.block_n // (32 * config.warps)
-        # Small tiles over many features: two warps may share one exponential's work.
+        # In small tiles over many features, two warps may compute the same exponentials.
         copies = 2 if case.kernel == "gradient" and case.padded > 128 else 1
         assert per_thread <= static.main_loop.exp2 <= copies * per_thread
 
 
 @pytest.mark.parametrize("case", CORE, ids=str)
-def test_core_configurations(case):
+def test_core_configurations_do_not_spill(case):
     check(case, nt_xent_static(*case))
 
 
 @pytest.mark.gpu_static
 @pytest.mark.parametrize("case", FULL, ids=str)
-def test_every_configuration(case):
+def test_no_configuration_spills(case):
     check(case, nt_xent_static(*case))
 
 
 @pytest.mark.parametrize("kernel", ROW_KERNELS)
-def test_core_row_kernels(kernel):
+def test_core_row_kernels_do_not_spill(kernel):
     check_row_kernel(kernel, 90, torch.bfloat16, 128)
 
 
@@ -125,7 +125,7 @@ def test_core_row_kernels(kernel):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", ROW_KERNELS)
-def test_every_row_kernel(kernel, arch, dtype, dim):
+def test_no_row_kernel_spills(kernel, arch, dtype, dim):
     check_row_kernel(kernel, arch, dtype, dim)
 
 
@@ -139,7 +139,7 @@ def check_row_kernel(kernel, arch, dtype, dim):
 
 
 def test_a_spill_is_seen():
-    """The gate's own check: a third of the registers that the kernel needs."""
+    """The planted fault: a third of the registers that the kernel needs."""
     case = Case("gradient", 80, HALF, 128, "ieee")
     static = nt_xent_static(*case, maxnreg=64)
     assert static.stack > 0

@@ -42,7 +42,7 @@ WANTED_TRITON = os.environ.get("SIMCLR_FAST_TEST_TRITON")
 
 
 def views(n: int, dim: int = 128, dtype: torch.dtype = BRAIN, rows: int = 1) -> Tensor:
-    """[rows · n, dim] of a value that no operator minds; only addresses and strides matter."""
+    """[rows · n, dim] of some value; only addresses and strides matter."""
     return torch.ones(rows * n, dim, dtype=dtype).requires_grad_()
 
 
@@ -84,7 +84,7 @@ def strided(n: int) -> None:
 
 
 def _as_second_rank(n: int, loss: Callable[[], Tensor]) -> None:
-    """Two ranks with as many rows each; gathering repeats this rank's."""
+    """As the second of two ranks with the same number of rows. Gathering repeats this rank's."""
     twice = {
         "row_counts_of": lambda rows, device, group, given: [rows, rows],
         "all_gather_rows": lambda rows, group, counts: torch.cat((rows, rows)),
@@ -355,7 +355,7 @@ def test_launches_of_a_step(stats, most):
     assert len(names) + len(others) <= most, (names, others)
 
 
-# Each gate with a planted fault.
+# Each of the checks above must find a planted fault.
 
 
 @triton.jit

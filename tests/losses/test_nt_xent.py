@@ -50,7 +50,7 @@ def our_rows(z1, z2, temperature):
 
 @pytest.mark.parametrize(("n", "d"), SHAPES, ids=SHAPE_IDS)
 @pytest.mark.parametrize("temperature", [0.05, 0.5, 100.0])
-def test_float64_rows_and_gradients(n, d, temperature):
+def test_float64_losses_and_gradients_equal_the_reference(n, d, temperature):
     z1, z2 = views(n, d)
     weights = torch.randn(2 * n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     ours, grads = gradients(our_rows, z1, z2, temperature, torch.float64, weights)
@@ -64,7 +64,7 @@ def test_float64_rows_and_gradients(n, d, temperature):
 @pytest.mark.parametrize("temperature", [0.001, 0.005, 0.013, 0.03, 0.1, 0.5, 10.0, 100.0])
 @pytest.mark.parametrize("noise", [1.0, 0.01, 2.0], ids=["unrelated", "aligned", "opposite"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_any_temperature(temperature, noise, dtype):
+def test_gradients_at_any_temperature(temperature, noise, dtype):
     z1, z2 = views(150, 48, torch.float32, noise)
     ours, grads = gradients(our_rows, z1, z2, temperature, dtype)
     expected, exact = gradients(reference.nt_xent, z1, z2, temperature, torch.float64)
@@ -91,7 +91,7 @@ def test_float32_gradient_accuracy(temperature, tolerance, noise):
 @pytest.mark.parametrize("noise", [1.0, 0.05], ids=["unrelated", "aligned"])
 @pytest.mark.parametrize("temperature", [0.005, 0.1, 2.0])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_decoupled(dtype, temperature, noise):
+def test_decoupled_loss_equals_the_reference(dtype, temperature, noise):
     z1, z2 = views(67, 24, torch.float32, noise)
     weights = torch.randn(134, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
@@ -118,7 +118,7 @@ def test_decoupled(dtype, temperature, noise):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_16_bit_inputs(dtype):
+def test_16_bit_inputs_lose_only_their_rounding(dtype):
     z1, z2 = views(100, 33, dtype)
     weights = torch.full((200,), 0.3)
     loss, grads = gradients(our_rows, z1, z2, 0.2, dtype, weights)
@@ -127,7 +127,7 @@ def test_16_bit_inputs(dtype):
     assert relative(loss, expected) < 1e-6
     for actual, wanted in zip(grads[:2], exact[:2], strict=True):
         assert actual.dtype == dtype
-        # Nothing but the rounding of the result.
+        # The only error is the rounding of the result.
         assert relative(actual, wanted) <= relative(wanted.to(dtype), wanted) * 1.01 + 1e-6
 
 
@@ -144,7 +144,7 @@ def test_one_tensor_equals_two(reduction):
 
 @pytest.mark.parametrize("layout", ["transposed", "strided", "expanded", "offset"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_strides(layout, dtype):
+def test_any_strides_give_the_same_loss(layout, dtype):
     base = torch.randn(40, 60, generator=torch.Generator().manual_seed(0)).to(dtype)
     z1 = {
         "transposed": base.T[:30],
@@ -180,7 +180,7 @@ def test_zero_rows_behave_as_normalize(dtype):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("temperature", [0.5, 0.002])
-def test_non_finite_in_nan_out(bad, dtype, temperature):
+def test_nan_or_infinity_makes_the_loss_nan(bad, dtype, temperature):
     z1, z2 = views(40, 8, dtype)
     z2[17, 3] = bad
     loss, grads = gradients(our_rows, z1, z2, temperature, dtype)
@@ -190,14 +190,14 @@ def test_non_finite_in_nan_out(bad, dtype, temperature):
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-9, 1e15, 1e30])
-def test_scale_of_the_embeddings(scale):
+def test_embeddings_of_any_length_equal_the_reference(scale):
     z1, z2 = (scale * z for z in views(20, 8, torch.float32))
     # Below the eps of normalize, 1e-12, the rows shrink and every similarity goes to 0.
     expected = reference.nt_xent(z1.double(), z2.double()).mean()
     assert abs(nt_xent_loss(z1, z2) - expected) < 1e-6
 
 
-def test_single_pair():
+def test_a_single_pair_has_loss_0():
     z1, z2 = (z.requires_grad_() for z in views(1, 4, torch.float32))
     loss, stats = nt_xent_loss(z1, z2, 0.1, return_stats=True)
     loss.backward()
@@ -212,7 +212,7 @@ def test_single_pair():
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(("n", "noise"), [(3, 0.5), (40, 0.5), (190, 0.8), (190, 1.0)])
 @pytest.mark.parametrize("temperature", [0.3, 0.005])
-def test_statistics(dtype, n, noise, temperature):
+def test_statistics_equal_the_reference(dtype, n, noise, temperature):
     z1, z2 = views(n, 24, dtype, noise)
     loss, stats = nt_xent_loss(z1, z2, temperature, return_stats=True)
     u1, u2 = (torch.nn.functional.normalize(z.double(), dim=1) for z in (z1, z2))
@@ -258,7 +258,7 @@ def test_temperature_tensor_equals_number():
         assert torch.equal(nt_xent_loss(z1, z2, temperature), nt_xent_loss(z1, z2, 0.2))
 
 
-def test_gradient_only_where_asked():
+def test_only_inputs_that_require_it_get_a_gradient():
     z1, z2 = views(12, 5)
     z2.requires_grad_()
     nt_xent_loss(z1, z2, torch.tensor(0.4)).backward()
@@ -324,7 +324,7 @@ def test_compiles_to_one_graph():
             assert torch.equal(eager, graph)
 
 
-def test_module():
+def test_the_module_equals_the_function():
     z1, z2 = views(9, 4, torch.float32)
     assert torch.equal(NTXentLoss(0.1)(z1, z2), nt_xent_loss(z1, z2, 0.1))
     loss = NTXentLoss(0.1, learnable=True, reduction="sum")
@@ -372,13 +372,13 @@ Z = torch.ones(4, 3)
         ((Z, Z, torch.tensor(1e-40, dtype=torch.float64)), ValueError, r"got 1e-40"),
     ],
 )
-def test_bad_input(arguments, error, message):
+def test_bad_input_is_named(arguments, error, message):
     with pytest.raises(error, match=message):
         nt_xent_loss(*arguments)
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.int64, int])
-def test_temperatures_of_numpy(kind):
+def test_temperatures_may_be_numpy_numbers(kind):
     z1, z2 = views(4, 3, torch.float32)
     for temperature in (kind(2), np.asarray(kind(2))[()]):
         assert torch.equal(nt_xent_loss(z1, z2, temperature), nt_xent_loss(z1, z2, 2.0))
@@ -386,7 +386,7 @@ def test_temperatures_of_numpy(kind):
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e6])
-def test_the_outermost_temperatures(temperature):
+def test_the_smallest_and_largest_temperature_equal_the_reference(temperature):
     z1, z2 = views(60, 16, torch.float32)
     ours, grads = gradients(our_rows, z1, z2, temperature, torch.float32)
     expected, exact = gradients(reference.nt_xent, z1, z2, temperature, torch.float64)
@@ -427,7 +427,7 @@ def test_a_temperature_does_not_remember_a_transform():
 
 
 def test_a_single_pair_has_outputs_of_their_own():
-    """In plain torch, where view 1's rows first and interleaved are the same for one pair."""
+    """For one pair the two orders of rows are the same, but outputs must not share memory."""
     z1, z2, temperature = *views(1, 3), torch.ones((), dtype=torch.float64)
     for reduction in (nt_xent.NONE, nt_xent.MEAN, nt_xent.SUM):
         out = nt_xent._loss(z1, z2, temperature, reduction, False, True)
@@ -437,8 +437,8 @@ def test_a_single_pair_has_outputs_of_their_own():
 
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_no_rows_at_all(plain, dtype):
-    """What a rank without rows asks of the ops."""
+def test_ops_accept_no_rows(plain, dtype):
+    """As a rank without rows calls them."""
     z, wide = torch.empty(0, 3, dtype=dtype), torch.promote_types(dtype, torch.float32)
     temperature, u_all = torch.tensor(0.5, dtype=wide), torch.randn(4, 3, dtype=wide)
     normalize = nt_xent._normalize if plain else nt_xent.normalize
@@ -457,7 +457,7 @@ def test_no_rows_at_all(plain, dtype):
     assert grad_temperature == 0
 
 
-def test_bad_options():
+def test_bad_options_are_refused():
     with pytest.raises(ValueError, match=r"reduction must be .* got 'avg'"):
         nt_xent_loss(Z, Z, reduction="avg")
     with pytest.raises(ValueError, match="at least two pairs"):

@@ -68,7 +68,7 @@ def run(script, **environment):
 @needs_extension
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set off x86-64")
 @pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
-def test_instruction_sets(isa):
+def test_every_instruction_set_equals_the_reference(isa):
     if not has_isa(isa):
         pytest.skip(f"this CPU has no {isa}")
     result = run(CHECK, SIMCLR_FAST_ISA=isa)
@@ -77,7 +77,7 @@ def test_instruction_sets(isa):
 
 @needs_extension
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
-def test_memory_is_linear():
+def test_memory_grows_linearly_with_the_batch():
     result = run(MEMORY)
     half, full = map(float, result.stdout.split())
     assert half > 2048 * 128 * 4 / 1e6, "less than one matrix of gradients is no measurement"
@@ -172,7 +172,7 @@ def test_only_a_small_batch_that_needs_gradients_keeps():
 
 
 @needs_extension
-def test_ops_check_their_arguments():
+def test_ops_refuse_arguments_that_do_not_fit():
     z, tau = torch.ones(4, 3), torch.tensor(0.5)
     u, inv_norm = nt_xent.normalize(z, z, tau)
     with pytest.raises(RuntimeError, match="pairs of u_all's rows"):

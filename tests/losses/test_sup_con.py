@@ -49,7 +49,7 @@ def ours(z, labels, temperature):
     ids=str,
 )
 @pytest.mark.parametrize("temperature", [0.005, 0.1, 10.0])
-def test_float64(rows, dim, classes, temperature):
+def test_float64_losses_and_gradients_equal_the_reference(rows, dim, classes, temperature):
     z, labels = batch(rows, dim, classes)
     weights = torch.randn(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     results = gradients(ours, z, labels, temperature, torch.float64, weights)
@@ -74,7 +74,7 @@ def test_float32_is_no_worse_than_plain_torch(classes, temperature, noise):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_16_bit_inputs(dtype):
+def test_16_bit_inputs_lose_only_their_rounding(dtype):
     z, labels = batch(90, 24, 7, dtype)
     rows, grad, _ = gradients(ours, z, labels, 0.2, dtype, torch.full((90,), 0.3))
     expected, exact, _ = gradients(
@@ -95,7 +95,7 @@ def test_two_views_are_nt_xent():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_many_views(reduction):
+def test_many_views_equal_the_reference(reduction):
     views = torch.randn(4, 9, 6, dtype=torch.float64).requires_grad_()
     loss = multi_view_nt_xent_loss(list(views), temperature=0.3, reduction=reduction)
     stacked = multi_view_nt_xent_loss(views.flatten(0, 1), 4, 0.3, reduction=reduction)
@@ -115,7 +115,7 @@ def test_rows_without_positives_count_zero():
     assert not z.grad.any()
 
 
-def test_zero_row_and_nan():
+def test_a_zero_row_is_finite_and_nan_stays_nan():
     z, labels = batch(20, 6, 3, torch.float32)
     z[4] = 0
     rows, grad, _ = gradients(ours, z, labels, 0.3, torch.float32)
@@ -167,7 +167,7 @@ def test_same_bits_for_any_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
-def test_opcheck_and_one_graph():
+def test_opcheck_passes_and_it_compiles_to_one_graph():
     z, labels = batch(7, 5, 2, torch.float32)
     tau = torch.tensor(0.5)
     torch.library.opcheck(ops.sup_con.normalize, (z, tau))
@@ -216,6 +216,6 @@ Z, Y = torch.ones(6, 3), torch.arange(6)
         (lambda: multi_view_nt_xent_loss([Z, Z[:2]]), ValueError, "views must have one shape"),
     ],
 )
-def test_bad_input(call, error, message):
+def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()

@@ -52,7 +52,7 @@ def narrow(tmp_path_factory):
     ],
 )
 @torch.no_grad()
-def test_torchvision_and_timm(name, tmp_path):
+def test_exports_to_torchvision_and_timm_compute_the_same(name, tmp_path):
     weights = pretrained(tmp_path, name, stem="imagenet" if "resnet" in name else None)
     h = weights.encoder(IMAGES)
     exported = export_encoder(weights, tmp_path / "tv", "torchvision")
@@ -77,7 +77,7 @@ def test_torchvision_and_timm(name, tmp_path):
 
 
 @torch.no_grad()
-def test_formats_of_any_width(narrow, tmp_path):
+def test_encoders_of_any_width_are_exported(narrow, tmp_path):
     h = narrow.encoder(IMAGES)
     again = load_weights(export_encoder(narrow, tmp_path, "safetensors").path)
     assert torch.equal(again.encoder(IMAGES), h)
@@ -88,7 +88,7 @@ def test_formats_of_any_width(narrow, tmp_path):
 
 
 @torch.no_grad()
-def test_onnx(narrow, tmp_path):
+def test_onnx_computes_the_same(narrow, tmp_path):
     for module in ("onnx", "onnxscript"):
         pytest.importorskip(module)
     runtime = pytest.importorskip("onnxruntime")
@@ -114,7 +114,7 @@ def test_nothing_is_written_that_computes_something_else(narrow, tmp_path, monke
     assert not (tmp_path / "none").exists()
 
 
-def test_what_other_libraries_lack_is_refused(narrow, tmp_path):
+def test_encoders_that_the_library_lacks_are_refused(narrow, tmp_path):
     for form in ("torchvision", "timm"):
         with pytest.raises(ValueError, match=r"width 0\.125"):
             export_encoder(narrow, tmp_path, form)
@@ -126,7 +126,7 @@ def test_what_other_libraries_lack_is_refused(narrow, tmp_path):
         export_encoder(narrow, tmp_path, "torchscript")
 
 
-def test_faster_rcnn(tmp_path):
+def test_faster_rcnn_loads_the_export(tmp_path):
     weights = pretrained(tmp_path, "resnet18", stem="imagenet")
     exported = export_encoder(weights, tmp_path, "torchvision")
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None)
@@ -149,7 +149,7 @@ def detects(backbone):
     assert all(f["boxes"].shape == (len(f["scores"]), 4) for f in found)
 
 
-def test_faster_rcnn_on_an_encoder_of_any_width(narrow):
+def test_faster_rcnn_loads_an_encoder_of_any_width(narrow):
     encoder = load_weights(narrow.path).encoder
     with torch.no_grad():
         h = encoder(IMAGES)
@@ -160,7 +160,7 @@ def test_faster_rcnn_on_an_encoder_of_any_width(narrow):
     detects(backbone)
 
 
-def test_deeplab(tmp_path):
+def test_deeplab_loads_the_export(tmp_path):
     weights = pretrained(tmp_path, "resnet50", stem="imagenet")
     exported = export_encoder(weights, tmp_path, "torchvision")
     segmenter = torchvision.models.segmentation.deeplabv3_resnet50(
@@ -173,7 +173,7 @@ def test_deeplab(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["safetensors", "torch-export"])
-def test_command(narrow, form, tmp_path, capsys):
+def test_the_export_command_writes_each_format(narrow, form, tmp_path, capsys):
     to = tmp_path / form
     assert form in FORMATS
     options = ["--encoder", str(narrow.path), "--to", str(to), "--image-size", "32"]
@@ -184,7 +184,7 @@ def test_command(narrow, form, tmp_path, capsys):
     assert str(written) in printed
 
 
-def test_command_errors_are_one_line(narrow, tmp_path, capsys):
+def test_errors_of_the_export_command_are_one_line(narrow, tmp_path, capsys):
     options = ["--encoder", str(narrow.path), "--to", str(tmp_path), "--format", "torchvision"]
     assert run(["export", *options, "--model", "resnet18"]) == 1
     errors = capsys.readouterr().err

@@ -8,7 +8,7 @@ from simclr_fast.models.encoders import ResNet, SimCLR, build_encoder, build_pro
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_resnet_is_torchvisions_without_the_classifier(name):
+def test_resnets_equal_torchvisions_without_the_classifier(name):
     ours, dim = build_encoder(name)
     theirs = torchvision.models.get_model(name, weights=None)
     theirs.fc = torch.nn.Identity()
@@ -26,7 +26,7 @@ def test_widths_have_the_papers_sizes(width, millions):
     assert sum(p.numel() for p in encoder.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
 
 
-def test_stems():
+def test_each_stem_has_its_layers():
     images = torch.rand(1, 3, 32, 32)
     sizes = {}
     for stem in ("imagenet", "cifar", "cifar-stride2"):
@@ -65,12 +65,12 @@ def test_any_timm_model(name):
         ({"name": "vgg11", "width": 2}, "width must be 1 for vgg11, got 2"),
     ],
 )
-def test_bad_names(arguments, says):
+def test_unknown_names_are_refused(arguments, says):
     with pytest.raises(ValueError, match=says):
         build_encoder(**arguments)
 
 
-def test_projectors():
+def test_each_projector_has_its_layers():
     kinds = {
         ("nonlinear", 2): "Linear BatchNorm1d ReLU Linear BatchNorm1d",
         ("nonlinear", 3): "Linear BatchNorm1d ReLU Linear BatchNorm1d ReLU Linear BatchNorm1d",

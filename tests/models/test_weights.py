@@ -49,7 +49,7 @@ def prefixed(module, prefix):
     return {prefix + key: tensor for key, tensor in module.state_dict().items()}
 
 
-def test_torchvision_and_timm_resnets(resnet18, tmp_path):
+def test_weights_of_torchvision_and_timm_resnets(resnet18, tmp_path):
     # As torchvision's own files: with the classifier, without counts of batches.
     state = {k: v for k, v in resnet18.state_dict().items() if "num_batches" not in k}
     torch.save(state, tmp_path / "r18.pth")
@@ -67,7 +67,7 @@ def test_torchvision_and_timm_resnets(resnet18, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["resnet34", "resnet50", "resnet101", "resnet152"])
-def test_architecture_from_shapes(name):
+def test_the_architecture_is_found_from_shapes(name):
     with torch.device("meta"):
         state = torchvision.models.get_model(name).state_dict()
     assert _resnet_of(state, "torchvision", None) == {
@@ -77,7 +77,7 @@ def test_architecture_from_shapes(name):
     }
 
 
-def test_other_models_are_named(tmp_path):
+def test_checkpoints_of_unsupported_models_are_named(tmp_path):
     theirs = lived_in(torchvision.models.mobilenet_v3_small())
     torch.save({"model": theirs.state_dict()}, tmp_path / "m.pth")
     with pytest.raises(
@@ -94,7 +94,7 @@ def test_other_models_are_named(tmp_path):
     assert _resnet_of(wide, "torchvision", None) == {}
 
 
-def test_a_timm_model(tmp_path):
+def test_weights_of_a_timm_model(tmp_path):
     timm = pytest.importorskip("timm")
     theirs = lived_in(timm.create_model("test_vit", num_classes=3))
     torch.save({"state_dict": prefixed(theirs, "module.")}, tmp_path / "vit.pth")
@@ -106,7 +106,7 @@ def test_a_timm_model(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
-def test_lightly_with_torchvisions_resnet(resnet18, prefix, tmp_path):
+def test_weights_of_lightly_with_torchvisions_resnet(resnet18, prefix, tmp_path):
     heads = pytest.importorskip("lightly.models.modules.heads")
     head = heads.SimCLRProjectionHead(512, 512, 128)
     state = prefixed(headless(resnet18), f"{prefix}backbone.") | prefixed(
@@ -122,7 +122,7 @@ def test_lightly_with_torchvisions_resnet(resnet18, prefix, tmp_path):
     same(load_weights(tmp_path / "named.ckpt"), headless(resnet18))
 
 
-def test_lightlys_own_resnet(tmp_path):
+def test_weights_of_lightlys_own_resnet(tmp_path):
     models = pytest.importorskip("lightly.models")
     theirs = lived_in(models.ResNetGenerator("resnet-18", width=0.25))
     backbone = nn.Sequential(*list(theirs.children())[:-1], nn.AdaptiveAvgPool2d(1)).eval()
@@ -138,7 +138,7 @@ def test_lightlys_own_resnet(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["backbone.", "encoder."])
-def test_solo_learn(prefix, tmp_path):
+def test_weights_of_solo_learn(prefix, tmp_path):
     backbone = torchvision.models.resnet18()
     backbone.fc = nn.Identity()
     # solo/methods/base.py for CIFAR: padded by 2.
@@ -157,7 +157,7 @@ def test_solo_learn(prefix, tmp_path):
 
 
 @pytest.mark.parametrize("stem", [None, "cifar-stride2"])
-def test_ours(stem, tmp_path):
+def test_weights_of_our_own_runs(stem, tmp_path):
     augmentation = Augmentation(size=32, mean=(0.1, 0.2, 0.3), std=(1, 2, 3))
     config = PretrainConfig(model="resnet10", width=0.125, stem=stem, augmentation=augmentation)
     model = lived_in(build_model(config))
@@ -201,7 +201,7 @@ def test_what_does_not_fit_is_named_and_nothing_loaded(name, tmp_path):
     assert all(torch.equal(before[key], tensor) for key, tensor in module.state_dict().items())
 
 
-def test_bad_files_name_themselves(resnet18, tmp_path):
+def test_unreadable_files_are_named(resnet18, tmp_path):
     path = tmp_path / "bad.pth"
 
     def fails(content, says, **options):

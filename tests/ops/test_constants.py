@@ -13,7 +13,7 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 needs_extension = pytest.mark.skipif(not ops.has_extension(), reason="the extension is not built")
 
 
-def test_lars_flags():
+def test_lars_flags_equal_those_in_cpp():
     body = re.search(r"enum LarsFlag : int32_t \{(.*?)\}", (CSRC / "lars.h").read_text(), re.S)[1]
     flags = {name.upper(): int(value) for name, value in re.findall(r"lars_(\w+) = (\d+)", body)}
     assert flags == {flag.name: flag.value for flag in LarsFlag}
@@ -33,7 +33,7 @@ def test_lars_hyperparameters_are_in_the_order_of_the_struct():
 
 @needs_extension
 @pytest.mark.parametrize("num_rows", [2, 8, 254, 500, 1428, 1430, 1432, 2000, 2002])
-def test_size_of_what_is_kept(num_rows):
+def test_the_size_of_kept_values_equals_that_in_cpp(num_rows):
     z, temperature = torch.randn(num_rows, 501), torch.tensor(0.5)
     for dim in (1, num_rows // 4 or 1, (num_rows + 3) // 4, 501):
         out = ops.nt_xent.LossOutput(
@@ -43,7 +43,7 @@ def test_size_of_what_is_kept(num_rows):
 
 
 @needs_extension
-def test_reductions():
+def test_reductions_equal_those_in_cpp():
     z, temperature = torch.randn(10, 3), torch.tensor(0.5)
     rows, mean, total = (
         ops.nt_xent.LossOutput(*ops.nt_xent.loss(z, None, temperature, code, False, False)).loss

@@ -1,4 +1,4 @@
-"""The one rule for which implementation serves a tensor: every cause, each said once."""
+"""The rule for which implementation runs. Every reason for plain torch is given, once."""
 
 import subprocess
 import sys
@@ -42,7 +42,7 @@ def pretend_cuda_build(monkeypatch, architectures):
 
 
 def said(device, dtype=torch.float32, on_cuda=Implementation.TRITON):
-    """What runs there, and the warnings of three questions."""
+    """The implementation that runs there, and the warnings of three calls."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         answers = {ops.implementation_for(device, dtype, on_cuda=on_cuda) for _ in range(3)}
@@ -58,7 +58,7 @@ def assert_plain(answer, *words):
         assert word in messages[0]
 
 
-def test_cpu(monkeypatch):
+def test_the_cpu_runs_native_kernels_or_says_why_not(monkeypatch):
     monkeypatch.setattr(library, "EXTENSION_ERROR", None)
     for dtype in (torch.float64, torch.bfloat16):
         assert said(torch.device("cpu"), dtype) == (Implementation.NATIVE, [])
@@ -67,7 +67,7 @@ def test_cpu(monkeypatch):
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (12, 1)])
-def test_supported_gpus(monkeypatch, capability):
+def test_supported_gpus_run_triton_kernels(monkeypatch, capability):
     pretend_gpu(monkeypatch, capability)
     assert said(CUDA) == (Implementation.TRITON, [])
     assert said(CUDA, torch.bfloat16) == (Implementation.TRITON, [])
@@ -79,13 +79,13 @@ def test_float64_has_no_gpu_kernel(monkeypatch):
 
 
 @pytest.mark.parametrize("capability", [(6, 1), (7, 0), (7, 5)])
-def test_old_gpus(monkeypatch, capability):
+def test_old_gpus_run_plain_torch_and_say_why(monkeypatch, capability):
     pretend_gpu(monkeypatch, capability)
     assert_plain(said(CUDA), "8.0", f"{capability[0]}.{capability[1]}")
 
 
 @pytest.mark.parametrize("on_cuda", [Implementation.TRITON, Implementation.CUDA])
-def test_rocm(monkeypatch, on_cuda):
+def test_rocm_runs_plain_torch_and_says_why(monkeypatch, on_cuda):
     pretend_gpu(monkeypatch, (9, 4))
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert_plain(said(CUDA, on_cuda=on_cuda), "ROCm")
@@ -93,17 +93,17 @@ def test_rocm(monkeypatch, on_cuda):
 
 @pytest.mark.parametrize("name", ["mps", "xpu", "hpu"])
 @pytest.mark.parametrize("on_cuda", [Implementation.TRITON, Implementation.CUDA])
-def test_other_devices(name, on_cuda):
+def test_other_devices_run_plain_torch_and_say_why(name, on_cuda):
     assert_plain(said(torch.device(name), on_cuda=on_cuda), name, "NVIDIA GPUs")
 
 
-def test_without_triton(monkeypatch):
+def test_a_missing_triton_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton.runtime", None)
     assert_plain(said(CUDA), "Triton cannot be used", "ModuleNotFoundError", "pip install triton")
 
 
 def test_a_triton_that_cannot_reach_the_gpu(monkeypatch):
-    """As without a C compiler: its driver fails, not each kernel."""
+    """As without a C compiler, where Triton's driver fails."""
     initialized = library._triton_unusable
     pretend_gpu(monkeypatch, (8, 0))
     monkeypatch.setattr(library, "_triton_unusable", initialized)
@@ -117,7 +117,7 @@ def test_a_triton_that_cannot_reach_the_gpu(monkeypatch):
     assert_plain(said(CUDA), "Failed to find C compiler", "C compiler")
 
 
-def test_an_extension_without_cuda_kernels(monkeypatch):
+def test_an_extension_without_cuda_kernels_is_named(monkeypatch):
     pretend_gpu(monkeypatch, (8, 0))
     pretend_cuda_build(monkeypatch, "")
     lacking = lambda op, key: False  # noqa: E731
@@ -145,7 +145,7 @@ def test_an_extension_without_cuda_kernels(monkeypatch):
         ("", (8, 0), False),
     ],
 )
-def test_cuda_code_for_this_gpu(monkeypatch, architectures, capability, runs):
+def test_cuda_code_runs_on_the_gpus_it_is_for(monkeypatch, architectures, capability, runs):
     pretend_gpu(monkeypatch, capability)
     pretend_cuda_build(monkeypatch, architectures)
     answer = said(CUDA, on_cuda=Implementation.CUDA)
@@ -198,7 +198,7 @@ def test_an_extension_of_other_sources_is_refused(monkeypatch):
         library._load_extension()
 
 
-def test_every_native_op_is_asked_for():
+def test_native_ops_lists_every_op_of_the_extension():
     names = {n.removeprefix("simclr_fast::") for n in torch._C._dispatch_get_all_op_names()
              if n.startswith("simclr_fast::")}  # fmt: skip
     native = {

@@ -1,4 +1,4 @@
-"""The plain-torch paths against float64, where only some GPU owner would otherwise run them."""
+"""The plain-torch paths against float64. On the CPU the extension otherwise hides them."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from simclr_fast.ops import nt_xent, sup_con
 
 
 class NTXent(torch.autograd.Function):
-    """The op by its plain-torch kernels, which the extension's would otherwise hide on the CPU."""
+    """The op, computed by its plain-torch path."""
 
     @staticmethod
     def forward(ctx, z1, z2, temperature):
@@ -56,7 +56,7 @@ def error(actual, wanted):
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-4, 0.001, 0.01, 0.1, 1.0, 1e6])
 @pytest.mark.parametrize(("n", "d"), [(6, 5), (61, 17), (300, 33)])
-def test_twice_the_error_of_plain_torch_at_most(n, d, temperature):
+def test_plain_paths_have_at_most_twice_the_error_of_plain_torch(n, d, temperature):
     torch.manual_seed(0)
     z1, z2 = torch.randn(2, n, d)
     labels, tau = torch.arange(2 * n) % (n // 2), torch.tensor(temperature)

@@ -37,7 +37,7 @@ def tolerance(dtype):
 def test_twenty_steps_equal_reference(path, semantics, dtype):
     hyper = {"lr": 0.4, "momentum": 0.9, "weight_decay": 1e-2} | ARGUMENTS[semantics]
     params = parameters(dtype=dtype)
-    # Zero weights, and a zero gradient with old momentum, are where the semantics part.
+    # The semantics differ for zero weights, and for a zero gradient with old momentum.
     params[3].data.zero_()
 
     def grads(params, t):
@@ -171,7 +171,7 @@ def test_norms_neither_overflow_nor_underflow(path, scale, dtype):
 
 
 @each_path
-def test_half_norm_beyond_float16_still_steps(path):
+def test_norms_beyond_float16_still_give_a_step(path):
     p = nn.Parameter(torch.full((400, 400), 200.0, dtype=torch.float16))
     p.grad = torch.full_like(p, 300.0)
     LARS([p], lr=100.0, momentum=0.0, **path).step()
@@ -189,7 +189,7 @@ STRIDED = {
 @each_path
 @pytest.mark.parametrize("grad_layout", ["contiguous", *STRIDED])
 @pytest.mark.parametrize("layout", ["contiguous", *STRIDED])
-def test_layouts(path, layout, grad_layout):
+def test_every_memory_layout_gives_the_same_step(path, layout, grad_layout):
     def lay(t, name):
         return t if name == "contiguous" else STRIDED[name](t)
 
@@ -199,7 +199,7 @@ def test_layouts(path, layout, grad_layout):
     run([twin], LARS([twin], lr=0.4, weight_decay=1e-3, foreach=True), 3)
     optimizer = LARS([p], lr=0.4, weight_decay=1e-3, **path)
     for t in range(3):
-        # The engine's layout contract is for leaves; assignment takes any strides.
+        # Autograd gives a gradient its parameter's layout; an assigned one may have any strides.
         p.grad = lay(gradients([p], t)[0], grad_layout)
         optimizer.step()
     assert p.stride() == strides
@@ -208,7 +208,7 @@ def test_layouts(path, layout, grad_layout):
 
 @each_path
 @pytest.mark.parametrize("tail", range(18))
-def test_tail_lengths(path, tail):
+def test_every_tensor_length_gives_the_same_step(path, tail):
     shapes = [(tail,), (64 + tail,), (65536 + tail,)]
     params, twins = parameters(shapes), parameters(shapes)
     run(params, LARS(params, lr=0.4, weight_decay=1e-3, **path), 3)
@@ -217,7 +217,7 @@ def test_tail_lengths(path, tail):
 
 
 @each_path
-def test_mixed_dtypes_in_one_group(path):
+def test_a_group_may_mix_dtypes(path):
     params = [parameters([(9, 9)], dtype, seed)[0] for seed, dtype in enumerate(DTYPES)]
     twins = [p.detach().clone().double() for p in params]
     run(params, LARS(params, lr=0.4, momentum=0.0, **path), 1)

@@ -114,7 +114,7 @@ def test_changes_between_steps_are_seen(change):
     torch.testing.assert_close(results[0], results[1], rtol=2e-6, atol=1e-6)
 
 
-def test_gradients_that_come_and_go():
+def test_gradients_may_come_and_go():
     results = []
     for fused in (None, False):
         optimizer = LARS(parameters(SHAPES), lr=0.4, weight_decay=1e-2, fused=fused)
@@ -124,7 +124,7 @@ def test_gradients_that_come_and_go():
     torch.testing.assert_close(*results, rtol=2e-6, atol=1e-6)
 
 
-def test_exclusion_switched_on_and_off():
+def test_excluded_layers_may_change_between_steps():
     results = []
     for fused in (None, False):
         optimizer = solo_learn.LARS(parameters(SHAPES), lr=0.4, momentum=0.9, weight_decay=0.1)
@@ -147,7 +147,7 @@ def test_an_infinite_weight_without_decay_stays_infinite(path):
     torch.testing.assert_close(p.detach(), expected)
 
 
-def test_several_devices_in_one_group():
+def test_a_group_may_have_several_devices():
     # The meta device stands for a second one: it has shapes and no values.
     here, twin = parameters([(7, 3), (4,)]), parameters([(7, 3), (4,)])
     there = [nn.Parameter(torch.empty(5, 2, device="meta")) for _ in range(2)]

@@ -23,7 +23,7 @@ LARGE = [(300_007,), (131_072,), (131_073,), *[(7 * i + 1,) for i in range(40)],
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_bits_do_not_depend_on_threads(dtype):
+def test_results_do_not_depend_on_the_number_of_threads(dtype):
     before = torch.get_num_threads()
     results = []
     try:
@@ -72,7 +72,7 @@ for dtype in (torch.float16, torch.bfloat16):
 
 
 @pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
-def test_every_instruction_set(isa):
+def test_every_instruction_set_equals_foreach(isa):
     environment = os.environ | {
         "SIMCLR_FAST_ISA": isa,
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "helpers"), str(ROOT)]),
@@ -106,7 +106,7 @@ def test_every_instruction_set(isa):
     lr=st.sampled_from([0.0, 1e-3, 0.5, 4.8]),
     zero=st.sampled_from(["nothing", "weights", "gradients"]),
 )
-def test_native_equals_foreach_whatever_the_arguments(shapes, dtype, zero, adapt, **kwargs):
+def test_native_equals_foreach_for_any_arguments(shapes, dtype, zero, adapt, **kwargs):
     if kwargs["nesterov"]:
         kwargs |= {"dampening": 0.0, "momentum": 0.9}
     params, twins = parameters(shapes, dtype), parameters(shapes, dtype)
@@ -136,7 +136,7 @@ def test_versions_of_updated_tensors_advance():
         loss.backward()
 
 
-def test_other_dtypes_of_gradients_name_the_way_out():
+def test_gradients_of_another_dtype_have_a_remedy():
     buffer = torch.zeros(3, dtype=torch.float64)
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)

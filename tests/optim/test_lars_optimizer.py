@@ -80,7 +80,7 @@ def test_pickle_and_deepcopy_continue(path):
 
 
 @each_path
-def test_closure_hooks_zero_grad_and_missing_gradients(path):
+def test_closures_hooks_and_missing_gradients(path):
     p, untouched = parameters([(3, 4), (5,)])
     before = untouched.detach().clone()
     optimizer = LARS([p], lr=0.1, **path)
@@ -107,7 +107,7 @@ def test_closure_hooks_zero_grad_and_missing_gradients(path):
     LARS([p], lr=0.1, **path).step()
 
 
-def test_whoever_watches_steps_sees_each_once():
+def test_hooks_and_profilers_see_each_step_once():
     class Own(LARS):
         pass
 
@@ -136,7 +136,7 @@ def test_whoever_watches_steps_sees_each_once():
 
 
 @each_path
-def test_learning_rate_as_tensor(path):
+def test_the_learning_rate_may_be_a_tensor(path):
     params, twins = parameters(), parameters()
     for order in ("torch", "tf"):
         run(params, LARS(params, lr=torch.tensor(0.25), momentum_order=order, **path), 3)
@@ -186,7 +186,7 @@ def test_grad_scaler_skips_and_unscales(path, dampening):
     torch.testing.assert_close(params, twins, rtol=1e-6, atol=1e-7)
 
 
-def test_param_groups_of_a_model():
+def test_lars_param_groups_of_a_model():
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.LayerNorm([4, 4]), nn.Linear(4, 2), nn.PReLU()
     )
@@ -246,7 +246,7 @@ def test_schedule_of_the_paper_at_batch_4096():
     ],
     ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
 )
-def test_bad_arguments(kwargs, words):
+def test_bad_arguments_are_named(kwargs, words):
     with pytest.raises((TypeError, ValueError), match=words):
         LARS(parameters([(2,)]), **({"lr": 0.1} | kwargs))
     if "foreach" not in kwargs:
@@ -257,7 +257,7 @@ def test_bad_arguments(kwargs, words):
 
 
 @each_path
-def test_bad_tensors(path):
+def test_unsupported_tensors_are_refused(path):
     with pytest.raises(ValueError, match="real floating-point parameters"):
         LARS([nn.Parameter(torch.zeros(2, dtype=torch.complex64))], lr=0.1, **path)
     with pytest.raises(ValueError, match="cannot update an expanded parameter"):

@@ -32,7 +32,7 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize("code", EXAMPLES)
-def test_example(code, tmp_path, monkeypatch):
+def test_every_example_runs(code, tmp_path, monkeypatch):
     for name in ("lightly", "timm", "pytorch_metric_learning"):
         if name in code and "compat" not in code:
             pytest.importorskip(name)
@@ -77,7 +77,7 @@ WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
 
 
 @pytest.mark.parametrize("page", [*PAGES, RESULTS_PAGE, WORKFLOW], ids=lambda page: page.stem)
-def test_commands_exist(page):
+def test_commands_in_the_documents_exist(page):
     for command in re.findall(r"simclr-fast ([a-z]+)", page.read_text()):
         assert command in COMMANDS, f"{page.name}: simclr-fast {command}"
     for module in re.findall(r"python -m (benchmarks\.\w+)", page.read_text()):
@@ -90,7 +90,7 @@ def test_commands_exist(page):
 
 
 def lines_of_commands():
-    """command (with eval's protocol) → the options that the documents give it, but for make's."""
+    """command (with eval's protocol) → the options that the documents show, without make's."""
     found = {}
     for page in [*PAGES, RESULTS_PAGE, WORKFLOW]:
         for line in page.read_text().splitlines():
@@ -103,7 +103,7 @@ def lines_of_commands():
 
 
 @pytest.mark.parametrize(("command", "options"), sorted(lines_of_commands().items()))
-def test_options_exist(command, options, capsys):
+def test_options_in_the_documents_exist(command, options, capsys):
     assert run([*command.split(), "--help"]) == 0
     text = capsys.readouterr().out
     for option in options:
@@ -122,7 +122,7 @@ def test_links_lead_somewhere():
     for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
         for link in re.findall(r"\]\((?!https?://)([^)]+)", page.read_text()):
             file, _, heading = link.partition("#")
-            # A page of the site that is a file elsewhere has links for where it lies.
+            # Links in a page that is a symlink are relative to the real file.
             target = page.resolve().parent / file if file else page
             assert target.exists(), f"{page.name}: {link}"
             if heading:
@@ -136,7 +136,7 @@ def _anchor(heading):
 
 
 def messages():
-    """Every text in the package, what is filled into it as …"""
+    """Every string in the package. … stands for values that are filled in."""
     for path in (ROOT / "simclr_fast").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
@@ -274,7 +274,7 @@ def documented():
 
 
 def test_the_reference_names_what_exists():
-    """mkdocstrings leaves a member that does not exist out without a word."""
+    """mkdocstrings silently leaves out members that do not exist."""
     names = documented()
     assert len(names) > 60
     for name in names:
@@ -357,7 +357,7 @@ Raises:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_table_of_presets(name):
+def test_the_table_of_presets_equals_the_presets(name):
     page = (ROOT / "docs" / "pretrain.md").read_text()
     (row,) = re.findall(rf"^\| `{name}` \|(.*)\|$", page, re.MULTILINE)
     encoder, views, batch, length, temperature, lr, _ = (cell.strip() for cell in row.split("|"))

@@ -44,7 +44,7 @@ esac
     monkeypatch.setattr(torch.version, "cuda", torch_cuda)
 
 
-def test_compiles_for_all_that_nvcc_knows(setup_py, monkeypatch, tmp_path, capsys):
+def test_cuda_is_compiled_for_all_that_nvcc_knows(setup_py, monkeypatch, tmp_path, capsys):
     pretend(monkeypatch, tmp_path)
     assert setup_py.find_cuda()
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
@@ -57,7 +57,7 @@ def test_an_older_nvcc_compiles_for_what_it_knows(setup_py, monkeypatch, tmp_pat
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == "7.5;8.0;8.6;8.9;9.0+PTX"
 
 
-def test_a_list_of_the_user_is_kept(setup_py, monkeypatch, tmp_path):
+def test_the_users_architectures_are_kept(setup_py, monkeypatch, tmp_path):
     pretend(monkeypatch, tmp_path)
     for asked in ("8.6", "Ampere;9.0a", "7.5 12.0+PTX"):
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
@@ -82,7 +82,9 @@ def test_a_list_of_the_user_is_kept(setup_py, monkeypatch, tmp_path):
         ({"torch_cuda": None}, "", "this torch has no CUDA"),
     ],
 )
-def test_falls_back_with_the_reason(setup_py, monkeypatch, tmp_path, capsys, options, asked, words):
+def test_without_a_usable_nvcc_the_reason_is_printed(
+    setup_py, monkeypatch, tmp_path, capsys, options, asked, words
+):
     pretend(monkeypatch, tmp_path, **options)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
     assert not setup_py.find_cuda()

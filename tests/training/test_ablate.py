@@ -43,7 +43,7 @@ def base(monkeypatch):
     return replace(TINY, data="noise", steps=2, warmup_epochs=0)
 
 
-def test_grid():
+def test_the_grid_has_every_combination():
     base = demo()
     assert grid(base) == [Cell("recipe", 256, 0.5, "nonlinear", 0)]
     names = [cell.augmentation for cell in grid(base, module.OPERATIONS)]
@@ -110,8 +110,8 @@ def test_finished_cells_are_never_run_again(base, tmp_path, monkeypatch):
         ablate(base, cells, tmp_path / "mine")
 
 
-def test_each_cell_finds_the_memory_of_the_one_before_free(base, tmp_path, monkeypatch):
-    """The allocators would keep it, and the next cell choose a slower way to fit its batch."""
+def test_memory_is_freed_between_cells(base, tmp_path, monkeypatch):
+    """If the allocators kept it, the next cell would choose a slower memory mode."""
     done = []
     real = train.pretrain
     monkeypatch.setattr(module, "pretrain", lambda config: (done.append("run"), real(config)))
@@ -138,7 +138,7 @@ def drawn(rows, path, monkeypatch):
     return maps, heading
 
 
-def test_pairs_as_a_matrix(tmp_path, monkeypatch):
+def test_pairs_of_operations_make_a_matrix(tmp_path, monkeypatch):
     rows = [
         result("crop", 0.2),
         result("crop", 0.4, seed=1),
@@ -157,7 +157,7 @@ def test_pairs_as_a_matrix(tmp_path, monkeypatch):
     assert "mean of 2 seeds" in heading
 
 
-def test_other_axes_as_a_matrix(tmp_path, monkeypatch):
+def test_other_axes_make_a_matrix(tmp_path, monkeypatch):
     rows = [
         result("recipe", batch / 100 + tau / 10, batch, tau)
         for batch in (8, 16)
@@ -202,7 +202,7 @@ def test_sigterm_ends_it_and_the_same_command_goes_on(base, tmp_path, capsys, mo
     assert len(losses) == 6
 
 
-def test_command(base, tmp_path, capsys):
+def test_the_ablate_command(base, tmp_path, capsys):
     options = ["--data", "noise", "--model", "resnet10", "--width", "0.125", "--device", "cpu"]
     options += ["--augmentation.size", "16", "--batch-size", "8", "--warmup-epochs", "0"]
     out = ["--out", str(tmp_path / "out"), "--steps", "1", "--max-cells", "1"]

@@ -118,7 +118,7 @@ def die_in_checkpoint(rank):
 
 
 def all_die_in_checkpoint(rank):
-    """And the others as they begin their next step, while rank 0 writes."""
+    """Like `die_in_checkpoint`, but the others die while rank 0 writes, in their next step."""
     if rank == 0:
         die_in_checkpoint(rank)
         return
@@ -160,7 +160,9 @@ EXHAUSTED = "step 3: out of memory with --memory plain; next: --memory lockstep 
         (exhaust, 1, 2, f"rank 1, {EXHAUSTED}"),
     ],
 )
-def test_the_others_end_and_name_rank_and_step(config, begin, action, who, size, says):
+def test_after_a_failure_all_ranks_end_and_name_rank_and_step(
+    config, begin, action, who, size, says
+):
     config = replace(config, timeout=6 if action in (hang, freeze) else 600)
     others = [rank for rank in range(size) if rank != who]
     run = begin(config, size, InStep(3, action, (who,)))
@@ -230,7 +232,7 @@ class AsNccl:
         pytest.param(0, "forward", marks=slow),
     ],
 )
-def test_a_failure_is_said_and_ends_all_at_once(config, begin, tmp_path, who, place):
+def test_with_nccl_a_failure_ends_all_ranks_quickly(config, begin, tmp_path, who, place):
     run = begin(config, 2, AsNccl(who, place, tmp_path))
     assert run.wait() == [1, 1], [run.says(0), run.says(1)]
     # Half of it is what a rank may take to end by itself.
@@ -319,7 +321,7 @@ def test_resume_after_kill_is_bit_for_bit(config, begin, uninterrupted, plan):
 
 
 def test_resume_with_other_numbers_of_ranks(config, begin):
-    """In float64: two ranks are killed, then one and three go on; one rank alone did it all."""
+    """In float64. Two ranks are killed, then one goes on, then three. One rank does the same."""
     whole = replace(config, out=config.out.parent / "whole")
     assert begin(whole, 1, in_float64).wait() == [0]
     losses, last = finished(whole.out)
@@ -408,7 +410,7 @@ def save_slowly(rank):
     ("number", "who"), [(signal.SIGTERM, 1), pytest.param(signal.SIGUSR1, 0, marks=slow)]
 )
 def test_a_signal_on_one_rank_stops_all_and_saves(config, begin, number, who):
-    """Without a line of the log in sight, at which the ranks would meet."""
+    """No log line is due, at which the ranks would meet anyway."""
     config = replace(config, steps=100_000, log_every=100_000, checkpoint_every=100_000)
     run = begin(config, 2, save_slowly)
     end = time.monotonic() + 60

@@ -1,4 +1,4 @@
-"""The loop on arrays: what is never saved, who may write a folder, what a run draws and says."""
+"""The loop on arrays: what is never saved, who may write to a folder, random numbers, messages."""
 
 import json
 import logging
@@ -57,7 +57,7 @@ def loss_is_nan(model, outputs):
 
 
 def weight_is_infinite(model, outputs):
-    # Batch norm's running mean is in no loss. As .data, which autograd does not watch.
+    # The running mean of a batch norm is not in the loss. Autograd does not notice writes to .data.
     norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     norm.running_mean.data.fill_(torch.inf)
     return outputs
@@ -66,7 +66,7 @@ def weight_is_infinite(model, outputs):
 @pytest.mark.parametrize("harm", [loss_is_nan, weight_is_infinite])
 @pytest.mark.parametrize("step", [3, 4])
 def test_what_is_not_finite_is_not_saved(config, monkeypatch, harm, step):
-    """Without a line of the log before: the checkpoint of step 4 is refused, that of 2 kept."""
+    """No log line comes first. The checkpoint of step 4 is refused, that of step 2 is kept."""
     poison(monkeypatch, step, harm)
     with pytest.raises(FloatingPointError, match=r"NaN or infinite at step 4.*step-00000002\.pt"):
         pretrain(replace(config, log_every=1000))
@@ -101,7 +101,7 @@ def test_two_runs_in_one_folder(config):
     assert last_step(config.out) == 6
 
 
-def test_a_refused_resume_leaves_the_folder_as_it_was(config):
+def test_a_refused_resume_does_not_change_the_folder(config):
     pretrain(replace(config, steps=2))
     before = {p: p.read_bytes() for p in sorted(config.out.rglob("*")) if p.is_file()}
     with pytest.raises(ValueError, match="does not fit this model"):
@@ -124,7 +124,7 @@ def test_a_resumed_run_takes_this_runs_settings_and_says_so(config, caplog):
 
 
 def test_a_signal_in_the_last_step(config, monkeypatch):
-    """The run is whole, and what would follow it is not begun."""
+    """The run is complete, and the report that would follow is not begun."""
 
     def terminated(model, outputs):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -138,8 +138,8 @@ def test_a_signal_in_the_last_step(config, monkeypatch):
     assert pretrain(replace(config, resume=True)) == config.out
 
 
-def test_a_failing_run_lets_go_of_its_loader(config, monkeypatch):
-    """Its threads and buffers would live as long as somebody looks at the error."""
+def test_a_failing_run_closes_its_loader(config, monkeypatch):
+    """Otherwise its threads and buffers would live as long as the error's traceback."""
     closed = []
 
     def batches(self):
@@ -222,7 +222,7 @@ def test_the_probes_next_row_stays_on_the_host():
     }
 
 
-def test_a_run_says_what_it_does(config, caplog):
+def test_a_run_prints_a_summary(config, caplog):
     with caplog.at_level(logging.INFO):
         pretrain(config)
     (said,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("pretrain\n")]
@@ -233,7 +233,7 @@ def test_a_run_says_what_it_does(config, caplog):
     assert str(config.out / "checkpoints") in said
 
 
-def test_slow_data_are_said_once(config, caplog, monkeypatch):
+def test_slow_data_are_warned_of_once(config, caplog, monkeypatch):
     monkeypatch.setattr(metrics, "_MEASURED", 0.0)
     monkeypatch.setattr(metrics, "_SLOW_DATA", 0.0)
     pretrain(config)
@@ -275,7 +275,7 @@ def test_the_report_shrinks_large_images(config, monkeypatch):
     ]
 
 
-def test_the_next_steps_can_be_typed(config):
+def test_the_printed_next_commands_are_valid(config):
     """Their arguments are accepted: test images where none are asked for, a format that fits."""
     narrow = replace(PRESETS["demo"](), out=config.out)
     photos = replace(PRESETS["imagenet"](), data="photos", out=config.out)

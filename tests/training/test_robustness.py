@@ -132,7 +132,7 @@ def test_no_damaged_file_crashes_hangs_or_moves_another(tmp_path, backend, n, da
     assert skipped > 0.7 * damaged
 
 
-def test_ops_from_several_threads_give_what_one_gives():
+def test_ops_give_the_same_from_several_threads():
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (16, 40, 50, 3), dtype=torch.uint8, generator=generator)
     views = SimCLRViews(24)
@@ -168,7 +168,7 @@ def resident() -> float:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
-def test_a_thousand_steps_keep_their_memory():
+def test_memory_does_not_grow_over_a_thousand_steps():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 32))
     optimizer = LARS(net.parameters(), lr=0.1)

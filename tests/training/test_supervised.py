@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def textures(n, seed):
-    """Gray images with horizontal or vertical stripes: two classes that colour does not tell."""
+    """Gray images with horizontal or vertical stripes: two classes that differ only in texture."""
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % 2
     images = rng.integers(90, 130, (n, 16, 16, 3))
@@ -63,7 +63,7 @@ def rows(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_it_learns(config):
+def test_the_supervised_baseline_learns(config):
     out, scores = supervise(replace(config, steps=32))
     assert rows(out)[-1]["accuracy"] > 0.8
     assert scores.top1.value > 0.8
@@ -121,7 +121,7 @@ def test_bad_checkpoints_end_a_resume(config):
     fails(state | {"optimizer": {"state": {}, "param_groups": []}}, "optimizer: ")
 
 
-def test_labels_are_needed(config, monkeypatch):
+def test_the_supervised_baseline_needs_labels(config, monkeypatch):
     images, _ = textures(20, 0)
     monkeypatch.setattr(supervised, "open_data", lambda *_: ArraySource(images))
     with pytest.raises(ValueError, match="'stripes' have no labels"):
@@ -139,7 +139,7 @@ def files(folder):
     ]
 
 
-def test_command(tmp_path, capsys):
+def test_the_supervised_command(tmp_path, capsys):
     pytest.importorskip("nvidia.dali", reason="decoding needs DALI (Linux)")
     out = tmp_path / "run"
     assert run(["supervised", *files(tmp_path / "data"), "--out", str(out)]) == 0

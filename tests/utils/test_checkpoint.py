@@ -36,7 +36,7 @@ checkpoint.write_atomic(Path(sys.argv[1]), write)
 """
 
 
-def test_what_a_killed_write_left_goes_with_the_next_one(tmp_path):
+def test_the_next_write_removes_files_of_killed_writes(tmp_path):
     path, hidden = tmp_path / "step-00000007.pt", tmp_path / ".step-00000007.pt-mine"
     hidden.write_bytes(b"not ours")
     subprocess.run([sys.executable, "-c", KILLED, path], check=False)
@@ -86,15 +86,15 @@ optimizer.load_state_dict(checkpoint.load_checkpoint(path)["optimizer"])
 """
 
 
-def test_without_file_locks(tmp_path):
+def test_writes_work_without_file_locks(tmp_path):
     """As on Windows, which also opens no folder."""
     command = [sys.executable, "-c", AS_ON_WINDOWS, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_file_system_without_locks(tmp_path, monkeypatch):
-    """As some network ones: saves go on, and what may be another process's is left alone."""
+def test_writes_work_on_a_file_system_without_locks(tmp_path, monkeypatch):
+    """Like some network file systems. Files that another process may be writing are kept."""
 
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -147,7 +147,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
         checkpoint.load_checkpoint(tmp_path / "evil.pt")
 
 
-def test_encoder_round_trip(tmp_path):
+def test_an_encoder_is_read_as_it_was_written(tmp_path):
     encoder = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
     encoder.to(memory_format=torch.channels_last)
     checkpoint.save_encoder(tmp_path / "e.safetensors", encoder, {"model": "tiny"})

@@ -52,7 +52,7 @@ def test_srun_may_show_each_task_its_own_gpu_alone(gpus, monkeypatch):
     assert resolve_device("auto").index == 0
 
 
-def test_what_is_not_there_is_refused(gpus, monkeypatch):
+def test_missing_devices_are_refused(gpus, monkeypatch):
     with pytest.raises(ValueError, match="'cuda:7': there are 4 GPUs"):
         resolve_device("cuda:7")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -71,7 +71,7 @@ def test_what_is_not_there_is_refused(gpus, monkeypatch):
 
 
 @pytest.mark.parametrize(("major", "dtype"), [(7, torch.float16), (9, torch.bfloat16)])
-def test_emulated_bfloat16_is_not_taken(gpus, monkeypatch, major, dtype):
+def test_precision_auto_avoids_emulated_bfloat16(gpus, monkeypatch, major, dtype):
     """A T4 or V100 (7.x) can make bfloat16 tensors, but emulates their arithmetic."""
     properties = type("Properties", (), {"major": major})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -80,7 +80,7 @@ def test_emulated_bfloat16_is_not_taken(gpus, monkeypatch, major, dtype):
     assert autocast_dtype("auto", GPU) is dtype
 
 
-def test_other_precisions():
+def test_every_precision_has_its_dtype():
     cpu = torch.device("cpu")
     assert autocast_dtype("auto", cpu) is None
     assert autocast_dtype("float32", GPU) is None

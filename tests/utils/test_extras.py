@@ -14,30 +14,30 @@ def hide(monkeypatch, *modules):
         monkeypatch.setitem(sys.modules, module, None)
 
 
-def test_one_missing_package(monkeypatch):
+def test_a_missing_package_is_named_with_its_command(monkeypatch):
     hide(monkeypatch, "tqdm")
     with pytest.raises(ImportError) as caught:
         extras.need("tqdm")
     assert str(caught.value) == "tqdm (shows progress) is missing: pip install tqdm"
 
 
-def test_a_part_of_a_package(monkeypatch):
+def test_a_part_of_a_missing_package_names_the_package(monkeypatch):
     hide(monkeypatch, "PIL", "PIL.Image")
     with pytest.raises(ImportError, match=r"pip install pillow$"):
         extras.need("PIL.Image")
 
 
-def test_what_goes_together_is_asked_for_at_once(monkeypatch):
+def test_packages_needed_together_are_named_together(monkeypatch):
     hide(monkeypatch, "onnx", "onnxruntime", "onnxscript")
     with pytest.raises(ImportError, match=r"pip install onnxscript onnx onnxruntime$"):
         extras.need("onnxscript")
 
 
-def test_all_that_a_command_needs_is_asked_for_at_once(monkeypatch):
+def test_all_missing_packages_of_a_command_are_named_at_once(monkeypatch):
     hide(monkeypatch, "tyro", "sklearn", "matplotlib")
     with pytest.raises(ImportError, match=r"are missing: pip install tyro scikit-learn matplotlib"):
         extras.require(["tyro", "tqdm", "sklearn"], also=["matplotlib"])
-    # What is merely useful stops nothing.
+    # A package that is only useful does not stop the command.
     extras.require(["tqdm"], also=["matplotlib"])
 
 
@@ -57,7 +57,7 @@ def test_dali_is_the_one_for_this_torch(monkeypatch, cuda, name):
         extras.need("nvidia.dali")
 
 
-def test_dali_is_not_asked_for_where_it_does_not_exist(monkeypatch):
+def test_dali_is_suggested_on_linux_only(monkeypatch):
     hide(monkeypatch, "nvidia.dali", "tyro")
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
     with pytest.raises(ImportError, match=r"pip install tyro; DALI is for Linux only"):

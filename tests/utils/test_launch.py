@@ -34,25 +34,25 @@ def given(monkeypatch):
     return give
 
 
-def test_without_a_launcher(given):
+def test_without_a_launcher_there_is_one_process(given):
     assert launched() == Launch(0, 1, 0, 1)
     require_one_process()
 
 
-def test_torchrun(given):
+def test_torchrun_gives_the_rank(given):
     given(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", LOCAL_WORLD_SIZE="4", **SRUN)
     assert launched() == Launch(5, 8, 1, 4, "env://")
     with pytest.raises(ValueError, match="one process, but 8 were started"):
         require_one_process()
 
 
-def test_half_of_torchrun(given):
+def test_half_of_torchruns_variables_are_refused(given):
     given(WORLD_SIZE="8")
     with pytest.raises(ValueError, match="RANK is not set"):
         launched()
 
 
-def test_srun(given):
+def test_srun_gives_the_rank_and_a_common_url(given):
     given(**SRUN)
     first = launched()
     assert (first.rank, first.size, first.local_rank, first.local_size) == (5, 8, 1, 4)
@@ -66,13 +66,13 @@ def test_srun(given):
     assert launched().url == "tcp://10.0.0.7:29501"
 
 
-def test_srun_on_one_machine(given):
+def test_srun_on_one_machine_meets_there(given):
     given(**SRUN | {"SLURM_STEP_NUM_NODES": "1"})
     assert launched().url.startswith("tcp://127.0.0.1:")
     assert launched().local_size == 8
 
 
-def test_srun_without_a_place_to_meet(given):
+def test_srun_without_a_host_is_refused(given):
     given(**{name: value for name, value in SRUN.items() if "NODELIST" not in name})
     with pytest.raises(ValueError, match=r"srun started 8 tasks on 2 machines.*MASTER_ADDR"):
         launched()
@@ -101,5 +101,5 @@ def test_mpi_is_refused(given, name):
         ("rack[0-1]n[12-13]-ib,x", "rack0n12-ib"),
     ],
 )
-def test_first_host(hosts, first):
+def test_the_first_host_of_a_slurm_list(hosts, first):
     assert first_host(hosts) == first

@@ -6,7 +6,7 @@ from simclr_fast.utils.lines import keep_until
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 3, "lo', '{"step": 3', "\0\0\0", "[3]", '{"a": 1}'])
-def test_lines_after_the_step_and_torn_ones_go(tmp_path, torn):
+def test_later_and_incomplete_lines_are_dropped(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
     kept = '{"step": 1}\n{"step": 2}\n'
     path.write_text(kept + '{"step": 3}\n' + torn)
@@ -16,6 +16,6 @@ def test_lines_after_the_step_and_torn_ones_go(tmp_path, torn):
     assert path.read_text() == ""
 
 
-def test_a_new_log(tmp_path):
+def test_a_missing_log_is_created(tmp_path):
     keep_until(tmp_path / "run" / "metrics.jsonl", 0)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""

@@ -61,7 +61,7 @@ def test_all_stop_after_the_same_step(who):
     assert ended[0][1] in [10 + rank for rank in who]
 
 
-def test_a_rank_at_its_end_lets_none_stop_before():
+def test_if_a_rank_has_finished_all_finish():
     """Rank 1 is done before the signal arrives; rank 0 has the same steps to do."""
     ranks = Ranks([0.05, 0.0], limit=40)
     while ranks.ended[1] is None:

@@ -90,7 +90,7 @@ def run(z1, z2, temperature, grad, statistics=False, decoupled=False, mean=False
 
 
 def textbook_error(z1, z2, temperature, grad, expected):
-    """What plain torch in the same dtype gets wrong in the gradient."""
+    """The error of plain torch's gradient in the same dtype."""
     z1, z2 = z1.detach().clone().requires_grad_(), z2.detach().clone().requires_grad_()
     u = torch.nn.functional.normalize(interleave(z1, z2), dim=1)
     s = (u @ u.T / temperature).fill_diagonal_(-math.inf)
@@ -173,7 +173,7 @@ def test_symmetric_forward_equals_the_plain_one(
 @pytest.mark.parametrize(
     ("blocks", "splits"), [((32, 64), 1), ((64, 32), 3), ((64, 16), 5), ((16, 64), 2)], ids=str
 )
-def test_every_split_and_tile_shape(blocks, splits, monkeypatch):
+def test_every_split_and_tile_shape_matches_float64(blocks, splits, monkeypatch):
     use_plan(monkeypatch, block_m=blocks[0], block_n=blocks[1], splits=splits)
     z1, z2 = make_views(75, 16)
     grad = torch.randn(150, generator=seeded(1))
@@ -188,7 +188,7 @@ def test_every_split_and_tile_shape(blocks, splits, monkeypatch):
     ("pairs", "splits", "temperature"),
     [(37, 1, 0.1), (37, 3, 0.005), (32, 2, 2.0), (2, 1, 0.5), (1, 1, 0.5)],
 )
-def test_statistics(pairs, splits, temperature, monkeypatch):
+def test_statistics_match_float64(pairs, splits, temperature, monkeypatch):
     use_plan(monkeypatch, splits=splits)
     z1, z2 = make_views(pairs, 12, noise=1.0)
     grad = torch.ones(2 * pairs)
@@ -200,7 +200,7 @@ def test_statistics(pairs, splits, temperature, monkeypatch):
 
 
 @pytest.mark.parametrize(("pairs", "dim", "dtype"), [(150, 20, torch.float32), (1, 24, torch.half)])
-def test_mean_statistics(pairs, dim, dtype):
+def test_mean_statistics_match_float64(pairs, dim, dtype):
     z1, z2 = make_views(pairs, dim, dtype)
     tau = torch.tensor(0.2)
     u, _ = nt_xent.normalize(z1, z2, tau)
@@ -214,7 +214,7 @@ def test_mean_statistics(pairs, dim, dtype):
     torch.testing.assert_close(means.double(), exact, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-def test_per_row_gradients_of_any_scale():
+def test_upstream_gradients_of_any_scale():
     z1, z2 = make_views(20, 16)
     generator = seeded(2)
     for scale in (1e-20, 1.0, 1e6):
@@ -255,7 +255,7 @@ def test_ranks_with_uneven_rows_equal_one_process(statistics):
 
 @pytest.mark.parametrize("statistics", [False, True])
 @pytest.mark.parametrize("temperature", [0.2, 0.005])
-def test_decoupled(statistics, temperature):
+def test_the_decoupled_loss_matches_float64(statistics, temperature):
     z1, z2 = make_views(37, 24, noise=0.3)
     for grad, mean in ((torch.tensor(3.0), True), (torch.rand(74), False)):
         loss, _, _, grad_z, grad_tau = run(z1, z2, temperature, grad, statistics, True, mean)
@@ -285,7 +285,7 @@ def test_aligned_views_keep_a_precise_gradient():
     ],
     ids=str,
 )
-def test_normalize_layouts(layout, dtype):
+def test_normalize_accepts_every_layout(layout, dtype):
     generator = seeded(4)
     z = torch.randn(14, 24, generator=generator).to(dtype)
     z1, z2 = z.chunk(2)
@@ -331,7 +331,7 @@ def test_zero_rows_behave_as_normalize(dtype):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("statistics", [False, True])
-def test_nan_and_inf_give_nan(bad, statistics):
+def test_nan_and_infinity_give_nan(bad, statistics):
     z1, z2 = make_views(9, 8)
     z2[3, 5] = bad
     loss, _, _, grad_z, grad_tau = run(z1, z2, 0.5, torch.ones(18), statistics)

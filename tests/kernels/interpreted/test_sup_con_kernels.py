@@ -110,7 +110,7 @@ def test_aligned_views_keep_a_precise_gradient():
     assert relative(grad_z, exact(z, labels, 0.1, torch.ones(60))[1]) < 1e-4
 
 
-def test_zero_row():
+def test_a_zero_row_behaves_as_normalize():
     z, labels = batch(20, 8, 3, torch.float32)
     z[4] = 0
     tau, by_class = torch.tensor(0.3), _classes(labels, torch.float32)
