@@ -27,6 +27,7 @@ linear D. So a pass can add up D(g), D(1) and D(x - μ) before the sums are know
 For the first convolution, whose input needs no gradient, this saves a pass.
 """
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -45,7 +46,9 @@ from simclr_fast.large_batch.malloc_trim import Heap
 from simclr_fast.large_batch.program import Op, Pass, Program
 from simclr_fast.large_batch.refusals import flags
 from simclr_fast.large_batch.schedule import Schedule
+from simclr_fast.large_batch.store import HostMemory, Store, accesses, sweep
 from simclr_fast.large_batch.trace import Graph, Key
+from simclr_fast.large_batch.transfers import transfers
 
 aten = torch.ops.aten
 Env = dict[Key, Any]
@@ -66,6 +69,8 @@ class Lockstep:
         self.model, self.batch, self.schedule = model, batch, schedule
         self.heap = Heap()
         self.program: Program | None = None
+        self.store: Store | None = None
+        self._moved: Any = None
         self._trace()
 
     def backward(
@@ -81,7 +86,7 @@ class Lockstep:
             self._trace()
         self.autocast = autocast
         program = self._program(parts[0])
-        self.kept: dict[tuple[Key, int], Any] = {}
+        self._open_store(program, parts)
         self.statistics: dict[Node, gbn.Statistics] = {}
         self.grams: dict[Node, Gram] = {}
         self.whole_sums: dict[Node, Tensor] = {}
@@ -92,14 +97,43 @@ class Lockstep:
                 result = self._loss(parts, loss_of)
                 lists = [b.parameters for b in self.graph.blocks]
                 self.buckets = Buckets(lists, self.batch.group if sync else None)
-            self._run_pass(current, parts, bool(number % 2))
+            self._run_pass(number, current, parts)
             if self.buckets is not None:
                 for index in program.finished(number):
                     self.buckets.reduce(index)
         assert self.buckets is not None
         self.buckets.finish()
         self.grams, self.statistics, self.outputs = {}, {}, {}
+        self.store.end()
         return result
+
+    def _open_store(self, program: Program, parts: Sequence[Tensor]) -> None:
+        """Decide which pieces move to host memory and back, and prepare the store for it."""
+        device = next(self.model.parameters(), parts[0]).device
+        views = parts[0].device != device
+        schedule, rows = program.schedule, tuple(map(len, parts))
+        key = (program, rows, views)
+        if self._moved != key:
+            limit = math.inf if schedule.device_bytes is None else schedule.device_bytes
+            given = [
+                ((program.graph.values[program.graph.input], m), part.nbytes)
+                for m, part in enumerate(parts if views else ())
+            ]
+            found = transfers(accesses(program, rows, views), limit, schedule.host_bytes, given)
+            if found is None:
+                raise ValueError(
+                    f"device_bytes {schedule.device_bytes} and host_bytes {schedule.host_bytes} "
+                    "do not suffice for the schedule"
+                )
+            self._moved, self._moves = key, found
+        if self.store is None or self.store.device != device:
+            self.store = Store(device)
+        host = self.store.host
+        if self._moves.host_peak > (0 if host is None else host.capacity):
+            self.store.host = None
+            self.store.host = HostMemory(self._moves.host_peak, device.type == "cuda")
+        view = program.graph.values[program.graph.input]
+        self.store.begin(self._moves, {(view, m): p for m, p in enumerate(parts) if views})
 
     def _trace(self) -> None:
         self.graph, self.flags = Graph(self.model), flags(self.model)
@@ -120,51 +154,40 @@ class Lockstep:
         leaves = {n: torch.cat(made).requires_grad_() for n, made in self.outputs.items()}
         self.outputs = {}
         result = loss_of(self.graph.rebuild(leaves))
+        sizes = [len(part) for part in parts]
         for node, leaf in leaves.items():
-            if leaf.grad is not None:
-                for m, part in enumerate(leaf.grad.split([len(part) for part in parts])):
-                    self.kept[Key("gradient", node), m] = part
+            of_parts = [None] * len(sizes) if leaf.grad is None else leaf.grad.split(sizes)
+            for m, gradient in enumerate(of_parts):
+                self.store.put((self.graph.gradients[node], m), gradient)
         return result
 
     @torch.no_grad()
-    def _run_pass(self, current: Pass, parts: Sequence[Tensor], backwards: bool) -> None:
-        """One pass. backwards: from the last micro-batch to the first, so that values which were
-        made last are used first."""
+    def _run_pass(self, number: int, current: Pass, parts: Sequence[Tensor]) -> None:
         self.moments: dict[Node, list[gbn.Moments]] = {}
         self.sums: dict[Node, list[gbn.Sums]] = {}
         self.linear: dict[Node, _Linear] = {}
-        self.current = current
-        for m in reversed(range(len(parts))) if backwards else range(len(parts)):
-            env: Env = {Key("value", self.graph.input): parts[m]}
+        for i, m in enumerate(sweep(number, len(parts))):
+            self.store.enter(number * len(parts) + i)
+            env = _MicroBatch(self.store, current, m)
+            if parts[m].device == self.store.device:
+                env.values[self.graph.values[self.graph.input]] = parts[m]
             for op in current.ops:
                 for key in op.reads:
-                    if key not in env:
-                        env[key] = self._take(key, m)
-                self.run(op, env)
+                    env.load(key)
+                self.run(op, env.values)
                 for key in op.last:
-                    value = env.pop(key)
-                    if key in current.keeps:
-                        self._keep(key, m, value)
+                    env.leave(key)
             if current.phase == "outputs":
                 for node, made in self.outputs.items():
-                    key = Key("value", node)
-                    made[m] = env[key] if key in env else self._take(key, m)
-                    if key in current.keeps:
-                        self._keep(key, m, made[m])
+                    key = self.graph.values[node]
+                    env.load(key)
+                    made[m] = env.values[key]
+                    env.leave(key)
         for op in current.ops:
             if op.kind == "see":
                 self._finish_statistics(op)
             elif op.kind == "sum":
                 self._finish_sums(op)
-
-    def _take(self, key: Key, m: int) -> Any:
-        take = self.kept.pop if key in self.current.drops else self.kept.get
-        return take((key, m), None)
-
-    def _keep(self, key: Key, m: int, value: Any) -> None:
-        self.kept[key, m] = value
-        if isinstance(value, Tensor):
-            self.heap.note(value)
 
     def run(self, op: Op, env: Env) -> None:
         """Execute one operation on one micro-batch. It reads `env` and writes into it."""
@@ -358,6 +381,33 @@ class Lockstep:
         if spec is None or not spec.channels_last:
             return torch.contiguous_format
         return torch.channels_last if len(spec.shape) == 3 else torch.channels_last_3d
+
+
+class _MicroBatch:
+    """The values of one micro-batch in one pass."""
+
+    def __init__(self, store: Store, current: Pass, m: int) -> None:
+        self.store, self.current, self.m = store, current, m
+        self.values: Env = {}
+        self.to_drop = dict(current.drops)
+
+    def load(self, key: Key) -> None:
+        """Take a kept value from the store, unless it is there."""
+        if key in self.values:
+            return
+        piece = self.current.loads.get(key, key)
+        self.values[key] = self.store.get((piece, self.m))
+        if self.to_drop.pop(key, None) is None:
+            return
+        if piece in self.current.frees and piece not in self.to_drop.values():
+            self.store.drop((piece, self.m))
+
+    def leave(self, key: Key) -> None:
+        """No operation of this pass needs `key` any more: keep it for later passes, or not."""
+        value = self.values.pop(key)
+        piece = self.current.keeps.get(key)
+        if piece is not None and not self.store.has((piece, self.m)):
+            self.store.put((piece, self.m), value)
 
 
 class _Linear:

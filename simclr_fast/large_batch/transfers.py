@@ -79,11 +79,10 @@ class _Plan:
         self.serial += 1
         heapq.heappush(self.farthest, (-self.next_use(key, now), self.serial, key))
 
-    def put(self, key: Hashable, now: int) -> None:
+    def put(self, key: Hashable) -> None:
         self.device[key] = self.size[key]
         self.on_device += self.size[key]
         self.result.device_peak = max(self.result.device_peak, self.on_device)
-        self.note(key, now)
 
     def drop(self, key: Hashable) -> None:
         self.on_device -= self.device.pop(key, 0)
@@ -131,26 +130,31 @@ def transfers(
     """
     plan = _Plan(accesses, device_bytes, host_bytes, on_host, ahead)
     for i, access in enumerate(accesses):
+        # Host memory that is free again after the access: its copies out come before those back.
+        returned = 0
         for later in accesses[i : i + ahead + 1]:
             for key in later.reads:
                 if key in plan.device or not (key in plan.host or key in plan.fixed):
                     continue
                 if not plan.make_room(plan.size[key], i):
                     return None
-                plan.put(key, i)
+                plan.put(key)
+                plan.note(key, i)
                 plan.result.bytes_back += plan.size[key]
                 plan.result.back.setdefault(i, []).append(key)
                 if key in plan.host:
                     plan.host.remove(key)
-                    plan.on_host -= plan.size[key]
+                    returned += plan.size[key]
         for key in access.drops:
             plan.drop(key)
         for key, nbytes in access.makes:
             plan.size[key] = nbytes
             if not plan.make_room(nbytes, i):
                 return None
-            plan.put(key, i + 1)
-        for key in access.reads:
+            plan.put(key)
+        # Only now: what an access makes is not there to be moved out before it.
+        for key in (*(key for key, _ in access.makes), *access.reads):
             if key in plan.device:
                 plan.note(key, i + 1)
+        plan.on_host -= returned
     return plan.result
