@@ -1,9 +1,11 @@
-"""Builds the one native extension, simclr_fast/_C.abi3.so; everything else is in pyproject.toml.
+"""Builds the native extension, simclr_fast/_C.abi3.so. Everything else is in pyproject.toml.
 
-SIMCLR_FAST_BUILD_EXT=0       pure Python: no compiler needed, the plain-torch paths are used
-SIMCLR_FAST_CUDA=auto|0|1     auto: CUDA kernels when torch has CUDA and an nvcc for it works
+Environment variables:
+
+SIMCLR_FAST_BUILD_EXT=0       do not build it: no compiler is needed, and plain torch is used
+SIMCLR_FAST_CUDA=auto|0|1     auto: with CUDA kernels if torch has CUDA and an nvcc for it works
 TORCH_CUDA_ARCH_LIST          GPUs to compile for, as torch reads it; by default all that nvcc knows
-CXXFLAGS                      come last, so that -O1 or -g take effect
+CXXFLAGS                      further flags; they come last, so that -O1 or -g take effect
 """
 
 import os
@@ -19,9 +21,9 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
-# torch's stable C ABI of 2.10 and CPython's of 3.10: one binary for every later torch and Python.
+# The stable ABIs of torch 2.10 and Python 3.10: one binary for these and all later versions.
 ABI_MACROS = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030A0000"]
-# As far as nvcc has them: CUDA 13 dropped what is older, CUDA 12.8 added the last two.
+# Those that nvcc knows are compiled. CUDA 13 dropped older ones, CUDA 12.8 added the last two.
 CUDA_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 USER_FLAGS = shlex.split(os.environ.get("CXXFLAGS", ""))
 KERNEL_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast"]
@@ -46,7 +48,7 @@ class NoCuda(Exception):
 
 
 def find_cuda() -> bool:
-    """Whether to compile the CUDA kernels. Sets TORCH_CUDA_ARCH_LIST where the user has not."""
+    """Whether to compile the CUDA kernels. Sets TORCH_CUDA_ARCH_LIST if the user has not."""
     wanted = os.environ.get("SIMCLR_FAST_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"SIMCLR_FAST_CUDA must be auto, 0 or 1, got {wanted!r}")
@@ -76,7 +78,7 @@ def check_cuda() -> None:
     release = re.search(r"release (\d+)\.", run_nvcc(nvcc, "--version"))
     if not release or release[1] != torch.version.cuda.split(".")[0]:
         found = f"CUDA {release[1]}" if release else "an unknown CUDA"
-        raise NoCuda(f"{nvcc} is of {found} and torch of CUDA {torch.version.cuda}")
+        raise NoCuda(f"{nvcc} is from {found}, but torch is built for CUDA {torch.version.cuda}")
     known = set(re.findall(r"sm_\d+", run_nvcc(nvcc, "--list-gpu-code")))
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         usable = [a for a in CUDA_ARCHITECTURES if "sm_" + a.replace(".", "") in known]
@@ -109,12 +111,14 @@ def run_nvcc(nvcc: Path, *arguments: str) -> str:
 
 
 def wheel_cuda_headers() -> list[str]:
-    """torch's CUDA headers include cusparse.h and kin; a bare toolkit has them only in wheels."""
+    """Folders of CUDA headers from pip. torch's headers include cusparse.h and others, which a
+    minimal toolkit lacks."""
     return [p for root in sys.path for p in glob(f"{root}/nvidia/cu*/include")]
 
 
 def toolkit_libraries() -> list[str]:
-    """CUDA_HOME is a guess when nvcc is a link or a wrapper script: nvcc itself knows its root."""
+    """The toolkit's folders of libraries, as nvcc reports them. CUDA_HOME may be wrong if nvcc is a
+    link or a wrapper script."""
     from torch.utils.cpp_extension import CUDA_HOME
 
     command = [str(Path(CUDA_HOME, "bin", "nvcc")), "--dryrun", "-c", "-x", "cu", os.devnull]

@@ -21,7 +21,7 @@ P_JITTER, P_GRAY, P_BLUR = 0.8, 0.2, 0.5
 TRAINING_RATE = {"A100": 2470}
 # Images that go through a pipeline together, and what an operator's launch costs besides its bytes.
 PART, LAUNCH = 128, 4e-6
-# Of two views: tests/augment/test_augment_dali.py counts those of DALI alone.
+# The operators of a graph of two views. tests/augment/test_augment_dali.py counts DALI's.
 OPERATORS = {"dali": 240, "fused": 28}
 
 
@@ -35,7 +35,7 @@ class Views(NamedTuple):
 
 
 def crop_bytes(crops: bool) -> float:
-    """Cut, margins, resize; then multiply by the gain, and round to bytes for `crops`."""
+    """Bytes of a view's cut, margins and resize; with `crops` also of its gain and rounding."""
     values = 3 * SIZE * SIZE
     cut = 4 * 3 * SOURCE_PIXELS * CROP_SHARE
     resize = 3 * SOURCE_PIXELS * CROP_SHARE + 4 * values
@@ -43,8 +43,9 @@ def crop_bytes(crops: bool) -> float:
 
 
 def dali_bytes() -> float:
-    """The operators of augment/dali.py read and write pixels of three floats, P, or of one, Q."""
-    p, q, u, v = 12, 4, 6, 2  # bytes of P and Q, and of three and one 16-bit numbers
+    """Bytes that the operators of augment/dali.py read and write for one view."""
+    # Bytes of a pixel: of three floats, one float, three 16-bit numbers and one.
+    p, q, u, v = 12, 4, 6, 2
     gain = p + q + p
     linear = p + 2 * p + 2 * p + 2 * p  # mean, factor, pivot, clip
     extremes = 2 * (p + q) + 3 * q
@@ -62,7 +63,7 @@ def dali_bytes() -> float:
 
 
 def fused_bytes(output_bytes: int = 2) -> float:
-    """The uint8 crop twice, planes for blurred views only, the output once."""
+    """Bytes of the fused kernels for one view: the crop twice, planes for the blur, the output."""
     values = 3 * SIZE * SIZE
     mean, blur = P_JITTER * values, P_BLUR * values * 4 * 4
     return crop_bytes(True) + mean + values + blur + values * output_bytes

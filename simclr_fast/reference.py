@@ -1,4 +1,4 @@
-"""Plain torch, float64-clean definitions that every fast path is tested and benchmarked against."""
+"""The definitions that every fast path is tested against: plain torch, exact in float64."""
 
 import math
 
@@ -28,8 +28,9 @@ def augment_view(
 ) -> Tensor:
     """One view [3, size, size] in [0, 1] of `image` [H, W, 3], uint8 or floating in [0, 1].
 
-    The formulas of google-research/simclr's data_util.py and tf.image (spec="simclr") and of
-    torchvision.transforms.v2 on floats (spec="torchvision"), each given its random numbers.
+    The arguments are the random numbers of the view, as in `ViewParams`. The formulas are those of
+    google-research/simclr's data_util.py and tf.image (spec="simclr"), or of
+    torchvision.transforms.v2 on floats (spec="torchvision").
     """
     y, x, h, w = (int(v) for v in box)
     crop = image[y : y + h, x : x + w].permute(2, 0, 1)
@@ -72,10 +73,10 @@ def luma(image: Tensor) -> Tensor:
 
 
 def resize_matrix(n_in: int, n_out: int, antialias: bool, bilinear: bool, like: Tensor) -> Tensor:
-    """[n_out, n_in] in the dtype and on the device of `like`.
+    """The weights of a resize, [n_out, n_in], in the dtype and on the device of `like`.
 
-    Weights of samples outside the image are dropped and the rest renormalised: Pillow, torch's
-    antialiased resize and TensorFlow's half-pixel bicubic (a = -0.5) all do so.
+    Samples outside the image get no weight and the others are renormalised, as in Pillow, in
+    torch's antialiased resize and in TensorFlow's half-pixel bicubic (a = -0.5).
     """
     scale = n_in / n_out
     stretch = max(scale, 1.0) if antialias else 1.0
@@ -187,9 +188,9 @@ def lars_step(
 ) -> tuple[Tensor, Tensor | None]:
     """One step for one tensor, as the implementation called ``semantics`` defines it.
 
-    p, g, v: weight, gradient and momentum buffer (None before the first step), any shape; the
-    results are float64. ``adapt`` says whether the tensor is one that the implementation adapts
-    (by name, dimension or weight decay, according to it).
+    p, g, v: weight, gradient and momentum buffer (None before the first step), any shape. The
+    results are float64. adapt: whether the implementation adapts this tensor. It decides by name,
+    dimension or weight decay.
 
     google: google-research/simclr, lars_optimizer.py, classic_momentum=True (no eps, no clip).
     moco: facebookresearch/moco-v3, moco/optimizer.py. lightly: lightly.utils.lars. timm:

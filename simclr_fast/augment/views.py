@@ -112,7 +112,7 @@ def _check_image(image: Tensor, dims: int) -> None:
 
 
 def _dense_rows(image: Tensor) -> Tensor:
-    # Where an image is one pixel wide, contiguous() would leave whatever stride it has.
+    # contiguous() keeps any stride along a dimension of size 1, for example in a narrow image.
     dense = image.stride()[-2:] == (3, 1)
     return image if dense else image.clone(memory_format=torch.contiguous_format)
 
@@ -353,7 +353,7 @@ def _rgb_last(image: Tensor) -> Tensor:
         if not image.is_floating_point():
             raise TypeError(f"an image must be uint8 or floating in [0, 1], got {image.dtype}")
         image = image.float()
-        # Resizing may have gone a little beyond 1; on a GPU a look would wait for it.
+        # A bicubic resize may go a little beyond 1. On a GPU this check would make the host wait.
         if image.is_cpu and image.numel() and not (highest := float(image.amax())) <= 2:
             raise ValueError(f"a floating image must be in [0, 1], got one with {highest:g}")
     channels_first = image.shape[-3] == 3 or image.shape[-1] != 3

@@ -65,18 +65,21 @@ def forward(
     decoupled: bool,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [R] of rows row_offset.. against all M rows, and log of its denominator, wide [R].
+    """Losses of `num_rows` rows from `row_offset` on, against all M rows.
 
-    decoupled: the positive is left out of the denominator (Yeh et al. 2022, equation 5).
+    decoupled: leave the positive out of the denominator (Yeh et al. 2022, equation 5).
 
-    Also [R, 4] (else [0, 4]): whether the positive wins, and the entropy in nats, against the
-    other view's rows, and the same two against all rows.
+    Returns:
+        loss: [R]. lse: [R], wide: the logarithm of the denominator.
+        stats: [R, 4], or [0, 4] without statistics. Columns 0 and 1 are for the rows of the other
+            view: whether the positive is above all negatives, and the entropy in nats. Columns 2
+            and 3 are the same for all rows.
     """
     columns = torch.arange(u_all.size(0), device=u_all.device)
     losses, lses, stats = [], [], [u_all.new_empty(0, 4)]
     for start in range(row_offset, row_offset + num_rows, BLOCK_ROWS):
         i = columns[start : min(start + BLOCK_ROWS, row_offset + num_rows)]
-        # In bits, as in the backward pass: x must be the same number in both.
+        # Logits in base 2, computed as in the backward pass: both must get the same numbers.
         x = matmul(u_all[i], u_all.T)
         # From the same product as the negatives, so that equal rows tie.
         compared = x.gather(1, (i ^ 1)[:, None])[:, 0] * LN2
@@ -142,7 +145,8 @@ def backward(
     q = (q + q[local ^ 1])[:, None]
     grad_u = wide(grad_u) + q * (u[local ^ 1] - u)
     along = (grad_u * u).sum(1, keepdim=True)
-    # A clamped norm is a constant: no projection, and the u that the difference left out is back.
+    # A clamped norm is a constant: there is no projection, and the q·u that was subtracted above is
+    # added again.
     radial = torch.where(norm > NORM_EPS, along, -q)
     grad_z = (grad_u - radial * u) / norm
     grad_temperature = (along + q * (u * u).sum(1, keepdim=True)).sum() / (-2 * temperature)
@@ -157,9 +161,10 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _statistics(negatives: Tensor, positive: Tensor, compared: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether the positive wins, and the entropy of softmax, of logits [B, M] and positives [B].
+    """Whether the positive is above all negatives, and the entropy of the softmax: [B] each.
 
-    compared: the positive as the negatives were computed.
+    negatives: logits [B, M]. positive: [B], wide, for the entropy. compared: [B], the same computed
+    like the negatives, for the comparison with them.
     """
     logits = torch.cat((positive[:, None], negatives), 1)
     log_p = logits.log_softmax(1)

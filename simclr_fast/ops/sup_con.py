@@ -1,7 +1,7 @@
-"""The supervised contrastive loss's ops: as nt_xent.py, for rows in any order and number.
+"""The supervised contrastive loss's ops. Rows come in any order and number, else as in nt_xent.py.
 
-ids [M] are equal for rows of one class; inverse_count [M] is 1 / (a row's positives), 0 without
-any. The kernels are in csrc/sup_con_cpu.cpp and kernels/sup_con.py.
+ids [M] are equal for rows of one class. inverse_count [M] is 1 / (the number of a row's positives),
+or 0 without positives. The kernels are in csrc/sup_con_cpu.cpp and kernels/sup_con.py.
 """
 
 from importlib import import_module

@@ -1,6 +1,7 @@
-"""The supervised contrastive loss's ops in plain torch: as nt_xent_plain.py, for classes of rows.
+"""The supervised contrastive loss's ops in plain torch. They are built like nt_xent_plain.py.
 
-ids: [M], equal for rows of one class. inverse_count: [M], 1 / (a row's positives), 0 without any.
+ids: [M], equal for rows of one class. inverse_count: [M], 1 / (the number of a row's positives), or
+0 without positives.
 """
 
 import math
@@ -31,7 +32,11 @@ def forward(
     row_offset: int,
     num_rows: int,
 ) -> tuple[Tensor, Tensor]:
-    """Loss [R] of rows row_offset.. against all M rows, 0 without positives; lse, wide [R]."""
+    """Losses of `num_rows` rows from `row_offset` on, against all M rows.
+
+    Returns:
+        loss: [R], 0 without positives. lse: [R], wide: the logarithm of the denominator.
+    """
     columns = torch.arange(u_all.size(0), device=u_all.device)
     losses, lses = [], []
     for start in range(row_offset, row_offset + num_rows, BLOCK_ROWS):
@@ -59,7 +64,10 @@ def backward(
     temperature: Tensor,
     row_offset: int,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of sum(grad · loss), grad [M]: to local rows of z, [R, D], and temperature."""
+    """Gradients of sum(grad · loss): of this rank's rows of z, [R, D], and of temperature.
+
+    grad: [M].
+    """
     num_rows = inv_norm.numel()
     columns = torch.arange(u_all.size(0), device=u_all.device)
     grad_u = u_all.new_empty(num_rows, u_all.size(1))
@@ -80,4 +88,5 @@ def backward(
 
 
 def _positives(ids: Tensor, i: Tensor, columns: Tensor) -> Tensor:
+    """Whether the columns are positives of rows i: bool [rows, columns]."""
     return (ids[i][:, None] == ids) & (columns[None, :] != i[:, None])

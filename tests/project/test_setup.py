@@ -68,8 +68,8 @@ def test_the_users_architectures_are_kept(setup_py, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("options", "asked", "words"),
     [
-        ({"release": "12.9"}, "", "is of CUDA 12 and torch of CUDA 13.0"),
-        ({"release": "nothing"}, "", "is of an unknown CUDA"),
+        ({"release": "12.9"}, "", "is from CUDA 12, but torch is built for CUDA 13.0"),
+        ({"release": "nothing"}, "", "is from an unknown CUDA"),
         ({"codes": "sm_35 sm_50"}, "", "knows none of 7.5, 8.0"),
         (
             {"codes": CODES_12_4},
