@@ -300,7 +300,7 @@ class SimCLRViews:
     ) -> tuple[Tensor, Tensor]:
         single = not isinstance(images, list | tuple | Tensor | np.ndarray)
         single = single or (not isinstance(images, list | tuple) and images.ndim == 3)
-        batch = _as_images([images] if single else images)
+        batch = as_images([images] if single else images)
         n = len(batch)
         if ids is None:
             numbers = int(torch.randint(2**62, ())) + np.arange(n)
@@ -319,17 +319,21 @@ class SimCLRViews:
         return f"SimCLRViews({self.aug}, seed={self.seed})"
 
 
-def _as_images(images: Any) -> Tensor | list[Tensor]:
+def as_images(images: Any, *, upright: bool = True) -> Tensor | list[Tensor]:
+    """The images that `SimCLRViews` takes as [..., H, W, 3], uint8 or float32.
+
+    upright: turn PIL images upright by their EXIF orientation.
+    """
     if isinstance(images, np.ndarray):
         images = _from_numpy(images)
     if isinstance(images, Tensor):
         if images.dim() != 4:
             raise ValueError(f"a batch must be [N, 3, H, W] or [N, H, W, 3], got {images.shape}")
         return _rgb_last(images)
-    return [_rgb_last(_as_tensor(image)) for image in images]
+    return [_rgb_last(_as_tensor(image, upright)) for image in images]
 
 
-def _as_tensor(image: Any) -> Tensor:
+def _as_tensor(image: Any, upright: bool) -> Tensor:
     if isinstance(image, Tensor):
         return image
     if isinstance(image, np.ndarray):
@@ -338,7 +342,7 @@ def _as_tensor(image: Any) -> Tensor:
         raise TypeError(f"an image must be a tensor, ndarray or PIL image, got {type(image)}")
     from PIL import ImageOps
 
-    image = ImageOps.exif_transpose(image)
+    image = ImageOps.exif_transpose(image) if upright else image
     if image.mode.startswith("I"):
         gray = np.asarray(image).astype(np.float32) / 65535
         return torch.from_numpy(np.repeat(gray[..., None], 3, axis=2))

@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset
 from simclr_fast.augment.params import Augmentation, draw_params
 from simclr_fast.augment.preview import COLUMNS, contact_sheet, save_sheet
 from simclr_fast.augment.views import SimCLRViews, apply_views
-from simclr_fast.compat.lightly import SimCLRTransform
 
 CHINA = load_sample_image("china.jpg").copy()
 PIL_CHINA = Image.fromarray(CHINA)
@@ -136,16 +135,6 @@ def test_bad_images_are_named():
         views(["a.jpg"])
     with pytest.raises(ValueError, match="ids"):
         views(torch.zeros(2, 3, 8, 8), ids=[1])
-
-
-def test_lightlys_arguments_give_the_same_views():
-    transform = SimCLRTransform(input_size=32, cj_strength=0.5, gaussian_blur=0.0)
-    views = transform(PIL_CHINA)
-    assert isinstance(views, list)
-    assert [v.shape for v in views] == [(3, 32, 32)] * 2
-    assert transform.views.aug.mean == (0.485, 0.456, 0.406)
-    with pytest.raises(ValueError, match="rr_prob"):
-        SimCLRTransform(rr_prob=0.5)
 
 
 def test_the_contact_sheet_shows_each_step_alone():

@@ -82,18 +82,66 @@ def test_pytorch_metric_learnings_loss(temperature):
     )
 
 
+def google(hidden, hidden_norm, temperature, weights):
+    """google-research/simclr's objective.py with the definitions of TensorFlow's functions."""
+    if hidden_norm:
+        square = hidden.square().sum(1, keepdim=True)
+        hidden = hidden * square.clamp(min=1e-12).rsqrt()
+    a, b = hidden.chunk(2)
+    n = len(a)
+    large = 1e9 * torch.eye(n, dtype=a.dtype)
+    ab, ba = a @ b.T / temperature, b @ a.T / temperature
+    labels = torch.eye(n, 2 * n, dtype=a.dtype)
+    loss = 0
+    for logits in (
+        torch.cat((ab, a @ a.T / temperature - large), 1),
+        torch.cat((ba, b @ b.T / temperature - large), 1),
+    ):
+        rows = -(labels * logits.log_softmax(1)).sum(1)
+        w = torch.as_tensor(weights, dtype=a.dtype).expand(n)
+        loss = loss + (w * rows).sum() / max(int((w != 0).sum()), 1)
+    return loss, ab, labels
+
+
+WEIGHTS = {
+    "one": 1.0,
+    "number": 0.3,
+    "zero": torch.zeros(N),
+    "scalar": torch.tensor(2.0),
+    "each": torch.linspace(0, 2, N).where(torch.arange(N) % 3 != 0, 0.0),
+}
+
+
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("rows", ["ordinary", "short", "zero"])
 @pytest.mark.parametrize("hidden_norm", [True, False])
-def test_google_simclrs_loss(hidden_norm):
-    z = [torch.cat(views()).detach().requires_grad_()]
-    ours, stats = google_simclr.add_contrastive_loss(z[0], hidden_norm, 0.7)
-    wanted, logits, labels = peers.google_simclr(z[0], hidden_norm, 0.7)
+def test_google_simclr(hidden_norm, rows, weights):
+    z = torch.cat(views()).detach()
+    if rows != "ordinary":
+        z[3], z[N + 5] = (
+            z[3] * 1e-8 * (rows == "short"),
+            z[N + 5] * (1e-7 if rows == "short" else 0),
+        )
+    z = [z.requires_grad_()]
+    ours, logits, labels = google_simclr.add_contrastive_loss(z[0], hidden_norm, 0.7, None, weights)
+    wanted, expected_logits, expected_labels = google(z[0], hidden_norm, 0.7, weights)
     assert_same(ours, wanted, z)
-    if not hidden_norm:
-        return
-    p = logits.softmax(1)
-    assert stats.contrastive_accuracy == (logits.argmax(1) == labels).double().mean()
-    # Their entropy adds 1e-8 inside the logarithm.
-    assert abs(stats.contrastive_entropy + (p * (p + 1e-8).log()).sum(1).mean()) < 1e-6
+    torch.testing.assert_close(logits, expected_logits)
+    assert torch.equal(labels, expected_labels)
+    _, again, _ = google_simclr.add_contrastive_loss(z[0], hidden_norm, 0.7)
+    _, wanted, _ = google(z[0], hidden_norm, 0.7, 1.0)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(x.square().sum(), z)[0] for x in (again, wanted))
+    )
+
+
+def test_google_simclr_in_half_precision():
+    z = torch.cat(views()).detach()
+    loss, logits, labels = google_simclr.add_contrastive_loss(z.half())
+    wanted = google(z.half().double(), True, 1.0, 1.0)
+    for actual, expected in zip((loss, logits, labels), wanted, strict=True):
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual.double(), expected, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +165,16 @@ def test_google_simclrs_loss(hidden_norm):
             lambda z: pytorch_metric_learning.SelfSupervisedLoss(torch.nn.L1Loss()),
             TypeError,
             "got L1Loss",
+        ),
+        (
+            lambda z: google_simclr.add_contrastive_loss(z, weights=torch.ones(6)),
+            ValueError,
+            r"weights must be a number or a tensor \[3\], got shape \[6\]",
+        ),
+        (
+            lambda z: google_simclr.add_contrastive_loss(z[:5]),
+            ValueError,
+            r"hidden must be \[2N, D\], both views of each image, got \[5, 3\]",
         ),
     ],
 )
