@@ -7,6 +7,7 @@ every number of ranks and threads, and a restored loader continues bit for bit.
 """
 
 import logging
+import os
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from simclr_fast.data.datasets import open_source
 from simclr_fast.data.decode import CorruptImageError, Part
 from simclr_fast.data.pipelines import Backend, make_pipeline
 from simclr_fast.data.prefetch import PinnedViews, Slot, Slots, ahead
-from simclr_fast.data.sources import Source
+from simclr_fast.data.sources import Source, fingerprint
 from simclr_fast.utils.device import usable_cores
 
 __all__ = ["CorruptImageError", "ImageLoader", "OneViewLoader", "TwoViewLoader"]
@@ -97,6 +98,7 @@ class _Loader:
         self.skipped: set[int] = set()
         self._position = 0
         self._resumed = False
+        self._names_hash: bytes | None = None
         self._pipeline = make_pipeline(
             self.source,
             self.rows,
@@ -157,9 +159,18 @@ class _Loader:
             "position": self._position,
             "seed": self.seed,
             "images": len(self.source),
+            "names": self._names(),
             "batch_size": self.batch_size,
             "skipped": sorted(self.skipped),
         }
+
+    def _names(self) -> str:
+        """A hash of the images' names in order: of each the file and its folder."""
+        if self._names_hash is None:
+            names = (self.source.name(i) for i in range(len(self.source)))
+            ends = ("/".join(name.replace(os.sep, "/").rsplit("/", 2)[-2:]) for name in names)
+            self._names_hash = fingerprint(end.encode(errors="surrogateescape") for end in ends)
+        return self._names_hash.hex()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state`. The number of ranks and threads may differ."""
@@ -169,6 +180,11 @@ class _Loader:
                 raise ValueError(
                     f"the state is from a loader with {key}={state[key]}; this one has {here[key]}"
                 )
+        if state.get("names", here["names"]) != here["names"]:
+            raise ValueError(
+                f"the state is from a loader with {state['images']} images of other names or in "
+                "another order, so batches would repeat some images and miss others"
+            )
         self.epoch, self._position = state["epoch"], state["position"]
         self.skipped = set(state["skipped"])
         self._resumed = True

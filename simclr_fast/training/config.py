@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -313,6 +314,51 @@ def demo() -> PretrainConfig:
     )
 
 
+# Settings of a resumed run. FIXED ones must be those of the run that it continues: the checkpoint
+# fits no others, or they decide which image comes when.
+FIXED = (
+    "model",
+    "width",
+    "stem",
+    "projector",
+    "projector_dim",
+    "projector_depth",
+    "projector_hidden",
+    "projector_batch_norm",
+    "batch_size",
+    "optimizer",
+    "lars_variant",
+    "seed",
+    "image_key",
+)
+# These take the new value from the resumed step on, and a warning names it. The images of `data`
+# must be the same, in count and names. The learning rate goes on where the schedule of the new
+# settings has it.
+MAY_CHANGE = (
+    "data",
+    "labels",
+    "augmentation",
+    "epochs",
+    "steps",
+    "loss",
+    "temperature",
+    "lr",
+    "lr_rule",
+    "trust_coefficient",
+    "trust_clip",
+    "weight_decay",
+    "warmup_epochs",
+    "backend",
+    "precision",
+    "memory",
+    "micro_batch",
+    "offload_gb",
+    "keep_every",
+    "compile",
+    "allow_ghost_bn",
+    "channels_last",
+    "on_error",
+)
 # Settings that do not change what a run computes.
 NOT_COMPARED = (
     "out",
@@ -326,8 +372,11 @@ NOT_COMPARED = (
     "checkpoint_every",
     "checkpoint_minutes",
 )
+# Of no use to a resumed run: it made the first weights.
+IGNORED = ("zero_gamma",)
 # The key in config.json of the account of the run's images. It is no option.
 IMAGES = "images"
+_ACCOUNT = (f"{IMAGES} used", f"{IMAGES} labels")
 PRESETS = {
     "demo": demo,
     "cifar10": cifar10,
@@ -363,15 +412,16 @@ def from_json(text: str) -> PretrainConfig:
     )
 
 
-def differences(before: str, after: str) -> list[str]:
-    """The settings that differ between two texts of `to_json`, such as "lr: 2.0 → 1.0".
+def differences(before: str, after: str, names: Sequence[str]) -> list[str]:
+    """Those of the settings `names` that differ between two texts of `to_json`, such as
+    "lr: 2.0 → 1.0". Settings that the first does not have are left out.
 
-    Ignores those in NOT_COMPARED.
+    With MAY_CHANGE, also the number of images and the kind of their labels.
     """
     old, new = json.loads(before), json.loads(after)
     for values in (old, new):
-        # Of the account of the images, their number and the kind of their labels.
         account = values.pop(IMAGES, {})
-        values |= {f"{IMAGES} {name}": account.get(name) for name in ("used", "labels")}
-    names = [name for name in new if name not in NOT_COMPARED and old.get(name) != new[name]]
-    return [f"{name}: {old.get(name)} → {new[name]}" for name in names]
+        values |= {name: account.get(name.removeprefix(f"{IMAGES} ")) for name in _ACCOUNT}
+    names = (*names, *_ACCOUNT) if names is MAY_CHANGE else names
+    changed = [name for name in new if name in names and name in old and old[name] != new[name]]
+    return [f"{name}: {old[name]} → {new[name]}" for name in changed]

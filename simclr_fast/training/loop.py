@@ -28,6 +28,7 @@ from simclr_fast.training.setup import (
     choose_memory,
     describe,
     output_folder,
+    refuse_changes,
     workload,
     write_config,
 )
@@ -96,6 +97,7 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
             "scaler": scaler,
         }
         if config.resume:
+            world.share(lambda: refuse_changes(config, out))
             step = resume(folder, world, parts, probe)
         world.check_alike(model, step)
         metrics = None
@@ -184,20 +186,21 @@ def endless(loader: TwoViewLoader | OneViewLoader) -> Generator[tuple[Tensor, ..
 def resume(
     folder: Path, world: World, parts: dict[str, Any], probe: OnlineProbe | None = None
 ) -> int:
-    """Load the newest checkpoint that rank 0 finds into `parts`; return its step, 0 without one.
+    """Load the newest good checkpoint that rank 0 finds into `parts`; return its step, 0 without
+    one.
 
-    The other ranks get the state from rank 0, so their machines need not see the file.
+    The other ranks get the state from rank 0, so their machines need not see the file. Newer
+    checkpoints that are unreadable or not finite are renamed, and a warning names them.
     """
 
     def newest() -> dict[str, Any]:
-        saved = checkpoint.checkpoints(folder)
-        if not saved:
-            return {"path": "", "state": None}
-        return {"path": str(saved[-1]), "state": checkpoint.load_checkpoint(saved[-1])}
+        path, state, bad = checkpoint.newest_good(folder)
+        bad = {str(newer): why for newer, why in bad.items()}
+        return {"path": str(path or ""), "state": state, "bad": bad}
 
     found = world.share(newest)
     state, path = found["state"], Path(found["path"])
-    if state is None:
+    if not state:
         return 0
     optimizer, scheduler = parts["optimizer"], parts["scheduler"]
     options = [
@@ -215,6 +218,9 @@ def resume(
     if probe is not None:
         probe.load_state_dict(state.get("probe") or {})
     if world.rank == 0:
+        for newer, why in found["bad"].items():
+            kept = checkpoint.set_aside(Path(newer))
+            log.warning("not resuming from %s, now %s: %s", newer, kept.name, why)
         log.info("resuming at step %d from %s", state["step"], path)
     return state["step"]
 

@@ -20,7 +20,7 @@ from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector
 from simclr_fast.models.weights import about_encoder
 from simclr_fast.optim.lars import LARS, lars_param_groups
 from simclr_fast.optim.schedule import scaled_lr
-from simclr_fast.training.config import PretrainConfig, differences, to_json
+from simclr_fast.training.config import FIXED, MAY_CHANGE, PretrainConfig, differences, to_json
 from simclr_fast.utils.checkpoint import write_atomic
 from simclr_fast.utils.device import autocast_dtype, free_memory
 from simclr_fast.utils.distributed import World
@@ -185,13 +185,23 @@ def output_folder(config: PretrainConfig, world: World) -> Iterator[Path]:
         yield out
 
 
+def refuse_changes(config: PretrainConfig, out: Path) -> None:
+    """Raise ValueError if a resumed run has another value of a setting in `FIXED`."""
+    path = out / "config.json"
+    if path.exists() and (changed := differences(path.read_text(), to_json(config), FIXED)):
+        raise ValueError(
+            f"--resume cannot change {'; '.join(changed)} of the run in {out}: give the old value, "
+            "or start another run in another folder"
+        )
+
+
 def write_config(config: PretrainConfig, images: Account, out: Path) -> None:
     """Write config.json: the options, and what was found in the data.
 
     If there is an older one, first warn of the settings that differ.
     """
     path, text = out / "config.json", to_json(config, images)
-    if path.exists() and (changed := differences(path.read_text(), text)):
+    if path.exists() and (changed := differences(path.read_text(), text, MAY_CHANGE)):
         log.warning("continues with changed settings: %s", "; ".join(changed))
     write_atomic(path, lambda part: part.write_text(text))
 

@@ -15,6 +15,8 @@ from simclr_fast.utils.extras import need
 from simclr_fast.utils.locks import lock
 
 _KEEP = 2
+# The prefix of checkpoints from which training cannot continue.
+_ASIDE = "unusable-"
 # The suffix of a file while it is being written.
 _PART = ".simclr-part"
 # An error names at most this many keys and counts the rest.
@@ -78,21 +80,57 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Write folder/step-NNNNNNNN.pt and delete all but the newest two.
 
     Raises:
-        FloatingPointError: the loss, a weight or a tensor of the optimizer is not finite. Nothing
-            is written or deleted then.
+        FloatingPointError: the loss, a weight or a tensor of the optimizer is not finite. The state
+            is then written to folder/unusable-step-NNNNNNNN.pt, and no checkpoint is deleted.
     """
     path = folder / f"step-{step:08d}.pt"
-    if bad := not_finite({name: state[name] for name in _TRAINED if name in state}):
+    if bad := _not_finite_training(state):
+        aside = path.with_name(_ASIDE + path.name)
+        write_atomic(aside, lambda temporary: torch.save(state, temporary))
         kept = checkpoints(folder)
         last = f"the last checkpoint is {kept[-1]}" if kept else "no checkpoint was written before"
         raise FloatingPointError(
-            f"{_some(bad)} is NaN or infinite at step {step}; this step is not saved: lower the "
-            f"learning rate (--lr); {last}"
+            f"{_some(bad)} is NaN or infinite at step {step}; this step is kept apart, in {aside}: "
+            f"lower the learning rate (--lr); {last}"
         )
     write_atomic(path, lambda temporary: torch.save(state, temporary))
     for old in checkpoints(folder)[:-_KEEP]:
         old.unlink()
     return path
+
+
+def newest_good(folder: Path) -> tuple[Path | None, dict[str, Any], dict[Path, str]]:
+    """The newest checkpoint in `folder` that is readable and finite, with its content.
+
+    Returns:
+        Its path (None without checkpoints), its content, and the newer ones with what is wrong.
+
+    Raises:
+        ValueError: there are checkpoints, and none is good.
+    """
+    bad: dict[Path, str] = {}
+    for path in reversed(checkpoints(folder)):
+        try:
+            state = load_checkpoint(path)
+        except ValueError as error:
+            bad[path] = str(error)
+            continue
+        if names := _not_finite_training(state):
+            bad[path] = f"{path}: {_some(names)} is NaN or infinite"
+            continue
+        return path, state, bad
+    if bad:
+        raise ValueError(f"no usable checkpoint in {folder}: {'; '.join(bad.values())}")
+    return None, {}, {}
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a checkpoint that cannot be used, so that it does not count as the newest."""
+    return path.replace(path.with_name(_ASIDE + path.name))
+
+
+def _not_finite_training(state: dict[str, Any]) -> list[str]:
+    return not_finite({name: state[name] for name in _TRAINED if name in state})
 
 
 def not_finite(state: dict[Any, Any]) -> list[str]:

@@ -105,7 +105,7 @@ def test_resume_is_bit_for_bit(config):
 
 def test_bad_checkpoints_end_a_resume(config):
     out, _ = supervise(config)
-    last = checkpoints(out / "checkpoints")[-1]
+    older, last = checkpoints(out / "checkpoints")
     state = load_checkpoint(last)
     resumed = replace(config, resume=True)
 
@@ -115,10 +115,15 @@ def test_bad_checkpoints_end_a_resume(config):
             supervise(resumed)
 
     fails({k: v for k, v in state.items() if k != "optimizer"}, "missing optimizer")
-    nan = state["model"] | {"projector.bias": torch.full([2], torch.nan)}
-    fails(state | {"model": nan}, r"projector\.bias has 2 of 2 values that are not finite")
+    other = state["model"] | {"projector.bias": torch.zeros(3)}
+    fails(state | {"model": other}, r"projector\.bias is \[3\], must be \[2\]")
     fails(state | {"loader": state["loader"] | {"batch_size": 3}}, "loader: .*batch_size=3")
     fails(state | {"optimizer": {"state": {}, "param_groups": []}}, "optimizer: ")
+    older.unlink()
+    nan = state["model"] | {"projector.bias": torch.full([2], torch.nan)}
+    torch.save(state | {"model": nan}, last)
+    with pytest.raises(ValueError, match=r"no usable.*step-00000008\.pt: model\.projector\.bias"):
+        supervise(resumed)
 
 
 def test_the_supervised_baseline_needs_labels(config, monkeypatch):
