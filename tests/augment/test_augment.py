@@ -65,7 +65,7 @@ def poisoned(n, size, dtype=torch.float32, channels_last=False):
     ],
 )
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_matches_the_reference(spec, brightness, interpolation, size):
+def test_views_match_the_reference(spec, brightness, interpolation, size):
     aug = Augmentation(size, spec, interpolation=interpolation, brightness=brightness)
     shapes = [(375, 500), (33, 47), (8, 8), (427, 640), (1, 1), (5, 300), (224, 224), (640, 31)]
     images = [photograph(*shape) for shape in shapes]

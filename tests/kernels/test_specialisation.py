@@ -311,7 +311,7 @@ def test_views_are_accepted_at_every_size(picture):
 @pytest.mark.gpu_static
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("name", LOSSES | FEATURES)
-def test_machine_code_of_losses(name, arch):
+def test_machine_code_of_losses_has_no_fault(name, arch):
     launches = of_loss(arch, name, BATCH_SIZES if name in LOSSES else (2, 256))
     assert not faulty_code(launches)
     assert not bad_grids(launches)
@@ -320,7 +320,7 @@ def test_machine_code_of_losses(name, arch):
 @pytest.mark.gpu_static
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("picture", PICTURES, ids=str)
-def test_machine_code_of_views(picture, arch):
+def test_machine_code_of_views_has_no_fault(picture, arch):
     launches = of_views(arch, picture, SIZES if arch == 90 else QUICK_SIZES)
     assert not faulty_code(launches)
     assert not bad_grids(launches)
@@ -340,7 +340,7 @@ def test_batch_sizes_compile_few_variants(name):
 
 
 @pytest.mark.parametrize(("stats", "most"), [(False, 5), (True, 7)])
-def test_launches_of_a_step(stats, most):
+def test_a_step_takes_few_launches(stats, most):
     """At 256 pairs the host's time per launch is what a step takes."""
     z1, z2, tau = views(256), views(256), torch.tensor(0.1)
     upstream = torch.ones(())

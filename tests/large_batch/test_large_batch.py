@@ -356,7 +356,7 @@ def test_lockstep_sees_a_module_that_was_replaced():
         {"memory": "replay", "compile": True},
     ],
 )
-def test_bad_arguments(arguments):
+def test_bad_arguments_of_large_batch_are_refused(arguments):
     with pytest.raises(ValueError, match=list(arguments)[-1]):
         LargeBatch(nn.Linear(2, 2), **arguments)
 
@@ -372,7 +372,7 @@ def test_a_loss_must_be_a_number():
 
 
 @pytest.mark.parametrize("field", ["micro_batch", "offload_gb", "keep_every"])
-def test_bad_configuration(field):
+def test_bad_memory_settings_are_refused(field):
     with pytest.raises(ValueError, match=field):
         PretrainConfig(**{field: -1})
 

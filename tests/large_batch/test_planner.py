@@ -176,17 +176,17 @@ class _Plain(nn.Module):
 @pytest.mark.parametrize(
     ("text", "size"), [("80GB", 80e9), ("24GiB", 24 * 2**30), ("1.5 TB", 1.5e12), ("512MB", 512e6)]
 )
-def test_sizes(text, size):
+def test_sizes_are_read_with_their_unit(text, size):
     assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["80", "GB", "-1GB", "0GB", "80 gigs", "8e1GB", "1GBs"])
-def test_bad_sizes(text):
+def test_bad_sizes_are_refused(text):
     with pytest.raises(ValueError, match="80GB or 24GiB"):
         parse_size(text)
 
 
-def test_command(capsys):
+def test_the_plan_command_prints_every_mode(capsys):
     small = ["--model", "resnet18", "--width", "0.25", "--image-size", "32", "--batch-size", "64"]
     assert run(["plan", *small, "--gpus", "2", "--gpu-memory", "24GiB"]) == 0
     printed = capsys.readouterr().out
@@ -301,7 +301,7 @@ def test_the_command_says_it_in_a_line(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("simclr-fast pretrain: rank 0, step 1: out of memory")
 
 
-def test_flags():
+def test_flags_of_a_setting():
     assert Setting("lockstep", 64, 1, offload_bytes=3.21e9).flags == (
         "--memory lockstep --micro-batch 64 --offload-gb 3.3"
     )

@@ -268,7 +268,7 @@ def test_only_inputs_that_require_it_get_a_gradient():
         assert nt_xent_loss(z1, z2).grad_fn is None
 
 
-def test_gradcheck():
+def test_gradcheck_passes():
     z1, z2 = (z.requires_grad_() for z in views(4, 3))
     temperature = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda *x: nt_xent_loss(*x).mul(3), (z1, z2, temperature))
@@ -284,7 +284,7 @@ def test_double_backward_is_refused():
 
 @pytest.mark.parametrize("two", [True, False])
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.bfloat16], ids=str)
-def test_opcheck(two, dtype):
+def test_opcheck_passes(two, dtype):
     z1, z2 = views(6, 5, dtype)
     z2 = z2 if two else None
     temperature = torch.tensor(0.5, dtype=torch.promote_types(dtype, torch.float32))

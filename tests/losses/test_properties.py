@@ -27,7 +27,7 @@ TEMPERATURES = st.floats(0.05, 5)
 
 
 def examples(number):
-    """The same ones in every run."""
+    """Hypothesis's settings: the same examples in every run."""
     return settings(max_examples=number, derandomize=True, deadline=None, database=None)
 
 
@@ -55,7 +55,7 @@ def error(found, exact):
 
 
 def assert_as_exact_as_plain_torch(ours, plain, z, upstream):
-    """At most twice the error that the formula has in z's dtype. One feature's gradient is 0."""
+    """At most twice the error of the formula in z's dtype. With one feature the gradient is 0."""
     exact = with_gradient(plain, z.double(), upstream)
     floor = {torch.float64: 1e-12, torch.float32: 1e-5}.get(z.dtype, torch.finfo(z.dtype).eps)
     for found, same_dtype, wanted in zip(
@@ -83,7 +83,9 @@ REDUCTIONS = st.sampled_from(("mean", "sum", "none"))
     decoupled=st.booleans(),
     upstream=st.floats(-3, 3).filter(lambda u: abs(u) > 0.1),
 )
-def test_nt_xent(pairs, dim, seed, dtype, layout, temperature, reduction, decoupled, upstream):
+def test_nt_xent_is_as_exact_as_plain_torch(
+    pairs, dim, seed, dtype, layout, temperature, reduction, decoupled, upstream
+):
     z = embeddings(2 * pairs, dim, seed, dtype, layout)
 
     def ours(z):
@@ -107,7 +109,7 @@ def test_nt_xent(pairs, dim, seed, dtype, layout, temperature, reduction, decoup
     temperature=TEMPERATURES,
     scale=st.floats(1e-3, 1e3),
 )
-def test_nt_xent_knows_neither_order_nor_length_nor_which_view_is_first(
+def test_nt_xent_does_not_depend_on_order_length_or_swapped_views(
     pairs, dim, seed, temperature, scale
 ):
     z1, z2 = embeddings(2 * pairs, dim, seed, torch.float64, "dense").chunk(2)
@@ -130,7 +132,9 @@ def test_nt_xent_knows_neither_order_nor_length_nor_which_view_is_first(
     temperature=TEMPERATURES,
     reduction=REDUCTIONS,
 )
-def test_sup_con(rows, dim, classes, seed, dtype, layout, temperature, reduction):
+def test_sup_con_is_as_exact_as_plain_torch(
+    rows, dim, classes, seed, dtype, layout, temperature, reduction
+):
     z = embeddings(rows, dim, seed, dtype, layout)
     labels = torch.randint(classes, (rows,), generator=torch.Generator().manual_seed(seed))
 
@@ -182,7 +186,7 @@ SIDES = st.integers(1, 90)
     dtype=st.sampled_from((torch.float32, torch.float16, torch.bfloat16)),
     channels_last=st.booleans(),
 )
-def test_views(aug, sizes, seed, first, epoch, dtype, channels_last):
+def test_views_depend_only_on_their_key(aug, sizes, seed, first, epoch, dtype, channels_last):
     """A function of (seed, epoch, id, view): alone, in a batch and in any order."""
     rng = np.random.default_rng(abs(first))
     images = [torch.from_numpy(rng.integers(0, 256, (*hw, 3), dtype=np.uint8)) for hw in sizes]
@@ -210,7 +214,7 @@ def test_views(aug, sizes, seed, first, epoch, dtype, channels_last):
     seed=SEEDS,
     view=st.sampled_from((0, 1)),
 )
-def test_boxes_lie_in_their_images(aug, sizes, seed, view):
+def test_boxes_lie_inside_their_images(aug, sizes, seed, view):
     sizes = np.array(sizes)
     params = draw_params(aug, seed, 0, np.arange(len(sizes)), view, sizes)
     corner, extent = params.box[:, :2], params.box[:, 2:]
@@ -281,7 +285,7 @@ WHOLE = {kind: encoded(kind) for kind in KINDS}
     keep=st.floats(0, 1),
     tail=st.binary(max_size=20),
 )
-def test_no_bytes_are_more_than_a_value_error(kind, edits, keep, tail):
+def test_any_bytes_are_an_image_or_a_value_error(kind, edits, keep, tail):
     data = bytearray(WHOLE[kind])
     for position, value in edits:
         data[position % len(data)] = value
@@ -302,7 +306,7 @@ def test_no_bytes_are_more_than_a_value_error(kind, edits, keep, tail):
     data=st.binary(max_size=200),
     start=st.sampled_from([b"", b"\xff\xd8\xff", b"BM", b"RIFF", b"II*\0", b"GIF8", b"P6\n"]),
 )
-def test_noise_is_refused(data, start):
+def test_random_bytes_are_refused(data, start):
     with pytest.raises(ValueError, match=" "):
         checked_size(in_common_format(np.frombuffer(start + data, np.uint8)))
 
@@ -348,7 +352,7 @@ def test_configurations_are_refused_by_name_or_survive_json(preset, aug, name, d
     size=st.integers(1, 500),
     model=st.sampled_from(("resnet18", "resnet50")),
 )
-def test_options_of_the_command_line_arrive(batch, temperature, size, model):
+def test_options_of_the_command_line_reach_the_configuration(batch, temperature, size, model):
     pytest.importorskip("tyro")
     from simclr_fast.commands.pretrain import Pretrain
     from simclr_fast.commands.run_options import parse_run

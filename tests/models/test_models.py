@@ -41,7 +41,7 @@ def test_each_stem_has_its_layers():
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "vit_b_16", "convnext_tiny", "squeezenet"])
-def test_any_torchvision_model(name):
+def test_torchvision_models_give_their_features(name):
     if name == "squeezenet":
         with pytest.raises(ValueError, match="no linear classifier"):
             build_encoder("squeezenet1_0")
@@ -51,7 +51,7 @@ def test_any_torchvision_model(name):
 
 
 @pytest.mark.parametrize("name", ["timm:resnet18", "mobilenetv3_small_050", "timm:vgg11"])
-def test_any_timm_model(name):
+def test_timm_models_give_their_features(name):
     pytest.importorskip("timm")
     encoder, dim = build_encoder(name)
     assert encoder.eval()(torch.rand(1, 3, 224, 224)).shape == (1, dim)

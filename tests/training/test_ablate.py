@@ -202,7 +202,7 @@ def test_sigterm_ends_it_and_the_same_command_goes_on(base, tmp_path, capsys, mo
     assert len(losses) == 6
 
 
-def test_the_ablate_command(base, tmp_path, capsys):
+def test_the_ablate_command_writes_results_and_picture(base, tmp_path, capsys):
     options = ["--data", "noise", "--model", "resnet10", "--width", "0.125", "--device", "cpu"]
     options += ["--augmentation.size", "16", "--batch-size", "8", "--warmup-epochs", "0"]
     out = ["--out", str(tmp_path / "out"), "--steps", "1", "--max-cells", "1"]

@@ -144,7 +144,7 @@ def files(folder):
     ]
 
 
-def test_the_supervised_command(tmp_path, capsys):
+def test_the_supervised_command_refuses_a_used_folder(tmp_path, capsys):
     pytest.importorskip("nvidia.dali", reason="decoding needs DALI (Linux)")
     out = tmp_path / "run"
     assert run(["supervised", *files(tmp_path / "data"), "--out", str(out)]) == 0

@@ -44,7 +44,7 @@ def rows(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_and_its_folder(config):
+def test_a_run_writes_its_folder(config):
     out = pretrain(config)
     assert from_json((out / "config.json").read_text()) == config
     lines = rows(out)
@@ -177,7 +177,7 @@ def test_errors_are_one_line(arguments, says, tmp_path, capsys):
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
 
 
-def test_preview(images, tmp_path, capsys):
+def test_preview_writes_a_sheet_and_prints_parameters(images, tmp_path, capsys):
     sheet = tmp_path / "sheet.png"
     options = ["--images", "3", "--to", str(sheet), "--augmentation.size", "32"]
     assert run(["preview", "--data", str(images), *options]) == 0
@@ -194,7 +194,7 @@ def test_bad_options_are_explained(option, capsys):
     assert option[0].strip("-") in capsys.readouterr().err
 
 
-def test_commands(capsys):
+def test_unknown_commands_are_refused(capsys):
     assert run(["--help"]) == 0
     assert run([]) == 2
     assert run(["train"]) == 2
@@ -205,7 +205,7 @@ def parse(*arguments):
     return parse_run(Pretrain, arguments, "pretrain").config
 
 
-def test_presets_and_options():
+def test_options_override_presets():
     for name, preset in PRESETS.items():
         assert parse("--preset", name) == preset()
         assert from_json(to_json(preset())) == preset()
@@ -222,7 +222,7 @@ NUMBERS = [
 
 
 @pytest.mark.parametrize("field", NUMBERS)
-def test_bad_configuration(field):
+def test_bad_configurations_are_refused_by_name(field):
     is_float = "float" in str(PretrainConfig.__annotations__[field])
     for bad in (-1, float("nan") if is_float else 0):
         with pytest.raises(ValueError, match=f"{field} must be .*, got {bad}"):
