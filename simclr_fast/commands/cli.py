@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import io
 import logging
 import os
 import signal
@@ -113,6 +114,9 @@ def run(arguments: list[str]) -> int:
         print(f"simclr-fast: no command {name!r}\n\n{usage()}", end="", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # Names of files may have characters that the terminal's encoding lacks.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     with _plain_warnings():
         return _run(name, rest)
 

@@ -71,7 +71,7 @@ class Linear(Options):
     protocol: ClassVar[str] = "linear"
 
     def lines(self) -> Iterator[str]:
-        pair = subsets.labelled_pair(self.data, self.test)
+        pair = self.pair()
         weights = self.load()
         yield f"{weights}\nlinear evaluation, {_measured(pair)}"
         results: dict[str, Any] = {}
@@ -105,7 +105,7 @@ class Linear(Options):
             scores = self.trained(weights, weights.encoder, pair.train, pair, recipe, name)
             results[self.optimizer] = {**scores.to_json(), "recipe": asdict(recipe)}
             yield from _table(f"{self.optimizer.upper()}, {self.epochs} epochs", scores)
-        yield self.write(results)
+        yield self.write(results, train=pair.train, test=pair.test)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Knn(Options):
     protocol: ClassVar[str] = "knn"
 
     def lines(self) -> Iterator[str]:
-        pair = subsets.labelled_pair(self.data, self.test)
+        pair = self.pair()
         weights = self.load()
         yield f"{weights}\nk-NN, τ {self.tau}, {_measured(pair)}"
         found = knn.knn_ranks(
@@ -138,14 +138,14 @@ class Knn(Options):
             scores = score(rank, pair.test_labels, pair.classes, self.seed)
             results[f"k={k}"] = scores.to_json()
             yield from _table(f"{k} neighbours", scores)
-        yield self.write(results)
+        yield self.write(results, train=pair.train, test=pair.test)
 
 
 @dataclass(frozen=True)
 class Finetune(Options):
     """Train the whole network on a part of the labels (arXiv:2002.05709, B.5)."""
 
-    labels: tuple[float, ...] = (0.01, 0.1, 1.0)
+    shares: tuple[float, ...] = (0.01, 0.1, 1.0)
     """Shares of the training images of each class. Each gives a result."""
     subset: Path | None = None
     """Train on the images in this list instead: a file with one file name per line, such as
@@ -160,14 +160,14 @@ class Finetune(Options):
     protocol: ClassVar[str] = "finetune"
 
     def lines(self) -> Iterator[str]:
-        pair = subsets.labelled_pair(self.data, self.test)
+        pair = self.pair()
         weights = self.load()
         yield f"{weights}\nfine-tuning, {_measured(pair)}"
         parts: dict[str, np.ndarray] = {}
         if self.subset:
             parts[self.subset.stem] = subsets.listed_subset(pair.train, self.subset)
         else:
-            for share in self.labels:
+            for share in self.shares:
                 parts[f"{share:.4g}"] = subsets.balanced_subset(pair.train_labels, share, self.seed)
         results = {}
         for name, ids in parts.items():
@@ -178,7 +178,7 @@ class Finetune(Options):
             scores = self.trained(weights, encoder, part, pair, recipe, f"finetune-{name}")
             results[name] = {**scores.to_json(), "images": len(part), "recipe": asdict(recipe)}
             yield from _table(f"{len(part)} labels, {recipe.epochs} epochs", scores)
-        yield self.write(results)
+        yield self.write(results, train=pair.train, test=pair.test)
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class Layers(Options):
     protocol: ClassVar[str] = "layers"
 
     def lines(self) -> Iterator[str]:
-        pair = subsets.labelled_pair(self.data, self.test)
+        pair = self.pair()
         model, augmentation = layers.load_run(self.encoder)
         taps = layers.Taps(model).to(self.torch_device).eval()
         yield f"{self.encoder}: logistic regression, {_measured(pair)}"
@@ -213,7 +213,7 @@ class Layers(Options):
             yield scores.row(f"{name} [{x.shape[1]}]")
         picture = self.folder / "layers.png"
         plot_layers(found, picture)
-        yield self.write(results)
+        yield self.write(results, train=pair.train, test=pair.test)
         yield f"{'picture':<28} {picture}"
 
 
@@ -238,11 +238,11 @@ class Embed(Options):
     protocol: ClassVar[str] = "embed"
 
     def lines(self) -> Iterator[str]:
-        source = subsets.shown_source(self.data, self.test)
+        source = subsets.shown_source(self.data, self.test, **self.opening)
         ids = np.linspace(0, len(source) - 1, min(self.images, len(source))).astype(np.int64)
         source = subset(source, ids)
         weights = self.load()
-        yield str(weights)
+        yield f"{weights}\nimages           {source.account.line()}"
         features = self.features(weights.encoder, weights.augmentation, source, "shown")
         labels, classes = subsets.labels_or_none(source)
         methods: tuple[embed.Method, ...] = self.methods or ("pca", "tsne")
@@ -275,11 +275,12 @@ class Embed(Options):
             indices,
         )
         yield f"{'page':<28} {page}"
-        if source.labels is not None:
-            same = (torch.from_numpy(labels)[indices] == torch.from_numpy(labels)[:, None]).double()
+        if source.labels is not None and source.has_labels:
+            known = torch.from_numpy(source.labels)
+            same = (known[indices] == known[:, None])[known >= 0].double()
             results = {"images": len(source), "neighbours_of_the_same_class": same.mean().item()}
             yield f"{'same class':<28} {same.mean():.1%} of the {indices.shape[1]} neighbours"
-            yield self.write(results)
+            yield self.write(results, shown=source)
 
 
 PROTOCOLS: dict[str, type[Options]] = {
@@ -294,7 +295,11 @@ def _short(data: str) -> str:
 
 
 def _measured(pair: LabelledPair) -> str:
-    return f"{len(pair.test)} test images, 95% bootstrap intervals"
+    return (
+        f"{len(pair.test)} test images, 95% bootstrap intervals\n"
+        f"training images  {pair.train.account.line()}\n"
+        f"test images      {pair.test.account.line()}"
+    )
 
 
 def _table(name: str, scores: Scores) -> Iterator[str]:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from simclr_fast.evaluation import linear
 from simclr_fast.evaluation.accuracy import Scores, score
 from simclr_fast.evaluation.classifier import Recipe, classify, train_classifier
 from simclr_fast.evaluation.features import cached_features
-from simclr_fast.evaluation.subsets import LabelledPair
+from simclr_fast.evaluation.subsets import LabelledPair, labelled_pair
 from simclr_fast.models.encoders import Stem
 from simclr_fast.models.weights import Weights, load_weights
 from simclr_fast.utils.checkpoint import write_atomic
@@ -35,6 +35,14 @@ class Options:
     test: str | None = None
     """Test images with labels, named as for --data. Not needed for the demo data and torchvision's
     data sets, which have a test split."""
+    labels: Path | None = None
+    """A CSV file with lines "path,label". Its labels replace those of --data and --test."""
+    image_key: str | None = None
+    """Which image of a sample to use if it has several: a field of tars (jpg), a feature of
+    TFRecords, a column of Hugging Face data sets."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do with a damaged archive. raise: end and name it. skip: go on without what it
+    lacks."""
     out: Path | None = None
     """Output folder. By default "eval" in the encoder's folder."""
     cache: Path | None = None
@@ -67,6 +75,14 @@ class Options:
     def folder(self) -> Path:
         beside = self.encoder if self.encoder.is_dir() else self.encoder.parent
         return self.out or beside / "eval"
+
+    @property
+    def opening(self) -> dict[str, Any]:
+        """How to open --data and --test."""
+        return {"labels": self.labels, "image_key": self.image_key, "on_error": self.on_error}
+
+    def pair(self) -> LabelledPair:
+        return labelled_pair(self.data, self.test, **self.opening)
 
     def load(self) -> Weights:
         weights = load_weights(self.encoder, model=self.model, width=self.width, stem=self.stem)
@@ -131,10 +147,15 @@ class Options:
             progress=self.folder / f"{self.protocol}-sweep-{name}.pt",
         )
 
-    def write(self, results: dict[str, Any]) -> str:
-        """Write PROTOCOL.json, delete the progress of the sweeps, return a line to print."""
+    def write(self, results: dict[str, Any], **images: Source) -> str:
+        """Write PROTOCOL.json, delete the progress of the sweeps, return a line to print.
+
+        images: name → images, whose accounts are written too.
+        """
         path = self.folder / f"{self.protocol}.json"
-        text = json.dumps({"options": asdict(self), "results": results}, indent=2, default=str)
+        found = {name: source.account.to_json() for name, source in images.items()}
+        content = {"options": asdict(self), "images": found, "results": results}
+        text = json.dumps(content, indent=2, default=str)
         write_atomic(path, lambda temporary: temporary.write_text(text + "\n"))
         for done in self.folder.glob(f"{self.protocol}-sweep-*.pt"):
             done.unlink()

@@ -45,9 +45,23 @@ _LEFT_OUT = frozenset(f".{kind}" for kind in ("gif", "heic", "heif", "avif", "jf
 
 
 @overload
-def named_source(data: str, split: Literal["train"] = "train", **opening: Any) -> Source: ...
+def named_source(
+    data: str,
+    split: Literal["train"] = "train",
+    *,
+    labels: Path | None = None,
+    image_key: str | None = None,
+    on_error: OnError = "raise",
+) -> Source: ...
 @overload
-def named_source(data: str, split: Literal["test"], **opening: Any) -> Source | None: ...
+def named_source(
+    data: str,
+    split: Literal["test"],
+    *,
+    labels: Path | None = None,
+    image_key: str | None = None,
+    on_error: OnError = "raise",
+) -> Source | None: ...
 def named_source(
     data: str,
     split: Literal["train", "test"] = "train",

@@ -219,7 +219,7 @@ def _row_of(name: str, of_row: dict[str, int], depths: list[int]) -> int | None:
     for last in (parts[-1], stem):
         for depth in depths:
             if depth <= len(parts):
-                row = of_row.get("/".join([*parts[-depth:-1], last]))
-                if row is not None:
-                    return row
+                wanted = "/".join([*parts[-depth:-1], last])
+                if wanted in of_row:
+                    return of_row[wanted]
     return None

@@ -12,7 +12,7 @@ import lzma
 import mmap
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,11 @@ log = logging.getLogger(__name__)
 _RECORDIO_MAGIC = 0xCED7230A
 _TFRECORD_IMAGE = ("image/encoded", "image")
 _TFRECORD_LABEL = ("image/class/label", "label")
-_COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+_COMPRESSED: dict[bytes, Callable[..., Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+}
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _RECORD = "record"
 

@@ -117,13 +117,18 @@ class Source:
         labelled.labels, labelled.classes, labelled.about_labels = found
         return labelled
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether any image has a label."""
+        return self.labels is not None and bool((self.labels >= 0).any())
+
     def need_labels(self, problem: str) -> np.ndarray:
         """The labels, int64 [n].
 
         Raises:
             ValueError: no image has a label. The message is `problem` and the reason.
         """
-        if self.labels is None or not (self.labels >= 0).any():
+        if self.labels is None or not self.has_labels:
             why = self.about_labels if self.labels is None else "all are -1"
             why = why or "give a folder that has one folder per class, or --labels FILE.csv"
             raise ValueError(f"{problem}: {why}")

@@ -11,6 +11,7 @@ diagonal. With this scaling tens of steps suffice. The minimiser is the same, be
 does not change the penalty.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -235,8 +236,8 @@ def sweep_logistic(
     problem = _Problem(x[~held_out], targets[~held_out], n_classes, device, _rough_products(device))
     done: dict[float, float] = {}
     start = None
-    # The file may belong to other arguments or features.
-    key = [list(values), seed, len(x), float(x[0].sum()), float(x[-1].sum())]
+    # The file may belong to other arguments, features or labels.
+    key = _fingerprint(x, targets, values, seed, n_classes) if progress is not None else ""
     if progress is not None and progress.exists():
         saved = load_checkpoint(progress)
         if saved["key"] == key:
@@ -254,6 +255,15 @@ def sweep_logistic(
     del problem
     best = max(done, key=lambda l2: (done[l2], l2))
     return Sweep(fit_logistic(x, targets, best, n_classes=n_classes, device=device), done)
+
+
+def _fingerprint(x: Tensor, targets: Tensor, *arguments: Any) -> str:
+    """A hash of everything that a sweep's fits depend on."""
+    digest = hashlib.blake2b(repr((x.dtype, x.shape, arguments)).encode(), digest_size=16)
+    digest.update(targets.numpy().tobytes())
+    for rows in _blocks(*x.shape):
+        digest.update(x[rows].contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def linear_probe(

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 
 from simclr_fast.data.datasets import named_source
 from simclr_fast.data.sources import Source
+
+UNLABELLED_CLASS = "unlabelled"
 
 
 def balanced_subset(labels: np.ndarray, fraction: float, seed: int = 0) -> np.ndarray:
@@ -44,8 +47,7 @@ def listed_subset(source: Source, listing: Path) -> np.ndarray:
     where: dict[str, list[int]] = {}
     depths = {len(PurePath(name).parts) for name in names}
     for i in range(len(source)):
-        # The name of a record in a shard is SHARD:KEY.
-        parts = PurePath(source.name(i).rpartition(":")[2]).parts
+        parts = PurePath(source.path(i)).parts
         for depth in depths:
             where.setdefault("/".join(parts[-depth:]), []).append(i)
     if missing := [name for name in names if name not in where]:
@@ -71,20 +73,21 @@ class LabelledPair:
     classes: tuple[str, ...]
 
 
-def labelled_pair(data: str, test: str | None) -> LabelledPair:
+def labelled_pair(data: str, test: str | None, **opening: Any) -> LabelledPair:
     """Training and test images that have labels.
 
     data: the training images, as for `named_source`.
     test: the test images; by default the test split of `data`. If `test` itself has a test split,
         that split is used.
+    opening: `labels`, `image_key` and `on_error` of `named_source`, for both.
     Images labelled -1 (STL-10's unlabelled ones) are left out.
 
     Raises:
         ValueError: there are no test images, they are the training images, labels are missing, or
             the two have different classes.
     """
-    train, labels = _labelled(named_source(data), data)
-    given = _test_source(test) if test else named_source(data, "test")
+    train, labels = _labelled(named_source(data, **opening), data)
+    given = _test_source(test, opening) if test else named_source(data, "test", **opening)
     if given is None:
         raise ValueError(f"{data!r} has no test split: pass --test")
     if test and given.fingerprint() == train.fingerprint():
@@ -102,21 +105,23 @@ def labelled_pair(data: str, test: str | None) -> LabelledPair:
     return LabelledPair(train, labels, tested, test_labels, classes)
 
 
-def shown_source(data: str, test: str | None) -> Source:
+def shown_source(data: str, test: str | None, **opening: Any) -> Source:
     """The images to show: those of `test`, else the test split of `data`, else `data`."""
-    return _test_source(test or data)
+    return _test_source(test or data, opening)
 
 
 def labels_or_none(source: Source) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels and classes; one class for images without labels."""
-    if source.labels is None:
+    """Labels and classes to show: images without labels are of a class of their own, the last."""
+    if source.labels is None or not source.has_labels:
         return np.zeros(len(source), np.int64), ("image",)
-    n = int(source.labels.max()) + 1
-    return source.labels, source.classes or tuple(str(i) for i in range(n))
+    classes = source.classes or tuple(str(i) for i in range(int(source.labels.max()) + 1))
+    if (source.labels >= 0).all():
+        return source.labels, classes
+    return np.where(source.labels < 0, len(classes), source.labels), (*classes, UNLABELLED_CLASS)
 
 
-def _test_source(data: str) -> Source:
-    return named_source(data, "test") or named_source(data)
+def _test_source(data: str, opening: dict[str, Any]) -> Source:
+    return named_source(data, "test", **opening) or named_source(data, **opening)
 
 
 def _labelled(source: Source, name: str) -> tuple[Source, np.ndarray]:

@@ -101,7 +101,8 @@ def _timm(weights: Weights, folder: Path) -> Exported:
         },
     }
     path, state = folder / "model.safetensors", _plain_state(theirs)
-    checkpoint.write_atomic(path, lambda part: safetensors.save_file(state, part))
+    packed = safetensors.save(state)
+    checkpoint.write_atomic(path, lambda part: part.write_bytes(packed))
     text = json.dumps(config, indent=2) + "\n"
     checkpoint.write_atomic(folder / "config.json", lambda part: part.write_text(text))
     usage = f'model = timm.create_model("local-dir:{folder}", pretrained=True)'

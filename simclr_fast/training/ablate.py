@@ -145,7 +145,7 @@ def ablate(
             the folder.
     """
     train, test = open_data(base), open_data(base, "test")
-    if train.labels is None or test is None or test.labels is None:
+    if test is None or not train.has_labels or not test.has_labels:
         raise ValueError(
             f"an ablation needs labelled training and test images: data {base.data!r} has none"
         )

@@ -13,6 +13,7 @@ from simclr_fast.evaluation.embed import class_pictures, project
 from simclr_fast.evaluation.features import features, pixels
 from simclr_fast.evaluation.linear import linear_probe
 from simclr_fast.evaluation.plots import plot_embedding
+from simclr_fast.evaluation.subsets import labels_or_none
 from simclr_fast.models.encoders import RESNETS, build_encoder, default_stem
 from simclr_fast.training.config import PretrainConfig
 from simclr_fast.training.setup import open_data
@@ -32,7 +33,7 @@ def probe_report(config: PretrainConfig, out: Path) -> Iterator[str]:
     with the run's initial weights.
     """
     train, test = open_data(config), open_data(config, "test")
-    if test is None or train.labels is None or test.labels is None:
+    if test is None or not train.has_labels or not test.has_labels:
         return
     aug, device = config.augmentation, resolve_device(config.device)
     small = replace(aug, size=min(aug.size, _PIXELS))
@@ -63,8 +64,9 @@ def probe_report(config: PretrainConfig, out: Path) -> Iterator[str]:
     yield probe("pretrained encoder", h_train, h_test)
     title = "t-SNE of the features h of test images (no label was used in training)"
     points = project(h_test, "tsne")
-    pictures = class_pictures(test, points, test.labels, aug)
-    plot_embedding(points, test.labels, test.classes, out / "embedding.png", title, pictures)
+    labels, classes = labels_or_none(test)
+    pictures = class_pictures(test, points, labels, aug)
+    plot_embedding(points, labels, classes, out / "embedding.png", title, pictures)
     summary = {name: vars(accuracy) for name, accuracy in results.items()}
     checkpoint.write_atomic(
         out / "probe.json", lambda p: p.write_text(json.dumps(summary, indent=2) + "\n")

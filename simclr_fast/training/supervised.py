@@ -54,9 +54,9 @@ def supervise(config: PretrainConfig) -> tuple[Path, Scores | None]:
 
         out = train(config, world, Task("supervised", model, loader, loss))
         test = open_data(config, "test")
-        if world.rank != 0 or test is None or test.labels is None:
+        if world.rank != 0 or test is None or not test.has_labels:
             return out, None
-        scores = score_classifier(model, test, config, world.device)
+        scores = score_classifier(model, test.labelled("test images"), config, world.device)
         text = json.dumps(scores.to_json(), indent=2) + "\n"
         write_atomic(out / "supervised.json", lambda part: part.write_text(text))
         return out, scores

@@ -1,6 +1,7 @@
 """Checkpoints. Each is written to a temporary file, synced, then renamed: a kill damages none."""
 
 import contextlib
+import json
 import os
 import re
 import tempfile
@@ -249,24 +250,19 @@ def save_encoder(path: Path, encoder: nn.Module, about: dict[str, str]) -> None:
     """
     safetensors = need("safetensors.torch")
     weights = {name: t.detach().cpu().contiguous() for name, t in encoder.state_dict().items()}
-
-    def write(temporary: Path) -> None:
-        try:
-            safetensors.save_file(weights, temporary, about)
-        except need("safetensors").SafetensorError as error:
-            raise OSError(str(error)) from error
-
-    write_atomic(path, write)
+    # Its own functions for files refuse paths that are not UTF-8.
+    packed = safetensors.save(weights, about)
+    write_atomic(path, lambda temporary: temporary.write_bytes(packed))
 
 
 def load_encoder(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The weights and the metadata of a file that `save_encoder` wrote."""
-    safetensors = need("safetensors")
+    safetensors = need("safetensors.torch")
+    packed = path.read_bytes()
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except FileNotFoundError:
-        raise
+        # The header: its length, 8 bytes, then JSON.
+        length = int.from_bytes(packed[:8], "little")
+        weights = safetensors.load(packed)
+        return weights, json.loads(packed[8 : 8 + length]).get("__metadata__", {})
     except Exception as error:
         raise ValueError(f"not a readable safetensors file: {path}: {error}") from error

@@ -87,7 +87,7 @@ def test_eval_knn_leaves_out_too_large_k(home, capsys):
 
 
 def test_eval_finetune_trains_on_a_subset(home, tmp_path):
-    options = ("--epochs", "2", "--batch-size", "40", "--labels", "0.1", "1")
+    options = ("--epochs", "2", "--batch-size", "40", "--shares", "0.1", "1")
     assert evaluate(home, "finetune", *options) == 0
     found = results(home, "finetune")
     assert [(name, scores["images"]) for name, scores in found.items()] == [("0.1", 10), ("1", 120)]
@@ -210,7 +210,8 @@ def test_unlabelled_images_are_left_out(monkeypatch):
 
     images, labels = np.zeros((4, 8, 8, 3), np.uint8), np.array([1, -1, 0, 1])
     monkeypatch.setattr(
-        "simclr_fast.evaluation.subsets.named_source", lambda *_: ArraySource(images, labels)
+        "simclr_fast.evaluation.subsets.named_source",
+        lambda *_, **__: ArraySource(images, labels),
     )
     pair = labelled_pair("stl10:somewhere", None)
     assert len(pair.train) == 3

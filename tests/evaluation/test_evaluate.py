@@ -377,3 +377,20 @@ def test_cached_features_of_another_precision_are_not_read(tmp_path, monkeypatch
     cached_features(encoder, source, augmentation, folder=tmp_path)
     assert len(list(tmp_path.glob("*.npy"))) == 2
     assert len(list(tmp_path.glob("*-bfloat16.npy"))) == 1
+
+
+@pytest.mark.parametrize("changed", ["features", "labels"])
+def test_a_kept_sweep_belongs_to_its_features_and_labels(changed, tmp_path):
+    """Even if the first and the last row are as before."""
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    labels, values = np.arange(60) % 3, (1.0, 0.1)
+    sweep_logistic(x, labels, n_classes=3, values=values, progress=tmp_path / "sweep.pt")
+    if changed == "features":
+        x = x.clone()
+        x[1:-1] = x[1:-1].flip(0)
+    else:
+        labels = labels.copy()
+        labels[1:-1] = labels[1:-1][::-1]
+    again = sweep_logistic(x, labels, n_classes=3, values=values, progress=tmp_path / "sweep.pt")
+    fresh = sweep_logistic(x, labels, n_classes=3, values=values)
+    assert again.validation == fresh.validation

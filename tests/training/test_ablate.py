@@ -225,3 +225,22 @@ def test_two_processes_do_not_share_a_folder(base, tmp_path):
     ):
         ablate(base, cells, tmp_path)
     assert len(ablate(base, cells, tmp_path)) == 1
+
+
+@pytest.mark.parametrize("changed", ["images", "labels"])
+def test_results_belong_to_their_images_and_labels(changed, base, tmp_path, monkeypatch):
+    module.ablate(base, grid(base), tmp_path / "out")
+    source = module.open_data
+
+    def other(config, split="train"):
+        given = source(config, split)
+        images, labels = given.images.copy(), given.labels.copy()
+        if changed == "images":
+            images[3, 2, 1, 0] ^= 1
+        else:
+            labels[3] = 0 if labels[3] else 1
+        return ArraySource(images, labels)
+
+    monkeypatch.setattr(module, "open_data", other)
+    with pytest.raises(ValueError, match=r"other settings \(images differ\)"):
+        module.ablate(base, grid(base), tmp_path / "out")
