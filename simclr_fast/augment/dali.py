@@ -159,12 +159,12 @@ def _slot_of_step(spec: str) -> np.ndarray:
     slots = _SLOTS[spec]
     hsv_steps = (_SATURATION, _HUE) if spec == "simclr" else (_HUE,)
     table = np.zeros((4, 4, 4, 4), np.int64)
-    for order in permutations(range(4)):
+    for a, b, c, d in permutations(range(4)):
         first_free = 0
-        for step in order:
+        for step in (a, b, c, d):
             kind: Slot = "hsv" if step in hsv_steps else "linear"
             slot = slots.index(kind, first_free)
-            table[(*order[:3], step)] = slot
+            table[a, b, c, step] = slot
             can_be_shared = kind == "hsv" and slot > 0
             first_free = slot if can_be_shared else slot + 1
     return table

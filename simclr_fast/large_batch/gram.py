@@ -56,7 +56,8 @@ class Gram:
 
     def sampled(self, y: Tensor) -> Tensor:
         """The places of y that the convolution reads."""
-        return y[(slice(None), slice(None), *(slice(None, None, s) for s in self.conv.stride))]
+        strides = (1, 1, *self.conv.stride)
+        return y[tuple(slice(None, None, stride) for stride in strides)]
 
     def see(self, y: Tensor) -> None:
         """Add a micro-batch of the convolution's input, [N, C_in, ...], to the statistics."""
