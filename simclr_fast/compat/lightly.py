@@ -129,6 +129,8 @@ class NTXentLoss(nn.Module):
             )
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature!r}")
+        if gather_distributed and not dist.is_available():
+            raise ValueError("gather_distributed=True needs a torch with torch.distributed")
         self.temperature, self.gather_distributed = temperature, gather_distributed
         bank = F.normalize(torch.randn(size), dim=1) if len(size) == 2 else torch.empty(0)
         self.register_buffer("bank", bank, persistent=False)

@@ -73,9 +73,17 @@ class LARS(Optimizer):
     ``GradScaler`` passes its scale and overflow flag to ``step``, which reads them on the device.
     The gradients stay scaled.
 
+    Groups and loaded states may also give an option the name that it has in those optimizers
+    (``eta``, ``trust_coeff``, ``clip_lr``, ``clip_lars_lr``); the group then has our name. A group
+    keeps the options that a loaded state lacks.
+
+    DTensors, those of ``fully_shard`` for example, get the steps of one process that has the whole
+    tensors. Every rank must have gradients for the same ones. Their squared norms are summed over
+    the ranks once per step.
+
     Raises:
-        TypeError, ValueError: a hyperparameter has another type or is outside its range; the
-            message has its name and value.
+        TypeError, ValueError: a hyperparameter has another type or is outside its range, or a group
+            has an option that it cannot honour; the message has its name and value.
     """
 
     _step_supports_amp_scaling = True
@@ -143,6 +151,10 @@ class LARS(Optimizer):
             names.settle(group, self._rule)
             names.check(group)
             _keep_lr_on_device(group, names)
+        for values in state["state"].values():
+            # What moco-v3 and VISSL call it.
+            if isinstance(values, dict) and "mu" in values and "momentum_buffer" not in values:
+                values["momentum_buffer"] = values.pop("mu")
         self._names = names
         super().__setstate__(state)
         # torch adds it for optimizers that have it. Groups added later would get it too.
@@ -217,6 +229,7 @@ class LARS(Optimizer):
                 self._names.translate(group)
                 self._names.settle(group, self._rule)
             options = self._names.options(group)
+            self._names.check_choices(group, options)
             for part, apart in self._parts(group["params"], momentum=options["momentum"] != 0):
                 batches += self._part_batches(part, options, apart, found_inf)
         return batches

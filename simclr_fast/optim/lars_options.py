@@ -39,6 +39,7 @@ _BOOLS = (
     *("nesterov", "trust_clip", "maximize", "capturable"),
     *("adapt", "always_adapt", "exclude_bias_n_norm"),
 )
+_FLAGS = frozenset((False, True))
 _CHOICES = {
     "momentum_order": ("torch", "tf"),
     "norm": ("split", "joint"),
@@ -113,6 +114,19 @@ class OptionNames:
                 raise ValueError(f"{name} must be one of {allowed}, got {options[name]!r}")
         if options["foreach"] and options["fused"]:
             raise ValueError("foreach=True and fused=True exclude each other")
+
+    def check_choices(self, group: dict[str, Any], options: dict[str, Any]) -> None:
+        """Raise for a choice or flag that was changed to what it cannot be, and would be ignored.
+
+        options: those of the group. Called in each step, so it looks at no more than that.
+        """
+        if not (
+            options["norm"] in _CHOICES["norm"]
+            and options["momentum_order"] in _CHOICES["momentum_order"]
+            and options["when_zero"] in _CHOICES["when_zero"]
+            and _FLAGS.issuperset((options["nesterov"], options["trust_clip"], options["maximize"]))
+        ):
+            self.check(group)
 
     def has_foreign(self, group: dict[str, Any]) -> bool:
         """Whether `translate` and `settle` have something to do."""

@@ -57,6 +57,13 @@ def test_lightlys_memory_bank():
     assert torch.equal(ours.bank, kept)
 
 
+def test_lightly_without_torch_distributed(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    lightly.NTXentLoss()
+    with pytest.raises(ValueError, match="gather_distributed=True needs"):
+        lightly.NTXentLoss(gather_distributed=True)
+
+
 @pytest.mark.parametrize("temperature", [0.1, 0.5])
 def test_solo_learns_loss(temperature):
     z = [torch.cat(views()).detach().requires_grad_()]

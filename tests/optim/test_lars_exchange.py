@@ -16,6 +16,7 @@ from lars_peers import (
     train,
 )
 
+from simclr_fast import reference
 from simclr_fast.compat import lightly, solo_learn, timm
 from simclr_fast.optim import LARS
 
@@ -166,6 +167,51 @@ def test_sgd_and_groups_without_adaptation():
     assert_close(c, a)
 
 
+def test_from_moco_v3_and_vissl():
+    """Their buffer is called mu; they adapt and decay tensors of two dimensions or more."""
+    params = model_parameters()
+    weights, rest = ([p for p in params if (p.ndim > 1) is many] for many in (True, False))
+    options = {"lr": 2.0, "weight_decay": 1e-2, "momentum": 0.9, "trust_coefficient": 0.02}
+    kwargs = [options, options | {"weight_decay": 0.0, "adapt": False}]
+    generator = torch.Generator().manual_seed(0)
+    grads = [
+        [torch.randn(p.shape, dtype=p.dtype, generator=generator) for p in (*weights, *rest)]
+        for _ in range(6)
+    ]
+    expected = [(p.detach().clone(), None) for p in (*weights, *rest)]
+
+    def peer(steps):
+        for t in steps:
+            for i, (p, v) in enumerate(expected):
+                own = kwargs[0 if i < len(weights) else 1]
+                expected[i] = reference.lars_step(p, grads[t][i], v, "moco", **own)
+
+    peer(range(3))
+    first, second = range(len(weights)), range(len(weights), len(params))
+    state = {
+        "state": {i: {"mu": v.clone()} for i, (_, v) in enumerate(expected)},
+        "param_groups": [
+            options | {"params": list(first)},
+            options | {"params": list(second), "weight_decay": 0.0},
+        ],
+    }
+    copied([*weights, *rest], [p for p, _ in expected])
+    optimizer = LARS(
+        [{"params": weights}, {"params": rest, "weight_decay": 0.0, "adapt": False}],
+        lr=9.0,
+        norm="joint",
+        eps=0.0,
+    )
+    optimizer.load_state_dict(state)
+    for t in range(3, 6):
+        for p, g in zip((*weights, *rest), grads[t], strict=True):
+            p.grad = g
+        optimizer.step()
+    peer(range(3, 6))
+    assert_close([p.detach() for p in (*weights, *rest)], [p for p, _ in expected])
+    assert set(optimizer.state[weights[0]]) == {"momentum_buffer"}
+
+
 def test_a_capturable_group_loads_a_plain_learning_rate():
     """A CUDA graph and its schedule need a tensor on the device."""
     params = model_parameters()
@@ -291,6 +337,33 @@ def test_options_without_effect_are_dropped(kind):
         group |= dict.fromkeys(["exclude_bias_n_norm", "exclude_bias_n_norm_lars"], False)
     train([(params, optimizer)], 1)
     assert set(optimizer.param_groups[0]) <= keys
+
+
+@each_class
+@pytest.mark.parametrize("fused", [None, False], ids=["native", "plain"])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"norm": "l1"}, "norm must be one of"),
+        ({"momentum_order": "jax"}, "momentum_order must be one of"),
+        ({"when_zero": None}, "when_zero must be one of"),
+        ({"nesterov": "yes"}, "nesterov must be a bool, got 'yes'"),
+        ({"maximize": 2}, "maximize must be a bool, got 2"),
+        ({"clip_lr": "no"}, "must be a bool, got 'no'"),
+    ],
+    ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
+)
+def test_choices_changed_later_to_what_would_be_ignored(kind, fused, option, message):
+    params = model_parameters()
+    optimizer = kind(params, **KWARGS)
+    optimizer.param_groups[0]["fused"] = fused
+    train([(params, optimizer)], 1)
+    before = [p.detach().clone() for p in params]
+    optimizer.param_groups[0] |= option
+    for _ in range(2):
+        with pytest.raises((TypeError, ValueError), match=message):
+            train([(params, optimizer)], 1)
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
 
 
 def test_bad_values_are_named_as_the_peer_names_them():

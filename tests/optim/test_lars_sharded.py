@@ -20,7 +20,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn.parallel import DistributedDataParallel
 
 from simclr_fast import LARS
 from simclr_fast.compat import lightly, solo_learn, timm
@@ -187,6 +194,35 @@ def check_fully_shard(mesh, ignored, folder):
         compare(other)
 
 
+def check_wrappers(mesh):
+    """What shards optimizers or models in other ways."""
+    x = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    kwargs = {"lr": 1.0, "weight_decay": 0.1}
+
+    def network():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).double()
+
+    def trained(net, optimizer):
+        for _ in range(3):
+            optimizer.zero_grad()
+            net(x).square().sum().backward()
+            optimizer.step()
+        return [p.full_tensor() if isinstance(p, DTensor) else p for p in net.parameters()]
+
+    alone = network()
+    expected = trained(alone, LARS(alone.parameters(), **kwargs))
+    ddp = DistributedDataParallel(network())
+    zero = ZeroRedundancyOptimizer(ddp.parameters(), LARS, **kwargs)
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    tensor_parallel = parallelize_module(network(), mesh, plan)
+    for net, optimizer in (
+        (ddp, zero),
+        (tensor_parallel, LARS(tensor_parallel.parameters(), **kwargs)),
+    ):
+        torch.testing.assert_close(trained(net, optimizer), expected, rtol=1e-13, atol=1e-13)
+
+
 def check_refusals(mesh):
     p = nn.Parameter(sharded(torch.ones(4, 3), mesh, "rows"))
     p.grad = sharded(torch.ones(4, 3), mesh, "rows")
@@ -229,6 +265,7 @@ def one_rank(rank, size, folder):
         check_steps(line, "rows", "split", torch.float64, grad_layout="partial")
         check_scaler(line, "rows")
         check_refusals(line)
+        check_wrappers(line)
         if size == 4:
             square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
             for layout in ("hybrid", "both", "rows twice"):
