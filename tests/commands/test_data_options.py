@@ -56,7 +56,7 @@ def test_a_run_says_and_keeps_what_it_found(photos, caplog):
     assert (found["found"], found["used"], found["lost"]) == (18, 16, [])
     assert found["left_out"] == {".txt": 1, "hidden or system": 1}
     assert found["classes"] == {"caf\\xe9": 8, "x": 8}
-    # It is no option.
+    # The account is no option.
     assert from_json(text) == config
     assert from_json(to_json(config)) == config
 
@@ -65,7 +65,7 @@ def test_a_resumed_run_warns_of_other_images(photos, caplog):
     _, config = trained(photos)
     (photos / "x/0.png").rename(photos / "0.png")
     pretrain(replace(config, resume=True, steps=3))
-    # As many images, but one is no longer in a class: nothing to say.
+    # The same number of images, one of them without its class: no warning.
     assert "images" not in caplog.text
     write(photos / "..", {"labels.csv": "0.png,1\n1.png,2\n"})
     pretrain(replace(config, resume=True, steps=4, labels=photos.parent / "labels.csv"))

@@ -42,7 +42,7 @@ def lines():
 
 
 def difference(section, start):
-    """Marks the test of the line that begins with `start`."""
+    """Mark a test as that of the line that begins with `start`."""
     TESTED.append((section, start))
     return lambda test: test
 
@@ -96,7 +96,7 @@ def losses(temperature=0.5):
 
 
 @difference("All losses", "They compute in float32 or wider")
-def test_dtype_of_the_loss():
+def test_losses_of_16_bit_inputs_are_float32():
     for name, (ours, theirs) in losses().items():
         z = views(dtype=torch.bfloat16)
         assert ours(*z).dtype == torch.float32, name
@@ -104,7 +104,7 @@ def test_dtype_of_the_loss():
 
 
 @difference("All losses", "`temperature` must lie between")
-def test_range_of_the_temperature():
+def test_temperatures_out_of_range_are_refused():
     for temperature in (-0.5, 1e-7, 1e7):
         for make in (lightly.NTXentLoss, pytorch_metric_learning.NTXentLoss):
             with pytest.raises(ValueError, match="temperature"):
@@ -124,7 +124,7 @@ def test_range_of_the_temperature():
 
 
 @difference("All losses", "There is no second derivative")
-def test_second_derivative():
+def test_second_derivatives_are_refused():
     for ours, theirs in losses().values():
         for loss in (ours, theirs):
             z = views()
@@ -137,7 +137,7 @@ def test_second_derivative():
 
 
 @difference("All LARS optimizers", "Norms are computed in float32 or wider")
-def test_norms_of_half_precision():
+def test_norms_of_half_precision_do_not_overflow():
     start = torch.full((400, 400), 200.0, dtype=torch.float16)  # of norm 80000
     for peer in PEERS:
         results = []
@@ -151,7 +151,7 @@ def test_norms_of_half_precision():
 
 
 @difference("All LARS optimizers", "An `adapt` key in a group")
-def test_the_adapt_key():
+def test_groups_may_have_an_adapt_key():
     for peer in PEERS:
         for adapt in (True, False):
             a, b = model_parameters(), model_parameters()
@@ -201,7 +201,7 @@ def test_names_of_other_libraries():
 
 
 @difference("All LARS optimizers", "An option that cannot be honoured")
-def test_options_that_are_refused():
+def test_differentiable_is_refused():
     for peer in PEERS:
         group = {"params": model_parameters(), "differentiable": True}
         with pytest.raises(ValueError, match="differentiable=True is not supported"):
@@ -209,7 +209,7 @@ def test_options_that_are_refused():
 
 
 @difference("All LARS optimizers", "Options of the wrong type")
-def test_types():
+def test_options_of_the_wrong_type_are_refused():
     for peer in PEERS:
         with pytest.raises(TypeError, match="nesterov must be a bool, got 'no'"):
             ours_of(peer)(model_parameters(), lr=1.0, momentum=0.9, nesterov="no")
@@ -221,8 +221,8 @@ def test_types():
 
 
 @difference("All LARS optimizers", "Parameters of `FullyShardedDataParallel`")
-def test_flat_parameters():
-    """tests/optim/test_lars_sharded.py has real ones, and fully_shard."""
+def test_flat_parameters_of_fsdp_are_refused():
+    """tests/optim/test_lars_sharded.py tests fully_shard and parameters of real FSDP."""
     for peer in PEERS:
         p = nn.Parameter(torch.ones(2))
         p._fsdp_flattened = True
@@ -232,7 +232,7 @@ def test_flat_parameters():
 
 
 @difference("lightly", "`NTXentLoss`: with `gather_distributed=True`")
-def test_gathered_loss(tmp_path):
+def test_lightlys_gathered_loss_on_two_ranks(tmp_path):
     library("lightly.loss")
     on_ranks(gathered, (str(tmp_path / "store"),), 2)
 
@@ -263,7 +263,7 @@ def gathered(rank, store):
 
 
 @difference("lightly", "`NTXentLoss`: the memory bank is")
-def test_name_of_the_memory_bank():
+def test_lightlys_memory_bank_has_another_name():
     theirs = library("lightly.loss").NTXentLoss(0.5, (8, 5))
     ours = lightly.NTXentLoss(0.5, (8, 5))
     assert ours.bank.shape == theirs.memory_bank.bank.shape == (8, 5)
@@ -276,7 +276,7 @@ def photo(mode="RGB"):
 
 
 @difference("lightly", "`SimCLRTransform`: the same seed gives other views")
-def test_random_numbers_of_the_views():
+def test_the_same_seed_gives_other_views_than_lightlys():
     theirs = library("lightly.transforms").SimCLRTransform
     depends = []
     for kind in (lightly.SimCLRTransform, theirs):
@@ -293,7 +293,7 @@ PLAIN = {"cj_prob": 0.0, "random_gray_scale": 0.0, "normalize": None}
 
 
 @difference("lightly", "`SimCLRTransform`: pixels are float32")
-def test_rounding_of_the_pixels():
+def test_pixels_are_not_rounded_to_bytes():
     theirs = library("lightly.transforms").SimCLRTransform
     for blur in (0.0, 1.0):
         rounded = []
@@ -304,7 +304,7 @@ def test_rounding_of_the_pixels():
 
 
 @difference("lightly", "`SimCLRTransform`: `cj_bright`, `cj_contrast`, `cj_sat`, `vf_prob`")
-def test_fixed_arguments_of_the_views():
+def test_fixed_arguments_of_the_views_refuse_other_values():
     theirs = library("lightly.transforms").SimCLRTransform
     for name, value in {
         "cj_bright": 0.4,
@@ -322,7 +322,7 @@ def test_fixed_arguments_of_the_views():
 
 
 @difference("lightly", "`SimCLRTransform`: images of any mode")
-def test_modes_of_images():
+def test_images_of_any_mode_are_accepted():
     theirs = library("lightly.transforms").SimCLRTransform
     for mode in ("L", "RGBA", "P", "CMYK"):
         assert lightly.SimCLRTransform(32)(photo(mode))[0].shape == (3, 32, 32)
@@ -333,14 +333,14 @@ def test_modes_of_images():
 
 
 @difference("lightly", "`SimCLRTransform`: both views come from one object")
-def test_the_list_of_transforms():
+def test_both_views_come_from_one_object():
     theirs = library("lightly.transforms").SimCLRTransform(32)
     assert len(theirs.transforms) == 2
     assert not hasattr(lightly.SimCLRTransform(32), "transforms")
 
 
 @difference("solo-learn", "`simclr_loss_func`: `indexes` must name each image twice")
-def test_indexes():
+def test_solo_learn_indexes_must_name_each_image_twice():
     z = torch.cat(views())
     for indexes in (torch.arange(4).repeat(3), torch.arange(6).repeat_interleave(2)):
         with pytest.raises(ValueError, match="indexes must"):
@@ -349,7 +349,7 @@ def test_indexes():
 
 
 @difference("solo-learn", "`simclr_loss_func`: it is finite at low temperatures")
-def test_low_temperatures():
+def test_solo_learns_loss_is_finite_at_low_temperatures():
     z, indexes = torch.cat([views()[0]] * 2), torch.arange(6).repeat(2)
     for temperature, finite in ((0.0114, True), (0.0112, False)):
         assert solo_learn.simclr_loss_func(z, indexes, temperature).isfinite()
@@ -357,7 +357,7 @@ def test_low_temperatures():
 
 
 @difference("solo-learn", "`LARS`: it takes `clip_lr` and `exclude_bias_n_norm`")
-def test_names_of_the_options():
+def test_every_name_of_solo_learns_options_is_accepted():
     for clip in ("clip_lr", "clip_lars_lr"):
         for exclude in ("exclude_bias_n_norm", "exclude_bias_n_norm_lars"):
             a, b = model_parameters(), model_parameters()
@@ -372,7 +372,7 @@ def test_names_of_the_options():
 
 
 @difference("pytorch-metric-learning", "`NTXentLoss`: every label must occur exactly twice")
-def test_labels():
+def test_metric_learning_labels_must_occur_twice():
     theirs = library("pytorch_metric_learning.losses").NTXentLoss()
     z = torch.cat(views())
     for labels in (torch.arange(4).repeat(3), torch.zeros(12), torch.arange(12) // 5):
@@ -382,7 +382,7 @@ def test_labels():
 
 
 @difference("pytorch-metric-learning", "`NTXentLoss`: it has no `distance`")
-def test_missing_arguments():
+def test_metric_learnings_other_arguments_are_missing():
     metric = library("pytorch_metric_learning.losses")
     for name in ("distance", "reducer", "embedding_regularizer"):
         metric.NTXentLoss(**{name: None})
@@ -396,7 +396,7 @@ def test_missing_arguments():
 
 
 @difference("pytorch-metric-learning", "`NTXentLoss`: the loss of a row has no upper limit")
-def test_upper_limit():
+def test_metric_learnings_loss_has_no_upper_limit():
     metric = library("pytorch_metric_learning.losses")
     # The positives are opposite and the negatives equal: 2 / temperature.
     a = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
@@ -411,7 +411,7 @@ def test_upper_limit():
 
 
 @difference("pytorch-metric-learning", "`SelfSupervisedLoss`: `loss` must be")
-def test_what_is_wrapped():
+def test_self_supervised_loss_wraps_only_our_loss():
     metric = library("pytorch_metric_learning.losses")
     with pytest.raises(TypeError, match="this module's NTXentLoss, got NTXentLoss"):
         pytorch_metric_learning.SelfSupervisedLoss(metric.NTXentLoss())
@@ -421,14 +421,14 @@ def test_what_is_wrapped():
 
 
 @difference("google-research/simclr", "`add_contrastive_loss`: `tpu_context` must be None")
-def test_tpu_context():
+def test_a_tpu_context_is_refused():
     with pytest.raises(ValueError, match="tpu_context must be None"):
         google_simclr.add_contrastive_loss(torch.cat(views()), tpu_context=object())
 
 
 @difference("google-research/simclr", "`add_contrastive_loss`: on the CPU, rows shorter")
-def test_short_rows():
-    """test_nt_xent_compat.py has the values. Elsewhere nobody may look: a fake tensor has none."""
+def test_short_rows_in_google_simclrs_loss():
+    """test_nt_xent_compat.py checks the values. Fake tensors have none that could be checked."""
     z = torch.cat(views(scale=1e-8))
     loss = google_simclr.add_contrastive_loss(z)[0]
     assert not torch.allclose(loss, 2 * nt_xent_loss(z, temperature=1.0))
@@ -439,7 +439,7 @@ def test_short_rows():
 
 
 @difference("timm", "`Lars`: `foreach=None` uses the native kernels")
-def test_native_kernels(monkeypatch):
+def test_timms_lars_uses_the_native_kernels(monkeypatch):
     calls = []
     monkeypatch.setattr(
         lars_module, "use_native", lambda group, params: calls.append(group["foreach"])

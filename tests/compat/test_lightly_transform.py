@@ -33,7 +33,7 @@ def test_blur_is_lightlys_at_every_size(size, sigma):
         assert torch.equal(to_bytes(blurred), expected)
 
 
-def test_sigma_and_share_of_blurred_views(monkeypatch):
+def test_sigma_and_the_share_of_blurred_views_equal_lightlys(monkeypatch):
     drawn = []
     monkeypatch.setattr(
         "simclr_fast.compat.lightly._blurred_by_pillow",
@@ -88,7 +88,7 @@ def test_exif_orientation_is_ignored_as_lightly_does():
     torch.testing.assert_close(plain(rotated(image))[0], plain(image)[0])
 
 
-def test_tensors_and_seeds():
+def test_tensors_are_accepted_and_seeds_repeat():
     transform = SimCLRTransform(32)
     pixels = torch.from_numpy(np.array(CHINA)).movedim(-1, 0)
     made = []

@@ -122,7 +122,7 @@ WEIGHTS = {
 @pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
 @pytest.mark.parametrize("rows", ["ordinary", "short", "zero"])
 @pytest.mark.parametrize("hidden_norm", [True, False])
-def test_google_simclr(hidden_norm, rows, weights):
+def test_google_simclrs_loss(hidden_norm, rows, weights):
     z = torch.cat(views()).detach()
     if rows != "ordinary":
         z[3], z[N + 5] = (

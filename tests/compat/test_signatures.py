@@ -88,7 +88,7 @@ def positional(function):
 @pytest.mark.parametrize(
     ("module", "name", "ours", "missing"), INSTALLED, ids=[f"{m}.{n}" for m, n, *_ in INSTALLED]
 )
-def test_installed_library(module, name, ours, missing):
+def test_arguments_equal_those_of_the_installed_library(module, name, ours, missing):
     pytest.importorskip(module.partition(".")[0])
     theirs = import_module(module)
     for part in name.split("."):
@@ -96,19 +96,19 @@ def test_installed_library(module, name, ours, missing):
     expected = positional(theirs)
     for argument in missing:
         del expected[argument]
-    # One default of ours is optional in theirs: labels that are always given.
+    # The labels are required in ours and optional in theirs.
     if name == "NTXentLoss.forward" and "metric" in module:
         expected["labels"] = REQUIRED
     assert list(positional(ours).items()) == list(expected.items())
 
 
 @pytest.mark.parametrize(("ours", "expected"), RECORDED.values(), ids=RECORDED)
-def test_recorded_library(ours, expected):
+def test_arguments_equal_those_in_the_librarys_source(ours, expected):
     assert list(positional(ours).items()) == list(expected.items())
 
 
 def test_arguments_by_position_from_before_lightly_1_6():
-    """kernel_size came before sigmas, which would be taken for it."""
+    """lightly had kernel_size in the place of sigmas, so sigmas must not be taken for it."""
     before = (224, 0.8, 1.0, 0.8, 0.8, 0.8, 0.2, 0.08, 0.2, 0.5, None, (0.1, 2))
     with pytest.raises(ValueError, match=r"sigmas must be the range \(lowest, highest\), got None"):
         lightly.SimCLRTransform(*before)

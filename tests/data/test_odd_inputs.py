@@ -1,7 +1,7 @@
-"""People's data as they are: every image counted, every label read as it is, whatever the door.
+"""Data as people have them: every image is counted and every label read, in every format.
 
-A case is a few small files and the right answer. `Case` in tests/helpers/odd_inputs.py says how one
-is written; a table of another subject may use the same doors.
+A case is a few small files and the right answer. `Case` in tests/helpers/odd_inputs.py describes
+its fields.
 """
 
 import bz2
@@ -497,7 +497,7 @@ def numbers(source):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_what_is_opened(case, opened):
+def test_images_labels_and_account_of_a_case(case, opened):
     """Images, labels, classes and account are right, or the error says what is wrong."""
     data, options = opened(case)
     if case.error:
@@ -526,7 +526,7 @@ def test_what_is_opened(case, opened):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_loaders_give_the_same(case, opened):
+def test_loaders_show_every_image_of_a_case_once(case, opened):
     """Every image is in an epoch of views once, and in the evaluation's batches in order."""
     if case.images is None:
         return

@@ -1,4 +1,4 @@
-"""How long a call takes beside another one, on a machine that is busy with other work."""
+"""Compare the times of two calls on a machine that is busy with other work."""
 
 import gc
 import time
@@ -8,10 +8,10 @@ ROUNDS, TRIES = 60, 5
 
 
 def least_ratio(step: Callable[[], object], other: Callable[[], object]) -> float:
-    """The least time of `step` as a multiple of the least time of `other`, taking turns.
+    """The least time of `step` as a multiple of the least time of `other`. They take turns.
 
-    Other processes only make a call slower, so the least time is what the call itself takes. The
-    smallest ratio of a few tries is returned: a round can be disturbed for one of the two only.
+    Other processes only make a call slower, so the least time is that of the call itself. This is
+    the smallest ratio of a few tries, because other work may disturb only one of the two.
     """
     for _ in range(3):
         step()

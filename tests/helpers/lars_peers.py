@@ -79,7 +79,7 @@ SHAPES = [(7, 5), (3,), (4, 4), (0, 3), (16, 3, 3, 3), (1,)]
 
 
 def model_parameters(dtype=torch.float64):
-    """One tensor is zero, where the libraries differ."""
+    """Parameters of a small model. One tensor is zero, where the libraries differ."""
     generator = torch.Generator().manual_seed(3)
     params = [
         nn.Parameter(torch.randn(s, dtype=torch.float64, generator=generator).to(dtype))
@@ -90,7 +90,7 @@ def model_parameters(dtype=torch.float64):
 
 
 def train(pairs, steps, start=0):
-    """The same gradients for each (params, optimizer)."""
+    """Take `steps` steps with the same gradients for each (params, optimizer)."""
     for t in range(start, start + steps):
         generator = torch.Generator().manual_seed(t)
         grads = [torch.randn(s, dtype=torch.float64, generator=generator) for s in SHAPES]

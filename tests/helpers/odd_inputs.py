@@ -1,6 +1,7 @@
-"""Small files as people have them, with the right answer for each: what a table of cases needs.
+"""Small files as people have them, and the right answer for each, for tables of test cases.
 
-A picture is a tiny PNG of one colour, which is its number: so its pixels say which one was read.
+A picture is a tiny PNG of one colour. The colour is its number, so the pixels tell which picture
+was read.
 """
 
 import io

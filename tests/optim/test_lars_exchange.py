@@ -60,7 +60,7 @@ each_case = pytest.mark.parametrize(("peer", "options"), CASES, ids=lambda v: st
 
 
 @each_case
-def test_from_the_peer_and_back(peer, options):
+def test_a_state_goes_from_the_peer_to_lars_and_back(peer, options):
     theirs, ours, options = theirs_of(peer), ours_of(peer), options_of(peer)[options]
     a, b, c = (model_parameters() for _ in range(3))
     first = theirs(groups(a), **KWARGS, **options)
@@ -81,7 +81,7 @@ def test_from_the_peer_and_back(peer, options):
 
 @pytest.mark.parametrize("saved", range(3))
 @pytest.mark.parametrize("loading", range(3))
-def test_every_version_of_solo_learn(saved, loading):
+def test_states_of_every_version_of_solo_learn(saved, loading):
     clip, exclude = SOLO_NAMES[saved]
     a, b = model_parameters(), model_parameters()
     first = solo_learn_version(SOLO_NAMES[saved])(groups(a), **KWARGS, **{clip: True})
@@ -98,7 +98,7 @@ def test_every_version_of_solo_learn(saved, loading):
 @pytest.mark.parametrize("peer", ["sgd", *PEERS])
 @each_class
 def test_every_state_keeps_the_exclusion_of_the_group(kind, peer):
-    """lars_param_groups leaves biases and norms out; no peer's state says so."""
+    """lars_param_groups excludes biases and norms, which no peer's state mentions."""
     params = model_parameters()
     weights, rest = ([p for p in params if (p.ndim > 1) is many] for many in (True, False))
     options = {"exclude_bias_n_norm": True} if peer == "solo0" else {}

@@ -83,7 +83,7 @@ def test_constructor_refuses_what_torch_refuses(make):
 
 
 @ours
-def test_tensors_that_are_refused(make):
+def test_unsupported_tensors_are_refused(make):
     for dtype in (torch.complex64, torch.complex128):
         with pytest.raises(ValueError, match=f"real floating-point parameters, got {dtype}"):
             make([nn.Parameter(torch.zeros(2, dtype=dtype))])
@@ -166,7 +166,7 @@ def test_order_of_hooks_and_their_arguments(make):
 
 
 @each
-def test_a_closure_that_minimises(make):
+def test_steps_with_a_closure_reduce_the_loss(make):
     p = nn.Parameter(torch.tensor([3.0, -2.0, 1.0]))
     optimizer = make([p], lr=0.5)
 
@@ -181,7 +181,7 @@ def test_a_closure_that_minimises(make):
 
 
 @each
-def test_state_dict_hooks(make):
+def test_state_dict_hooks_are_called(make):
     params, calls = model_parameters(), []
     optimizer = make(params)
     train([(params, optimizer)], 1)
@@ -207,7 +207,7 @@ def test_state_dict_hooks(make):
 
 
 @each
-def test_groups_added_later(make):
+def test_a_group_may_be_added_later(make):
     params = model_parameters()
     optimizer = make(params[:3])
     train([(params, optimizer)], 2)
@@ -264,7 +264,7 @@ def test_copies_continue_and_keep_public_attributes(make):
 
 
 @each
-def test_save_and_load(make):
+def test_a_saved_state_continues_the_run(make):
     params, twins = model_parameters(), model_parameters()
     optimizer, twin = make(params), make(twins, lr=9.0)
     train([(params, optimizer)], 2)
@@ -322,7 +322,7 @@ def test_loaded_buffers_take_the_dtype_and_device_of_their_parameters(make, dtyp
 
 
 @each
-def test_named_parameters(make):
+def test_named_parameters_are_accepted(make):
     net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     optimizer = make(net.named_parameters())
     names = [name for name, _ in net.named_parameters()]
@@ -380,7 +380,7 @@ def test_zero_gradients_without_decay_and_empty_tensors(make):
 
 @each
 @pytest.mark.parametrize("lr", [torch.tensor(0.5), torch.tensor([0.5]), torch.tensor(0.5).double()])
-def test_lr_as_a_tensor(make, lr):
+def test_lr_may_be_a_tensor(make, lr):
     params, twins = model_parameters(), model_parameters()
     optimizer, twin = make(params, lr=lr.clone()), make(twins, lr=0.5)
     train([(params, optimizer), (twins, twin)], 2)
@@ -439,7 +439,7 @@ LAYOUTS = {
 
 @each
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_memory_formats(make, layout):
+def test_every_memory_format_gives_the_same_step(make, layout):
     whole = torch.randn(4, 3, 5, 2, generator=torch.Generator().manual_seed(0))
     one, two = nn.Parameter(whole.clone()), nn.Parameter(layout(whole))
     first, second = make([one]), make([two])
@@ -453,7 +453,7 @@ def test_memory_formats(make, layout):
 
 
 @each
-def test_dtypes_and_devices_in_one_group(make):
+def test_a_group_may_mix_dtypes_and_devices(make):
     dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
     torch.manual_seed(0)
     whole = [torch.randn(5, 3, dtype=torch.float64) for _ in dtypes]
@@ -503,7 +503,7 @@ def test_ambient_defaults_do_not_matter(make, where):
 
 
 @each
-def test_grad_scaler(make):
+def test_a_grad_scaler_skips_and_unscales(make):
     """Skips an overflow, unscales, and works after unscale_ and without a scaler."""
     params, twins = model_parameters(torch.float32), model_parameters(torch.float32)
     optimizer, plain = make(params), make(twins)

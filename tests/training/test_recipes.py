@@ -70,7 +70,7 @@ class PeerLARS:
                     ratio = self.eta * norms[0]
                     ratio /= norms[1] + self.weight_decay * norms[0] + 1e-8
                     if self.clip:
-                        # Tensors: a learning rate of 0 gives infinity, and so 1.
+                        # With tensors, a learning rate of 0 gives infinity and so a ratio of 1.
                         ratio = min(ratio / torch.tensor(lr), torch.tensor(1.0))
                     step = ratio * (step + self.weight_decay * p)
             buffer.mul_(0.9).add_(step)
@@ -214,7 +214,7 @@ def test_learning_rates_are_those_of_the_published_formulas(preset, images, warm
         assert got == pytest.approx(expected, abs=1e-12)
 
 
-def test_presets_build():
+def test_every_preset_builds_its_model():
     for preset in PRESETS.values():
         with torch.device("meta"):
             build_optimizer(build_model(preset()), preset())
