@@ -7,6 +7,7 @@ SimCLRViews: two random views of an image or a batch, for your own data set.
 LARS: the optimizer of the SimCLR paper.
 LargeBatch: the gradient of a batch that does not fit in memory.
 load_weights: an encoder from a checkpoint of this or another library.
+doctor: what is wrong with a training step, whoever wrote it.
 
 Each name is imported when it is first used, so `import simclr_fast` costs little more than
 `import torch`. The command `simclr-fast` trains and evaluates.
@@ -16,6 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from simclr_fast import doctor
     from simclr_fast.augment import SimCLRViews
     from simclr_fast.data import TwoViewLoader
     from simclr_fast.large_batch import LargeBatch
@@ -36,6 +38,7 @@ __all__ = [
     "SimCLRViews",
     "TwoViewLoader",
     "__version__",
+    "doctor",
     "load_weights",
     "multi_view_nt_xent_loss",
     "nt_xent_loss",
@@ -55,6 +58,8 @@ _PACKAGES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "doctor":
+        return import_module(f"{__name__}.doctor")
     if name not in _PACKAGES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_PACKAGES[name]}"), name)

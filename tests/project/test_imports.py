@@ -19,7 +19,7 @@ ORDER = [
     {"models"},
     {"evaluation", "compat", "weights"},
     {"training"},
-    {"benchmarks"},
+    {"benchmarks", "doctor"},
     {"commands"},
     {"__main__"},
 ]

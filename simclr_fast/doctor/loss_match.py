@@ -1,0 +1,237 @@
+"""Which contrastive loss gives this gradient?
+
+The embeddings z of a step and the gradient dL/dz that arrived at them are known; the code of the
+loss is not. NT-Xent and its usual mistakes are computed in float64 for those embeddings, and the
+one whose gradient points in the same direction is what the code computes. The direction does not
+depend on factors (sums, gradient scalers, the number of ranks) nor on terms that do not contain z.
+The temperature is found by a search for the best agreement.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+# Matrices of M² numbers are made for M rows. With more rows nothing is searched.
+LARGEST = 2048
+# 1 - cosine of two gradients: below the first no other loss is tried; above the second it is not
+# a match, and above the third not even if the loss was computed in half precision.
+_CERTAIN, _MATCH, _HALF_MATCH = 1e-7, 1e-4, 5e-3
+# If NT-Xent is farther away than this, variants of it are not tried.
+_FAR = 0.8
+# Matches whose mismatch is below this are told apart by the value of the loss. The second is for
+# half precision.
+_NOISE, _HALF_NOISE = 1e-6, 1e-3
+# Relative tolerance when gradient and value are compared. The second is for half precision.
+_EQUAL, _HALF_EQUAL = 2e-3, 3e-2
+_COARSE = [0.004 * 1.4**k for k in range(24)]
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+Pairing = Literal["concatenated", "interleaved"]
+Scope = Literal["all ranks", "own anchors", "detached keys", "own rank"]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """NT-Xent or one of its variants.
+
+    pairing: "concatenated": row i belongs to row i + N. "interleaved": row 2k to row 2k + 1.
+    normalised: rows are divided by their length.
+    own, positive, same_view: how often exp(similarity) of a row with itself, with its positive, and
+        with each other row of its own view is in the denominator. NT-Xent: 0, 1, 1.
+    scope: "all ranks": the exact gradient. "own anchors": rows of this rank against all rows, those
+        of other ranks being constants. "detached keys": the same, with all keys constant. "own
+        rank": rows of other ranks do not occur.
+    """
+
+    pairing: Pairing = "concatenated"
+    normalised: bool = True
+    own: int = 0
+    positive: int = 1
+    same_view: int = 1
+    scope: Scope = "all ranks"
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class Match:
+    """mismatch: 1 - cosine of the gradients. factor: the observed gradient divided by that of the
+    loss's mean. value: the mean."""
+
+    loss: Loss
+    mismatch: float
+    factor: float
+    value: float
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What arrived at the embeddings in one backward pass.
+
+    z: [M, D], rows of all ranks in rank order, float64. counts: rows of each rank. rank: this one.
+    grad: [counts[rank], D], dL/dz of this rank's rows. reached: bool, the rows that are in the
+    graph of the loss; only those are compared. value: L. half: some of it was computed in half
+    precision.
+    """
+
+    z: Tensor
+    grad: Tensor
+    reached: Tensor
+    counts: Sequence[int]
+    rank: int = 0
+    value: float = math.nan
+    half: bool = False
+
+    @property
+    def mine(self) -> slice:
+        start = sum(self.counts[: self.rank])
+        return slice(start, start + self.counts[self.rank])
+
+
+def partners(rows: int, pairing: Pairing) -> Tensor:
+    """The other view of each of `rows` rows of one rank, int64 [rows]."""
+    index = torch.arange(rows)
+    return index.roll(rows // 2) if pairing == "concatenated" else index ^ 1
+
+
+def views(rows: int, pairing: Pairing) -> Tensor:
+    """The view, 0 or 1, of each row of one rank."""
+    index = torch.arange(rows)
+    return index // max(1, rows // 2) if pairing == "concatenated" else index % 2
+
+
+def find(seen: Observed, hints: Sequence[float] = ()) -> Match | None:
+    """The loss whose gradient has the direction of the observed one; None if there is none.
+
+    hints: numbers that the code divides by, tried first as temperatures.
+    """
+    found = list(_search(seen, hints))
+    least = min(match.mismatch for match in found)
+    if least >= (_HALF_MATCH if seen.half else _MATCH):
+        return None
+    noise = _HALF_NOISE if seen.half else _NOISE
+    near = [match for match in found if match.mismatch <= max(4 * least, noise)]
+    # Of losses that fit about as well, take the most usual one, which comes first.
+    return next(
+        (match for match in near if _consistent(seen, match)),
+        next(match for match in near if match.mismatch <= 4 * least),
+    )
+
+
+def _consistent(seen: Observed, match: Match) -> bool:
+    """Whether value and gradient are the same multiple of the loss, up to the number of ranks."""
+    ratio = match.factor * match.value / seen.value if seen.value else math.nan
+    ranks = len(seen.counts)
+    return any(equal(ratio, factor, seen.half) for factor in {1.0, float(ranks), 1 / ranks})
+
+
+def equal(a: float, b: float, half: bool = False) -> bool:
+    """Whether two positive numbers agree, given the precision of the loss."""
+    return abs(a / b - 1) < (_HALF_EQUAL if half else _EQUAL)
+
+
+def measure(seen: Observed, loss: Loss) -> Match:
+    """Compare the observed gradient with that of one loss."""
+    gradient, value = _gradient(seen, loss)
+    ours, theirs = gradient[seen.reached], seen.grad[seen.reached]
+    dot, norms = float((ours * theirs).sum()), float(ours.norm() * theirs.norm())
+    mismatch = 1 - dot / norms if norms > 0 else 2.0
+    factor = dot / float(ours.square().sum()) if norms > 0 else 0.0
+    return Match(loss, mismatch if math.isfinite(mismatch) else 2.0, factor, value)
+
+
+def _search(seen: Observed, hints: Sequence[float]) -> Iterator[Match]:
+    """Matches, the usual losses first. Ends after the first that is certain."""
+    scopes: tuple[Scope, ...] = ("all ranks",)
+    if len(seen.counts) > 1:
+        scopes = ("all ranks", "own anchors", "detached keys", "own rank")
+    elif not bool(seen.reached.all()):
+        scopes = ("all ranks", "detached keys")
+    pairings: tuple[Pairing, ...] = ("concatenated", "interleaved")
+    least = math.inf
+    for normalised, scope, pairing in product((True, False), scopes, pairings):
+        match = _best(seen, Loss(pairing, normalised, scope=scope), hints)
+        yield match
+        if match.mismatch < _CERTAIN and _consistent(seen, match):
+            return
+        least = min(least, match.mismatch)
+    if least > _FAR:
+        return
+    denominators = [(1, 1, 1), (0, 2, 1), (1, 2, 1), (0, 0, 1), (0, 1, 0), (1, 1, 0)]
+    for (own, positive, same), normalised, pairing in product(
+        denominators, (True, False), pairings
+    ):
+        match = _best(seen, Loss(pairing, normalised, own, positive, same), hints)
+        yield match
+        if match.mismatch < _CERTAIN and _consistent(seen, match):
+            return
+
+
+def _best(seen: Observed, loss: Loss, hints: Sequence[float]) -> Match:
+    """The best temperature for this loss."""
+
+    def at(temperature: float) -> Match:
+        return measure(seen, replace(loss, temperature=temperature))
+
+    tried = {t: at(t) for t in hints}
+    for match in tried.values():
+        if match.mismatch < _CERTAIN and _consistent(seen, match):
+            return match
+    coarse = [at(t) for t in _COARSE]
+    k = min(range(len(coarse)), key=lambda i: coarse[i].mismatch)
+    low = math.log(_COARSE[max(0, k - 1)])
+    high = math.log(_COARSE[min(len(_COARSE) - 1, k + 1)])
+    best = min([*coarse, *tried.values()], key=lambda match: match.mismatch)
+    # Refining what is far from a match would change nothing.
+    for _ in range(30 if coarse[k].mismatch < 0.2 else 0):
+        left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
+        a, b = at(math.exp(left)), at(math.exp(right))
+        low, high = (low, right) if a.mismatch < b.mismatch else (left, high)
+        best = min(best, a, b, key=lambda match: match.mismatch)
+    return best
+
+
+def _gradient(seen: Observed, loss: Loss) -> tuple[Tensor, float]:
+    """dL/dz of this rank's rows, L the mean over the rows of the scope; and L."""
+    mine = seen.mine
+    z, counts, own = seen.z, seen.counts, mine
+    if loss.scope == "own rank":
+        z, counts = z[mine], [seen.counts[seen.rank]]
+        own = slice(0, counts[0])
+    length = z.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    u = z / length if loss.normalised else z
+    starts = torch.tensor([sum(counts[:r]) for r in range(len(counts))])
+    partner = torch.cat(
+        [partners(n, loss.pairing) + int(s) for n, s in zip(counts, starts, strict=True)]
+    ).to(z.device)
+    rows = torch.arange(len(z), device=z.device)
+    anchors = own if loss.scope in ("own anchors", "detached keys") else slice(None)
+    s = u[anchors] @ u.T / loss.temperature
+    positive = s.gather(1, partner[anchors, None])
+    if not loss.same_view:
+        view = torch.cat([views(n, loss.pairing) for n in counts]).to(z.device)
+        other = rows != rows[anchors, None]
+        s = s.masked_fill((view == view[anchors, None]) & other, -math.inf)
+    if not loss.own:
+        s.scatter_(1, rows[anchors, None], -math.inf)
+    weight = math.log(loss.positive) if loss.positive else -math.inf
+    s.scatter_(1, partner[anchors, None], positive + weight)
+    lse = s.logsumexp(1, keepdim=True)
+    g = (s - lse).exp()
+    g.scatter_add_(1, partner[anchors, None], -torch.ones_like(positive))
+    g /= len(g) * loss.temperature
+    if loss.scope == "detached keys":
+        du = g @ u
+    elif loss.scope == "own anchors":
+        du = g @ u + g[:, own].T @ u[own]
+    else:
+        du = g[own] @ u + g[:, own].T @ u
+    value = float((lse - positive).mean())
+    if not loss.normalised:
+        return du, value
+    v = u[own]
+    return (du - (du * v).sum(1, keepdim=True) * v) / length[own], value
