@@ -316,9 +316,6 @@ def _make_view(
 ) -> Any:
     fn, types = _dali("fn"), _dali("types")
 
-    def local(name: str) -> Any:
-        return p[name].gpu() if device == "gpu" else p[name]
-
     x, gain = _crop(images, p, aug, device)
     x = colors.split(x * gain)
     if aug.spec == "torchvision":
@@ -327,22 +324,8 @@ def _make_view(
     if aug.p_jitter > 0:
         for i, kind in enumerate(_SLOTS[aug.spec]):
             if p[f"used{i}"]:
-                if kind == "hsv":
-                    saturation = local(f"saturation{i}") if aug.spec == "simclr" else None
-                    limit = local(f"limit{i}") if i == 0 else None
-                    x = colors.hsv(x, local(f"turn{i}"), saturation, limit)
-                    # The input of the first slot of "simclr" has the bicubic overshoot.
-                    if i == 0:
-                        x = colors.clip(x)
-                else:
-                    if aug.spec == "simclr":
-                        pivot = colors.mean(x)
-                    elif p[f"luma{i}"]:
-                        pivot = colors.luma(x)
-                    else:
-                        pivot = colors.mean_luma(x)
-                    added = local(f"added{i}") if aug.brightness == "additive" else None
-                    x = colors.linear(x, local(f"factor{i}"), pivot, local(f"weight{i}"), added)
+                step = _hsv_slot if kind == "hsv" else _linear_slot
+                x = step(x, i, p, aug, device, colors)
     if aug.p_gray > 0:  # noqa: SIM102
         if p["gray"]:
             x = colors.luma(x)
@@ -353,21 +336,7 @@ def _make_view(
     planar = isinstance(colors, _Planes)
     if aug.p_blur > 0 and aug.blur_radius > 0:  # noqa: SIM102
         if p["blur"]:
-            pad = aug.blur_radius if aug.spec == "simclr" else 0
-            if pad or planar:
-                # The blur of three planes would take a third longer.
-                x = fn.crop_mirror_normalize(
-                    x,
-                    crop=[aug.size + 2 * pad] * 2,
-                    out_of_bounds_policy="pad",
-                    dtype=types.FLOAT,
-                    output_layout="HWC",
-                )
-            x = fn.gaussian_blur(x, sigma=p["sigma"], window_size=p["window"])
-            if planar:
-                x = fn.crop_mirror_normalize(
-                    x, crop=[aug.size] * 2, dtype=types.FLOAT, output_layout="CHW"
-                )
+            x = _blur(x, p, aug, planar)
     if planar and aug.mean is None and not half and not channels_last:
         return x
     # Also cuts off the blur's margin.
@@ -381,13 +350,72 @@ def _make_view(
     )
 
 
+def _hsv_slot(
+    x: Any,
+    i: int,
+    p: dict[str, Any],
+    aug: Augmentation,
+    device: str,
+    colors: "_Interleaved | _Planes",
+) -> Any:
+    """Slot i, which turns the hue and scales the saturation of HSV."""
+    saturation = _local(p[f"saturation{i}"], device) if aug.spec == "simclr" else None
+    limit = _local(p[f"limit{i}"], device) if i == 0 else None
+    x = colors.hsv(x, _local(p[f"turn{i}"], device), saturation, limit)
+    # The input of the first slot of "simclr" has the bicubic overshoot.
+    return colors.clip(x) if i == 0 else x
+
+
+def _linear_slot(
+    x: Any,
+    i: int,
+    p: dict[str, Any],
+    aug: Augmentation,
+    device: str,
+    colors: "_Interleaved | _Planes",
+) -> Any:
+    """Slot i, which computes clip(x · factor + pivot · weight + added)."""
+    if aug.spec == "simclr":
+        pivot = colors.mean(x)
+    elif p[f"luma{i}"]:
+        pivot = colors.luma(x)
+    else:
+        pivot = colors.mean_luma(x)
+    factor, weight = _local(p[f"factor{i}"], device), _local(p[f"weight{i}"], device)
+    added = _local(p[f"added{i}"], device) if aug.brightness == "additive" else None
+    return colors.linear(x, factor, pivot, weight, added)
+
+
+def _blur(x: Any, p: dict[str, Any], aug: Augmentation, planar: bool) -> Any:
+    """Blur. Pixels that are not planar keep the margin of zeros that "simclr" adds."""
+    fn, types = _dali("fn"), _dali("types")
+
+    pad = aug.blur_radius if aug.spec == "simclr" else 0
+    if pad or planar:
+        # The blur of three planes would take a third longer.
+        x = fn.crop_mirror_normalize(
+            x,
+            crop=[aug.size + 2 * pad] * 2,
+            out_of_bounds_policy="pad",
+            dtype=types.FLOAT,
+            output_layout="HWC",
+        )
+    x = fn.gaussian_blur(x, sigma=p["sigma"], window_size=p["window"])
+    if planar:
+        x = fn.crop_mirror_normalize(x, crop=[aug.size] * 2, dtype=types.FLOAT, output_layout="CHW")
+    return x
+
+
+def _local(node: Any, device: str) -> Any:
+    """A parameter on the device of the pixels."""
+    return node.gpu() if device == "gpu" else node
+
+
 def _crop(images: Any, p: dict[str, Any], aug: Augmentation, device: str) -> tuple[Any, Any]:
     """The resized box, float32 [size, size, 3], and the gain to multiply it by, [size, size, 1]."""
     fn, types = _dali("fn"), _dali("types")
 
-    row_gain, column_gain = (
-        p[name].gpu() if device == "gpu" else p[name] for name in ("row_gain", "column_gain")
-    )
+    gain = _local(p["row_gain"], device) * _local(p["column_gain"], device)
     x = fn.slice(images, p["crop_start"], p["crop_shape"], axis_names="HW")
     x = fn.slice(
         x,
@@ -407,7 +435,7 @@ def _crop(images: Any, p: dict[str, Any], aug: Augmentation, device: str) -> tup
         antialias=aug.spec == "torchvision",
         dtype=types.FLOAT,
     )
-    return x, row_gain * column_gain
+    return x, gain
 
 
 class _Interleaved:
