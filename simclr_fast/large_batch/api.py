@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from simclr_fast.large_batch import grad_cache
+from simclr_fast.large_batch import demand, grad_cache
 from simclr_fast.large_batch.averaging import average_gradients, share_weights
 from simclr_fast.large_batch.batch_norms import batch_norms
 from simclr_fast.large_batch.global_batch_norm import WholeBatch
@@ -20,6 +20,7 @@ from simclr_fast.large_batch.refusals import (
     refuse_views,
 )
 from simclr_fast.large_batch.replay import global_norms, recomputed_blocks
+from simclr_fast.large_batch.schedule import Schedule
 from simclr_fast.large_batch.second_run import Comparing, State
 from simclr_fast.utils.distributed import row_counts_of
 
@@ -65,6 +66,8 @@ class LargeBatch:
     keep_every: lockstep keeps every k-th block's input, and recomputes the rest in the backward.
         With 2 it keeps half as much, and convolutions cost 3/2 of plain's instead of 4/3.
     compile: lockstep uses torch.compile for the layers between batch norms and convolutions.
+    schedule: what lockstep keeps; see `simclr_fast.large_batch.schedule`. Instead of micro_batch,
+        offload_gb and keep_every.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class LargeBatch:
         keep_every: int = 1,
         compile: bool = False,
         allow_ghost_bn: bool = False,
+        schedule: Schedule | None = None,
     ) -> None:
         if memory not in get_args(Memory):
             raise ValueError(f"memory must be one of {', '.join(get_args(Memory))}, got {memory!r}")
@@ -94,6 +98,15 @@ class LargeBatch:
             raise ValueError(f"keep_every is for memory='lockstep', got {memory!r}")
         if compile and memory != "lockstep":
             raise ValueError(f"compile is for memory='lockstep', got {memory!r}")
+        if schedule is not None:
+            if memory != "lockstep":
+                raise ValueError(f"schedule is for memory='lockstep', got {memory!r}")
+            if micro_batch not in (None, schedule.micro_batch):
+                raise ValueError(
+                    f"micro_batch must be that of the schedule, {schedule.micro_batch}, or None, "
+                    f"got {micro_batch}"
+                )
+            micro_batch = schedule.micro_batch
         self.model, self.memory, self.autocast = model, memory, autocast
         self.micro_batch = micro_batch or _MICRO_BATCH
         self.group = group if group is not None and dist.get_world_size(group) > 1 else None
@@ -103,7 +116,10 @@ class LargeBatch:
         self._refuse_model()
         if self.group is not None:
             share_weights(model, self.group)
-        if memory == "lockstep":
+        self.lockstep: Lockstep | demand.Lockstep
+        if schedule is not None:
+            self.lockstep = demand.Lockstep(model, self.batch, lambda graph: schedule, compile)
+        elif memory == "lockstep":
             self.lockstep = Lockstep(model, self.batch, offload_gb, keep_every, compile)
         if memory == "replay":
             recomputed_blocks(model)

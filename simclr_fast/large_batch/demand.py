@@ -43,8 +43,10 @@ from simclr_fast.large_batch.bits import pack, unpack
 from simclr_fast.large_batch.buckets import Buckets
 from simclr_fast.large_batch.gram import Gram
 from simclr_fast.large_batch.malloc_trim import Heap
+from simclr_fast.large_batch.outputs import refuse_other_rows
 from simclr_fast.large_batch.program import Op, Pass, Program
-from simclr_fast.large_batch.refusals import flags
+from simclr_fast.large_batch.refusals import flags, refusal
+from simclr_fast.large_batch.regions import CompiledRegions, Region, takes
 from simclr_fast.large_batch.schedule import Schedule
 from simclr_fast.large_batch.store import HostMemory, Store, accesses, sweep
 from simclr_fast.large_batch.trace import Graph, Key
@@ -58,6 +60,7 @@ class Lockstep:
     """Runs one model. `backward` does forward, loss and backward of a step.
 
     batch: the ranks whose rows form one batch. schedule: from the model's `Graph`, what is kept.
+    compile: see `regions`.
     """
 
     def __init__(
@@ -65,8 +68,10 @@ class Lockstep:
         model: nn.Module,
         batch: gbn.WholeBatch,
         schedule: Callable[[Graph], Schedule],
+        compile: bool = False,
     ) -> None:
         self.model, self.batch, self.schedule = model, batch, schedule
+        self.regions = CompiledRegions() if compile else None
         self.heap = Heap()
         self.program: Program | None = None
         self.store: Store | None = None
@@ -109,7 +114,7 @@ class Lockstep:
 
     def _open_store(self, program: Program, parts: Sequence[Tensor]) -> None:
         """Decide which pieces move to host memory and back, and prepare the store for it."""
-        device = next(self.model.parameters(), parts[0]).device
+        device = self._device(parts[0])
         views = parts[0].device != device
         schedule, rows = program.schedule, tuple(map(len, parts))
         key = (program, rows, views)
@@ -139,21 +144,39 @@ class Lockstep:
         self.graph, self.flags = Graph(self.model), flags(self.model)
         self.program = None
 
+    def _device(self, x: Tensor) -> torch.device:
+        """The device of the model. x: views, for a model without parameters."""
+        return next(self.model.parameters(), x).device
+
     def _program(self, x: Tensor) -> Program:
         kind = (x.shape[1:], x.dtype, torch.is_autocast_enabled(x.device.type))
         if self.program is None or self._kind != kind:
             with self.autocast():
-                specs = self.graph.measure(x)
+                specs = self.graph.measure(x[:2].to(self._device(x)))
+            for node in self.graph.outputs:
+                if specs[node] is None:
+                    raise refusal(f"{node.format_node()} is an output and no tensor")
             self.program = Program(self.graph, self.schedule(self.graph), specs)
             self._kind = kind
+            self.steps: list[Sequence[Op | Region]] = [p.ops for p in self.program.passes]
+            if self.regions is not None:
+                self.steps = [
+                    self.regions.steps(self.program, current) for current in self.program.passes
+                ]
         return self.program
 
     def _loss(self, parts: Sequence[Tensor], loss_of: Callable[[Any], Any]) -> Any:
         """The result of the loss. The gradients of the outputs become kept values."""
         self.batch.finish_forward()
-        leaves = {n: torch.cat(made).requires_grad_() for n, made in self.outputs.items()}
+        for m, part in enumerate(parts):
+            made = [outputs[m] for outputs in self.outputs.values()]
+            refuse_other_rows(made, len(part), "lockstep")
+        leaves = {n: torch.cat(made) for n, made in self.outputs.items()}
         self.outputs = {}
-        result = loss_of(self.graph.rebuild(leaves))
+        for leaf in leaves.values():
+            leaf.requires_grad_(leaf.is_floating_point() or leaf.is_complex())
+        # Clones, because loss_fn may overwrite its argument, and no leaf may be overwritten.
+        result = loss_of(self.graph.rebuild({n: leaf.clone() for n, leaf in leaves.items()}))
         sizes = [len(part) for part in parts]
         for node, leaf in leaves.items():
             of_parts = [None] * len(sizes) if leaf.grad is None else leaf.grad.split(sizes)
@@ -171,10 +194,13 @@ class Lockstep:
             env = _MicroBatch(self.store, current, m)
             if parts[m].device == self.store.device:
                 env.values[self.graph.values[self.graph.input]] = parts[m]
-            for op in current.ops:
+            for op in self.steps[number]:
                 for key in op.reads:
                     env.load(key)
-                self.run(op, env.values)
+                if isinstance(op, Region):
+                    self._run_region(op, env.values)
+                else:
+                    self.run(op, env.values)
                 for key in op.last:
                     env.leave(key)
             if current.phase == "outputs":
@@ -188,6 +214,25 @@ class Lockstep:
                 self._finish_statistics(op)
             elif op.kind == "sum":
                 self._finish_sums(op)
+
+    def _run_region(self, region: Region, env: Env) -> None:
+        assert self.regions is not None
+        x = [env[key] for key in region.reads]
+        if all(map(takes, x)):
+            norms = [self._norm(node) for node in region.norms]
+            with self.autocast():
+                env.update(zip(region.writes, self.regions.run(region, x, norms), strict=True))
+            return
+        made = dict(env)
+        for op in region.ops:
+            self.run(op, made)
+        env.update((key, made[key]) for key in region.writes)
+
+    def _norm(self, node: Node) -> tuple[Any, ...]:
+        norm = self.graph.module(node)
+        # Detached, because torch.compile treats the sizes of parameters as constants.
+        weight, bias = (p if p is None else p.detach() for p in (norm.weight, norm.bias))
+        return self.statistics[node], weight, bias
 
     def run(self, op: Op, env: Env) -> None:
         """Execute one operation on one micro-batch. It reads `env` and writes into it."""
@@ -211,8 +256,7 @@ class Lockstep:
 
     def _value(self, node: Node, env: Env) -> Any:
         if node in self.graph.norms:
-            norm, x = self.graph.module(node), env[Key("value", node.all_input_nodes[0])]
-            return gbn.normalize(x, self.statistics[node], norm.weight, norm.bias)
+            return gbn.normalize(env[Key("value", node.all_input_nodes[0])], *self._norm(node))
         read = {n: env[Key("value", n)] for n in self.graph.inputs[node]}
         with self.autocast():
             return self.graph.execute(node, read)
@@ -297,7 +341,8 @@ class Lockstep:
             dx = self.grams[op.node].input_gradient(gradient, x)
         else:
             s, sums = self.statistics[op.node], self.whole_sums[op.node]
-            dx = gbn.input_gradient(gradient, x, s, norm.weight, sums, self.batch)
+            compute = gbn if self.regions is None else self.regions
+            dx = compute.input_gradient(gradient, x, s, norm.weight, sums, self.batch)
         _add(env, op.writes[0], dx, fresh=True)
 
     def _pull(self, op: Op, gradient: Any, env: Env) -> None:

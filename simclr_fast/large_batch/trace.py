@@ -17,7 +17,16 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from simclr_fast.large_batch.batch_norms import after_norm, uses_batch_statistics
-from simclr_fast.large_batch.refusals import arguments, refusal, refuse_hooks, refuse_random
+from simclr_fast.large_batch.refusals import (
+    RefusedModel,
+    arguments,
+    context,
+    refusal,
+    refuse_context,
+    refuse_hooks,
+    refuse_random,
+)
+from simclr_fast.large_batch.second_run import traced_once
 
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
 _IN_PLACE: dict[Any, Callable[..., Any]] = {
@@ -66,9 +75,16 @@ class Graph:
         self.root = _Call(model)
         self.modules = dict(self.root.named_modules())
         try:
-            graph = _Tracer().trace(self.root)
+            with traced_once(model):
+                graph = _Tracer().trace(self.root)
+                again = _Call(model)
+                same = _equal(graph, self.root, _Tracer().trace(again), again)
+        except RefusedModel:
+            raise
         except Exception as error:
             raise refusal(f"its forward cannot be traced: {error}") from error
+        if not same:
+            raise refusal("its forward is another each time it is called, and it is traced once")
         self.norms = {n for n in graph.nodes if self._normalizes(n)}
         self._split_activations(graph)
         (self.input,) = (n for n in graph.nodes if n.op == "placeholder")
@@ -214,11 +230,11 @@ class Graph:
 
     @torch.no_grad()
     def measure(self, x: Tensor) -> dict[Node, Spec | None]:
-        """What the values of all nodes are like, found by running one row. None: not a tensor.
+        """What the values of all nodes are like, found by running two rows. None: not a tensor.
 
         Batch norms let their input pass: they change neither shape nor dtype.
         """
-        example = x[:1] if len(x) else x.new_zeros(1, *x.shape[1:])
+        example = x[:2] if len(x) > 1 else x.new_zeros(2, *x.shape[1:])
         env: dict[Node, Any] = {self.input: example}
         for node in self.nodes:
             passes = node in self.norms
@@ -298,6 +314,19 @@ class Graph:
         return True
 
 
+def _equal(one: fx.Graph, one_root: nn.Module, other: fx.Graph, other_root: nn.Module) -> bool:
+    """Whether two graphs have the same operations and constants."""
+    if str(one) != str(other):
+        return False
+    for node in one.nodes:
+        if node.op == "get_attr":
+            get = operator.attrgetter(str(node.target))
+            a, b = get(one_root), get(other_root)
+            if a is not b and not (isinstance(a, Tensor) and torch.equal(a, b)):
+                return False
+    return True
+
+
 class _Call(nn.Module):
     """Calls `model` with one argument, so that the others keep their defaults when traced."""
 
@@ -322,6 +351,14 @@ for _name in _OPERATORS:
 
 
 class _Tracer(fx.Tracer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.context = context()
+
+    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
+        refuse_context(self.context)
+        return super().create_proxy(*args, **kwargs)
+
     def proxy(self, node: Node) -> fx.Proxy:
         return _Proxy(node, self)
 

@@ -1,4 +1,4 @@
-"""CUDA's batch norm operations on the CPU, with the demands of the real kernels as assertions."""
+"""CUDA's operations of batch norms on the CPU, with the demands of the kernels as assertions."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +26,11 @@ class _Kernels(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if func is torch.ops.aten.mm.dtype:
+            # Products of half precision that are summed and returned in float32.
+            assert args[0].dtype == args[1].dtype in (torch.bfloat16, torch.float16)
+            assert args[2] is torch.float32
+            return args[0].float() @ args[1].float()
         kernel = _KERNELS.get(func._schema.name.partition("::")[2])
         return func(*args, **(kwargs or {})) if kernel is None else kernel(*args)
 

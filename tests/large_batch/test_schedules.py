@@ -8,9 +8,9 @@ import torch
 from large_batch_cases import assert_equal, lively, loss_fn, plain_autograd, simclr, step, views
 from test_large_batch import chain, timm_norm_act, timm_resnet, torchvision_resnet
 
-from simclr_fast.large_batch import global_batch_norm as gbn
-from simclr_fast.large_batch.demand import Lockstep
+from simclr_fast.large_batch import LargeBatch
 from simclr_fast.large_batch.schedule import Schedule, Stage
+from simclr_fast.large_batch.trace import Graph
 
 CHOICES = [
     {},
@@ -33,25 +33,16 @@ def reference(name):
     return REFERENCES[name]
 
 
-def in_stages(graph, micro_batch=5, gram=True, sizes=(), **choices):
+def in_stages(model, micro_batch=5, gram=True, sizes=(), **choices):
     """Stages of the given numbers of blocks, then of one block each."""
-    sizes = [*sizes, *[1] * (len(graph.blocks) - sum(sizes))]
+    blocks = len(Graph(model).blocks)
+    sizes = [*sizes, *[1] * (blocks - sum(sizes))]
     return Schedule(micro_batch, tuple(Stage(n, **choices) for n in sizes), gram)
 
 
-def lockstep(model, x=None, micro_batch=5, **choices):
-    x = views() if x is None else x
-    batch = gbn.WholeBatch()
-    batch.rows = [len(x)]
-    engine = Lockstep(model, batch, lambda graph: in_stages(graph, micro_batch, **choices))
-
-    def loss_of(outputs):
-        loss = loss_fn(outputs)
-        loss.backward()
-        return loss.detach()
-
-    plain = torch.autocast("cpu", enabled=False)
-    return engine.backward(x.split(micro_batch), loss_of, lambda: plain)
+def lockstep(model, micro_batch=5, compile=False, **choices):
+    schedule = in_stages(model, micro_batch, **choices)
+    return LargeBatch(model, schedule=schedule, compile=compile).backward(views(), loss_fn)
 
 
 @pytest.mark.parametrize("choices", CHOICES, ids=str)
@@ -91,3 +82,46 @@ def test_models_of_other_libraries(build, choices):
         model[11].eval()
     expected = step(copy.deepcopy(model), plain_autograd)
     assert_equal(step(model, lambda m: lockstep(m, **choices)), expected)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Regions as torch.compile gets them: all but its part, which takes seconds per graph."""
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+
+
+@pytest.mark.parametrize("micro_batch", [5, 13])
+@pytest.mark.parametrize("choices", [{}, {"turn": "mask"}, {"output": "once"}], ids=str)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_compiled_regions(uncompiled, name, choices, micro_batch):
+    choices = choices | {"compile": True, "micro_batch": micro_batch}
+    assert_equal(step(simclr(name), lambda m: lockstep(m, **choices)), reference(name))
+
+
+@pytest.mark.parametrize("build", [timm_resnet, timm_norm_act, torchvision_resnet, chain])
+def test_compiled_regions_of_other_libraries(uncompiled, build):
+    torch.manual_seed(0)
+    model = lively(build())
+    if build is chain:
+        model[11].eval()
+    expected = step(copy.deepcopy(model), plain_autograd)
+    assert_equal(step(model, lambda m: lockstep(m, compile=True)), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"memory": "plain"}, "schedule is for memory='lockstep', got 'plain'"),
+        ({"micro_batch": 3}, "micro_batch must be that of the schedule, 5, or None, got 3"),
+    ],
+)
+def test_arguments_that_contradict_a_schedule(arguments, says):
+    model = simclr("resnet18")
+    with pytest.raises(ValueError, match=says):
+        LargeBatch(model, schedule=in_stages(model), **arguments)
+
+
+def test_a_schedule_of_another_model_is_refused():
+    model = simclr("resnet18")
+    with pytest.raises(ValueError, match=r"stages must cover the \d+ blocks of the model, got 3"):
+        LargeBatch(model, schedule=Schedule(5, (Stage(3),))).backward(views(), loss_fn)
