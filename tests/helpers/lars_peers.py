@@ -29,7 +29,7 @@ class SoloLearn(Optimizer):
         super().__init__(params, defaults | dict.fromkeys(self.names, False) | rest)
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
         for group in self.param_groups:
             clip, exclude = (group[name] for name in self.names)
             for p in group["params"]:

@@ -15,6 +15,12 @@ from lars_peers import (
     theirs_of,
     train,
 )
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from simclr_fast import reference
 from simclr_fast.compat import lightly, solo_learn, timm
@@ -151,6 +157,47 @@ def test_states_of_lars_in_the_drop_ins(peer):
     assert_close(b, a)
 
 
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("peer", ["timm", "lightly", "solo0"])
+def test_distributed_checkpoints_of_the_peer(peer, flat):
+    """Their state dicts have one entry for each option, so ours must have the same options."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    nets = [nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double() for _ in range(3)]
+    theirs, ours = theirs_of(peer), ours_of(peer)
+    optimizers = [
+        kind([{"params": net[0].parameters()}, {"params": net[1].parameters()}], lr=lr, **kwargs)
+        for kind, net, lr, kwargs in zip(
+            (theirs, ours, theirs),
+            nets,
+            (2.0, 9.0, 9.0),
+            # The flat form loads no more buffers than the optimizer makes by itself.
+            ({"momentum": 0.9, "weight_decay": 1e-2}, {"momentum": 0.9}, {"momentum": 0.9}),
+            strict=True,
+        )
+    ]
+    x = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def steps(i):
+        for _ in range(2):
+            optimizers[i].zero_grad()
+            nets[i](x).square().sum().backward()
+            optimizers[i].step()
+
+    def hand_over(i, j):
+        state = get_optimizer_state_dict(nets[i], optimizers[i], options=options)
+        # A state is initialised by steps at lr 0.
+        set_optimizer_state_dict(nets[j], optimizers[j], copy.deepcopy(state), options=options)
+        nets[j].load_state_dict(nets[i].state_dict())
+
+    steps(0)
+    hand_over(0, 1)
+    steps(0), steps(1)
+    assert_close(list(nets[1].parameters()), list(nets[0].parameters()))
+    hand_over(1, 2)
+    steps(0), steps(2)
+    assert_close(list(nets[2].parameters()), list(nets[0].parameters()))
+
+
 def test_sgd_and_groups_without_adaptation():
     a, b, c = (model_parameters() for _ in range(3))
     first = torch.optim.SGD(a, **KWARGS)
@@ -226,11 +273,15 @@ def test_a_capturable_group_loads_a_plain_learning_rate():
 
 CHANGES = {
     "timm": [{"trust_coeff": 0.02}, {"trust_clip": True}, {"always_adapt": True}, {"eps": 0.1}],
-    "lightly": [{"trust_coefficient": 0.02}, {"dampening": 0.2}, {"weight_decay": 0.1}],
-    "solo0": [{"eta": 0.02}, {"clip_lr": True}, {"exclude_bias_n_norm": True}],
+    "lightly": [{"trust_coefficient": 0.02}, {"eps": 0.1}],
+    "solo0": [{"eta": 0.02}, {"clip_lr": True}, {"exclude_bias_n_norm": True}, {"eps": 0.1}],
     "solo2": [{"eta": 0.02}, {"clip_lars_lr": True}, {"exclude_bias_n_norm_lars": True}],
 }
-CHANGES = [(peer, change) for peer, several in CHANGES.items() for change in several]
+COMMON = [
+    *({"lr": 0.5}, {"dampening": 0.2}, {"nesterov": True}, {"momentum": 0.5}, {"momentum": 0}),
+    *({"weight_decay": 0.1}, {"weight_decay": 0}),
+]
+CHANGES = [(peer, change) for peer, several in CHANGES.items() for change in several + COMMON]
 
 
 @pytest.mark.parametrize(("peer", "change"), CHANGES, ids=lambda v: "-".join(v))
