@@ -96,6 +96,22 @@ def _radius(sigma, most):
     return tl.minimum(tl.ceil(4.0 * sigma).to(tl.int32), most)
 
 
+@triton.jit
+def _means(partial, blocks, count, SUMS: tl.constexpr):
+    """The means of r, g and b over a view, from its partial sums [blocks, 3]."""
+    every = tl.arange(0, SUMS)  # [SUMS]
+    sums = partial + every * 3
+    sum_r = tl.zeros([SUMS], tl.float32)
+    sum_g = tl.zeros([SUMS], tl.float32)
+    sum_b = tl.zeros([SUMS], tl.float32)
+    for first in range(0, blocks, SUMS):
+        inside = first + every < blocks
+        sum_r += tl.load(sums + first * 3, mask=inside, other=0.0)
+        sum_g += tl.load(sums + first * 3 + 1, mask=inside, other=0.0)
+        sum_b += tl.load(sums + first * 3 + 2, mask=inside, other=0.0)
+    return tl.sum(sum_r) / count, tl.sum(sum_g) / count, tl.sum(sum_b) / count
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def color_kernel(
     crops,  # uint8 [n, S, S, 3], read with CROPS
@@ -132,18 +148,7 @@ def color_kernel(
     mask = pixel < size * size
     ints += i * INTS
     floats += i * FLOATS
-    every = tl.arange(0, SUMS)  # [SUMS]
-    sums = partial + i * blocks * 3 + every * 3
-    sum_r = tl.zeros([SUMS], tl.float32)
-    sum_g = tl.zeros([SUMS], tl.float32)
-    sum_b = tl.zeros([SUMS], tl.float32)
-    for first in range(0, blocks, SUMS):
-        inside = first + every < blocks
-        sum_r += tl.load(sums + first * 3, mask=inside, other=0.0)
-        sum_g += tl.load(sums + first * 3 + 1, mask=inside, other=0.0)
-        sum_b += tl.load(sums + first * 3 + 2, mask=inside, other=0.0)
-    count = 1.0 * size * size
-    mean_r, mean_g, mean_b = tl.sum(sum_r) / count, tl.sum(sum_g) / count, tl.sum(sum_b) / count
+    mean_r, mean_g, mean_b = _means(partial + i * blocks * 3, blocks, 1.0 * size * size, SUMS)
     if not SIMCLR:
         mean_r = luma(mean_r, mean_g, mean_b)
         mean_g = mean_r
@@ -153,6 +158,7 @@ def color_kernel(
     y = pixel // size
     x = pixel % size
     jitter = tl.load(ints + JITTER)
+    # `after`: whether to do the next jitter step. Planes have the steps before contrast already.
     if CROPS:
         source_x = tl.where(tl.load(ints + FLIP) != 0, size - 1 - x, x)
         r, g, b = _crop_pixel(crops, i, y, source_x, size, mask)
