@@ -161,7 +161,9 @@ class NTXentLoss(nn.Module):
 class LARS(optim.LARS):
     """``lightly.utils.lars.LARS``: the same arguments, defaults, steps and momentum buffers.
 
-    As in lightly, groups without weight decay are not adapted, and the default momentum is 0.
+    As in lightly, groups without weight decay are not adapted, and the default momentum is 0. The
+    groups have lightly's options. They may also have those of `simclr_fast.optim.LARS`: ``adapt``,
+    for example, goes before lightly's rule.
     """
 
     def __init__(

@@ -42,6 +42,8 @@ class LARS(optim.LARS):
 
     clip_lars_lr, exclude_bias_n_norm_lars: the names that clip_lr and exclude_bias_n_norm had in
         older versions. The groups have the names that were given.
+
+    The groups may also have the options of `simclr_fast.optim.LARS`.
     """
 
     def __init__(

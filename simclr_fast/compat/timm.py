@@ -11,7 +11,8 @@ class Lars(optim.LARS):
     """``timm.optim.Lars``: the same arguments, defaults, steps and momentum buffers.
 
     Groups without weight decay are adapted only with ``always_adapt``. The native kernels are used
-    if ``foreach`` is None.
+    if ``foreach`` is None. The groups have timm's options. They may also have those of
+    `simclr_fast.optim.LARS`: ``adapt``, for example, goes before timm's rule.
     """
 
     _fixed_options: ClassVar[dict[str, Any]] = {"when_zero": "decay"}

@@ -150,7 +150,8 @@ class LARS(Optimizer):
                 group.setdefault(name, value)
             names.settle(group, self._rule)
             names.check(group)
-            _keep_lr_on_device(group, names)
+            if kept is not None:
+                _keep_lr_on_device(group, names)
         for values in state["state"].values():
             # What moco-v3 and VISSL call it.
             if isinstance(values, dict) and "mu" in values and "momentum_buffer" not in values:

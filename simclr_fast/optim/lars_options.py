@@ -51,9 +51,10 @@ Rule = Callable[[dict[str, Any]], tuple[float, bool]]
 
 
 class OptionNames:
-    """What the options are called in the groups of one optimizer.
+    """What the options are called in the groups of one optimizer, and what they may be.
 
-    defaults: those of the optimizer. An option has the name that it has there.
+    defaults: those of the optimizer. An option goes by the name that it has there.
+    fixed: values of options that are not in `defaults`, where they differ from `DEFAULTS`.
     """
 
     def __init__(self, defaults: dict[str, Any], fixed: dict[str, Any]):

@@ -269,6 +269,9 @@ def test_a_capturable_group_loads_a_plain_learning_rate():
     lr = optimizer.param_groups[0]["lr"]
     assert isinstance(lr, torch.Tensor)
     assert (lr, lr.dtype) == (0.25, torch.float64)
+    # A shallow copy shares the groups, and a graph of the original still reads this tensor.
+    copy.copy(optimizer)
+    assert optimizer.param_groups[0]["lr"] is lr
 
 
 CHANGES = {
