@@ -55,8 +55,8 @@ class HuggingFaceSource(Source):
         self.column = _image_column(data, image_key)
         feature = data.features[self.column]
         if type(feature).__name__ == "Image":
-            plain = type(feature)(mode=feature.mode, decode=False)
-            self.rows = data.select_columns([self.column]).cast_column(self.column, plain)
+            files = type(feature)(decode=False)
+            self.rows = data.select_columns([self.column]).cast_column(self.column, files)
         else:
             self.rows = data.select_columns([self.column])
         self._read_labels(data)
@@ -83,11 +83,11 @@ class HuggingFaceSource(Source):
     def read(self, i: int) -> np.ndarray:
         value = self.rows[int(i)][self.column]
         if isinstance(value, dict):
-            if value.get("bytes") is None:
-                if value.get("path") is None:
-                    raise ValueError("a row without an image")
+            if value.get("bytes") is None and value.get("path") is not None:
                 return np.fromfile(value["path"], np.uint8)
-            value = value["bytes"]
+            value = value.get("bytes")
+        if value is None:
+            raise ValueError("a row without an image")
         if not isinstance(value, bytes):
             raise ValueError(
                 f"the column {self.column} must hold images or the bytes of image files, got "

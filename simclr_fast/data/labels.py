@@ -138,8 +138,8 @@ def read_csv(path: Path, names: Iterable[str]) -> Labels:
     names = list(names)
     rows = _rows(path)
     of_row: dict[str, int] = {}
-    for row, (name, text) in enumerate(rows):
-        before = rows[of_row.setdefault(name, row)][1]
+    for number, (name, text) in enumerate(rows):
+        before = rows[of_row.setdefault(name, number)][1]
         if before != text:
             raise ValueError(f"{path} labels {name} twice: {before!r} and {text!r}")
     depths = sorted({name.count("/") + 1 for name in of_row}, reverse=True)

@@ -20,6 +20,7 @@ _PACKAGES = {
     "PIL": ("pillow", "reads and writes image files"),
     "safetensors": ("safetensors", "reads and writes encoder weights"),
     "sklearn": ("scikit-learn", "brings t-SNE, and photographs for the benchmarks"),
+    "datasets": ("datasets", "reads Hugging Face's data sets"),
     "umap": ("umap-learn", "computes UMAP"),
     "timm": ("timm", "brings more models and is compared with"),
     "lightly": ("lightly", "is compared with"),

@@ -1,8 +1,10 @@
 """Every storage format gives the same bytes and labels, and bad input is named."""
 
 import io
+import os
 import struct
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -178,6 +180,69 @@ def test_labels_of_a_folder_equal_torchvisions(tmp_path):
     pairs = zip(map(str, source.paths), source.labels.tolist(), strict=True)
     assert sorted(pairs) == sorted(folder.samples)
     assert list(source.classes) == folder.classes
+
+
+def tree(folder, files=300, seed=0):
+    """Image files under names that sort differently as text and as parts of a path."""
+    rng = np.random.default_rng(seed)
+    for i in range(files):
+        parts = rng.choice(
+            ["a", "a-b", "a b", "B", "b.c", "1", "10", "2", "é", "z_"], rng.integers(1, 4)
+        )
+        path = folder.joinpath(*map(str, parts), f"{rng.integers(40)}{'.PNG' if i % 3 else '.jpg'}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return folder
+
+
+def test_the_order_is_that_of_image_folder(tmp_path):
+    (tree(tmp_path) / "linked").symlink_to(tmp_path / "a")
+    source, folder = open_source(tmp_path), torchvision.datasets.ImageFolder(tmp_path)
+    assert list(zip(source.paths, source.labels.tolist(), strict=True)) == folder.samples
+    assert list(source.classes) == folder.classes
+
+
+def test_no_file_is_asked_for_anything_when_a_folder_is_opened(tmp_path, monkeypatch):
+    """One stat per folder. The fingerprint takes one per file, and reads none."""
+    tree(tmp_path)
+    folders = 1 + sum(path.is_dir() for path in tmp_path.rglob("*"))
+    asked, stat = [], os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **kw: asked.append(path) or stat(path, **kw))
+    source = open_source(tmp_path)
+    # And a few more to tell what kind of folder the root is.
+    assert len(asked) <= folders + 4
+    assert len(source) > 200
+    assert not {*map(str, asked)} & {*source.paths}
+    asked.clear()
+    monkeypatch.setattr(np, "fromfile", None)
+    source.fingerprint()
+    assert sorted(asked) == sorted(source.paths)
+
+
+@pytest.mark.parametrize("change", ["content", "time set back", "another file", "order"])
+def test_a_fingerprint_is_of_exactly_these_images(tmp_path, change):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(picture(i, kind="PNG"))
+    before, last = open_source(tmp_path).fingerprint(), tmp_path / "2.png"
+    assert open_source(tmp_path).fingerprint() == before
+    linked = tmp_path.with_name(f"{tmp_path.name}-link")
+    linked.symlink_to(tmp_path)
+    assert open_source(linked).fingerprint() == before
+    status = last.stat()
+    if change == "content":
+        last.write_bytes(picture(7, kind="PNG"))
+    elif change == "time set back":
+        time.sleep(0.02)
+        last.write_bytes(last.read_bytes()[::-1])
+        os.utime(last, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert last.stat().st_size == status.st_size
+        assert last.stat().st_mtime_ns == status.st_mtime_ns
+    elif change == "another file":
+        (tmp_path / "3.png").write_bytes(picture(3, kind="PNG"))
+    else:
+        last.rename(tmp_path / "1b.png")
+        (tmp_path / "0.png").rename(last)
+    assert open_source(tmp_path).fingerprint() != before
 
 
 def test_an_empty_folder_is_named(tmp_path):
