@@ -1,5 +1,6 @@
 """Open images as a Source: by name ("demo", "cifar10:ROOT"), path, list of files or array."""
 
+import logging
 import re
 import warnings
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from simclr_fast.data.sources import (
 )
 from simclr_fast.utils.extras import need
 
+log = logging.getLogger(__name__)
 # Name → torchvision's class, and the arguments of its training and test splits.
 _TORCHVISION: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
     "aircraft": ("FGVCAircraft", [{"split": "trainval"}], {"split": "test"}),
@@ -163,6 +165,8 @@ def open_source(
             damaged, `labels` are no labels, or a sample has several images and no `image_key`.
     """
     source = _opened(data, image_key, on_error)
+    for message in source.scanned.lost:
+        log.warning("lost: %s", message)
     return source if labels is None else source.with_labels(labels)
 
 

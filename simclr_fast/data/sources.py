@@ -82,7 +82,8 @@ class Source:
             numbers, images = np.unique(self.labels, return_counts=True)
             found = dict(zip(numbers.tolist(), images.tolist(), strict=True))
             unlabelled = found.pop(-1, 0)
-            counts = {self.classes[i] if self.classes else str(i): n for i, n in found.items()}
+            names = dict(enumerate(self.classes))
+            counts = {names.get(i, str(i)): n for i, n in found.items()}
         return replace(
             self.scanned,
             used=len(self),
