@@ -234,6 +234,13 @@ def test_the_charts_have_their_sources():
             assert f"docs/{picture}" in PAGES[0].read_text()
 
 
+def test_pictures_have_a_background():
+    """On a dark page, dark text on a transparent background cannot be read."""
+    for path in (ROOT / "docs").glob("*.png"):
+        lowest_alpha, _ = Image.open(path).convert("RGBA").getextrema()[3]
+        assert lowest_alpha == 255, path.name
+
+
 def test_the_readme_says_what_the_plan_says():
     plan = json.loads((tables.RESULTS / "plan.json").read_text())
     assert plan["options"]["gpu"] == "a100-80gb"
