@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from simclr_fast.utils.numbers import as_float, as_int
+
 _ORDERS = np.array(list(permutations(range(4))), dtype=np.uint8)
 _PHILOX_ROUNDS = 10
 # A block of the counter gives 4 numbers. One block is for the switches, one for order and sigma,
@@ -78,8 +80,14 @@ class Augmentation:
     std: tuple[float, float, float] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.size, int | np.integer) or self.size < 1:
-            raise ValueError(f"size must be an integer of at least 1, got {self.size!r}")
+        # Plain numbers, so that the settings can be written as JSON.
+        object.__setattr__(self, "size", as_int("size", self.size, 1))
+        for name in ("s", "hue", "p_flip", "p_jitter", "p_gray", "p_blur"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, as_float(name, getattr(self, name)))
+        for name in ("area", "ratio", "sigma", "mean", "std"):
+            if (values := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(as_float(name, v) for v in values))
         _check_choice("spec", self.spec, ("simclr", "torchvision"))
         _check_choice("brightness", self.brightness, ("multiplicative", "additive"))
         _check_choice("interpolation", self.interpolation, ("bicubic", "bilinear"))
@@ -236,7 +244,7 @@ def philox(key: np.ndarray, counter: np.ndarray) -> np.ndarray:
 
 def _uniform(seed: int, streams: np.ndarray, ids: np.ndarray, blocks: np.ndarray) -> np.ndarray:
     """float64 [n, blocks, 4], each uniform on the open interval (0, 1)."""
-    seed %= 2**64
+    seed = as_int("seed", seed) % 2**64
     key = np.array([seed & 0xFFFFFFFF, seed >> 32], dtype=np.uint64)
     unsigned = ids.astype(np.int64).astype(np.uint64)[:, None]
     counter = np.empty((4, len(ids), len(blocks)), dtype=np.uint64)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from simclr_fast import ops, reference
 from simclr_fast.augment.params import Augmentation, ViewParams, draw_params, draw_views
+from simclr_fast.utils.numbers import as_int
 
 __all__ = ["Augmentation", "SimCLRViews", "ViewParams", "apply_views", "draw_params"]
 
@@ -291,7 +292,7 @@ class SimCLRViews:
         **augmentation: Any,
     ) -> None:
         self.aug = Augmentation(size, **augmentation)
-        self.seed = seed
+        self.seed = as_int("seed", seed)
         self.dtype = dtype
         self.channels_last = channels_last
 

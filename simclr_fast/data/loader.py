@@ -23,6 +23,7 @@ from simclr_fast.data.pipelines import Backend, make_pipeline
 from simclr_fast.data.prefetch import PinnedViews, Slot, Slots, ahead
 from simclr_fast.data.sources import Source, fingerprint
 from simclr_fast.utils.device import usable_cores
+from simclr_fast.utils.numbers import as_int
 
 __all__ = ["CorruptImageError", "ImageLoader", "OneViewLoader", "TwoViewLoader"]
 
@@ -64,11 +65,13 @@ class _Loader:
         prefetch: bool | None = None,
         views_on_host: bool = False,
     ) -> None:
+        given = locals()
+        apart = ("self", "source", "augmentation", "labels", "image_key")
+        self._options = {name: given[name] for name in given if name not in apart}
         self.source: Source = open_source(source, labels, image_key=image_key, on_error=on_error)
         if len(self.source) == 0:
             raise ValueError("source holds no images")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        batch_size, seed = as_int("batch_size", batch_size, 1), as_int("seed", seed)
         if drop_last and batch_size > len(self.source):
             n = len(self.source)
             raise ValueError(
@@ -171,6 +174,11 @@ class _Loader:
             ends = ("/".join(name.replace(os.sep, "/").rsplit("/", 2)[-2:]) for name in names)
             self._names_hash = fingerprint(end.encode(errors="surrogateescape") for end in ends)
         return self._names_hash.hex()
+
+    def __reduce__(self) -> Any:
+        # A copy opens its own pipeline and threads, and continues from the same position.
+        arguments = type(self), self.source, self.augmentation, self._options, self.state_dict()
+        return _copied, arguments
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state`. The number of ranks and threads may differ."""
@@ -314,6 +322,19 @@ def _with_index(device: torch.device) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def _copied(
+    kind: type[_Loader],
+    source: Source,
+    augmentation: Augmentation,
+    options: dict[str, Any],
+    state: dict[str, Any],
+) -> _Loader:
+    made = kind.__new__(kind)
+    _Loader.__init__(made, source, augmentation=augmentation, **options)
+    made.load_state_dict(state)
+    return made
 
 
 class TwoViewLoader(_Loader):

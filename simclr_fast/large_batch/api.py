@@ -23,6 +23,7 @@ from simclr_fast.large_batch.replay import global_norms, recomputed_blocks
 from simclr_fast.large_batch.schedule import Schedule
 from simclr_fast.large_batch.second_run import Comparing, State
 from simclr_fast.utils.distributed import row_counts_of
+from simclr_fast.utils.numbers import as_float, as_int
 
 Memory = Literal["plain", "replay", "lockstep", "grad-cache"]
 _MICRO_BATCH = 256
@@ -86,14 +87,14 @@ class LargeBatch:
     ) -> None:
         if memory not in get_args(Memory):
             raise ValueError(f"memory must be one of {', '.join(get_args(Memory))}, got {memory!r}")
-        if micro_batch is not None and micro_batch < 1:
-            raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
-        if offload_gb < 0:
+        if micro_batch is not None:
+            micro_batch = as_int("micro_batch", micro_batch, 1)
+        offload_gb = as_float("offload_gb", offload_gb)
+        if not offload_gb >= 0:
             raise ValueError(f"offload_gb must be at least 0, got {offload_gb}")
         if offload_gb and memory != "lockstep":
             raise ValueError(f"offload_gb is for memory='lockstep', got {memory!r}")
-        if keep_every < 1:
-            raise ValueError(f"keep_every must be at least 1, got {keep_every}")
+        keep_every = as_int("keep_every", keep_every, 1)
         if keep_every > 1 and memory != "lockstep":
             raise ValueError(f"keep_every is for memory='lockstep', got {memory!r}")
         if compile and memory != "lockstep":

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from numbers import Real
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from simclr_fast.losses.ranks import RankRows
 from simclr_fast.ops import nt_xent
 from simclr_fast.ops.nt_xent_plain import statistics_dtype
+from simclr_fast.utils.numbers import as_float
 
 _REDUCTIONS = {"none": nt_xent.NONE, "mean": nt_xent.MEAN, "sum": nt_xent.SUM}
 # Outside this range float32 cannot represent differences of logits accurately enough.
@@ -148,6 +148,13 @@ class NTXentLoss(nn.Module):
         decoupled: bool = False,
     ):
         super().__init__()
+        if isinstance(temperature, Tensor):
+            if temperature.requires_grad:
+                raise ValueError(
+                    "temperature requires a gradient, and the module would not give it one: pass "
+                    "learnable=True and a number"
+                )
+            temperature = temperature.item()
         value = _check_temperature(temperature)
         if group is not None and not gather_distributed:
             raise ValueError("group is given, so gather_distributed must be True, got False")
@@ -304,8 +311,11 @@ def _check_matrix(name: str, z: Tensor, least: int = 1) -> None:
 
 
 def _check_temperature(temperature: Any) -> float:
-    """Check a temperature and return it as a float. It may be a number of numpy."""
-    value = float(temperature) if isinstance(temperature, Real) else math.nan
+    """Check a temperature and return it as a float."""
+    try:
+        value = as_float("temperature", temperature)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
     if not 0 < value < math.inf:
         raise ValueError(f"temperature must be a positive finite number, got {temperature!r}")
     smallest, largest = _TEMPERATURES

@@ -15,6 +15,7 @@ from simclr_fast.losses.nt_xent import (
 )
 from simclr_fast.losses.ranks import RankRows
 from simclr_fast.ops import nt_xent, sup_con
+from simclr_fast.utils.numbers import as_int
 
 
 def sup_con_loss(
@@ -77,9 +78,9 @@ def multi_view_nt_xent_loss(
     temperature, reduction, group: as in `sup_con_loss`. Different ranks have different images.
     """
     if isinstance(views, Tensor):
-        if not isinstance(n_views, int) or n_views < 2:
-            raise ValueError(f"n_views must be an integer of at least 2, got {n_views!r}")
-        z = views
+        if n_views is None:
+            raise ValueError("n_views must be given with a single tensor of views, got None")
+        n_views, z = as_int("n_views", n_views, 2), views
     else:
         if len(views) < 2:
             raise ValueError(f"views must hold at least two views, got {len(views)}")

@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Callable
-from numbers import Real
 from typing import Any
 
 from torch import Tensor
 
+from simclr_fast.utils.numbers import as_float
+
+# That of float32.
+_LARGEST = 3.4e38
 # Every option of `optim.LARS` but lr and adapt. A subclass that follows another library keeps only
 # that library's options in its groups, so that states can be exchanged; the others have these
 # values.
@@ -87,19 +90,25 @@ class OptionNames:
         shown = dict(self._renamed)
         lr = options["lr"]
         for name in _NUMBERS if isinstance(lr, Tensor) else ("lr", *_NUMBERS):
-            value = options[name]
-            if not isinstance(value, Real) or isinstance(value, bool):
-                raise TypeError(f"{shown.get(name, name)} must be a number, got {value!r}")
+            here = shown.get(name, name)
+            value = as_float(here, options[name])
+            if type(options[name]) not in (int, float):
+                # Checkpoints hold numbers of Python, which are read without running code.
+                options[name] = value
+                if here in group:
+                    group[here] = value
         for name in _BOOLS:
             if not isinstance(options.get(name, True), bool):
                 raise TypeError(f"{shown.get(name, name)} must be a bool, got {options[name]!r}")
         if isinstance(lr, Tensor):
             if lr.numel() != 1 or lr.is_complex():
                 raise ValueError(f"lr must be a float or a one-element real tensor, got {lr}")
-        elif not lr >= 0:
+        elif not options["lr"] >= 0:
             raise ValueError(f"lr must be at least 0, got {lr}")
+        elif not options["lr"] < _LARGEST:
+            raise ValueError(f"lr must be finite in float32, got {lr}")
         for name in ("momentum", "weight_decay", "trust_coefficient", "eps"):
-            if not 0 <= options[name] < math.inf:
+            if not 0 <= options[name] < _LARGEST:
                 raise ValueError(
                     f"{shown.get(name, name)} must be finite and at least 0, got {options[name]}"
                 )

@@ -1,9 +1,12 @@
 """The learning rate of the SimCLR paper: its scaling with the batch, warm-up and cosine decay."""
 
 import math
+from functools import partial
 
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import Optimizer
+
+from simclr_fast.utils.numbers import as_int
 
 
 def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
@@ -14,19 +17,24 @@ def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int) -> 
     the first step of a warm-up has the learning rate 0. Call ``step()`` on the returned scheduler
     after each ``optimizer.step()``.
     """
+    warmup_steps = as_int("warmup_steps", warmup_steps)
+    total_steps = as_int("total_steps", total_steps)
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(
             "0 <= warmup_steps < total_steps is needed, got "
             f"warmup_steps={warmup_steps}, total_steps={total_steps}"
         )
 
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return step / warmup_steps
-        progress = min((step - warmup_steps) / (total_steps - warmup_steps), 1.0)
-        return (1.0 + math.cos(math.pi * progress)) / 2.0
+    # Unlike a function in a function, it can be pickled and copied. LambdaLR keeps nothing of it in
+    # its state, so a resumed run follows its own schedule.
+    return LambdaLR(optimizer, partial(_factor, warmup_steps, total_steps))
 
-    return LambdaLR(optimizer, factor)
+
+def _factor(warmup_steps: int, total_steps: int, step: int) -> float:
+    if step < warmup_steps:
+        return step / warmup_steps
+    progress = min((step - warmup_steps) / (total_steps - warmup_steps), 1.0)
+    return (1.0 + math.cos(math.pi * progress)) / 2.0
 
 
 def scaled_lr(batch_size: int, rule: str = "linear") -> float:
@@ -36,8 +44,7 @@ def scaled_lr(batch_size: int, rule: str = "linear") -> float:
         4096 images and for short runs (table B.1). "sqrt-v2": 0.1·√batch_size, that of SimCLR v2
         (arXiv:2006.10029, 2).
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    batch_size = as_int("batch_size", batch_size, 1)
     if rule == "linear":
         return 0.3 * batch_size / 256
     if rule == "sqrt":

@@ -9,6 +9,10 @@ from typing import Any, Literal
 
 from simclr_fast.augment.params import Augmentation, augmentation_from
 from simclr_fast.data.account import Account
+from simclr_fast.utils.numbers import as_float, as_int
+
+# That of float32.
+_LARGEST = 3.4e38
 
 
 @dataclass(frozen=True)
@@ -139,10 +143,10 @@ class PretrainConfig:
             "probe_every",
             "checkpoint_every",
         ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        # "not >" instead of "<=" also refuses NaN.
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, as_int(name, value, 1))
+        object.__setattr__(self, "seed", as_int("seed", self.seed))
+        # Comparisons that are false for NaN. Larger numbers overflow in float32.
         for name in (
             "width",
             "temperature",
@@ -151,12 +155,15 @@ class PretrainConfig:
             "checkpoint_minutes",
             "timeout",
         ):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+            if (value := getattr(self, name)) is None:
+                continue
+            object.__setattr__(self, name, value := as_float(name, value))
+            if not 0 < value < _LARGEST:
+                raise ValueError(f"{name} must be positive and finite, got {value}")
         for name in ("weight_decay", "warmup_epochs", "offload_gb"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+            object.__setattr__(self, name, value := as_float(name, getattr(self, name)))
+            if not 0 <= value < _LARGEST:
+                raise ValueError(f"{name} must be at least 0 and finite, got {value}")
         for name, given, modes in (
             ("micro_batch", self.micro_batch is not None, ("auto", "lockstep", "grad-cache")),
             ("offload_gb", self.offload_gb > 0, ("lockstep",)),

@@ -29,6 +29,11 @@ def pretrain(config: PretrainConfig) -> Path:
         FloatingPointError: the loss or a weight is NaN or infinite; it is in no checkpoint.
         RankFailure: another rank died or stalled; the message names it and its step.
     """
+    if config.batch_size < 2:
+        raise ValueError(
+            "batch_size must be at least 2 for pretraining, got 1: a single image has no "
+            "negatives, so its loss is always 0"
+        )
     with join_world(config.device, config.timeout) as world:
         torch.manual_seed(config.seed)
         source = open_data(config)
