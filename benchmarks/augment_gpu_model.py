@@ -54,7 +54,7 @@ def dali_bytes() -> float:
     chroma = 5 * q
     joined = (q + p + p) + 3 * q + (p + q + p)
     hsv = extremes + hue + turned + chroma + joined
-    # Of the 24 orders, half begin with an hsv step, and saturation and hue share a slot in a third.
+    # Half of the 24 orders begin with an hsv step. In a third, saturation and hue share a slot.
     first, slots = 1 / 2, 1 / 3 * 1 + 2 / 3 * 2
     jitter = 2 * linear + slots * hsv + first * (2 * q + 2 * p)
     gray, clip, blur, final = 2 * p, 2 * p, 2 * p + 2 * 2 * p, 2 * p

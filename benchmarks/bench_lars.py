@@ -234,8 +234,8 @@ def prediction(elements: int) -> str:
 @dataclass(frozen=True)
 class CommandLine(harness.CommandLine):
     models: tuple[Literal["resnet50", "vit_b_16", "small", "overhead"], ...] = ("resnet50",)
-    """Whose parameters are stepped. small: a narrow ResNet. overhead: 161 tensors of one element,
-    which time what a call costs beside the arithmetic."""
+    """Models whose parameters are updated. small: 2,000 small tensors. overhead: 161 tensors of one
+    element, which show what a call costs apart from the arithmetic."""
     busy: int = 0
     """Processes that compute meanwhile."""
     compile: bool = False

@@ -69,7 +69,7 @@ class Work(NamedTuple):
     tiles_per_program: int
     flop_per_tile: int
     product_flop: int
-    """Of the matrix product that follows, where W does not fit a program."""
+    """The flop of the matrix product that follows if W does not fit a program; else 0."""
 
     @property
     def flop(self) -> int:
@@ -77,7 +77,7 @@ class Work(NamedTuple):
 
 
 def work_of(kernel: str, made: Plan, rows: int, dim: int) -> Work:
-    """What a tile kernel computes for `rows` rows of `dim` features, padding and masks included."""
+    """The work of a tile kernel for `rows` rows of `dim` features, with padding and masks."""
     config, padded = made.config, padded_dim(dim)
     block_m, block_n = config.block_m, config.block_n
     features = max(config.block_d, padded)
@@ -146,7 +146,7 @@ def row_seconds(arch: int, rows: int, dim: int, forward: Plan, gradient: Plan) -
     ]
 
 
-def _needed(arch: int, rows: tuple[int, ...], dims: tuple[int, ...]):
+def _needed(arch: int, dims: tuple[int, ...]):
     for dim in dims:
         for kernel in ("forward", "gradient", *SYMMETRIC.values(), *OTHERS):
             if table_config(kernel, divmod(arch, 10), torch.float16, padded_dim(dim)):
@@ -154,7 +154,7 @@ def _needed(arch: int, rows: tuple[int, ...], dims: tuple[int, ...]):
 
 
 def table(archs: tuple[int, ...], rows: tuple[int, ...], dims: tuple[int, ...]) -> str:
-    keys = [key for arch in archs for key in _needed(arch, rows, dims)]
+    keys = [key for arch in archs for key in _needed(arch, dims)]
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         statics = dict(zip(keys, pool.map(nt_xent_static, *zip(*keys, strict=True)), strict=True))
     lines = [

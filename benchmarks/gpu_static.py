@@ -185,14 +185,14 @@ def argument_types(kernel, u: str, z: str) -> dict[str, str]:
     return types
 
 
-# Arguments that are None where there are no classes, and the weights of rows that all weigh 1.
+# Arguments that are None without classes. So is weight_ptr if all rows have the weight 1.
 CLASS_ARGUMENTS = ("ids_ptr", "share_ptr", "inverse_count_ptr")
 
 
 def nt_xent_static(
     kernel: str, arch: int, dtype: torch.dtype, padded: int, precision: str, **overrides: int
 ) -> Static | None:
-    """One row of the launch table, compiled; None where the table has no symmetric forward.
+    """One row of the launch table, compiled; None if the table has no symmetric forward.
 
     kernel: as in `table_config`. overrides: other compile options.
     """

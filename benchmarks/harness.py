@@ -47,7 +47,7 @@ class CommandLine:
     device: str | None = None
     """cpu or cuda; by default cuda if torch sees a GPU."""
     threads: int | None = None
-    """Of torch on the CPU; by default as many as torch takes by itself."""
+    """torch's threads on the CPU; by default as many as torch takes by itself."""
     rounds: int | None = None
     """How often every contender is timed, in turns; by default 9, or 3 with --quick."""
 

@@ -50,13 +50,13 @@ SUMMARY = (
     ("lars", "resnet50", "step", "LARS step, ResNet-50"),
     ("step", "32×32", "step", "whole training step, 256 images of 32²"),
 )
-# Not alternatives in the summary: ours in another setting, or another computation.
+# Left out of the summary: ours in another setting, or another computation.
 NO_ALTERNATIVES = ("simclr_fast foreach", "SGD fused", "dali_only")
 RESNET50_PARAMETERS = 25_557_032
 
 
 def load(subject: str, results: Path = RESULTS) -> dict[str, Any] | None:
-    """The results of a subject; None where none are recorded."""
+    """The results of a subject; None if there are none."""
     path = results / f"{subject}.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
@@ -103,7 +103,7 @@ def _table(table: dict[str, Any], facts: tuple[str, ...]) -> str:
             cells += [number(median(times[column][name])), number(ratios[column][name])]
         cells += [table["facts"][fact].get(name, "") for fact in shown]
         lines.append(f"| {' | '.join(cells)} |")
-    # What is predicted stands apart from what was measured.
+    # Predictions have a section of their own.
     notes = [note for note in table["notes"] if not note.startswith("Predicted")]
     return "\n".join([*lines, *(f"\n{note}" for note in notes)]) + "\n"
 

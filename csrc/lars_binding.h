@@ -66,7 +66,7 @@ inline Tensor owned(AtenTensorHandle t) {
   return Tensor(copy);
 }
 
-// What TORCH_BOX(kernel) would be, with TensorList for the lists of tensors.
+// Like TORCH_BOX(kernel), but with TensorList for the lists of tensors.
 template <auto kernel>
 void boxed_lars(StableIValue* arguments, uint64_t count, uint64_t) {
   using torch::stable::detail::to;

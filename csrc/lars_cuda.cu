@@ -33,7 +33,7 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kChunk = 128 * kThreads;  // 65536
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// What fits into a kernel's arguments: 32764 bytes since CUDA 12.1, 4096 before.
+// The arguments of a kernel may have 32764 bytes since CUDA 12.1, and 4096 before.
 // Fewer on the host, where the tests fill more than one list.
 #ifndef __CUDACC__
 constexpr int kMaxTensors = 24;

@@ -250,7 +250,7 @@ EMULATION_UNSEEN void launch(unsigned grid, int threads, const Kernel& kernel) {
   }
   acquire(&block.launch_end);
 #if defined(__SANITIZE_THREAD__)
-  // Not before: TSan does not report a race with a fiber that is gone.
+  // Only now, because TSan does not report a race with a fiber that was destroyed.
   while (block.tsan_count > 0) __tsan_destroy_fiber(block.tsan_fibers[--block.tsan_count]);
 #endif
 }

@@ -32,7 +32,7 @@ CLASSES = (
     "ankle-boot",
 )
 PER_CLASS = {"train": 600, "test": 100}
-# Of the training images of a class, those that "demo-held-out" keeps for comparing recipes.
+# "demo-held-out" keeps this many training images of each class for comparing recipes.
 HELD_OUT = 100
 SIZE = 32
 _SIDE = 28

@@ -132,7 +132,7 @@ def _loss(
         row_loss, lse, stats = _row_loss(u, temperature, 0, u.size(0), decoupled, statistics)
         loss = row_loss.mean() if reduction == MEAN else row_loss.sum()
     if reduction == NONE:
-        # Not a transposed view: of a single pair that would be row_loss itself.
+        # A new tensor: for a single pair, a transposed view would be row_loss itself.
         loss = torch.cat((row_loss[0::2], row_loss[1::2]))
     return LossOutput(loss, row_loss, lse, stats, u, inv_norm, kept)
 

@@ -280,7 +280,7 @@ def test_a_read_only_folder_is_named_and_keeps_its_checkpoint(tmp_path):
 
 
 def test_a_kill_at_any_moment_loses_no_checkpoint(tmp_path):
-    """Killed 3 times while it does nothing but save; whatever it said was saved is there."""
+    """It is killed 3 times while it saves. Every checkpoint that it reported is there."""
     for moment in range(3):
         folder = tmp_path / str(moment)
         process = subprocess.Popen(
