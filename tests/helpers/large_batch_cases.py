@@ -3,6 +3,9 @@
 import torch
 from torch import nn
 
+from simclr_fast.large_batch import LargeBatch
+from simclr_fast.large_batch.schedule import Schedule, Stage
+from simclr_fast.large_batch.trace import Graph
 from simclr_fast.losses.nt_xent import nt_xent_loss
 from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector
 from simclr_fast.optim.lars import LARS, lars_param_groups
@@ -20,7 +23,25 @@ MODES = [
 
 
 def mode_name(mode):
-    return "-".join(map(str, mode.values()))
+    values = [v if isinstance(v, dict) else {"": v} for v in mode.values()]
+    return "-".join(
+        f"{name}{'=' if name else ''}{v}" for found in values for name, v in found.items()
+    )
+
+
+def in_stages(model, micro_batch=5, gram=True, sizes=(), bytes=(None, 0), **choices):
+    """A schedule: stages of the given numbers of blocks, then of one block each."""
+    blocks = len(Graph(model).blocks)
+    sizes = [*sizes, *[1] * (blocks - sum(sizes))]
+    return Schedule(micro_batch, tuple(Stage(n, **choices) for n in sizes), gram, *bytes)
+
+
+def large_batch(model, *, choices=None, micro_batch=None, **mode):
+    """LargeBatch; choices: of a schedule, see `in_stages`."""
+    if choices is None:
+        return LargeBatch(model, micro_batch=micro_batch, **mode)
+    schedule = in_stages(model, micro_batch or 5, **choices)
+    return LargeBatch(model, schedule=schedule, **mode)
 
 
 def views(first=0, last=PAIRS, size=16):
@@ -42,6 +63,25 @@ def simclr(name, stem="cifar-stride2", width=0.0625):
     torch.manual_seed(1)
     encoder, dim = build_encoder(name, width=width, image_size=16, stem=stem)
     return lively(SimCLR(encoder, build_projector("nonlinear", dim, 8)))
+
+
+def expanding():
+    """1×1 convolutions to more channels: with stride, bias, frozen weight, and norms of every
+    option. In one and two dimensions, with ReLU and without."""
+    torch.manual_seed(1)
+    frozen = nn.Conv2d(16, 40, 1)
+    frozen.weight.requires_grad_(False)
+    return lively(
+        nn.Sequential(
+            *(nn.Conv2d(3, 6, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU()),
+            *(nn.Conv2d(6, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+            *(nn.Conv2d(8, 16, 1, stride=(2, 3)), nn.BatchNorm2d(16, affine=False), nn.ReLU()),
+            *(frozen, nn.BatchNorm2d(40, momentum=None), nn.ReLU()),
+            *(nn.Conv2d(40, 4, 1, groups=2), nn.BatchNorm2d(4), nn.Flatten(2)),
+            *(nn.Conv1d(4, 8, 1), nn.BatchNorm1d(8, track_running_stats=False), nn.Hardtanh(-9, 9)),
+            *(nn.Flatten(), nn.Linear(384, 8), nn.BatchNorm1d(8)),
+        )
+    )
 
 
 def loss_fn(outputs, group=None):

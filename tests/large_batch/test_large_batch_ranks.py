@@ -10,6 +10,8 @@ from large_batch_cases import (
     MODES,
     PAIRS,
     assert_equal,
+    expanding,
+    large_batch,
     loss_fn,
     mode_name,
     plain_autograd,
@@ -24,14 +26,29 @@ from simclr_fast.large_batch import LargeBatch
 # Pairs of views per rank.
 SHARES = {1: [PAIRS], 2: [4, 3], 4: [3, 0, 2, 2]}
 LOCKSTEP = {"memory": "lockstep", "micro_batch": 5}
+KEPT = {"memory": "lockstep", "micro_batch": 3}
+CHOICES = [
+    {"turn": "mask"},
+    {"turn": "again", "input": "once", "output": "again"},
+    {"wide": "kept", "inner": "kept"},
+    {"gram": False, "turn": "mask"},
+]
 CASES = [
     (1, "resnet18", LOCKSTEP),
     *((ranks, "resnet18", mode) for ranks in (2, 4) for mode in [*MODES[:2], LOCKSTEP]),
     *((ranks, "resnet50", LOCKSTEP | {"keep_every": 2}) for ranks in (2, 4)),
     (2, "resnet18", LOCKSTEP | {"compile": True}),
     (4, "resnet50", {"memory": "replay"}),
+    *(
+        (ranks, name, KEPT | {"choices": choices})
+        for ranks in (2, 4)
+        for name in ("resnet18", "resnet50", "expanding")
+        for choices in CHOICES
+    ),
+    (2, "resnet50", KEPT | {"choices": {}, "compile": True}),
     *((ranks, "mlp", {"memory": "grad-cache", "micro_batch": 3}) for ranks in (2, 4)),
 ]
+COUNTED = [LOCKSTEP, LOCKSTEP | {"compile": True}, *(KEPT | {"choices": c} for c in CHOICES)]
 
 
 def case_name(case):
@@ -39,6 +56,8 @@ def case_name(case):
 
 
 def build(name):
+    if name == "expanding":
+        return expanding()
     if name != "mlp":
         return simclr(name)
     torch.manual_seed(1)
@@ -58,9 +77,9 @@ def worker(rank, folder):
             result = step(build(name), one_step(rank, ranks, groups[ranks], mode))
             torch.save(result, f"{folder}/{case_name(case)}-{rank}.pt")
     if rank < 2:
-        for compiled in (False, True):
-            found = count_collectives(rank, groups[2], compiled)
-            torch.save(found, f"{folder}/collectives-{compiled}-{rank}.pt")
+        for mode in COUNTED:
+            found = count_collectives(rank, groups[2], mode)
+            torch.save(found, f"{folder}/collectives-{mode_name(mode)}-{rank}.pt")
         torch.save(overflow(rank, groups[2]), f"{folder}/overflow-{rank}.pt")
         for mode in ({"memory": "plain"}, LOCKSTEP):
             torch.save(
@@ -77,13 +96,13 @@ def share(rank, ranks):
 
 def one_step(rank, ranks, group, mode):
     def backward(model):
-        engine = LargeBatch(model, group=group, **mode)
+        engine = large_batch(model, group=group, **mode)
         return engine.backward(share(rank, ranks), lambda o: loss_fn(o, group))
 
     return backward
 
 
-def count_collectives(rank, group, compiled):
+def count_collectives(rank, group, mode):
     counts = Counter()
     # Of one collective torch has several names, old and new.
     kinds = {
@@ -103,7 +122,7 @@ def count_collectives(rank, group, compiled):
         return call
 
     model = simclr("resnet18")
-    engine = LargeBatch(model, group=group, compile=compiled, **LOCKSTEP)
+    engine = large_batch(model, group=group, **mode)
     try:
         for name in originals:
             setattr(dist, name, counting(name))
@@ -172,14 +191,14 @@ def test_equals_one_process(ranks, expected, case):
         assert_equal(torch.load(ranks / f"{case_name(case)}-{rank}.pt"), expected[case[1]])
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_collectives(ranks, compiled):
+@pytest.mark.parametrize("mode", COUNTED, ids=mode_name)
+def test_collectives(ranks, mode):
     """One per batch norm and direction, and one per block for the gradients."""
     norms = sum(
         isinstance(m, nn.modules.batchnorm._BatchNorm) for m in simclr("resnet18").modules()
     )
     for rank in range(2):
-        counts, blocks = torch.load(ranks / f"collectives-{compiled}-{rank}.pt")
+        counts, blocks = torch.load(ranks / f"collectives-{mode_name(mode)}-{rank}.pt")
         # One gather more: the ranks tell each other their numbers of rows.
         assert counts == {"gather": norms + 1, "all_reduce": norms + blocks}
 

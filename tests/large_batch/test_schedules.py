@@ -5,12 +5,24 @@ import itertools
 
 import pytest
 import torch
-from large_batch_cases import assert_equal, lively, loss_fn, plain_autograd, simclr, step, views
+from large_batch_cases import (
+    assert_equal,
+    expanding,
+    in_stages,
+    large_batch,
+    lively,
+    loss_fn,
+    plain_autograd,
+    simclr,
+    step,
+    views,
+)
 from test_large_batch import chain, timm_norm_act, timm_resnet, torchvision_resnet
 
-from simclr_fast.large_batch import LargeBatch
+from simclr_fast.large_batch import LargeBatch, demand
+from simclr_fast.large_batch import global_batch_norm as gbn
+from simclr_fast.large_batch.gram import Gram
 from simclr_fast.large_batch.schedule import Schedule, Stage
-from simclr_fast.large_batch.trace import Graph
 
 CHOICES = [
     {},
@@ -24,6 +36,8 @@ CHOICES = [
     {"gram": False},
     {"gram": False, "turn": "mask", "input": "again"},
 ]
+# Nothing of the block's input is at hand, so bits are read.
+MASKED = {"turn": "mask", "input": "again"}
 REFERENCES = {}
 
 
@@ -33,16 +47,9 @@ def reference(name):
     return REFERENCES[name]
 
 
-def in_stages(model, micro_batch=5, gram=True, sizes=(), **choices):
-    """Stages of the given numbers of blocks, then of one block each."""
-    blocks = len(Graph(model).blocks)
-    sizes = [*sizes, *[1] * (blocks - sum(sizes))]
-    return Schedule(micro_batch, tuple(Stage(n, **choices) for n in sizes), gram)
-
-
 def lockstep(model, micro_batch=5, compile=False, **choices):
-    schedule = in_stages(model, micro_batch, **choices)
-    return LargeBatch(model, schedule=schedule, compile=compile).backward(views(), loss_fn)
+    engine = large_batch(model, micro_batch=micro_batch, compile=compile, choices=choices)
+    return engine.backward(views(), loss_fn)
 
 
 @pytest.mark.parametrize("choices", CHOICES, ids=str)
@@ -82,6 +89,48 @@ def test_models_of_other_libraries(build, choices):
         model[11].eval()
     expected = step(copy.deepcopy(model), plain_autograd)
     assert_equal(step(model, lambda m: lockstep(m, **choices)), expected)
+
+
+@pytest.mark.parametrize("micro_batch", [5, 14])
+@pytest.mark.parametrize("choices", CHOICES, ids=str)
+def test_expanding_convolutions_of_every_kind(choices, micro_batch):
+    expected = step(expanding(), plain_autograd)
+    found = step(expanding(), lambda m: lockstep(m, micro_batch, **choices))
+    assert_equal(found, expected)
+
+
+def forgets(name):
+    """A planted fault: `name` of a Gram is zero once its sums are known."""
+
+    def plant(original):
+        def finish(self, s, whole):
+            found = original(self, s, whole)
+            setattr(self, name, getattr(self, name) * 0)
+            return found
+
+        return finish
+
+    return plant
+
+
+FAULTS = {
+    "a Gram of one micro-batch": (Gram, "see", lambda f: lambda self, y: self.n or f(self, y)),
+    "no term with the statistics": (Gram, "finish", forgets("back")),
+    "no constant term": (Gram, "finish", forgets("constant")),
+    "sums of one micro-batch": (gbn, "join_sums", lambda f: lambda parts, *a: f(parts[:1], *a)),
+    "bits of the other sign": (demand, "pack", lambda f: lambda t, layout: f(-t, layout)),
+    "no gradient of ones": (demand, "_ones_gradient", lambda f: lambda *a: f(*a) * 0),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_seen(fault, monkeypatch):
+    where, name, plant = FAULTS[fault]
+    monkeypatch.setattr(where, name, plant(getattr(where, name)))
+    with pytest.raises(AssertionError):
+        assert_equal(
+            step(simclr("resnet50"), lambda m: lockstep(m, **MASKED)), reference("resnet50")
+        )
 
 
 @pytest.fixture
