@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from simclr_fast.losses.nt_xent import nt_xent_loss
+from simclr_fast.losses.nt_xent import has_ambient_state, nt_xent_loss
 
 # tf.math.l2_normalize divides by the norm, but by no less than this.
 _LEAST_NORM = 1e-6
@@ -18,28 +18,33 @@ def add_contrastive_loss(
     temperature: float = 1.0,
     tpu_context: None = None,
     weights: float | Tensor = 1.0,
+    *,
+    strategy: None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum of both views' losses, each a mean over N rows. It is twice `nt_xent_loss`.
 
     hidden: [2N, D], view 1 first.
     hidden_norm: False: do not normalise the rows. The loss then needs O(N²) memory.
-    tpu_context: must be None; `nt_xent_loss` has `group` for several processes.
+    tpu_context, strategy: must be None; `nt_xent_loss` has `group` for several processes. The first
+        is an argument of the TensorFlow 1 version, the second of that for TensorFlow 2.
     weights: a number, or one for each pair, [N]. As in TensorFlow, the weighted losses are divided
         by the number of weights that are not zero.
 
-    On the CPU, rows shorter than 1e-6 are divided by 1e-6, as TensorFlow does. On other devices
-    they get length 1, as in `nt_xent_loss`, because the host would have to wait to see them.
+    On the CPU, rows shorter than 1e-6 are divided by 1e-6, as TensorFlow does. On other devices and
+    under torch.compile they get length 1, as in `nt_xent_loss`: the host would have to wait to see
+    them.
 
     Returns:
         The loss, the logits of view 1 against view 2 [N, N], and the labels [N, 2N] (one-hot, for
         the logits [N, 2N] of a whole row). Logits and labels need O(N²) memory.
         `nt_xent_loss(..., return_stats=True)` has accuracy and entropy without them.
     """
-    if tpu_context is not None:
-        raise ValueError(
-            f"tpu_context must be None, got {tpu_context!r}; for several processes use "
-            "simclr_fast.nt_xent_loss(..., group=...)"
-        )
+    for name, value in (("tpu_context", tpu_context), ("strategy", strategy)):
+        if value is not None:
+            raise ValueError(
+                f"{name} must be None, got {value!r}; for several processes use "
+                "simclr_fast.nt_xent_loss(..., group=...)"
+            )
     if hidden.dim() != 2 or len(hidden) % 2:
         raise ValueError(
             f"hidden must be [2N, D], both views of each image, got {list(hidden.shape)}"
@@ -68,7 +73,8 @@ def add_contrastive_loss(
 
 
 def _has_short_rows(norms: Tensor) -> bool:
-    can_look = norms.device.type == "cpu" and not torch.compiler.is_compiling()
+    # Only plain tensors on the CPU have values that Python may branch on.
+    can_look = norms.device.type == "cpu" and type(norms) is Tensor and not has_ambient_state()
     return can_look and bool((norms < _LEAST_NORM).any())
 
 

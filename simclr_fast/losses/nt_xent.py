@@ -332,7 +332,7 @@ def _temperature_tensor(temperature: float | Tensor, z: Tensor) -> Tensor:
     dtype = statistics_dtype(z.dtype)
     if not isinstance(temperature, Tensor):
         value = _check_temperature(temperature)
-        if z.device.type == "cpu" and type(z) is Tensor and not _has_ambient_state():
+        if z.device.type == "cpu" and type(z) is Tensor and not has_ambient_state():
             return _cpu_scalar(value, dtype)
         return torch.full((), value, dtype=dtype, device=z.device)
     if temperature.dim() != 0 or not temperature.dtype.is_floating_point:
@@ -345,7 +345,7 @@ def _temperature_tensor(temperature: float | Tensor, z: Tensor) -> Tensor:
     return temperature.to(z.device, dtype)
 
 
-def _has_ambient_state() -> bool:
+def has_ambient_state() -> bool:
     """Whether a tensor that is created now may not be a plain one, and must not be cached.
 
     While modes (FakeTensorMode, a default device), transforms of torch.func or torch.compile are

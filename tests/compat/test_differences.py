@@ -420,10 +420,11 @@ def test_self_supervised_loss_wraps_only_our_loss():
     metric.SelfSupervisedLoss(metric.NTXentLoss(), symmetric=False)(*views())
 
 
-@difference("google-research/simclr", "`add_contrastive_loss`: `tpu_context` must be None")
-def test_a_tpu_context_is_refused():
-    with pytest.raises(ValueError, match="tpu_context must be None"):
-        google_simclr.add_contrastive_loss(torch.cat(views()), tpu_context=object())
+@difference("google-research/simclr", "`add_contrastive_loss`: `tpu_context` (TensorFlow 1)")
+def test_contexts_of_tensorflow_are_refused():
+    for name in ("tpu_context", "strategy"):
+        with pytest.raises(ValueError, match=f"{name} must be None"):
+            google_simclr.add_contrastive_loss(torch.cat(views()), **{name: object()})
 
 
 @difference("google-research/simclr", "`add_contrastive_loss`: on the CPU, rows shorter")
@@ -432,10 +433,13 @@ def test_short_rows_in_google_simclrs_loss():
     z = torch.cat(views(scale=1e-8))
     loss = google_simclr.add_contrastive_loss(z)[0]
     assert not torch.allclose(loss, 2 * nt_xent_loss(z, temperature=1.0))
-    with FakeTensorMode():
-        hidden = torch.empty(12, 5, device="meta")
-        loss, logits, labels = google_simclr.add_contrastive_loss(hidden)
-    assert (loss.shape, logits.shape, labels.shape) == ((), (6, 6), (6, 12))
+    for device in ("meta", "cpu"):
+        with FakeTensorMode():
+            hidden = torch.empty(12, 5, device=device)
+            loss, logits, labels = google_simclr.add_contrastive_loss(hidden)
+        assert (loss.shape, logits.shape, labels.shape) == ((), (6, 6), (6, 12))
+    compiled = torch.compile(google_simclr.add_contrastive_loss, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(z)[0], 2 * nt_xent_loss(z, temperature=1.0))
 
 
 @difference("timm", "`Lars`: `foreach=None` uses the native kernels")
