@@ -172,6 +172,22 @@ def negatives_kernel(
     store_partial(partial_ptr, at, plane, top, sums, moment, low, inside, STATISTICS)
 
 
+@triton.jit
+def first_row(tile, BLOCK_M: tl.constexpr):
+    """The first row of a tile of one view. Tiles 2k and 2k + 1 alternate in 2 BM rows."""
+    return tile // 2 * 2 * BLOCK_M + tile % 2
+
+
+@triton.jit
+def column_slot(b, own, chunks, other_slots, STATISTICS: tl.constexpr):
+    """The slot for the results that tile I gives to tile I + b. own: whether b is even."""
+    if STATISTICS:
+        slot = tl.where(own == 0, chunks, other_slots + chunks - 1) + b // 2
+    else:
+        slot = chunks + b - 1
+    return slot
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def symmetric_kernel(
     u_ptr,  # [M, D_pad], float16 or float32
@@ -201,7 +217,7 @@ def symmetric_kernel(
     chunks = tl.num_programs(1)
     half = tiles // 2
     r = tl.arange(0, BLOCK_M)
-    row = tile // 2 * 2 * BLOCK_M + tile % 2
+    row = first_row(tile, BLOCK_M)
     q = query_tile(u_ptr, row, total, PADDED, BLOCK_M, BLOCK_D, 2)
     reset(counter_ptr)
 
@@ -234,7 +250,7 @@ def symmetric_kernel(
             for b in range(first, last, KINDS):
                 key_tile = tile + b
                 key_tile -= tl.where(key_tile >= tiles, tiles, 0)
-                key = key_tile // 2 * 2 * BLOCK_M + key_tile % 2
+                key = first_row(key_tile, BLOCK_M)
                 x, _ = scores(
                     u_ptr,
                     queries=q,
@@ -263,10 +279,7 @@ def symmetric_kernel(
                     top, sums, moment, t_top, t_sums, t_moment, PASS == LOW_PASS, STATISTICS
                 )
                 t_top, t_sums, t_moment = sums_along(x, 0, PASS == LOW_PASS, STATISTICS)
-                if STATISTICS:
-                    slot = tl.where(own == 0, chunks, other_slots + chunks - 1) + b // 2
-                else:
-                    slot = chunks + b - 1
+                slot = column_slot(b, own, chunks, other_slots, STATISTICS)
                 at = tl.cast(slot, tl.int64) * total + key + 2 * r
                 # For b = 0 the sums along the rows are all results.
                 store_partial(
@@ -276,12 +289,8 @@ def symmetric_kernel(
         at = tl.cast(own * other_slots + chunk, tl.int64) * total + row + 2 * r
         store_partial(partial_ptr, at, plane, top, sums, moment, low, r >= 0, STATISTICS)
     # The slots of the visits with b = T / 2 that were skipped: results without keys.
-    if STATISTICS:
-        slot = tl.where(half % 2 == 1, chunks, other_slots + chunks - 1) + half // 2
-    else:
-        slot = chunks + half - 1
-    partner = tile - half
-    at = tl.cast(slot, tl.int64) * total + partner // 2 * 2 * BLOCK_M + partner % 2 + 2 * r
+    slot = column_slot(half, (half + 1) % 2, chunks, other_slots, STATISTICS)
+    at = tl.cast(slot, tl.int64) * total + first_row(tile - half, BLOCK_M) + 2 * r
     nothing = tl.zeros([BLOCK_M], tl.float32)
     store_partial(
         partial_ptr, at, plane, nothing + LOWEST, nothing, nothing, low,
