@@ -29,13 +29,14 @@ _COSINE_ERROR = 1e-3
 class Inference:
     """An encoder in eval mode: images [N, 3, H, W] → float32 features [N, feature_dim].
 
-    On GPUs it computes under autocast. The first batch is computed in float32 as well; if the two
-    features of any image have a cosine similarity below 1 - 1e-3, all batches use float32.
+    On the CPU it computes in float32. On GPUs it computes under autocast, and the first batch in
+    float32 as well; if the two features of any image have a cosine similarity below 1 - 1e-3, all
+    batches use float32.
     """
 
     def __init__(self, encoder: nn.Module, device: torch.device) -> None:
         self.encoder, self.device = encoder.to(device).eval(), device
-        self.dtype = autocast_dtype("auto", device)
+        self.dtype = _autocast_dtype(device)
         self.checked = self.dtype is None
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -51,6 +52,10 @@ class Inference:
             return exact
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             return self.encoder(images).float()
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    return None if device.type == "cpu" else autocast_dtype("auto", device)
 
 
 def features(
@@ -104,7 +109,7 @@ def cached_features(
     """
     folder = folder or cache_folder() / "features"
     name_of_file = fingerprint(encoder, source, augmentation)
-    if dtype := autocast_dtype("auto", torch.device(device)):
+    if dtype := _autocast_dtype(torch.device(device)):
         name_of_file += f"-{str(dtype).removeprefix('torch.')}"
     path = folder / f"{name_of_file}.npy"
     if not path.exists():

@@ -89,8 +89,8 @@ class PretrainConfig:
     backend: Literal["fused", "dali"] | None = None
     """How views are made. By default chosen by the device and the data."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto: float32 on the CPU; bfloat16 autocast on GPUs that compute in it; float16 autocast with
-    a scaled loss on other GPUs."""
+    """auto: bfloat16 autocast on GPUs and CPUs that compute in it (AVX512_BF16, AMX, Arm BF16);
+    float16 autocast with a scaled loss on other GPUs; float32 on other CPUs."""
     memory: Literal["auto", "plain", "replay", "lockstep", "grad-cache"] = "auto"
     """How the gradient of the batch fits into memory; see simclr_fast.large_batch.LargeBatch. auto:
     the first mode that `simclr-fast plan` predicts to fit."""

@@ -59,15 +59,32 @@ def resolve_device(text: str) -> torch.device:
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """The dtype of torch.autocast for `precision` on `device`; None for no autocast.
 
-    "auto": on a GPU bfloat16 if its hardware computes in it, else float16; on other devices None.
+    "auto": bfloat16 on GPUs and CPUs whose hardware computes in it, float16 on other GPUs, and None
+    elsewhere.
     """
     if precision == "auto":
+        if device.type == "cpu":
+            return torch.bfloat16 if cpu_computes_bfloat16() else None
         if device.type != "cuda":
             return None
         # Older GPUs only emulate bfloat16, more slowly than float32.
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
     return None if precision == "float32" else getattr(torch, precision)
+
+
+def cpu_computes_bfloat16() -> bool:
+    """Whether torch multiplies bfloat16 matrices in this CPU's hardware.
+
+    It needs oneDNN and AVX512_BF16, AMX or Arm's BF16. Without them float32 is faster.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if not hasattr(torch.cpu, "get_capabilities"):
+        # An older torch, such as 2.10, cannot tell for Arm.
+        return torch.cpu._is_avx512_bf16_supported()
+    has = torch.cpu.get_capabilities()
+    return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def free_memory(device: torch.device) -> float:

@@ -356,7 +356,7 @@ class Encoder(torch.nn.Module):
 
 @pytest.mark.parametrize(("coarse", "casts"), [(1e-3, True), (0.3, False), (torch.nan, False)])
 def test_autocast_only_where_the_features_stay(monkeypatch, coarse, casts):
-    monkeypatch.setattr(module, "autocast_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(module, "_autocast_dtype", lambda *_: torch.bfloat16)
     encoder = Encoder(coarse)
     infer = module.Inference(encoder, torch.device("cpu"))
     images = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(1))
@@ -373,7 +373,7 @@ def test_cached_features_of_another_precision_are_not_read(tmp_path, monkeypatch
     source = ArraySource(small_images())
     encoder, augmentation = Encoder(0), Augmentation(size=8)
     cached_features(encoder, source, augmentation, folder=tmp_path)
-    monkeypatch.setattr(module, "autocast_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(module, "_autocast_dtype", lambda *_: torch.bfloat16)
     cached_features(encoder, source, augmentation, folder=tmp_path)
     assert len(list(tmp_path.glob("*.npy"))) == 2
     assert len(list(tmp_path.glob("*-bfloat16.npy"))) == 1

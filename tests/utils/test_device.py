@@ -82,10 +82,33 @@ def test_precision_auto_avoids_emulated_bfloat16(gpus, monkeypatch, major, dtype
 
 def test_every_precision_has_its_dtype():
     cpu = torch.device("cpu")
-    assert autocast_dtype("auto", cpu) is None
+    assert autocast_dtype("auto", torch.device("mps")) is None
     assert autocast_dtype("float32", GPU) is None
     assert autocast_dtype("bfloat16", cpu) is torch.bfloat16
     assert autocast_dtype("float16", GPU) is torch.float16
+
+
+@pytest.mark.parametrize(
+    ("has", "onednn", "dtype"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, True, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": True}, True, torch.bfloat16),
+        ({"bf16": True}, True, torch.bfloat16),
+        ({"avx512_bf16": False, "avx512_f": True}, True, None),
+        ({"avx512_bf16": True}, False, None),
+    ],
+)
+def test_bfloat16_is_taken_where_the_cpu_has_it(monkeypatch, has, onednn, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
+    assert autocast_dtype("auto", torch.device("cpu")) is dtype
+    # torch 2.10 has one question for x86, and none for Arm.
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    old = has.get("avx512_bf16", False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: old)
+    assert autocast_dtype("auto", torch.device("cpu")) is (
+        torch.bfloat16 if old and onednn else None
+    )
 
 
 def test_cached_memory_is_free(monkeypatch):
