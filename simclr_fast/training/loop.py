@@ -126,16 +126,23 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
             world.mark(step + 1, "training")
             seed_step(config.seed, step, world.device, world.rank)
 
+            # Not None if a line is written after this step.
+            line = metrics if metrics is not None and metrics.wants(step + 1) else None
+
             def loss_fn(
-                outputs: tuple[Tensor, Tensor], index: Tensor = index
+                outputs: tuple[Tensor, Tensor], index: Tensor = index, line: Metrics | None = line
             ) -> tuple[Tensor, dict[str, Tensor]]:
                 loss, shown = task.loss(outputs, index)
                 if probe is not None:
                     probe.take(outputs[0])
+                if line is not None:
+                    line.look(*outputs, loader.n_views)
                 return scaler.scale(loss), shown
 
             optimizer.zero_grad(set_to_none=True)
             _, shown = large_batch.backward(views, loss_fn, loader.row_counts())
+            if line is not None:
+                line.measure_gradients(model, scaler.get_scale())
             lr = optimizer.param_groups[0]["lr"]
             # All ranks have the same averaged gradients, so all skip the same overflowing steps.
             scaler.step(optimizer)

@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from simclr_fast.evaluation.geometry import alignment, effective_rank, uniformity
 from simclr_fast.training.config import PretrainConfig
 from simclr_fast.utils.extras import need
 from simclr_fast.utils.lines import keep_until
@@ -19,6 +21,13 @@ log = logging.getLogger(__name__)
 _SLOW_DATA = 5.0
 # Shorter measurements of the waiting time, in seconds, are not trusted.
 _MEASURED = 1.0
+# Images whose two views are looked at for the ranks of h and z.
+_LOOKED_AT = 256
+# A run is said to stall if its loss is above this share of the chance level after this many steps
+# and this share of the run.
+_STALLED, _STALL_STEPS, _STALL_SHARE = 0.98, 300, 0.15
+# An effective rank below this is a collapse: all rows have nearly one direction.
+_COLLAPSED = 1.5
 
 
 class Metrics:
@@ -34,7 +43,9 @@ class Metrics:
         self.first, self.total = first, total
         # Seconds that were spent waiting for data since the last line.
         self.waited = 0.0
-        self._advised = False
+        self._advice_given: set[str] = set()
+        self._rows: list[Tensor] = []
+        self._grad_norms: dict[str, Tensor] = {}
 
     def __enter__(self) -> "Metrics":
         keep_until(self.path, self.first)
@@ -58,6 +69,26 @@ class Metrics:
         self._bar.close()
         self._file.close()
 
+    def wants(self, step: int) -> bool:
+        """Whether a line is written after `step`."""
+        return step % self.config.log_every == 0 or step == self.total
+
+    def look(self, h: Tensor, z: Tensor, n_views: int) -> None:
+        """Keep some rows of this rank's h and z, both [n_views · n, D], for the next line."""
+        n = len(h) // n_views
+        first = min(n, _LOOKED_AT)
+        if first > 1:
+            starts = range(0, n_views * n, n)
+            self._rows = [torch.cat([x.detach()[i : i + first] for i in starts]) for x in (h, z)]
+
+    def measure_gradients(self, model: nn.Module, scale: float) -> None:
+        """Norms of the gradients of the encoder and of the projector, which are `scale` times
+        the loss's, for the next line."""
+        for name, part in model.named_children():
+            grads = [p.grad for p in part.parameters() if p.grad is not None]
+            if grads:
+                self._grad_norms[f"grad_norm_{name}"] = nn.utils.get_total_norm(grads) / scale
+
     def after_step(self, step: int, shown: dict[str, Tensor], lr: float) -> None:
         """Count a step. Every `log_every` steps, read `shown` from the device and write a line.
 
@@ -67,9 +98,14 @@ class Metrics:
             FloatingPointError: the loss is NaN or infinite.
         """
         self._bar.update(self.config.batch_size)
-        if step % self.config.log_every and step != self.total:
+        if not self.wants(step):
             return
         values = {name: value.item() for name, value in shown.items()}
+        contrastive = self.name == "pretrain"
+        if contrastive:
+            values["chance_loss"] = math.log(2 * self.config.batch_size - 1)
+        values |= {name: value.item() for name, value in self._grad_norms.items()}
+        values |= self._geometry(contrastive)
         now = time.perf_counter()
         seconds = now - self._since
         row = {
@@ -93,17 +129,53 @@ class Metrics:
             )
         # The first measurement includes the start of the run: give no advice on it.
         if self._logged != self.first and seconds > _MEASURED:
-            self._advise(row["data_wait_percent"])
+            waited = row["data_wait_percent"]
+            self._advise(waited > _SLOW_DATA, _SLOW, f"{waited:.0f}%")
+        if contrastive:
+            self._advise_on_learning(step, row)
         self._since, self._logged, self.waited = now, step, 0.0
 
-    def _advise(self, waited: float) -> None:
-        """Say once what to try when the data are slow."""
-        if waited > _SLOW_DATA and not self._advised:
-            self._advised = True
-            log.warning("%.0f%% of the time is spent waiting for data. %s", waited, _REMEDIES)
+    def _geometry(self, contrastive: bool) -> dict[str, float]:
+        """Effective ranks, alignment and uniformity of the rows that `look` kept."""
+        rows, self._rows = self._rows, []
+        # After an infinity or NaN the loss is not finite either, which ends the run.
+        if not rows or not all(torch.isfinite(x).all() for x in rows):
+            return {}
+        h, z = rows
+        found = {"rank_h": effective_rank(h)}
+        if contrastive:
+            n = len(z) // 2
+            found["rank_z"] = effective_rank(z)
+            found["alignment"] = alignment(z[:n], z[n : 2 * n])
+            found["uniformity"] = uniformity(z)
+        return found
+
+    def _advise_on_learning(self, step: int, row: dict[str, Any]) -> None:
+        begun = step >= max(_STALL_STEPS, _STALL_SHARE * self.total)
+        chance = row["chance_loss"]
+        stalled = begun and self.config.loss == "nt-xent" and row["loss"] > _STALLED * chance
+        self._advise(stalled, _STALL, f"{row['loss']:.2f}", f"{chance:.2f}", str(step))
+        rank = min(row.get("rank_h", math.inf), row.get("rank_z", math.inf))
+        self._advise(begun and rank < _COLLAPSED, _COLLAPSE, f"{rank:.2f}", str(step))
+
+    def _advise(self, needed: bool, text: str, *values: str) -> None:
+        """Log `text` as a warning if it is needed, once in a run."""
+        if needed and text not in self._advice_given:
+            self._advice_given.add(text)
+            log.warning(text, *values)
 
 
-_REMEDIES = (
-    "Try --workers with the number of free cores; smaller image files (a side of 256 pixels is "
-    "enough for views of 224); shards (.tar) instead of many files on a network disk."
+_SLOW = (
+    "%s of the time is spent waiting for data. Try --workers with the number of free cores; "
+    "smaller image files (a side of 256 pixels is enough for views of 224); shards (.tar) instead "
+    "of many files on a network disk."
+)
+_STALL = (
+    "the loss, %s, is still near its chance level, %s, at step %s: the encoder has learnt almost "
+    "nothing. Try a lower --temperature, another --lr, or a longer --warmup-epochs, and look at "
+    "the views with simclr-fast preview: can you tell that they belong together?"
+)
+_COLLAPSE = (
+    "the embeddings have collapsed: their effective rank is %s at step %s, so all images are "
+    "mapped to nearly one direction. Lower --lr and start again, or from an older checkpoint."
 )

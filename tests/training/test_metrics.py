@@ -1,0 +1,111 @@
+"""What a run tells of itself while it trains."""
+
+import json
+import logging
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_runs import TINY
+from torch import nn
+from torch.nn import functional as F
+
+from simclr_fast.evaluation import geometry
+from simclr_fast.training.metrics import Metrics
+
+
+def orthogonal(n, dim, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(dim, n, dtype=torch.float64, generator=generator)).Q.T
+
+
+def test_effective_rank():
+    basis = orthogonal(6, 10)
+    assert geometry.effective_rank(basis) == pytest.approx(6, rel=1e-4)
+    assert geometry.effective_rank(basis[:1].expand(8, -1)) == pytest.approx(1, abs=1e-4)
+    # Singular values 3, 1: probabilities 3/4, 1/4.
+    expected = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
+    assert geometry.effective_rank(basis[:2] * torch.tensor([[3], [1]])) == pytest.approx(
+        expected, rel=1e-4
+    )
+
+
+def test_alignment_and_uniformity_are_those_of_the_paper():
+    generator = torch.Generator().manual_seed(0)
+    u, v = torch.randn(2, 9, 5, dtype=torch.float64, generator=generator)
+    units = [F.normalize(x) for x in (u, v)]
+    expected = sum(((a - b) ** 2).sum() for a, b in zip(*units, strict=True)) / 9
+    assert geometry.alignment(u, v) == pytest.approx(expected.item())
+    pairs = [(i, j) for i in range(9) for j in range(i)]
+    terms = [math.exp(-2 * ((units[0][i] - units[0][j]) ** 2).sum()) for i, j in pairs]
+    assert geometry.uniformity(u) == pytest.approx(math.log(sum(terms) / len(terms)))
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    config = replace(TINY, batch_size=4, log_every=2)
+    with Metrics("pretrain", tmp_path / "metrics.jsonl", config, 0, 2000) as metrics:
+        yield metrics
+
+
+def lines(metrics):
+    return [json.loads(line) for line in metrics.path.read_text().splitlines()]
+
+
+def shown(loss):
+    return {"loss": torch.tensor(loss), "contrastive_accuracy": torch.tensor(0.5)}
+
+
+def test_a_line_holds_gradients_ranks_and_the_chance_level(metrics):
+    generator = torch.Generator().manual_seed(0)
+    h, z = torch.randn(8, 6, generator=generator), torch.randn(8, 3, generator=generator)
+    model = nn.Sequential()
+    model.add_module("encoder", nn.Linear(2, 2))
+    model.add_module("projector", nn.Linear(2, 1, bias=False))
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 3.0)
+    assert [metrics.wants(step) for step in (1, 2, 3, 2000)] == [False, True, False, True]
+    metrics.look(h, z, 2)
+    metrics.measure_gradients(model, 2.0)
+    metrics.after_step(1, shown(1.5), 0.1)
+    assert lines(metrics) == []
+    metrics.after_step(2, shown(1.25), 0.1)
+    (row,) = lines(metrics)
+    assert (row["step"], row["loss"], row["lr"]) == (2, 1.25, 0.1)
+    assert row["chance_loss"] == pytest.approx(math.log(7))
+    # Gradients of 3, of a loss scaled by 2: six numbers, and two.
+    assert row["grad_norm_encoder"] == pytest.approx(1.5 * math.sqrt(6))
+    assert row["grad_norm_projector"] == pytest.approx(1.5 * math.sqrt(2))
+    assert row["rank_h"] == pytest.approx(geometry.effective_rank(h))
+    assert row["rank_z"] == pytest.approx(geometry.effective_rank(z))
+    assert row["alignment"] == pytest.approx(geometry.alignment(z[:4], z[4:]))
+    assert row["uniformity"] == pytest.approx(geometry.uniformity(z))
+    # Without a look, the next line has none of the old values.
+    metrics.after_step(4, shown(1.0), 0.1)
+    assert "rank_h" not in lines(metrics)[1]
+
+
+def test_a_stalled_run_is_told_once_what_to_try(metrics, caplog):
+    with caplog.at_level(logging.WARNING):
+        metrics.after_step(2, shown(math.log(7)), 0.1)
+        metrics.after_step(300, shown(0.9 * math.log(7)), 0.1)
+        assert caplog.messages == []
+        for step in (302, 304):
+            metrics.after_step(step, shown(0.99 * math.log(7)), 0.1)
+    (said,) = caplog.messages
+    assert "1.93, is still near its chance level, 1.95, at step 302" in said
+    assert "--temperature" in said
+
+
+def test_a_collapse_is_named(metrics, caplog):
+    line = torch.ones(8, 3) + 1e-6 * torch.rand(8, 3)
+    spread = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    with caplog.at_level(logging.WARNING):
+        metrics.look(spread, spread, 2)
+        metrics.after_step(400, shown(1.0), 0.1)
+        assert caplog.messages == []
+        metrics.look(spread, line, 2)
+        metrics.after_step(402, shown(1.0), 0.1)
+    (said,) = caplog.messages
+    assert "have collapsed: their effective rank is 1.00 at step 402" in said
