@@ -48,6 +48,9 @@ COMMANDS = {
         also=_FILES,
         interrupted=_GO_ON,
     ),
+    "report": Command(
+        "write a page about a finished run, or compare several", (*_RUN, *_PICTURES), also=_FILES
+    ),
     "preview": Command(
         "draw some images and their random views", ("tyro", "PIL"), also=("nvidia.dali",)
     ),

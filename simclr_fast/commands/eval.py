@@ -20,6 +20,7 @@ from simclr_fast.evaluation.accuracy import Scores, score
 from simclr_fast.evaluation.classifier import Recipe
 from simclr_fast.evaluation.plots import plot_embedding, plot_layers, plot_neighbours
 from simclr_fast.evaluation.subsets import LabelledPair
+from simclr_fast.utils.checkpoint import write_atomic
 from simclr_fast.utils.launch import require_one_process
 
 USAGE = """usage: simclr-fast eval PROTOCOL --encoder FILE [OPTIONS]
@@ -262,9 +263,7 @@ class Embed(Options):
         sheet = self.folder / "neighbours.png"
         plot_neighbours(thumbs, similarities, indices, labels, classes, rows, sheet)
         yield f"{'nearest neighbours':<28} {sheet}"
-        page = self.folder / "embed.html"
-        embed.write_page(
-            page,
+        page = embed.page(
             f"{len(source)} images of {_short(self.data)} by {weights.model}",
             points,
             thumbs,
@@ -274,7 +273,9 @@ class Embed(Options):
             similarities,
             indices,
         )
-        yield f"{'page':<28} {page}"
+        path = self.folder / "embed.html"
+        write_atomic(path, lambda part: part.write_text(page, encoding="utf-8"))
+        yield f"{'page':<28} {path}"
         if source.labels is not None and source.has_labels:
             known = torch.from_numpy(source.labels)
             same = (known[indices] == known[:, None])[known >= 0].double()

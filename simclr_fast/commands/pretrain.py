@@ -2,13 +2,11 @@
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import chain
 
 from simclr_fast.commands.run_options import RunOptions, parse_run
-from simclr_fast.evaluation.plots import plot_loss
-from simclr_fast.training.config import PretrainConfig
 from simclr_fast.training.pretrain import pretrain
-from simclr_fast.training.report import next_steps, probe_report
+from simclr_fast.training.report import next_steps, run_report
 from simclr_fast.utils.launch import launched
 
 
@@ -24,16 +22,6 @@ def run(arguments: list[str]) -> int:
     out = pretrain(config)
     if launched().rank == 0:
         print(f"trained in {time.perf_counter() - start:.0f} s")
-        _report(config, out)
+        for line in chain(run_report(config, out), next_steps(config, out)):
+            print(line)
     return 0
-
-
-def _report(config: PretrainConfig, out: Path) -> None:
-    """Draw the loss curve; print the linear probe (if there are test labels) and the next steps."""
-    plot_loss(out / "metrics.jsonl", out / "loss.png", config.batch_size)
-    for line in probe_report(config, out):
-        print(line)
-    print(f"loss curve     {out / 'loss.png'}")
-    print(f"encoder        {out / 'encoder.safetensors'}")
-    for line in next_steps(config, out):
-        print(line)

@@ -4,7 +4,7 @@ import base64
 import io
 import json
 from importlib.resources import files
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +16,6 @@ from simclr_fast.data.loader import ImageLoader
 from simclr_fast.data.sources import Source, subset
 from simclr_fast.evaluation.knn import nearest
 from simclr_fast.evaluation.plots import class_style, named_points
-from simclr_fast.utils.checkpoint import write_atomic
 from simclr_fast.utils.extras import need
 
 Method = Literal["pca", "tsne", "umap"]
@@ -98,8 +97,7 @@ def short_name(name: str) -> str:
     return "/".join(PurePath(name).parts[-2:])
 
 
-def write_page(
-    path: Path,
+def page(
     title: str,
     points: dict[str, np.ndarray],
     thumbs: np.ndarray,
@@ -108,8 +106,8 @@ def write_page(
     names: list[str],
     similarities: Tensor,
     indices: Tensor,
-) -> None:
-    """Write one self-contained HTML file: scatter plots, and an image's neighbours at a click.
+) -> str:
+    """A self-contained HTML page: scatter plots, and an image's neighbours at a click.
 
     points: name of a projection → [n, 2]; thumbs: [n, side, side, 3]; names: one per image. Classes
     have the colours and markers of `plots.class_style`.
@@ -140,7 +138,7 @@ def write_page(
     template = (files("simclr_fast") / "assets" / _PAGE).read_text()
     # Escaped, so that a name with "</script>" cannot end the script element that holds it.
     text = json.dumps(data).replace("<", "\\u003c")
-    write_atomic(path, lambda p: p.write_text(template.replace("DATA_GOES_HERE", text, 1)))
+    return template.replace("DATA_GOES_HERE", text, 1)
 
 
 def _unit_square(points: np.ndarray) -> np.ndarray:

@@ -67,15 +67,20 @@ class Logistic:
 
     def true_class_rank(self, x: Tensor, labels: Any) -> Tensor:
         """`accuracy.true_class_rank` of every row: int64 [n] on the CPU."""
-        targets = _integers(labels)
+        targets = _integers(labels).to(self.weight.device)
+        parts = [true_class_rank(logits, targets[rows]).cpu() for rows, logits in self._logits(x)]
+        return torch.cat(parts)
+
+    def predict(self, x: Tensor) -> Tensor:
+        """The most probable class of every row: int64 [n] on the CPU."""
+        return torch.cat([logits.argmax(1).cpu() for _, logits in self._logits(x)])
+
+    def _logits(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of rows, and their logits, float32 [rows, C]."""
         weight, bias = self.weight.float(), self.bias.float()
-        parts = []
         for rows in _blocks(len(x), max(weight.shape)):
             z = (x[rows].to(weight.device) - self.mean) / self.std
-            parts.append(
-                true_class_rank(z @ weight.T + bias, targets[rows].to(weight.device)).cpu()
-            )
-        return torch.cat(parts)
+            yield rows, z @ weight.T + bias
 
 
 def fit_logistic(
@@ -279,6 +284,19 @@ def linear_probe(
     train: [n, D], test: [m, D]; labels: integers [n] and [m]. Rows with a negative label (STL-10's
     unlabelled images) are left out. seed: for the bootstrap. device: where the fit is computed.
     """
+    accuracy, _ = confusion_probe(train, train_labels, test, test_labels, seed, device)
+    return accuracy
+
+
+def confusion_probe(
+    train: Tensor,
+    train_labels: Any,
+    test: Tensor,
+    test_labels: Any,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> tuple[Accuracy, np.ndarray]:
+    """`linear_probe`, and the test images by true and predicted class: int64 [C, C]."""
     (train, train_labels), (test, test_labels) = (
         (x[labels >= 0], labels[labels >= 0])
         for x, labels in ((train, np.asarray(train_labels)), (test, np.asarray(test_labels)))
@@ -286,7 +304,10 @@ def linear_probe(
     classes = 1 + int(max(np.max(train_labels), np.max(test_labels)))
     problem = _Problem(train, _integers(train_labels), classes, device, _rough_products(device))
     fit = problem.fit(_L2, None, _ROUGH_TOLERANCE, _ITERATIONS)
-    return bootstrap((fit.true_class_rank(test, test_labels) == 0).numpy(), seed)
+    correct = (fit.true_class_rank(test, test_labels) == 0).numpy()
+    counts = np.zeros((classes, classes), np.int64)
+    np.add.at(counts, (test_labels, fit.predict(test).numpy()), 1)
+    return bootstrap(correct, seed), counts
 
 
 def _moments(x: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from simclr_fast.models.encoders import SimCLR
 from simclr_fast.optim.schedule import warmup_cosine
 from simclr_fast.training.config import PretrainConfig
 from simclr_fast.training.metrics import Metrics
+from simclr_fast.training.page import write_machine
 from simclr_fast.training.setup import (
     build_optimizer,
     choose_memory,
@@ -103,6 +104,7 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
         metrics = None
         if world.rank == 0:
             write_config(config, loader.source.account, out)
+            write_machine(out, world.device, world.size)
             log.info("%s", summary(config, world, task, memory, predicted, total_steps, out))
             metrics = stack.enter_context(
                 Metrics(task.name, out / "metrics.jsonl", config, step, total_steps)

@@ -1,21 +1,35 @@
-"""The report at the end of a run: a linear probe, two baselines, and what to do next."""
+"""The report at the end of a run: probe, baselines, pictures, a page, and what to do next."""
 
 import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from simclr_fast.data.sources import Source
-from simclr_fast.evaluation.embed import class_pictures, project
+from simclr_fast.augment.params import Augmentation
+from simclr_fast.augment.preview import contact_sheet, save_sheet
+from simclr_fast.data.decode import decode_some
+from simclr_fast.data.sources import Source, subset
+from simclr_fast.evaluation.accuracy import Accuracy
+from simclr_fast.evaluation.embed import (
+    class_pictures,
+    neighbours,
+    page,
+    project,
+    short_name,
+    thumbnails,
+)
 from simclr_fast.evaluation.features import features, pixels
-from simclr_fast.evaluation.linear import linear_probe
-from simclr_fast.evaluation.plots import plot_embedding
+from simclr_fast.evaluation.linear import confusion_probe
+from simclr_fast.evaluation.plots import plot_embedding, plot_loss
 from simclr_fast.evaluation.subsets import labels_or_none
 from simclr_fast.models.encoders import RESNETS, build_encoder, default_stem
 from simclr_fast.training.config import PretrainConfig
+from simclr_fast.training.page import PAGE, Pictures, write_report
 from simclr_fast.training.setup import open_data
 from simclr_fast.utils import checkpoint
 from simclr_fast.utils.device import resolve_device
@@ -23,21 +37,22 @@ from simclr_fast.utils.device import resolve_device
 # Raw pixels are probed at no more than this size. The fit's memory grows with the square of their
 # number: 0.08 GB at 32 × 32 pixels, 181 GB at 224 × 224.
 _PIXELS = 32
+# Images of the embedding, their side in pixels, and images whose views are shown.
+_EMBEDDED, _THUMB, _VIEWED = 1000, 48, 6
 
 
-def probe_report(config: PretrainConfig, out: Path) -> Iterator[str]:
-    """Probe the run's encoder; yield lines to print; write probe.json and embedding.png.
+def run_report(config: PretrainConfig, out: Path, to: Path | None = None) -> Iterator[str]:
+    """Report on a finished run; yield lines to print.
 
-    Yields nothing if the data have no labelled test split. Two baselines are measured on the same
-    images: logistic regression on the raw pixels, shrunk to 32 × 32 if larger, and the same encoder
-    with the run's initial weights.
+    Writes loss.png, report.html and, if the data have labelled test images, probe.json and
+    embedding.png. The probe has two baselines on the same images: logistic regression on the raw
+    pixels, shrunk to 32 × 32 if larger, and the same encoder with the run's initial weights.
+
+    to: the page, by default report.html in `out`.
     """
+    plot_loss(out / "metrics.jsonl", out / "loss.png", config.batch_size)
     train, test = open_data(config), open_data(config, "test")
-    if test is None or not train.has_labels or not test.has_labels:
-        return
     aug, device = config.augmentation, resolve_device(config.device)
-    small = replace(aug, size=min(aug.size, _PIXELS))
-    shrunk = f", {small.size}×{small.size}" if small.size < aug.size else ""
     torch.manual_seed(config.seed)
     encoder, _ = build_encoder(
         config.model,
@@ -46,32 +61,90 @@ def probe_report(config: PretrainConfig, out: Path) -> Iterator[str]:
         stem=config.stem,
         zero_gamma=config.zero_gamma,
     )
-    results = {}
 
     def h(source: Source) -> Tensor:
         return features(encoder, source, aug, device=device)
 
-    def probe(name: str, of_train: Tensor, of_test: Tensor) -> str:
-        results[name] = linear_probe(of_train, train.labels, of_test, test.labels, device=device)
-        return f"{name:<28} {results[name]}"
-
-    yield f"linear probe, top-1 on {len(test)} test images, 95% bootstrap interval"
-    yield probe(f"raw pixels{shrunk}", pixels(train, small), pixels(test, small))
-    yield probe("same encoder, untrained", h(train), h(test))
     weights, _ = checkpoint.load_encoder(out / "encoder.safetensors")
-    encoder.load_state_dict(weights)
-    h_train, h_test = h(train), h(test)
-    yield probe("pretrained encoder", h_train, h_test)
-    title = "t-SNE of the features h of test images (no label was used in training)"
-    points = project(h_test, "tsne")
-    labels, classes = labels_or_none(test)
-    pictures = class_pictures(test, points, labels, aug)
-    plot_embedding(points, labels, classes, out / "embedding.png", title, pictures)
-    summary = {name: vars(accuracy) for name, accuracy in results.items()}
-    checkpoint.write_atomic(
-        out / "probe.json", lambda p: p.write_text(json.dumps(summary, indent=2) + "\n")
+    confusion: np.ndarray | None = None
+    if test is not None and train.has_labels and test.has_labels:
+        small = replace(aug, size=min(aug.size, _PIXELS))
+        shrunk = f", {small.size}×{small.size}" if small.size < aug.size else ""
+        labels = train.labels, test.labels
+        results: dict[str, Accuracy] = {}
+
+        def probe(name: str, of_train: Tensor, of_test: Tensor) -> str:
+            nonlocal confusion
+            given = (of_train, labels[0], of_test, labels[1])
+            results[name], confusion = confusion_probe(*given, device=device)
+            return f"{name:<28} {results[name]}"
+
+        yield f"linear probe, top-1 on {len(test)} test images, 95% bootstrap interval"
+        yield probe(f"raw pixels{shrunk}", pixels(train, small), pixels(test, small))
+        yield probe("same encoder, untrained", h(train), h(test))
+        encoder.load_state_dict(weights)
+        yield probe("pretrained encoder", h(train), h(test))
+        summary = {name: vars(accuracy) for name, accuracy in results.items()}
+        text = json.dumps(summary, indent=2) + "\n"
+        checkpoint.write_atomic(out / "probe.json", lambda part: part.write_text(text))
+    else:
+        encoder.load_state_dict(weights)
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    yield f"loss           {last['loss']:.3f}; guessing gives {last['chance_loss']:.3f}"
+    if "rank_h" in last:
+        yield f"effective rank {last['rank_h']:.1f} of h, {last['rank_z']:.1f} of z"
+    shown = _evenly(train if test is None else test, _EMBEDDED)
+    embedding = None
+    if len(shown) > 1:
+        embedding, picture = _embedding(shown, h(shown), aug, device, out)
+        if picture:
+            yield f"embedding      {picture}"
+    pictures = Pictures(
+        embedding,
+        _views(_evenly(train, _VIEWED), config),
+        [] if confusion is None else confusion.tolist(),
+        [] if test is None else test.classes,
     )
-    yield f"embedding      {out / 'embedding.png'}"
+    to = to or out / PAGE
+    write_report([out], to, pictures)
+    yield f"loss curve     {out / 'loss.png'}"
+    yield f"encoder        {out / 'encoder.safetensors'}"
+    yield f"all of this    {to} (open it in a browser)"
+
+
+def _evenly(source: Source, count: int) -> Source:
+    """At most `count` samples, evenly spaced: a folder holds one class after another."""
+    ids = np.linspace(0, len(source) - 1, min(count, len(source))).astype(np.int64)
+    return subset(source, ids)
+
+
+def _embedding(
+    source: Source, h: Tensor, aug: Augmentation, device: torch.device, out: Path
+) -> tuple[str, Path | None]:
+    """The page of t-SNE and neighbours, and the picture embedding.png if there are classes."""
+    labels, classes = labels_or_none(source)
+    points = project(h, "tsne")
+    path = None
+    if source.has_labels:
+        path = out / "embedding.png"
+        title = "t-SNE of the features h of test images (no label was used in training)"
+        pictures = class_pictures(source, points, labels, aug)
+        plot_embedding(points, labels, classes, path, title, pictures)
+    names = [short_name(source.name(i)) for i in range(len(source))]
+    thumbs = thumbnails(source, aug, _THUMB)
+    near = neighbours(h, device)
+    title = f"{len(source)} images"
+    return page(title, {"tsne": points}, thumbs, labels, classes, names, *near), path
+
+
+def _views(source: Source, config: PretrainConfig) -> bytes:
+    """The contact sheet of `simclr-fast preview`, as a JPEG file."""
+    images = decode_some(source, np.arange(len(source)))
+    tiles, _ = contact_sheet(images, config.augmentation, seed=config.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "views.jpg"
+        save_sheet(tiles, path)
+        return path.read_bytes()
 
 
 def next_steps(config: PretrainConfig, out: Path) -> Iterator[str]:

@@ -215,6 +215,10 @@ def test_the_page_works_in_a_browser(page, tmp_path):
             "(() => { const r = document.querySelector('#plot').getBoundingClientRect();"
             "return [r.x + places[5][0], r.y + places[5][1]]; })()"
         )
+        assert tab.js("document.querySelector('#hover').hidden") is True
+        tab.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        assert tab.js("+document.querySelector('#hover').dataset.image") == 5
+        assert tab.js("document.querySelector('#hover').offsetWidth") >= 90
         tab.click(x, y)
         assert tab.js("selected") == 5
         tab.key("ArrowRight")

@@ -257,7 +257,7 @@ def test_the_report_shrinks_large_images(config, monkeypatch):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 255, (24, 48, 48, 3), dtype=np.uint8)
     widths = []
-    fit = report.linear_probe
+    fit = report.confusion_probe
 
     def noted(of_train, *rest, **options):
         widths.append(of_train.shape[1])
@@ -267,9 +267,9 @@ def test_the_report_shrinks_large_images(config, monkeypatch):
     monkeypatch.setattr(
         report, "open_data", lambda config, split="train": ArraySource(images, np.arange(24) % 3)
     )
-    monkeypatch.setattr(report, "linear_probe", noted)
+    monkeypatch.setattr(report, "confusion_probe", noted)
     config = replace(config, augmentation=replace(config.augmentation, size=48), steps=1)
-    lines = list(report.probe_report(config, pretrain(config)))
+    lines = list(report.run_report(config, pretrain(config)))
     assert widths[0] == 3 * 32 * 32
     assert lines[1].startswith("raw pixels, 32×32")
     assert json.loads((config.out / "probe.json").read_text()).keys() > {"pretrained encoder"}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -157,6 +158,16 @@ def test_the_demo_from_the_command_line(tmp_path, monkeypatch, capsys):
     for picture in ("loss.png", "embedding.png"):
         assert str(out / picture) in printed
         assert min(Image.open(out / picture).size) > 300
+    page = (out / "report.html").read_text()
+    shown = json.loads(re.search(r'<script type="application/json" id="data">(.*)', page)[1][:-9])
+    assert shown["runs"][0]["probe"] == results
+    assert shown["runs"][0]["machine"]["torch"] == torch.__version__
+    assert np.sum(shown["confusion"]["counts"]) == 300
+    assert shown["views"].startswith("data:image/jpeg;base64,")
+    again = tmp_path / "again.html"
+    assert run(["report", str(out), "--to", str(again)]) == 0
+    repeated = re.search(r'<script type="application/json" id="data">(.*)', again.read_text())[1]
+    assert json.loads(repeated[:-9]) == shown
 
 
 @pytest.mark.parametrize(
