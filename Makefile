@@ -61,7 +61,8 @@ gpu:
 lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	.venv/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*.cu csrc/host_emulation/*.h
+	.venv/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*.cu \
+	  csrc/host_emulation/*.h tests/csrc/*.cpp
 	$(RUN) -m mypy
 
 docs: install

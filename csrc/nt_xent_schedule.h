@@ -147,6 +147,7 @@ Packed<T> pack(const T* u, int64_t first, int64_t count, int64_t dim, int64_t bl
 }
 
 // Finds the pair with number t in the order of rounds. t must not become smaller between calls.
+// With four blocks: (0,0) (1,3) (2,2) | (0,1) (2,3) | (0,2) (1,1) (3,3) | (0,3) (1,2).
 struct PairOrder {
   int64_t blocks;
   int64_t round = 0, before = 0;  // pairs in earlier rounds

@@ -1,6 +1,6 @@
-// Runs the CPU kernels of csrc/*_kernel.cpp for the instruction set SIMCLR_ISA, without torch, for
-// the sanitizers: every array ends where its contents do. Usage: cpu_kernels [largest number of
-// pairs]. Prints "ok" and ends with 0, or says what differs from the formulas in double.
+// Runs the CPU kernels of csrc/*_kernel.cpp without torch, under sanitizers, for the instruction
+// set SIMCLR_ISA. Every array ends where its contents end. Usage: cpu_kernels [largest number of
+// pairs]. Prints "ok" and returns 0, or prints what differs from the formulas in double precision.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -58,7 +58,7 @@ struct Memory {
   ~Memory() {
     for (void* block : owned) std::free(block);
   }
-  // Of the size that is asked for, so that what lies beyond is seen.
+  // Exactly the size that is asked for, so that the sanitizer sees accesses beyond it.
   Workspace workspace() {
     return {this, [](void* self, int64_t bytes) {
               void* block = nullptr;
@@ -82,7 +82,7 @@ struct Case {
   bool decoupled, classes;
 };
 
-// The loss of every row in double, interleaved.
+// The loss of every row in double precision, rows interleaved.
 template <class T>
 std::vector<double> formula(const Case& c, const Array<T>& z, const std::vector<int32_t>& ids) {
   const int64_t rows = 2 * c.pairs, d = c.dim;
@@ -246,7 +246,7 @@ void check_lars(LarsType type, double tolerance) {
         }
 }
 
-// Numbers are checked elsewhere: here the tails and the addresses.
+// Other tests check the numbers. This checks tails and addresses.
 void run_lars_halves(LarsType type) {
   for (const int64_t n : {1, 17, 1000, 4099}) {
     Array<uint16_t> p(n, 1), g(n, 1), v(n, 1);

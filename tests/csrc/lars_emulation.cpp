@@ -1,5 +1,6 @@
-// Runs csrc/lars_cuda.cu on the host and compares it with the formulas in double, per element.
-// Usage: lars_emulation [elements of the largest tensor]. Prints "ok" and ends with 0, or says why.
+// Runs csrc/lars_cuda.cu on the host and compares each element with the formulas in double
+// precision. Usage: lars_emulation [elements of the largest tensor]. Prints "ok" and returns 0, or
+// prints what differs.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -17,7 +18,9 @@ namespace {
 std::mt19937 generator(7);
 
 template <typename T>
-double get(const T& x) { return static_cast<double>(widen(x)); }
+double get(const T& x) {
+  return static_cast<double>(widen(x));
+}
 template <typename T>
 void put(double x, T* out) {
   if constexpr (std::is_same_v<T, double>)
@@ -51,13 +54,14 @@ struct Run {
 
   template <typename T>
   void check(const char* name, const T* got, const std::vector<double>& expected, double floor) {
-    const double unit = std::is_same_v<T, double> ? 1e-12
-                        : std::is_same_v<T, float> ? 3e-7
+    const double unit = std::is_same_v<T, double>   ? 1e-12
+                        : std::is_same_v<T, float>  ? 3e-7
                         : std::is_same_v<T, __half> ? 6e-4
                                                     : 5e-3;
     for (size_t i = 0; i < expected.size(); ++i) {
       const double error = std::fabs(get(got[i]) - expected[i]);
-      if (!(error <= unit * (std::fabs(expected[i]) + floor)) && !(std::isnan(expected[i]) && std::isnan(get(got[i])))) {
+      if (!(error <= unit * (std::fabs(expected[i]) + floor)) &&
+          !(std::isnan(expected[i]) && std::isnan(get(got[i])))) {
         std::printf("%s[%zu]: got %.9g, expected %.9g\n", name, i, get(got[i]), expected[i]);
         std::exit(1);
       }
@@ -76,7 +80,8 @@ struct Run {
       v.emplace_back(sizes[i], offset, 0.01 * scale);
       const int32_t group = static_cast<int32_t>(i * groups.size() / sizes.size());
       const bool momentum = groups[group].momentum != 0.0;
-      tensors.push_back({p[i].data, g[i].data, momentum ? v[i].data : nullptr, sizes[i], type, group});
+      tensors.push_back(
+          {p[i].data, g[i].data, momentum ? v[i].data : nullptr, sizes[i], type, group});
     }
     std::vector<double> rate_values(groups.size(), 0.07);
     std::vector<const double*> rates;
@@ -99,8 +104,11 @@ struct Run {
         const double s = ((group.flags & lars_maximize) ? -1.0 : 1.0) / grad_scale;
         double p_squares = 0.0, g_squares = 0.0;
         for (int64_t k = 0; k < sizes[i]; ++k) {
-          const double x = old_p[i][k], d = s * get(g[i].data[k]) +
-              ((group.flags & lars_joint_norm) && group.weight_decay != 0.0 ? group.weight_decay * x : 0.0);
+          const double x = old_p[i][k],
+                       d = s * get(g[i].data[k]) +
+                           ((group.flags & lars_joint_norm) && group.weight_decay != 0.0
+                                ? group.weight_decay * x
+                                : 0.0);
           p_squares += x * x;
           g_squares += d * d;
         }
@@ -145,17 +153,21 @@ int main(int argc, char** argv) {
   run.step<float>(LarsType::f32, sizes, {plain}, 0, 1.0, false, 1.0f, 1.0f);
   if (large > kChunk) {
     run.step<double>(LarsType::f64, {large}, {with(lars_nesterov)}, 0, 1.0, false, 1.0f, 0.0f);
-    run.step<__half>(LarsType::f16, {large, 19}, {with(lars_joint_norm)}, 0, 1.0, true, 1024.0f, 0.0f);
+    run.step<__half>(LarsType::f16, {large, 19}, {with(lars_joint_norm)}, 0, 1.0, true, 1024.0f,
+                     0.0f);
     run.step<__nv_bfloat16>(LarsType::bf16, {large, 19}, {with(lars_tf_order | lars_joint_norm)}, 3,
                             1.0, false, 1.0f, 0.0f);
-    run.step<float>(LarsType::f32, {large}, {with(lars_maximize | lars_clip)}, 0, 1.0, false, 8.0f, 0.0f);
-    // Squares beyond float32's range; and nothing but zeros.
-    run.step<float>(LarsType::f32, {large}, {with(lars_decay_when_zero)}, 0, 1e25, false, 1.0f, 0.0f);
-    run.step<float>(LarsType::f32, {large}, {with(lars_decay_when_zero)}, 0, 1e-25, false, 1.0f, 0.0f);
+    run.step<float>(LarsType::f32, {large}, {with(lars_maximize | lars_clip)}, 0, 1.0, false, 8.0f,
+                    0.0f);
+    // Squares beyond float32's range, and tensors of zeros.
+    run.step<float>(LarsType::f32, {large}, {with(lars_decay_when_zero)}, 0, 1e25, false, 1.0f,
+                    0.0f);
+    run.step<float>(LarsType::f32, {large}, {with(lars_decay_when_zero)}, 0, 1e-25, false, 1.0f,
+                    0.0f);
     run.step<float>(LarsType::f32, {5}, {plain}, 0, 0.0, false, 1.0f, 0.0f);
     for (int64_t tail = 1; tail < 18; ++tail)
       run.step<float>(LarsType::f32, {tail}, {plain}, 0, 1.0, false, 1.0f, 0.0f);
-    // More tensors and more groups than one list takes.
+    // More tensors and more groups than fit one list.
     run.step<float>(LarsType::f32, std::vector<int64_t>(kMaxTensors + 3, 2), {plain, sgd}, 0, 1.0,
                     false, 1.0f, 0.0f);
     run.step<float>(LarsType::f32, std::vector<int64_t>(kMaxGroups + 3, 2),
