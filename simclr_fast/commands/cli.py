@@ -69,6 +69,11 @@ COMMANDS = {
         also=_FILES,
         interrupted="--resume goes on from the last checkpoint",
     ),
+    "doctor": Command(
+        "say what is wrong with a run, from the files in its folder",
+        ("tyro", "torchvision", "safetensors"),
+        also=_FILES,
+    ),
     "export": Command(
         "write an encoder for torchvision, timm, torch.export or ONNX",
         ("tyro", "torchvision", "safetensors"),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from simclr_fast.doctor.observe import Observer, tensors_in
 from simclr_fast.doctor.report import Finding, Report
-from simclr_fast.doctor.rules import diagnose
+from simclr_fast.doctor.rules import PATIENCE, diagnose
 from simclr_fast.doctor.snapshot import untouched
 from simclr_fast.doctor.views import prints
 
@@ -75,15 +75,19 @@ def check(
 
 
 @contextmanager
-def watch(model: nn.Module, *, temperature: float | None = None) -> Iterator[Report]:
+def watch(
+    model: nn.Module, *, temperature: float | None = None, patience: int = PATIENCE
+) -> Iterator[Report]:
     """Watch the training steps inside of the context; the report is filled when it ends.
 
-    The steps compute the same bits as without. The first two are looked at in detail. From 100
-    steps on, the report also says whether the loss has left its chance level.
+    The steps compute the same bits as without. The first two are looked at in detail.
 
     model: the module whose parameters are trained; it may be wrapped in DistributedDataParallel, or
         be a LightningModule. Optimizers and the loss are found by themselves.
     temperature: that of the loss, if the report shall compare it.
+    patience: after so many watched steps the loss must have left its chance level, ln(2N - 1), and
+        after so many steps in all, which batch norms and optimizers count, the embeddings must
+        not be collapsed.
 
     With several ranks, all ranks must enter and leave together. At most 2048 rows in the loss.
     """
@@ -93,4 +97,4 @@ def watch(model: nn.Module, *, temperature: float | None = None) -> Iterator[Rep
     observer = Observer(model)
     with observer.watching():
         yield report
-    diagnose(observer, report, temperature, [])
+    diagnose(observer, report, temperature, patience=patience)

@@ -22,14 +22,20 @@ from simclr_fast.doctor.views import chroma_agreement
 from simclr_fast.optim.schedule import scaled_lr
 
 # Steps after which a model should have learnt something.
-_LEARNT = 100
+PATIENCE = 500
+# A loss above this share of its chance level says nothing.
+NOTHING_LEARNT = 0.99
 # Correlation of the views' mean colours without colour distortion.
 _SAME_COLOURS = 0.85
 _NAMED = 3
 
 
 def diagnose(
-    observer: Observer, report: Report, temperature: float | None, given: Sequence[Tensor]
+    observer: Observer,
+    report: Report,
+    temperature: float | None = None,
+    given: Sequence[Tensor] = (),
+    patience: int = PATIENCE,
 ) -> None:
     """Fill the report. Collective over the ranks, if there are several."""
     known = recognise(observer, report.unchecked)
@@ -43,7 +49,7 @@ def diagnose(
     elif averaged == "none":
         findings.append(_not_averaged(observer))
     findings += _optimizers(observer, known)
-    findings += _geometry(observer, known, report)
+    findings += _geometry(observer, known, patience, report)
     report.findings += sorted(findings, key=lambda finding: finding.severity)
 
 
@@ -335,15 +341,9 @@ def _pairs(known: Known, given: Sequence[Tensor], report: Report) -> Iterator[Fi
     elif pictures.colourful > 0.1:
         agreement = chroma_agreement(pictures, first, second)
         if agreement > _SAME_COLOURS:
-            yield Finding(
-                "no-colour-distortion",
-                "warning",
+            yield no_colour_distortion(
                 f"the mean colours of two views of an image correlate by {agreement:.2f} (with the "
-                "paper's jitter and gray: about 0.4)",
-                "Two crops of a photo share their colours, which solves the task: the paper's "
-                "linear accuracy fell from 56 to 33% without colour distortion.",
-                "Add colour jitter (probability 0.8, strength 1) and gray (0.2), as "
-                "simclr_fast.SimCLRViews does.",
+                "paper's jitter and gray: about 0.4)"
             )
 
 
@@ -466,54 +466,87 @@ def _optimizers(observer: Observer, known: Known | None) -> Iterator[Finding]:
 
 def _learning_rate(stepped: Stepped, known: Known, kind: str) -> Iterator[Finding]:
     images = known.rows * known.passes // 2
-    usual = sorted((scaled_lr(images, "linear"), scaled_lr(images, "sqrt")))
     peak = stepped.optimizer.param_groups[0].get("initial_lr")
-    rule = (
-        f"the paper's rules give {usual[0]:.3g} or {usual[1]:.3g} for {images} images "
-        "(0.3·B/256, 0.075·√B)"
-    )
-    if peak is not None and images >= 256 and not usual[0] / 6 < float(peak) < 6 * usual[1]:
-        yield Finding(
-            "learning-rate",
-            "warning",
-            f"the peak learning rate of {kind} is {float(peak):.3g}; {rule}",
-            "LARS needs a learning rate that grows with the batch.",
-            f"lr = simclr_fast.optim.scaled_lr({images}).",
-        )
+    if peak is not None:
+        yield from learning_rate(kind, float(peak), images)
     if not stepped.fresh or not stepped.lr:
         return
     start = stepped.lr[0]
-    reference = float(peak) if peak is not None else usual[0]
+    reference = float(peak) if peak is not None else min(_usual_rates(images))
     if start >= 0.5 * reference and len(set(stepped.lr)) == 1:
+        yield no_warm_up(kind, start)
+
+
+def _usual_rates(images: int) -> tuple[float, float]:
+    return scaled_lr(images, "linear"), scaled_lr(images, "sqrt")
+
+
+def learning_rate(kind: str, peak: float, images: int) -> Iterator[Finding]:
+    """A finding if the peak learning rate of LARS is far from the paper's two rules.
+
+    Only for 256 images or more: the rules were made for large batches.
+    """
+    linear, root = _usual_rates(images)
+    if images >= 256 and not min(linear, root) / 6 < peak < 6 * max(linear, root):
         yield Finding(
-            "no-warm-up",
+            "learning-rate",
             "warning",
-            f"the first step of {kind} already has the learning rate {start:.3g}; {rule}",
-            "Large first steps of LARS can end in a collapse.",
-            "Raise the learning rate linearly from 0 for 10 epochs: "
-            "simclr_fast.optim.warmup_cosine(optimizer, warmup_steps, total_steps).",
+            f"the peak learning rate of {kind} is {peak:.3g}; for {images} images the paper's "
+            f"rules give {linear:.3g} (0.3·B/256) or {root:.3g} (0.075·√B)",
+            "LARS needs a learning rate that grows with the batch.",
+            f"lr = simclr_fast.optim.scaled_lr({images}).",
         )
 
 
-def _geometry(observer: Observer, known: Known | None, report: Report) -> Iterator[Finding]:
-    age = max(observer.steps, _age(observer))
+def no_warm_up(kind: str, start: float) -> Finding:
+    return Finding(
+        "no-warm-up",
+        "warning",
+        f"the first step of {kind} already has the learning rate {start:.3g}",
+        "Large first steps of LARS can end in a collapse.",
+        "Raise the learning rate linearly from 0 for 10 epochs: "
+        "simclr_fast.optim.warmup_cosine(optimizer, warmup_steps, total_steps).",
+    )
+
+
+def no_colour_distortion(seen: str) -> Finding:
+    return Finding(
+        "no-colour-distortion",
+        "warning",
+        seen,
+        "Two crops of a photo share their colours, which solves the task: the paper's linear "
+        "accuracy fell from 56 to 33% without colour distortion.",
+        "Add colour jitter (probability 0.8, strength 1) and gray (0.2), as "
+        "simclr_fast.SimCLRViews does.",
+    )
+
+
+def at_chance(steps: int, loss: float, chance: float) -> Finding:
+    return Finding(
+        "at-chance",
+        "error",
+        f"after {steps} steps the loss is {loss:.4f}; ln(2N - 1) = {chance:.4f} is the loss of "
+        "embeddings that say nothing",
+        "The network has not begun to learn.",
+        "Check the views and the learning rate; a higher temperature (0.2 to 0.5) learns more "
+        "easily.",
+    )
+
+
+def _geometry(
+    observer: Observer, known: Known | None, patience: int, report: Report
+) -> Iterator[Finding]:
+    trained = max(observer.steps, _age(observer)) >= patience
     values = observer.values
     if observer.last is None:
         return
-    if known is not None and len(values) >= _LEARNT and known.passes == 1:
+    rising = any(len(o.lr) > 1 and o.lr[0] < o.lr[-1] == max(o.lr) for o in _stepped(observer))
+    if known is not None and len(values) >= patience and known.passes == 1 and not rising:
         chance = math.log(known.rows - 1)
         scale = known.seen.value / known.match.value
         late = sum(values[-20:]) / 20 / scale
-        if late > 0.98 * chance:
-            yield Finding(
-                "at-chance",
-                "warning",
-                f"after {len(values)} steps the loss is {late:.4f}; ln(2N - 1) = {chance:.4f} is "
-                "the loss of embeddings that say nothing",
-                "The network has not begun to learn.",
-                "Check the views and the learning rate; a higher temperature (0.2 to 0.5) learns "
-                "more easily.",
-            )
+        if late > NOTHING_LEARNT * chance:
+            yield at_chance(len(values), late, chance)
     # Without a gradient, as after a collapse, the loss is not recognised.
     heads = [head for head in observer.last.heads if known is None or head.name == known.head.name]
     if len(heads) != 1:
@@ -524,7 +557,7 @@ def _geometry(observer: Observer, known: Known | None, report: Report) -> Iterat
     if h and len({x.size(1) for x in h}) == 1:
         spaces = {"h": torch.cat(h), "z": z}
     for name, x in spaces.items():
-        yield from _spread(name, x, age, report)
+        yield from _spread(name, x, trained, report)
     if known is not None and len(z) == len(known.z):
         first = known.first
         report.facts.append(
@@ -533,10 +566,10 @@ def _geometry(observer: Observer, known: Known | None, report: Report) -> Iterat
         )
 
 
-def _spread(name: str, x: Tensor, age: int, report: Report) -> Iterator[Finding]:
+def _spread(name: str, x: Tensor, trained: bool, report: Report) -> Iterator[Finding]:
     if len(x) < 8 or not bool(x.isfinite().all()):
         return
-    yield from collapse(name, x, age >= _LEARNT, report)
+    yield from collapse(name, x, trained, report)
 
 
 def collapse(name: str, x: Tensor, trained: bool, report: Report) -> Iterator[Finding]:
@@ -558,6 +591,10 @@ def collapse(name: str, x: Tensor, trained: bool, report: Report) -> Iterator[Fi
             "Look at the other findings first. Otherwise lower the learning rate, warm it up, and "
             "check that the loss has negatives.",
         )
+
+
+def _stepped(observer: Observer) -> list[Stepped]:
+    return list(observer.optimizers.values())
 
 
 def _age(observer: Observer) -> int:
