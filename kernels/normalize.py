@@ -1,5 +1,6 @@
 """L2-normalise, scale, cast, pad and interleave two views in one pass (Triton)."""
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -117,9 +118,17 @@ def normalize_kernel(
     )
 
 
+# At small batches a step takes as long as its Python code. triton.cdiv and next_power_of_2, which
+# kernels may call too, take a microsecond each on the host.
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+@cache
 def padded_dim(dim: int) -> int:
     """Columns of û: a power of two from 16 up to 64, then a multiple of 64."""
-    return max(16, triton.next_power_of_2(dim)) if dim <= 64 else -(-dim // 64) * 64
+    return max(16, triton.next_power_of_2(dim)) if dim <= 64 else cdiv(dim, 64) * 64
 
 
 class RowBlocks(NamedTuple):
@@ -130,6 +139,7 @@ class RowBlocks(NamedTuple):
     warps: int
 
 
+@cache
 def row_blocks(padded: int) -> RowBlocks:
     """Blocks of whole rows, so that each value is read once."""
     columns = triton.next_power_of_2(padded)
@@ -137,6 +147,7 @@ def row_blocks(padded: int) -> RowBlocks:
     return RowBlocks(max(BLOCK_ELEMENTS // columns, 1), columns, warps)
 
 
+@cache
 def finish_blocks(padded: int) -> RowBlocks:
     """`row_blocks` with half the rows, for the kernels that finish a gradient: more would spill."""
     blocks = row_blocks(padded)
@@ -174,7 +185,7 @@ def _launch(z1: Tensor, z2: Tensor, temperature: Tensor, rows: int) -> tuple[Ten
         return u, inv_norm
     blocks = row_blocks(padded)
     with torch.cuda.device_of(z1):
-        normalize_kernel[(triton.cdiv(pairs, blocks.rows),)](
+        normalize_kernel[(cdiv(pairs, blocks.rows),)](
             z1_ptr=z1,
             z2_ptr=z2,
             temperature_ptr=temperature,

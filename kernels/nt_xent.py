@@ -9,10 +9,9 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from .normalize import finish_blocks, normalize, padded_dim, row_blocks
+from .normalize import cdiv, finish_blocks, normalize, padded_dim, row_blocks
 from .nt_xent_autotune import tuned
 from .nt_xent_backward import (
     finish_gradient_kernel,
@@ -71,8 +70,9 @@ class RowWeights(NamedTuple):
     share: Tensor | None = None
 
 
-def floats(device: torch.device, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=device)
+def floats(temperature: Tensor, *shape: int) -> Tensor:
+    """Empty, float32, where the temperature is. torch.empty would take the host twice as long."""
+    return temperature.new_empty(*shape) if shape else torch.empty_like(temperature)
 
 
 def make_counter(device: torch.device) -> Tensor:
@@ -125,17 +125,17 @@ def losses(
     """
     padded, device = u_all.size(1), u_all.device
     made = Losses(
-        loss=floats(device, rows),
-        lse=floats(device, rows),
-        stats=floats(device, rows if statistics else 0, 4),
-        factor=floats(device, rows),
-        reduced=floats(device),
+        loss=floats(temperature, rows),
+        lse=floats(temperature, rows),
+        stats=floats(temperature, rows if statistics else 0, 4),
+        factor=floats(temperature, rows),
+        reduced=floats(temperature),
     )
     if rows == 0:
         made.reduced.zero_()
         return made
     blocks = row_blocks(padded)
-    programs = triton.cdiv(rows, blocks.rows)
+    programs = cdiv(rows, blocks.rows)
     counter = make_counter(device)
     with torch.cuda.device_of(u_all):
         tiles = partial(_tile_sums, u_all, temperature, counter, row_offset, rows, statistics)
@@ -151,7 +151,7 @@ def losses(
             lse_ptr=made.lse,
             factor_ptr=made.factor,
             stats_ptr=made.stats,
-            part_ptr=floats(device, programs),
+            part_ptr=floats(temperature, programs),
             counter_ptr=counter,
             reduced_ptr=made.reduced,
             loss_scale=1.0 / rows if mean else 1.0,
@@ -181,9 +181,9 @@ def mean_statistics(
     """
     rows, padded = u.shape
     blocks = row_blocks(padded)
-    count = triton.cdiv(rows, PART_ROWS)
-    parts = floats(u.device, count, padded + SCALARS.value)
-    means = floats(u.device, 6)
+    count = cdiv(rows, PART_ROWS)
+    parts = floats(temperature, count, padded + SCALARS.value)
+    means = floats(temperature, 6)
     with torch.cuda.device_of(u):
         statistics_parts_kernel[(count,)](
             u_ptr=u,
@@ -232,15 +232,15 @@ def _tile_sums(
         The number of slots that are for the other view; without statistics, of all slots.
     """
     config, splits, symmetric = plan
-    (total, padded), device = u_all.shape, u_all.device
+    total, padded = u_all.shape
     half = total // config.block_m // 2
     if symmetric:
         slots = (2 if statistics else 1) * splits + half
         other_slots = splits + (half + 1) // 2
     else:
         slots, other_slots = 2 * splits, splits
-    sums = floats(device, 3 if statistics else 2, slots, rows)
-    positive = floats(device, rows if statistics else 0)
+    sums = floats(temperature, 3 if statistics else 2, slots, rows)
+    positive = floats(temperature, rows if statistics else 0)
     arguments = {
         "u_ptr": u_all,
         "temperature_ptr": temperature,
@@ -254,7 +254,7 @@ def _tile_sums(
     if symmetric:
         symmetric_kernel[(2 * half, splits)](**arguments)
     else:
-        negatives_kernel[(triton.cdiv(rows // 2, config.block_m), splits, 4)](
+        negatives_kernel[(cdiv(rows // 2, config.block_m), splits, 4)](
             row_offset=row_offset, rows=rows, BLOCK_N=config.block_n, **arguments
         )
     return sums, positive, other_slots if statistics else slots
@@ -284,13 +284,13 @@ def weighted_sums(
         "BLOCK_N": config.block_n,
         **config.options(padded, dot_precision(u_all.dtype)),
     }
-    sums = floats(u_all.device, splits, rows, padded)
+    sums = floats(temperature, splits, rows, padded)
     if config.holds_gradient(padded):
-        gradient_kernel[(triton.cdiv(rows, config.block_m), splits)](
+        gradient_kernel[(cdiv(rows, config.block_m), splits)](
             sums_ptr=sums,
             row_offset=row_offset,
             rows=rows,
-            BLOCK_V=triton.next_power_of_2(padded),
+            BLOCK_V=row_blocks(padded).columns,
             **arguments,
         )
         return sums
@@ -298,7 +298,7 @@ def weighted_sums(
     for first in range(0, rows, chunk_rows(u_all)):
         out = sums[0, first : first + chunk_rows(u_all)]
         tiles = torch.empty((len(out), total), dtype=u_all.dtype, device=u_all.device)
-        grid = (triton.cdiv(total, config.block_n), triton.cdiv(len(out), config.block_m))
+        grid = (cdiv(total, config.block_n), cdiv(len(out), config.block_m))
         weight_tiles_kernel[grid](
             tiles_ptr=tiles, row_offset=row_offset + first, rows=len(out), **arguments
         )
@@ -326,15 +326,15 @@ def row_weights(
     inverse_count: Tensor | None = None,
 ) -> tuple[RowWeights, Tensor]:
     """`RowWeights` for an upstream gradient of each row, [M]; and max |grad|, []."""
-    device, total = lse_all.device, lse_all.numel()
+    total = lse_all.numel()
     weights = RowWeights(
-        factor=floats(device, total),
-        weight=floats(device, total),
+        factor=floats(temperature, total),
+        weight=floats(temperature, total),
         ids=ids,
-        share=None if ids is None else floats(device, total),
+        share=None if ids is None else floats(temperature, total),
     )
-    scale = floats(device)
-    weights_kernel[(triton.cdiv(total, WEIGHTS_BLOCK),)](
+    scale = floats(temperature)
+    weights_kernel[(cdiv(total, WEIGHTS_BLOCK),)](
         grad_ptr=grad,
         lse_ptr=lse_all,
         inverse_count_ptr=inverse_count,
@@ -389,8 +389,8 @@ def backward(
     if rows == 0:
         return grad_z, torch.zeros((), dtype=torch.float32, device=device)
     blocks = finish_blocks(padded)
-    programs = triton.cdiv(rows // 2, blocks.rows)
-    counter, grad_temperature = make_counter(device), floats(device)
+    programs = cdiv(rows // 2, blocks.rows)
+    counter, grad_temperature = make_counter(device), floats(temperature)
     with torch.cuda.device_of(u_all):
         if grad.dim() == 0 and factor is not None and factor.numel():
             weights, scale = RowWeights(factor), grad
@@ -408,7 +408,7 @@ def backward(
             z2_ptr=z2,
             temperature_ptr=temperature,
             grad_z_ptr=grad_z,
-            part_ptr=floats(device, programs),
+            part_ptr=floats(temperature, programs),
             counter_ptr=counter,
             grad_temperature_ptr=grad_temperature,
             grad_scale=1 / total if mean else 1.0,

@@ -7,6 +7,8 @@ import torch
 import triton
 from torch import Tensor
 
+from .normalize import cdiv
+
 # Padded features of the gradient that a program can hold while its dot products run over blocks of
 # features.
 VALUE_BLOCK = 128
@@ -219,7 +221,12 @@ _BLACKWELL_HMMA: Configs = _HMMA | {
         Config(64, 64, 256, 4, 2),
         *_HMMA["forward"][3:],
     ),
-    "sums": (_HMMA["sums"][0], Config(64, 32, 128, 4, 3), *_HMMA["sums"][2:]),
+    "sums": (
+        _HMMA["sums"][0],
+        Config(64, 32, 128, 4, 3),
+        Config(64, 32, 256, 8, 2),
+        *_HMMA["sums"][3:],
+    ),
     "float32 sums": (Config(64, 32, 32, 8, 3),) * 5,
     "float32 class_gradient": (Config(64, 16, 32, 8, 2),) * 5,
 }
@@ -286,7 +293,7 @@ def best_splits(row_tiles: int, key_tiles: int, slots: int, limit: int) -> int:
 
     def steps(splits: int) -> int:
         # Two more for a program's first loads and for writing its results.
-        return triton.cdiv(row_tiles * splits, slots) * (triton.cdiv(key_tiles, splits) + 2)
+        return cdiv(row_tiles * splits, slots) * (cdiv(key_tiles, splits) + 2)
 
     limit = max(1, min(limit, key_tiles, WAVES * slots // row_tiles))
     return min(range(1, limit + 1), key=steps)
@@ -314,7 +321,7 @@ def splits_of(
     """Into how many parts the keys of a row tile are cut."""
     slots = processors * config.resident
     if symmetric:
-        tiles = triton.cdiv(total, config.block_m)
+        tiles = cdiv(total, config.block_m)
         return best_splits(tiles, tiles // 2 + 1, slots, LOSS_SPLITS)
     gradient = kernel in ("gradient", "class_gradient")
     if gradient and not config.holds_gradient(padded):
@@ -322,8 +329,8 @@ def splits_of(
     # The forward's tiles are of one view's rows and one view's keys.
     views = 2 if kernel in SYMMETRIC else 1
     return best_splits(
-        views**2 * triton.cdiv(rows // views, config.block_m),
-        triton.cdiv(total // views, config.block_n),
+        views**2 * cdiv(rows // views, config.block_m),
+        cdiv(total // views, config.block_n),
         slots,
         GRADIENT_SPLITS if gradient else LOSS_SPLITS,
     )
@@ -357,7 +364,7 @@ def plan(
 
 def chunk_rows(u_all: Tensor) -> int:
     """Rows of W that `weight_tiles_kernel` writes at a time: the bytes of the float32 gradient."""
-    return 128 * triton.cdiv(4 * u_all.size(1) // u_all.element_size(), 128)
+    return 128 * cdiv(4 * u_all.size(1) // u_all.element_size(), 128)
 
 
 def plan_for(kernel: str, u_all: Tensor, rows: int) -> Plan:

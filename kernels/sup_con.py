@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .normalize import UNSPECIALIZED, finish_blocks, normalize_rows
+from .normalize import UNSPECIALIZED, cdiv, finish_blocks, normalize_rows
 from .nt_xent import WEIGHTS_BLOCK, floats, make_counter, row_weights, weighted_sums
 from .nt_xent_backward import finish_class_gradient_kernel
 from .nt_xent_configs import dot_precision, plan_for
@@ -156,12 +156,12 @@ def forward(
     """
     total, padded = u_all.shape
     config, splits, _ = plan_for("class_sums", u_all, rows)
-    sums = floats(u_all.device, 3, splits, rows)
-    loss, lse = floats(u_all.device, rows), floats(u_all.device, rows)
+    sums = floats(temperature, 3, splits, rows)
+    loss, lse = floats(temperature, rows), floats(temperature, rows)
     if rows == 0:
         return loss, lse
     with torch.cuda.device_of(u_all):
-        class_sums_kernel[(triton.cdiv(rows, config.block_m), splits)](
+        class_sums_kernel[(cdiv(rows, config.block_m), splits)](
             u_ptr=u_all,
             temperature_ptr=temperature,
             ids_ptr=ids,
@@ -172,7 +172,7 @@ def forward(
             BLOCK_N=config.block_n,
             **config.options(padded, dot_precision(u_all.dtype)),
         )
-        class_losses_kernel[(triton.cdiv(rows, WEIGHTS_BLOCK),)](
+        class_losses_kernel[(cdiv(rows, WEIGHTS_BLOCK),)](
             partial_ptr=sums,
             inverse_count_ptr=inverse_count,
             loss_ptr=loss,
@@ -206,8 +206,8 @@ def backward(
     if rows == 0:
         return grad_z, torch.zeros((), dtype=torch.float32, device=device)
     blocks = finish_blocks(padded)
-    programs = triton.cdiv(rows, blocks.rows)
-    counter, grad_temperature = make_counter(device), floats(device)
+    programs = cdiv(rows, blocks.rows)
+    counter, grad_temperature = make_counter(device), floats(temperature)
     with torch.cuda.device_of(u_all):
         weights, scale = row_weights(grad, lse_all, temperature, ids, inverse_count)
         plan = plan_for("class_gradient", u_all, rows)
@@ -219,7 +219,7 @@ def backward(
             z_ptr=z,
             temperature_ptr=temperature,
             grad_z_ptr=grad_z,
-            part_ptr=floats(device, programs),
+            part_ptr=floats(temperature, programs),
             counter_ptr=counter,
             grad_temperature_ptr=grad_temperature,
             rows=rows,

@@ -119,18 +119,22 @@ def _loss(
     statistics: bool,
     keep: bool = False,
 ) -> LossOutput:
-    u, inv_norm = _normalize(z1, z2, temperature)
-    kept = inv_norm.new_empty(0)
-    if on_triton(u):
+    kernels = _kernels(z1)
+    if z1.size(0):
+        u, inv_norm = kernels.normalize(z1, z2, temperature)
+    else:
+        u, inv_norm = normalize_shapes(z1, z2, temperature)
+    if kernels is not nt_xent_plain:
         # The kernel reduces the losses too.
-        made = _kernels(u).losses(
+        made = kernels.losses(
             u, temperature, 0, u.size(0), decoupled, statistics, mean=reduction == MEAN
         )
         row_loss, lse, stats, loss = made.loss, made.lse, made.stats, made.reduced
-        kept = made.factor if keep else kept
+        kept = made.factor if keep else made.factor.new_empty(0)
     else:
         row_loss, lse, stats = _row_loss(u, temperature, 0, u.size(0), decoupled, statistics)
         loss = row_loss.mean() if reduction == MEAN else row_loss.sum()
+        kept = inv_norm.new_empty(0)
     if reduction == NONE:
         # A new tensor: for a single pair, a transposed view would be row_loss itself.
         loss = torch.cat((row_loss[0::2], row_loss[1::2]))
@@ -174,9 +178,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     if not inv_norm.size(0):
         return z1.new_empty(0, z1.size(1)), torch.zeros_like(temperature)
+    kernels = _kernels(u_all)
     # Plain torch keeps nothing.
-    rest = {"factor": kept} if on_triton(u_all) else {}
-    return _kernels(u_all).backward(
+    rest = {} if kernels is nt_xent_plain else {"factor": kept}
+    return kernels.backward(
         grad,
         mean,
         u_all,

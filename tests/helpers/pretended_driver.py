@@ -6,6 +6,7 @@ divisibility by 16, integers equal to 1, constants and options. A `Launch` can t
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,10 +23,11 @@ from triton.compiler.compiler import ir, make_backend
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from simclr_fast.ops import library
+from simclr_fast.ops import library, nt_xent
 
 # Multiprocessors of one GPU of each architecture: A100, RTX 3090, Orin, RTX 4090, H100, B200, B300,
 # RTX 5090, GB10.
+_FIRST_GPU = torch.device("cuda", 0)
 PROCESSORS = {80: 108, 86: 82, 87: 16, 89: 128, 90: 132, 100: 148, 103: 148, 120: 170, 121: 48}
 
 
@@ -176,6 +178,68 @@ def pretended_gpu(arch: int) -> Iterator[list[Launch]]:
     ]
     with _patched(patches), cuda_route(arch):
         yield launches
+
+
+class _Compiled:
+    """Stands for a compiled kernel, whose launch does nothing."""
+
+    function, packed_metadata = 0, ()
+
+    def launch_metadata(self, grid, stream, *args):
+        return None
+
+    def run(self, *args):
+        pass
+
+
+@contextmanager
+def empty_launches(arch: int) -> Iterator[None]:
+    """What the host does for NT-Xent on a GPU, without the kernels: for measuring its time.
+
+    CPU tensors go through the dispatcher, the launchers and Triton's own launch as CUDA tensors
+    would. Unlike `cuda_route`, this adds nothing to the path of a call.
+    """
+    properties = SimpleNamespace(
+        major=arch // 10, minor=arch % 10, multi_processor_count=PROCESSORS[arch]
+    )
+
+    def compile_nothing(self, key, *args):
+        kernel = _Compiled()
+        self.device_caches[arch][0][key] = kernel
+        return kernel
+
+    choose = library.implementation_for
+
+    def as_on_cuda(device, dtype=torch.float32, *, on_cuda=library.Implementation.TRITON):
+        return choose(_FIRST_GPU, dtype, on_cuda=on_cuda)
+
+    users = [m for name, m in sys.modules.items() if name.startswith("simclr_fast.")]
+    users = [m for m in users if getattr(m, "implementation_for", None) is choose]
+    patches = [
+        *((module, "implementation_for", as_on_cuda) for module in users),
+        (library, "_triton_unusable", lambda initialized: None),
+        (torch.Tensor, "is_cuda", True),
+        (torch.cuda, "_lazy_init", lambda: None),
+        (torch.cuda, "is_initialized", lambda: True),
+        (torch.cuda, "device_count", lambda: 1),
+        (torch.cuda, "current_device", lambda: 0),
+        (torch.cuda, "get_device_properties", lambda device=None: properties),
+        (driver, "_active", _Driver(arch)),
+        (JITFunction, "_do_compile", compile_nothing),
+    ]
+    # In place of the extension's CPU kernels, as where CUDA tensors find none.
+    overrides = torch.library.Library("simclr_fast", "IMPL")
+    with _patched(patches), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*kernel for operator")
+        for name, kernel in {
+            "nt_xent": nt_xent._loss,
+            "nt_xent_backward": nt_xent._backward,
+        }.items():
+            overrides.impl(name, kernel, "CPU", allow_override=True)
+        try:
+            yield
+        finally:
+            overrides._destroy()
 
 
 @contextmanager
