@@ -13,6 +13,7 @@ import torch
 import tyro
 
 from simclr_fast.commands.checks import (
+    Check,
     Measured,
     Skip,
     found_devices,
@@ -63,13 +64,17 @@ def run(arguments: list[str]) -> int:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {given.device}")
     device = resolve_device(given.device)
     out = given.out or (Path("selfcheck") if given.full else None)
+    machine = {"device": str(device), "versions": found_versions(), "machine": found_devices()}
+    names = [name for name, _ in _checks(given.full)]
     outcomes: list[Outcome] = []
+    if out is not None:
+        _write(out, machine, outcomes, names[0])
     for outcome in selfcheck(device, full=given.full):
         print(outcome, flush=True)
         outcomes.append(outcome)
         if out is not None:
-            # Write after each check, so that a crash leaves a report of the checks before it.
-            _write(out, device, outcomes)
+            # Also in between, so that a crash of the process leaves a report that names the check.
+            _write(out, machine, outcomes, [*names, None][len(outcomes)])
     print(_summary(outcomes))
     if out is not None:
         print(f"report         {out / 'report.txt'}, {out / 'report.json'}")
@@ -81,9 +86,8 @@ def selfcheck(device: torch.device, about: str = "", full: bool = False) -> Iter
 
     about: run only checks whose names begin with this. full: also run the long ones.
     """
-    checks = [*quick_checks(), *(further_checks() if full else ())]
     lost = ""
-    for name, check in checks:
+    for name, check in _checks(full):
         if not name.startswith(about):
             continue
         if lost:
@@ -102,6 +106,10 @@ def selfcheck(device: torch.device, about: str = "", full: bool = False) -> Iter
             status, detail = "FAIL", _describe(error)
             lost = "" if _works(device) else name
         yield Outcome(status, name, detail, round(time.perf_counter() - start, 2), data)
+
+
+def _checks(full: bool) -> list[tuple[str, Check]]:
+    return [*quick_checks(), *(further_checks() if full else ())]
 
 
 def _wait(device: torch.device) -> None:
@@ -130,16 +138,19 @@ def _summary(outcomes: list[Outcome]) -> str:
     return f"{counts['ok']} ok, {counts['skip']} skipped, {counts['FAIL']} failed"
 
 
-def _write(out: Path, device: torch.device, outcomes: list[Outcome]) -> None:
+def _write(
+    out: Path, machine: dict[str, Any], outcomes: list[Outcome], running: str | None
+) -> None:
+    """The report so far. running: the check that runs next, None after the last one."""
     report: dict[str, Any] = {
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": str(device),
-        "versions": found_versions(),
-        "machine": found_devices(),
+        **machine,
         "summary": _summary(outcomes),
+        "running": running,
         "checks": [asdict(outcome) for outcome in outcomes],
     }
-    lines = "\n".join([*map(str, outcomes), report["summary"], ""])
+    unfinished = [] if running is None else [f"not finished: {running}"]
+    lines = "\n".join([*map(str, outcomes), *unfinished, report["summary"], ""])
     content = json.dumps(report, indent=2) + "\n"
     write_atomic(out / "report.txt", lambda temporary: temporary.write_text(lines))
     write_atomic(out / "report.json", lambda temporary: temporary.write_text(content))

@@ -61,6 +61,48 @@ def test_the_report_has_machine_checks_and_failures(brief, tmp_path, capsys, mon
     assert report["checks"][-1]["seconds"] >= 0
 
 
+def test_a_check_that_ends_the_process_is_named_in_the_report(brief, tmp_path, monkeypatch):
+    """A crash inside a driver kills the process: what was written before is all there is."""
+
+    class Crash(BaseException):
+        pass
+
+    def crash(device):
+        raise Crash
+
+    def some():
+        yield "versions", checks.versions
+        yield "bad", crash
+        yield "never", checks.versions
+
+    monkeypatch.setattr(selfcheck, "quick_checks", some)
+    with pytest.raises(Crash):
+        selfcheck.run(["--device", "cpu", "--full", "--out", str(tmp_path)])
+    text = (tmp_path / "report.txt").read_text().splitlines()
+    assert text[0].startswith("ok   versions")
+    assert text[1:] == ["not finished: bad", "1 ok, 0 skipped, 0 failed"]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["running"] == "bad"
+    assert report["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError()]
+)
+def test_a_check_without_enough_memory_fails_and_the_next_runs(error, tmp_path, monkeypatch):
+    def too_large(device):
+        raise error
+
+    some = [("bad", too_large), ("versions", checks.versions)]
+    monkeypatch.setattr(selfcheck, "quick_checks", lambda: iter(some))
+    assert selfcheck.run(["--device", "cpu", "--out", str(tmp_path)]) == 1
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [c["status"] for c in report["checks"]] == ["FAIL", "ok"]
+    assert type(error).__name__ in report["checks"][0]["detail"]
+    assert report["running"] is None
+    assert "not finished" not in (tmp_path / "report.txt").read_text()
+
+
 def test_without_full_nothing_is_written(brief, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(["selfcheck", "--device", "cpu"]) == 0
@@ -220,6 +262,29 @@ def test_the_gpus_are_listed(pretended_cuda):
     assert "cuda:0 Pretended sm_90 80 GiB" in text
     assert "driver" in text
     assert checks.found_devices()["gpus"][0]["architecture"] == "sm_90"
+
+
+def test_every_check_runs_where_there_is_a_gpu(pretended_cuda, monkeypatch, tmp_path):
+    """No check meets a name or an argument for the first time on somebody's GPU."""
+    monkeypatch.setattr(checks, "_ALL_FEATURES", (16, 33))
+    monkeypatch.setattr(checks, "_ALL_PAIRS", (1, 2, 17))
+    small = checks.replace(checks.PRESETS["demo"](), batch_size=64)
+    monkeypatch.setitem(checks.PRESETS, "imagenet", lambda: small)
+
+    def bounded(command, folder, seconds):
+        if command[3] == "bench":
+            (Path(command[-1]) / "loss.json").write_text(
+                json.dumps({"tables": [{"ratios": {"step": {"eager": 2.0}}}]})
+            )
+        return 0, ["3 passed"]
+
+    monkeypatch.setattr(checks, "_bounded", bounded)
+    assert selfcheck.run(["--device", "cpu", "--full", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    statuses = {c["name"]: c["status"] for c in report["checks"]}
+    assert list(statuses) == [n for n, _ in [*checks.quick_checks(), *checks.further_checks()]]
+    # test_a_second_gpu runs the one that is skipped.
+    assert [name for name, status in statuses.items() if status != "ok"] == ["second GPU"]
 
 
 def test_a_result_that_differs_between_streams_is_found(pretended_cuda, monkeypatch):
