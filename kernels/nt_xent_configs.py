@@ -213,8 +213,12 @@ _BLACKWELL: Configs = {
     "float32 sums": _FLOAT32_SUMS,
     "float32 class_gradient": _FLOAT32_SUMS,
 }
-# On sm_120 and sm_121 ptxas spills with these rows of _HMMA.
-_BLACKWELL_HMMA: Configs = _HMMA | {
+# GPUs with less shared memory. With 32 keys ptxas spills there.
+_CONSUMER_HMMA: Configs = _HMMA | {
+    "gradient": (*_HMMA["gradient"][:2], Config(64, 64, 256, 8, 2), *_HMMA["gradient"][3:]),
+}
+# On sm_120 and sm_121 ptxas spills with these rows of the table above.
+_BLACKWELL_HMMA: Configs = _CONSUMER_HMMA | {
     "forward": (
         Config(128, 64, 64, 4, 3, 2),
         Config(128, 32, 128, 4, 3, 2),
@@ -232,8 +236,8 @@ _BLACKWELL_HMMA: Configs = _HMMA | {
 }
 TABLE = {
     (8, 0): _HMMA,
-    (8, 6): _HMMA,
-    (8, 9): _HMMA,
+    (8, 6): _CONSUMER_HMMA,
+    (8, 9): _CONSUMER_HMMA,
     (9, 0): _HOPPER,
     (10, 0): _BLACKWELL,
     (12, 0): _BLACKWELL_HMMA,
