@@ -3,13 +3,16 @@
 import os
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
 from kernel_memory import MemoryFault, checked_memory
 
-from simclr_fast.kernels import nt_xent, nt_xent_backward, nt_xent_forward
+from simclr_fast.augment.params import Augmentation, draw_params
+from simclr_fast.augment.views import pack_params
+from simclr_fast.kernels import augment, nt_xent, nt_xent_backward, nt_xent_forward
 from simclr_fast.kernels.nt_xent_configs import Config, Plan
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -83,6 +86,25 @@ def test_offsets_beyond_32_bits(monkeypatch):
         )
         nt_xent.normalize(wide, wide, tau)
     assert len(launches) == 5
+
+
+@pytest.mark.parametrize("wide", ["image", "channel", "row", "column"])
+def test_views_beyond_32_bits(wide):
+    """Views whose elements along one axis are 2³⁰ elements apart; only addresses are computed."""
+    size = 4
+    aug = Augmentation(size)
+    params = draw_params(aug, 0, 0, np.arange(4), 0, np.tile([[8, 9]], (4, 1)))
+    # The blur writes the third view, the colour kernel the others.
+    params.sigma = np.array([0, 0, 0.5, 0], np.float32)
+    given = [torch.from_numpy(array) for array in pack_params(params)]
+    strides = {"image": 48, "channel": 16, "row": 4, "column": 1} | {wide: 1 << 30}
+    shape = (4, 3, size, size)
+    last = sum((n - 1) * stride for n, stride in zip(shape, strides.values(), strict=True))
+    out = torch.empty(last + 1, dtype=torch.float16).as_strided(shape, tuple(strides.values()))
+    crops = torch.zeros(4, size, size, 3, dtype=torch.uint8)
+    with checked_memory(dry=True) as launches:
+        augment.augment_crops(crops, *given, torch.ones(6), True, False, 1, out)
+    assert launches == ["mean_kernel", "color_kernel", "blur_kernel", "blur_kernel"]
 
 
 @triton.jit
