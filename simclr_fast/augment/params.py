@@ -23,6 +23,8 @@ _PHILOX_ROUNDS = 10
 _SWITCHES, _ORDER, _FACTORS, _FIRST_CROP = 0, 1, 2, 3
 # The arguments with which google-research/simclr calls sample_distorted_bounding_box.
 _SIMCLR_ATTEMPTS, _SIMCLR_MIN_COVERED = 100, 0.1
+# Blocks between two pairs of views, more than one view can use; and the most views of an image.
+_PAIR, _MOST_VIEWS = 1 << 16, 1 << 17
 _TORCHVISION_ATTEMPTS = 10
 _FIRST_ATTEMPTS = 3
 
@@ -162,23 +164,26 @@ def draw_params(
     """Draw the parameters of one view of each sample.
 
     seed: any integer, taken modulo 2^64. epoch: in [0, 2^31). ids: integer [n], the samples'
-    identities. view: 0 or 1. sizes: integer [n, 2], (height, width) of each source image.
+    identities. view: the view's number, from 0. sizes: integer [n, 2], (height, width) of each
+    source image.
     """
-    if view not in (0, 1):
-        raise ValueError(f"view must be 0 or 1, got {view!r}")
+    if not 0 <= view < _MOST_VIEWS:
+        raise ValueError(f"view must be in [0, {_MOST_VIEWS}), got {view!r}")
     ids, sizes = _checked(epoch, ids, sizes)
-    return _draw(aug, seed, np.full(len(ids), epoch << 1 | view), ids, sizes)
+    return _draw(aug, seed, np.full(len(ids), epoch << 1 | view & 1), ids, sizes, view >> 1)
 
 
 def draw_views(
-    aug: Augmentation, seed: int, epoch: int, ids: np.ndarray, sizes: np.ndarray
-) -> tuple[ViewParams, ViewParams]:
-    """`draw_params` for both views at once, in half the time of two calls."""
+    aug: Augmentation, seed: int, epoch: int, ids: np.ndarray, sizes: np.ndarray, n_views: int = 2
+) -> list[ViewParams]:
+    """`draw_params` of views 0 to n_views - 1. Two at once take half the time of two calls."""
     ids, sizes = _checked(epoch, ids, sizes)
-    n = len(ids)
+    n, views = len(ids), []
     streams = np.repeat([epoch << 1, epoch << 1 | 1], n)
-    both = _draw(aug, seed, streams, np.tile(ids, 2), np.tile(sizes, (2, 1)))
-    return both[:n], both[n:]
+    for pair in range(-(-n_views // 2)):
+        both = _draw(aug, seed, streams, np.tile(ids, 2), np.tile(sizes, (2, 1)), pair)
+        views += [both[:n], both[n:]]
+    return views[:n_views]
 
 
 def _checked(epoch: int, ids: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -196,12 +201,21 @@ def _checked(epoch: int, ids: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray
 
 
 def _draw(
-    aug: Augmentation, seed: int, streams: np.ndarray, ids: np.ndarray, sizes: np.ndarray
+    aug: Augmentation,
+    seed: int,
+    streams: np.ndarray,
+    ids: np.ndarray,
+    sizes: np.ndarray,
+    pair: int = 0,
 ) -> ViewParams:
-    """Draw one view per row. streams: integer [n], 2 · epoch + view of each row."""
+    """Draw one view per row, of number 2 · pair or 2 · pair + 1.
+
+    streams: integer [n], for each row 2 · epoch, plus 1 for the second view of the pair.
+    """
 
     def uniform(first: int, stop: int, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
-        return _uniform(seed, streams[rows], ids[rows], np.arange(first, stop))
+        blocks = np.arange(first, stop) + pair * _PAIR
+        return _uniform(seed, streams[rows], ids[rows], blocks)
 
     # The same call also draws the first attempts at a crop.
     u = uniform(0, _FIRST_CROP + (_FIRST_ATTEMPTS if aug.crop else 0))

@@ -2,12 +2,13 @@
 
 from simclr_fast.data.datasets import named_source, open_source
 from simclr_fast.data.decode import CorruptImageError
-from simclr_fast.data.loader import ImageLoader, OneViewLoader, TwoViewLoader
+from simclr_fast.data.loader import ImageLoader, MultiViewLoader, OneViewLoader, TwoViewLoader
 from simclr_fast.data.sources import Source
 
 __all__ = [
     "CorruptImageError",
     "ImageLoader",
+    "MultiViewLoader",
     "OneViewLoader",
     "Source",
     "TwoViewLoader",

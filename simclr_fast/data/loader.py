@@ -177,8 +177,8 @@ class _Loader:
 
     def __reduce__(self) -> Any:
         # A copy opens its own pipeline and threads, and continues from the same position.
-        arguments = type(self), self.source, self.augmentation, self._options, self.state_dict()
-        return _copied, arguments
+        made_of = self.source, self.augmentation, self._options
+        return _copied, (type(self), self.n_views, *made_of, self.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state`. The number of ranks and threads may differ."""
@@ -326,12 +326,14 @@ def _with_index(device: torch.device) -> torch.device:
 
 def _copied(
     kind: type[_Loader],
+    n_views: int,
     source: Source,
     augmentation: Augmentation,
     options: dict[str, Any],
     state: dict[str, Any],
 ) -> _Loader:
     made = kind.__new__(kind)
+    made.n_views = n_views
     _Loader.__init__(made, source, augmentation=augmentation, **options)
     made.load_state_dict(state)
     return made
@@ -390,7 +392,21 @@ class TwoViewLoader(_Loader):
         super().__init__(source, batch_size, augmentation, **options)
 
     def _draw(self, ids: np.ndarray, sizes: np.ndarray) -> list[ViewParams]:
-        return list(draw_views(self.augmentation, self.seed, self.epoch, ids, sizes))
+        return draw_views(self.augmentation, self.seed, self.epoch, ids, sizes, self.n_views)
+
+
+class MultiViewLoader(TwoViewLoader):
+    """`TwoViewLoader` for any number of views: yields (view1, ..., view of n_views, index).
+
+    The first two views are those of `TwoViewLoader`. The loss for more than two is
+    `multi_view_nt_xent_loss`.
+    """
+
+    def __init__(
+        self, source: Any, batch_size: int, size: int | None = None, *, n_views: int, **options: Any
+    ) -> None:
+        self.n_views = as_int("n_views", n_views, 2)
+        super().__init__(source, batch_size, size, **options)
 
 
 class OneViewLoader(_Loader):

@@ -61,6 +61,8 @@ class PretrainConfig:
     without a label have only their other view."""
     temperature: float = 0.1
     """Temperature of the loss."""
+    views: int = 2
+    """Views of each image. With more than two, every other view of the image is a positive."""
     optimizer: Literal["lars", "sgd", "adamw", "adam"] = "lars"
     """LARS is the paper's, for large batches. SGD has Nesterov momentum 0.9."""
     lr: float | None = None
@@ -173,6 +175,10 @@ class PretrainConfig:
         ):
             if given and self.memory not in modes:
                 raise ValueError(f"{name} is for memory {' or '.join(modes)}, got {self.memory!r}")
+        if self.views < 2:
+            raise ValueError(f"views must be at least 2, got {self.views}")
+        if self.views > 2 and self.loss == "decoupled":
+            raise ValueError(f"loss decoupled is for two views, got views={self.views}")
         if self.optimizer == "sgd" and self.lr is None:
             raise ValueError("lr must be given for optimizer sgd, such as --lr 0.05")
         if self.resume and self.overwrite:

@@ -44,7 +44,9 @@ class Metrics:
         # Seconds that were spent waiting for data since the last line.
         self.waited = 0.0
         self._advice_given: set[str] = set()
+        # Rows of h and z, view after view of the same number of images.
         self._rows: list[Tensor] = []
+        self._looked_at = 0
         self._grad_norms: dict[str, Tensor] = {}
 
     def __enter__(self) -> "Metrics":
@@ -76,7 +78,7 @@ class Metrics:
     def look(self, h: Tensor, z: Tensor, n_views: int) -> None:
         """Keep some rows of this rank's h and z, both [n_views · n, D], for the next line."""
         n = len(h) // n_views
-        first = min(n, _LOOKED_AT)
+        self._looked_at = first = min(n, _LOOKED_AT)
         if first > 1:
             starts = range(0, n_views * n, n)
             self._rows = [torch.cat([x.detach()[i : i + first] for i in starts]) for x in (h, z)]
@@ -103,7 +105,7 @@ class Metrics:
         values = {name: value.item() for name, value in shown.items()}
         contrastive = self.name == "pretrain"
         if contrastive:
-            values["chance_loss"] = math.log(2 * self.config.batch_size - 1)
+            values["chance_loss"] = math.log(self.config.views * self.config.batch_size - 1)
         values |= {name: value.item() for name, value in self._grad_norms.items()}
         values |= self._geometry(contrastive)
         now = time.perf_counter()
@@ -144,7 +146,7 @@ class Metrics:
         h, z = rows
         found = {"rank_h": effective_rank(h)}
         if contrastive:
-            n = len(z) // 2
+            n = self._looked_at
             found["rank_z"] = effective_rank(z)
             found["alignment"] = alignment(z[:n], z[n : 2 * n])
             found["uniformity"] = uniformity(z)

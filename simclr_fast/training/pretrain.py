@@ -1,14 +1,14 @@
-"""Pretraining: images → two views → encoder → projector → NT-Xent → LARS → checkpoint."""
+"""Pretraining: images → views → encoder → projector → NT-Xent → LARS → checkpoint."""
 
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from simclr_fast.data.loader import TwoViewLoader
+from simclr_fast.data.loader import MultiViewLoader
 from simclr_fast.data.sources import Source
 from simclr_fast.losses.nt_xent import nt_xent_loss
-from simclr_fast.losses.sup_con import sup_con_loss
+from simclr_fast.losses.sup_con import multi_view_nt_xent_loss, sup_con_loss
 from simclr_fast.training.config import PretrainConfig
 from simclr_fast.training.loop import Task, train
 from simclr_fast.training.setup import build_model, loader_options, open_data
@@ -37,7 +37,8 @@ def pretrain(config: PretrainConfig) -> Path:
     with join_world(config.device, config.timeout) as world:
         torch.manual_seed(config.seed)
         source = open_data(config)
-        loader = TwoViewLoader(source, config.batch_size, **loader_options(config, world))
+        options = loader_options(config, world)
+        loader = MultiViewLoader(source, config.batch_size, n_views=config.views, **options)
         model = build_model(config)
         classes = None
         if config.loss == "sup-con":
@@ -45,15 +46,21 @@ def pretrain(config: PretrainConfig) -> Path:
 
         def loss(outputs: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             _, z = outputs
+            # The loss of two views. Other losses only take the statistics from here.
+            pair = z[: 2 * len(index)]
             value, statistics = nt_xent_loss(
-                z if classes is None else z.detach(),
+                pair if classes is None and config.views == 2 else pair.detach(),
                 temperature=config.temperature,
                 decoupled=config.loss == "decoupled",
                 group=world.group,
                 return_stats=True,
-                row_counts=loader.row_counts(),
+                row_counts=[2 * rows // config.views for rows in loader.row_counts()],
             )
-            if classes is not None:
+            if classes is None and config.views > 2:
+                value = multi_view_nt_xent_loss(
+                    z, config.views, config.temperature, group=world.group
+                )
+            elif classes is not None:
                 rows = classes[index.to(world.device, non_blocking=True)].repeat(loader.n_views)
                 value = sup_con_loss(z, rows, config.temperature, group=world.group)
             return value, {

@@ -238,7 +238,7 @@ def test_bad_arguments_are_named(arguments, named):
 def test_bad_draws_are_named():
     aug, ids, sizes = Augmentation(), np.arange(3), SIZES[:3]
     with pytest.raises(ValueError, match="view"):
-        draw_params(aug, 0, 0, ids, 2, sizes)
+        draw_params(aug, 0, 0, ids, -1, sizes)
     with pytest.raises(ValueError, match="epoch"):
         draw_params(aug, 0, -1, ids, 0, sizes)
     with pytest.raises(TypeError, match="ids"):
@@ -256,3 +256,18 @@ def test_drawing_both_views_at_once_equals_drawing_each(spec):
     views = draw_views(aug, 2**40, 9, ids, SIZES[:400])
     assert all(same(views[v], draw_params(aug, 2**40, 9, ids, v, SIZES[:400])) for v in (0, 1))
     assert [len(view) for view in draw_views(aug, 0, 0, ids[:0], SIZES[:0])] == [0, 0]
+    more = draw_views(aug, 2**40, 9, ids, SIZES[:400], 5)
+    assert all(same(a, b) for a, b in zip(more, views, strict=False))
+    assert len(more) == 5
+    assert same(more[4], draw_params(aug, 2**40, 9, ids, 4, SIZES[:400]))
+
+
+def test_no_view_repeats_another_view_or_epoch():
+    aug, ids = Augmentation(area=(0.5, 0.6)), np.arange(50)
+    sizes = np.full((50, 2), 1000)
+    drawn = [
+        draw_params(aug, 3, epoch, ids, view, sizes).box.tobytes()
+        for epoch in range(4)
+        for view in range(6)
+    ]
+    assert len(set(drawn)) == 24

@@ -1,5 +1,6 @@
 """The loaders: order, views, ranks, resume, corrupt files; DALI against the fused path."""
 
+import copy
 import io
 import logging
 import sys
@@ -17,7 +18,13 @@ from PIL import Image
 
 from simclr_fast.augment.params import Augmentation
 from simclr_fast.data import decode, pipelines
-from simclr_fast.data.loader import CorruptImageError, ImageLoader, OneViewLoader, TwoViewLoader
+from simclr_fast.data.loader import (
+    CorruptImageError,
+    ImageLoader,
+    MultiViewLoader,
+    OneViewLoader,
+    TwoViewLoader,
+)
 
 DALI = pytest.param(
     "dali",
@@ -445,3 +452,17 @@ def test_the_loader_ignores_exif_orientation(tmp_path):
     loader._draw = lambda ids, given: (sizes.append(given.tolist()), draw(ids, given))[1]
     run(loader)
     assert sizes == [[[10, 30]]]
+
+
+def test_more_views_begin_with_those_of_the_two_view_loader():
+    images = np.random.default_rng(0).integers(0, 255, (10, 20, 20, 3), dtype=np.uint8)
+    two = TwoViewLoader(images, 4, 16, seed=3)
+    four = MultiViewLoader(images, 4, 16, seed=3, n_views=4)
+    assert four.row_counts() == [16]
+    for (*pair, index), (*views, same_index) in zip(two, copy.deepcopy(four), strict=True):
+        assert torch.equal(index, same_index)
+        assert len(views) == 4
+        assert all(torch.equal(a, b) for a, b in zip(pair, views[:2], strict=True))
+        assert not any(torch.equal(views[i], views[j]) for i in range(4) for j in range(i))
+    with pytest.raises(ValueError, match="n_views must be"):
+        MultiViewLoader(images, 4, 16, n_views=1)
