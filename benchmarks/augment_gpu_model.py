@@ -2,10 +2,10 @@
 
     python -m benchmarks.augment_gpu_model
 
-Nothing here ran on a GPU. Every kernel of these pipelines is bound by memory, so its time is the
-bytes that it reads and writes over the memory's bandwidth, times 1 / EFFICIENCY, plus the time of
-its launch, shared by the images of a part. Decoding is left out. Consumer rates are published
-training rates of ResNet-50; each source image is decoded once and seen twice.
+Nothing here ran on a GPU. Memory limits every kernel of these pipelines. So its time is the bytes
+that it reads and writes, divided by EFFICIENCY times the memory's bandwidth. The time of a launch
+is added, divided by the number of images that go through together. Decoding is left out. The rates
+of training are published ones of ResNet-50; each source image is decoded once and seen twice.
 """
 
 from typing import NamedTuple

@@ -1,8 +1,8 @@
 // Blocks of rows of NT-Xent on the CPU, and the order in which pairs of blocks are visited.
 //
-// In one process x is symmetric, so only tiles on and above the diagonal are computed. Each gives
-// sums of its rows and of its columns, and in the backward pass its weights W are multiplied by the
-// u of its columns and by the u of its rows.
+// In one process x is symmetric, so only tiles on and above the diagonal are computed. In the
+// forward pass each gives sums of its rows and of its columns. In the backward pass its weights W
+// are multiplied by the u of its columns and by the u of its rows.
 // Pairs of blocks go in rounds: I + J = round, modulo the number of blocks. So each block has one
 // pair in a round. A pair waits only for the pairs of the previous round that contain its blocks.
 // So every sum is taken in the same order for any number of threads, and a slow thread delays only

@@ -11,7 +11,7 @@ from torch import Tensor
 # A program of the row-wise kernels holds at least so many elements.
 BLOCK_ELEMENTS = 2048
 # Kernel arguments that change with the batch. Triton would compile one variant for multiples of 16
-# and one for other values, and would turn an integer equal to 1 into a constant, which lacks the
+# and one for other values. It would turn an integer equal to 1 into a constant, which lacks the
 # methods of a tensor. No address of a wide load depends on these, so variants would gain nothing.
 UNSPECIALIZED = (
     "row_offset",

@@ -45,9 +45,9 @@ class Augmentation:
     Contrast is changed around the mean luma, saturation by blending with the luma. The blur
     reflects.
 
-    In both, factors are U(1 ± 0.8 s), the hue shift is U(± 0.2 s) turns in HSV, the order of the
-    jitter is random per sample, values are clipped after each step, and the blur's radius is
-    (size // 10) // 2.
+    In both, the factors of the jitter are U(1 ± 0.8 s) and the hue shift is U(± 0.2 s) turns in
+    HSV. The order of the jitter steps is random per sample, and values are clipped after each. The
+    blur's radius is (size // 10) // 2.
 
     Arguments:
         size: output height and width in pixels.
