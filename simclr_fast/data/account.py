@@ -1,13 +1,14 @@
 """What opening a source found: images used, what was left out and why, damage, labels."""
 
 import os
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 OnError = Literal["raise", "skip"]
 # Names that are kept of each reason to leave something out.
-_EXAMPLES = 10
+_EXAMPLES = 100
 
 
 class DamagedDataError(ValueError):
@@ -86,9 +87,10 @@ class Account:
             out.append(f"  unlabelled: {self.unlabelled:,} images")
         out.append(f"left out       {sum(self.left_out.values()):,}")
         for reason, n in self.left_out.most_common():
-            names = self.examples[reason]
-            more = ", …" if n > len(names) else ""
-            out.append(f"  {n:,} {reason}: {', '.join(names)}{more}")
+            names = self.examples.get(reason, [])
+            out += [f"  {n:,} {reason}", *(f"    {name}" for name in names)]
+            if names and n > len(names):
+                out.append(f"    and {n - len(names):,} more")
         out.append(f"lost           {len(self.lost):,}")
         return [*out, *(f"  {message}" for message in self.lost)]
 
@@ -105,6 +107,16 @@ class Account:
 
 
 def printable(name: str | os.PathLike[str]) -> str:
-    """A file's name as text: bytes that are not UTF-8 become \\xNN."""
+    """A name as text that can be printed: bytes that are not UTF-8 become \\xNN, and control
+    characters what Python writes for them."""
     text = os.fspath(name)
-    return text if text.isascii() else os.fsencode(text).decode("utf-8", "backslashreplace")
+    if text.isprintable():
+        return text
+    return "".join(_escaped(c) if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
+
+
+def _escaped(character: str) -> str:
+    # Python reads a byte NN of a name that is not UTF-8 as the surrogate DCNN.
+    if "\udc80" <= character <= "\udcff":
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return repr(character)[1:-1]

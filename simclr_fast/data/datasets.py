@@ -95,8 +95,8 @@ def named_source(
         source.classes = CLASSES
     elif name in _TORCHVISION and root:
         source = _torchvision_source(name, root, split)
-    elif is_saved(Path(data)):
-        found = load_saved(Path(data), split)
+    elif is_saved(folder := Path(data).expanduser()):
+        found = load_saved(folder, split)
         source = None if found is None else open_source(found, image_key=image_key)
     elif split == "test":
         return None
@@ -178,9 +178,9 @@ def _opened(data: Any, image_key: str | None, on_error: OnError) -> Source:
     if isinstance(data, np.ndarray):
         return ArraySource(_channels_last(data))
     if isinstance(data, str | Path):
-        path = Path(data)
+        path = Path(data).expanduser()
         if not path.is_dir():
-            paths = [path] if path.exists() else _matching(str(data))
+            paths = [path] if path.exists() else _matching(str(path))
             return _open_files(paths, Account(on_error), image_key)
         if is_saved(path):
             return _opened(load_saved(path, "train"), image_key, on_error)

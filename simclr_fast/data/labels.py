@@ -194,7 +194,7 @@ def _rows(path: Path) -> list[tuple[str, str]]:
         raise ValueError(f"{path}: a line without a label: {delimiter.join(short)!r}")
     if not rows:
         raise ValueError(f"{path} has a header and no lines")
-    return [(_normal(row[columns[0]]), row[columns[1]].strip()) for row in rows]
+    return [(normal_path(row[columns[0]]), row[columns[1]].strip()) for row in rows]
 
 
 def _unlike_the_rest(rows: list[list[str]]) -> bool:
@@ -206,7 +206,7 @@ def _unlike_the_rest(rows: list[list[str]]) -> bool:
     return bool(rest) and (only_name or only_label)
 
 
-def _normal(name: str) -> str:
+def normal_path(name: str) -> str:
     """A path with slashes, without "./", in Unicode's composed form."""
     path = PurePosixPath(name.strip().replace("\\", "/")).as_posix()
     return unicodedata.normalize("NFC", path)
@@ -214,7 +214,7 @@ def _normal(name: str) -> str:
 
 def _row_of(name: str, of_row: dict[str, int], depths: list[int]) -> int | None:
     """The row of an image: the most folders before its name that match, then without suffix."""
-    parts = _normal(name).split("/")
+    parts = normal_path(name).split("/")
     stem = parts[-1].rpartition(".")[0] or parts[-1]
     for last in (parts[-1], stem):
         for depth in depths:

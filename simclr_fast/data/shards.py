@@ -232,7 +232,10 @@ def scan_recordio(path: Path, account: Account) -> Iterator[Record]:
                 account.leave_out("records without an image", f"{path}:{number}")
             number += 1
     index = path.with_suffix(".idx")
-    if index.is_file() and (listed := len(index.read_text().splitlines())) != number:
+    if (
+        index.is_file()
+        and (listed := len(index.read_text(errors="replace").splitlines())) != number
+    ):
         account.damage(f"{path} has {number} records, but {index.name} lists {listed}")
 
 

@@ -62,7 +62,9 @@ class Source:
     def content(self) -> bytes:
         """A hash of the images and their order, which reads all of them."""
         images = (self.read(i) for i in range(len(self)))
-        return fingerprint(f"{image.shape}".encode() + image.tobytes() for image in images)
+        return fingerprint(
+            f"{image.shape} {image.dtype}".encode() + image.tobytes() for image in images
+        )
 
     def fingerprint(self) -> bytes:
         """A hash of the images and their order; of files, it takes names, sizes and dates."""
@@ -154,11 +156,10 @@ def file_fingerprint(paths: Iterable[str | Path]) -> bytes:
     A file's time of change (ctime) cannot be set back, unlike that of its content (mtime). The
     folder is left out: a link to it is the same folder.
     """
-    return fingerprint(
-        os.fsencode(os.path.basename(path))
-        + f" {s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}".encode()
-        for path, s in ((path, os.stat(path)) for path in paths)
-    )
+    given = [os.fspath(path) for path in paths]
+    names = [path[path.rfind(os.sep) + 1 :] for path in given]
+    known = [(s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in map(os.stat, given)]
+    return fingerprint([repr(names).encode(), repr(known).encode()])
 
 
 class FileSource(Source):

@@ -10,6 +10,7 @@ import posixpath
 import tarfile
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from simclr_fast.data.account import Account, DamagedDataError, printable
@@ -89,7 +90,7 @@ def _read_members(
         folder, slash, base = member.name.rpartition("/")
         if member.isdir():
             continue
-        if any(is_hidden(part) for part in member.name.split("/") if part not in (".", "..")):
+        if is_hidden(base) or _in_hidden(folder):
             account.leave_out(HIDDEN, member.name)
             continue
         is_link = member.islnk() or member.issym()
@@ -115,6 +116,11 @@ def _read_members(
         else:
             account.leave_out(f".{field}", member.name)
     return links
+
+
+@lru_cache(maxsize=1024)
+def _in_hidden(folder: str) -> bool:
+    return any(is_hidden(part) for part in folder.split("/") if part not in (".", ".."))
 
 
 def _target(tar: tarfile.TarFile, member: tarfile.TarInfo) -> tuple[int, int] | None:

@@ -135,7 +135,7 @@ def page(
         "neighbours": indices.tolist(),
         "sprite": "data:image/jpeg;base64," + base64.b64encode(packed.getvalue()).decode(),
     }
-    template = (files("simclr_fast") / "assets" / _PAGE).read_text()
+    template = (files("simclr_fast") / "assets" / _PAGE).read_text(encoding="utf-8")
     # Escaped, so that a name with "</script>" cannot end the script element that holds it.
     text = json.dumps(data).replace("<", "\\u003c")
     return template.replace("DATA_GOES_HERE", text, 1)

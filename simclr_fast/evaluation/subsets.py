@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from simclr_fast.data.datasets import named_source
+from simclr_fast.data.labels import normal_path
 from simclr_fast.data.sources import Source
 
 UNLABELLED_CLASS = "unlabelled"
@@ -37,8 +38,8 @@ def listed_subset(source: Source, listing: Path) -> np.ndarray:
     Raises:
         ValueError: the list is empty, or the source lacks a name or has it twice.
     """
-    wanted = listing.read_text().split("\n")
-    names = [line.strip() for line in wanted if line.strip()]
+    wanted = listing.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
+    names = [normal_path(line) for line in wanted if line.strip()]
     if not names:
         raise ValueError(f"no names in {listing}")
     if len(set(names)) != len(names):
@@ -47,7 +48,7 @@ def listed_subset(source: Source, listing: Path) -> np.ndarray:
     where: dict[str, list[int]] = {}
     depths = {len(PurePath(name).parts) for name in names}
     for i in range(len(source)):
-        parts = PurePath(source.path(i)).parts
+        parts = PurePath(normal_path(source.path(i))).parts
         for depth in depths:
             where.setdefault("/".join(parts[-depth:]), []).append(i)
     if missing := [name for name in names if name not in where]:

@@ -1,6 +1,7 @@
 """The report at the end of a run: probe, baselines, pictures, a page, and what to do next."""
 
 import json
+import shlex
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -149,13 +150,19 @@ def _views(source: Source, config: PretrainConfig) -> bytes:
 
 def next_steps(config: PretrainConfig, out: Path) -> Iterator[str]:
     """Commands to run after a finished run, ready to be copied."""
-    data = f" --data {config.data}" if config.data != "demo" else ""
+    options = {
+        "data": config.data if config.data != "demo" else None,
+        "labels": config.labels,
+        "image-key": config.image_key,
+    }
+    data = "".join(f" --{name} {shlex.quote(str(v))}" for name, v in options.items() if v)
     # `eval linear` needs test images. `eval embed` does not.
     protocol = "embed" if open_data(config, "test") is None else "linear"
     stem = config.stem or default_stem(config.augmentation.size)
     # torchvision has only some of our encoders; torch.export takes any.
     plain = config.model in RESNETS and config.model != "resnet10" and stem == "imagenet"
     form = "torchvision" if plain and config.width == 1 else "torch-export"
+    run, to = shlex.quote(str(out)), shlex.quote(str(out / form))
     yield "next:"
-    yield f"  simclr-fast eval {protocol} --encoder {out}{data}"
-    yield f"  simclr-fast export --encoder {out} --to {out / form} --format {form}"
+    yield f"  simclr-fast eval {protocol} --encoder {run}{data}"
+    yield f"  simclr-fast export --encoder {run} --to {to} --format {form}"

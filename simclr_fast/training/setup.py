@@ -1,6 +1,7 @@
 """Build what a PretrainConfig describes: model, optimizer, memory mode, output folder."""
 
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -168,7 +169,8 @@ def output_folder(config: PretrainConfig, world: World) -> Iterator[Path]:
     """
     if config.out is None and world.size > 1:
         raise ValueError("out must be given when several ranks run")
-    name = Path(config.data).stem or "run"
+    # Without what a shell or a file system may not take, such as the braces of a pattern.
+    name = re.sub(r"[^\w.:-]+", "-", Path(config.data).stem).strip("-") or "run"
     out = config.out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     if world.rank != 0:
         yield out

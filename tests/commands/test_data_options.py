@@ -38,8 +38,8 @@ def test_preview_lists_the_account(photos, capsys):
         f"used           {COUNT} images",
         "labels         folder names",
         "  caf\\xe9: 8 images",
-        "  1 .txt: ",
-        "  1 hidden or system: ",
+        "  1 .txt\n    ",
+        "  1 hidden or system\n    ",
         "lost           0",
     ):
         assert line in printed

@@ -9,6 +9,7 @@ import gzip
 import json
 import lzma
 import os
+import struct
 import tarfile
 import unicodedata
 
@@ -103,6 +104,15 @@ FOLDERS = [
     Case("suffixes in capitals", folder({"a/0.PNG": 0, "b/1.Png": 1}), [0, 1], [0, 1], ("a", "b")),
     Case("names with dots and spaces", folder({"a b/0.v1.png": 0, "c.d/ 1 .png": 1}), [0, 1],
          [0, 1], ("a b", "c.d")),
+    Case("a name with a line break", folder({"a\nb/0.png": 0}), [0], [0], (r"a\nb",)),
+    Case("a class called -1", folder({"-1/0.png": 0, "a/1.png": 1}), [0, 1], [0, 1], ("-1", "a")),
+    Case("numbers as classes", folder({"10/0.png": 0, "2/1.png": 1}), [0, 1], [0, 1], ("10", "2")),
+    Case("a link to a folder", lambda f: (folder(AB)(f / "x"), link("y", "x")(f), f / "y")[2],
+         [0, 1], [0, 1], ("a", "b")),
+    Case("train and test folders", folder({"test/a/0.png": 0, "train/a/1.png": 1}), [0, 1], [0, 1],
+         ("test", "train")),
+    Case("an empty file", folder(AB | {"a/2.png": ""}), error="empty"),
+    Case("a half-written file", folder(AB | {"a/2.png": picture(2)[:60]}), error="cut|checksum"),
     Case("a name that is not UTF-8", folder({f"{LATIN}/{LATIN}.png": 0, "x/1.png": 1}), [0, 1],
          [0, 1], (r"caf\xe9", "x")),
     Case("one class in two normal forms", folder({f"{NFC}/0.png": 0, f"{NFD}/1.png": 1,
@@ -156,6 +166,14 @@ TARS = [
     Case("json with names", tar([("0.png", 0), ("0.json", {"cls": "b"}), ("1.png", 1),
          ("1.json", {"cls": "a"})]), [0, 1], [1, 0], ("a", "b")),
     Case("json without a label", tar([("0.png", 0), ("0.json", {"width": 3})]), [0]),
+    Case("json of a number alone", tar([("0.png", 0), ("0.json", "7")]), [0], [7]),
+    Case("json of true and false", tar([("0.png", 0), ("0.json", {"label": True}), ("1.png", 1),
+         ("1.json", {"label": False})]), [0, 1], [1, 0]),
+    Case("json of a list", tar([("0.png", 0), ("0.json", {"label": [1, 2]})]), [0]),
+    Case("json that is no text", tar([("0.png", 0), ("0.json", b"\xff\xfe")]), [0]),
+    Case("json with half a character", tar([("0.png", 0), ("0.json", r'{"cls": "\ud800"}')]),
+         [0], [0], (r"\ud800",)),
+    Case("an empty image", tar([("0.png", ""), ("1.png", 1)]), error="empty"),
     Case("a damaged json", tar([("0.png", 0), ("0.json", '{"label":')]), [0]),
     Case("a label far from its image", tar([("0.png", 0), ("1.png", 1), ("0.cls", "4"),
          ("1.cls", "2")]), [0, 1], [4, 2]),
@@ -298,6 +316,10 @@ RECORDS = [
          left_out={"records without an image": 1}),
     Case("TFRecord, several images", records({R: [picture(0), picture(1)]}), error="got 2 values"),
     Case("TFRecord, numbers as an image", records({R: [1, 2]}), error="of bytes"),
+    Case("TFRecord, a damaged record", changed(records({R: picture(0)}), lambda data: data
+         + struct.pack("<QI", 5, 0) + b"\x0a\xff\xff\xff\x7f" + bytes(4) + data), [0, 0],
+         left_out={"records without an image": 1}, error="record 1 is not a tf.train.Example"),
+    Case("TFRecord, whole floats and -1", labelled(-1.0, 2.0), [0, 1], [-1, 2]),
     Case("TFRecord, cut", changed(labelled(3, 1), lambda data: data[:-40]), [0], [3],
          error="within record 1"),
     Case("TFRecord, cut in a header", changed(labelled(3), lambda data: data + b"abc"), [0], [3],

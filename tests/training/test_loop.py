@@ -292,3 +292,6 @@ def test_the_printed_next_commands_are_valid(config):
         assert f"eval {protocol} --encoder {config.out}" in evaluate
         assert ("--data photos" in evaluate) == (run.data == "photos")
         assert export.endswith(f"--format {form}")
+    shards = replace(photos, data="my shards/{000..099}.tar", image_key="jpg")
+    _, evaluate, _ = report.next_steps(shards, config.out)
+    assert evaluate.endswith("--data 'my shards/{000..099}.tar' --image-key jpg")
