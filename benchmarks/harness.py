@@ -5,7 +5,6 @@ import ctypes
 import gc
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,7 @@ import torch
 import simclr_fast
 from simclr_fast import ops
 from simclr_fast.utils.checkpoint import write_atomic
-from simclr_fast.utils.device import resolve_device, usable_cores
+from simclr_fast.utils.device import processor_name, resolve_device, usable_cores
 from simclr_fast.utils.extras import installed_versions, need
 
 T = TypeVar("T")
@@ -220,7 +219,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "command": " ".join(["simclr-fast", *sys.argv[1:]]),
         "simclr_fast": simclr_fast.__version__,
         "commit": _commit(),
-        "cpu": _cpu_name(),
+        "cpu": processor_name(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "instruction_set": _instruction_set(),
@@ -238,15 +237,6 @@ def _instruction_set() -> str:
     if not ops.has_extension():
         return "none: plain torch"
     return import_module("simclr_fast._C").instruction_set()
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def _commit() -> str | None:

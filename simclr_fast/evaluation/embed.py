@@ -2,8 +2,6 @@
 
 import base64
 import io
-import json
-from importlib.resources import files
 from pathlib import PurePath
 from typing import Any, Literal
 
@@ -17,6 +15,7 @@ from simclr_fast.data.sources import Source, subset
 from simclr_fast.evaluation.knn import nearest
 from simclr_fast.evaluation.plots import class_style, named_points
 from simclr_fast.utils.extras import need
+from simclr_fast.utils.pages import fill_page
 
 Method = Literal["pca", "tsne", "umap"]
 TITLES: dict[Method, str] = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
@@ -135,10 +134,7 @@ def page(
         "neighbours": indices.tolist(),
         "sprite": "data:image/jpeg;base64," + base64.b64encode(packed.getvalue()).decode(),
     }
-    template = (files("simclr_fast") / "assets" / _PAGE).read_text(encoding="utf-8")
-    # Escaped, so that a name with "</script>" cannot end the script element that holds it.
-    text = json.dumps(data).replace("<", "\\u003c")
-    return template.replace("DATA_GOES_HERE", text, 1)
+    return fill_page(_PAGE, data)
 
 
 def _unit_square(points: np.ndarray) -> np.ndarray:

@@ -10,7 +10,6 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,9 @@ import torch
 
 from simclr_fast import __version__
 from simclr_fast.utils.checkpoint import write_atomic
+from simclr_fast.utils.device import processor_name
 from simclr_fast.utils.extras import installed_versions
+from simclr_fast.utils.pages import fill_page
 
 PAGE, MACHINE = "report.html", "machine.json"
 _TEMPLATE = "report.html"
@@ -44,12 +45,12 @@ class Pictures:
 
 def write_machine(out: Path, device: torch.device, ranks: int) -> None:
     """Write machine.json: where and with which versions a run is made."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     facts = {
         "started": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
         "device": f"{name} ({device})",
         "ranks": str(ranks),
-        "cpu": f"{_processor()}, {os.cpu_count()} cores",
+        "cpu": f"{processor_name()}, {os.cpu_count()} cores",
         "threads of torch": str(torch.get_num_threads()),
         "system": platform.platform(),
         "simclr_fast": __version__,
@@ -82,11 +83,7 @@ def write_report(runs: Sequence[Path], path: Path, pictures: Pictures | None = N
         data["confusion"] = {"classes": list(pictures.classes), "counts": counts}
     if pictures.views is not None:
         data["views"] = "data:image/jpeg;base64," + base64.b64encode(pictures.views).decode()
-    template = (files("simclr_fast") / "assets" / _TEMPLATE).read_text()
-    # Escaped, so that a name with "</script>" cannot end the script element that holds it.
-    text = json.dumps(data).replace("<", "\\u003c")
-    whole = template.replace("DATA_GOES_HERE", text, 1)
-    write_atomic(path, lambda part: part.write_text(whole, encoding="utf-8"))
+    write_atomic(path, lambda part: part.write_text(fill_page(_TEMPLATE, data), encoding="utf-8"))
 
 
 def _run(folder: Path, name: str) -> dict[str, Any]:
@@ -129,11 +126,3 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             found[prefix + name] = "none" if value is None else str(value)
     return found
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -124,6 +125,15 @@ def seed_step(seed: int, step: int, device: torch.device, rank: int = 0) -> None
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         torch.cuda.default_generators[index].manual_seed(mixed)
+
+
+def processor_name() -> str:
+    """The model of the CPU, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def usable_cores() -> int:
