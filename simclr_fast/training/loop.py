@@ -204,8 +204,8 @@ def resume(
 
     def newest() -> dict[str, Any]:
         path, state, bad = checkpoint.newest_good(folder)
-        bad = {str(newer): why for newer, why in bad.items()}
-        return {"path": str(path or ""), "state": state, "bad": bad}
+        reasons = {str(newer): why for newer, why in bad.items()}
+        return {"path": str(path or ""), "state": state, "bad": reasons}
 
     found = world.share(newest)
     state, path = found["state"], Path(found["path"])
