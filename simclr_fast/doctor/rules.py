@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from simclr_fast.doctor import geometry
 from simclr_fast.doctor.evidence import (
     ENOUGH_PAIRS,
     Known,
@@ -19,6 +18,7 @@ from simclr_fast.doctor.loss_match import equal
 from simclr_fast.doctor.observe import Observer, Stepped
 from simclr_fast.doctor.report import Finding, Report
 from simclr_fast.doctor.views import chroma_agreement
+from simclr_fast.evaluation import geometry
 from simclr_fast.optim.schedule import scaled_lr
 
 # Steps after which a model should have learnt something.
