@@ -351,6 +351,7 @@ MAY_CHANGE = (
     "data",
     "labels",
     "augmentation",
+    "views",
     "epochs",
     "steps",
     "loss",
