@@ -354,6 +354,7 @@ MAY_CHANGE = (
     "views",
     "epochs",
     "steps",
+    "views",
     "loss",
     "temperature",
     "lr",
