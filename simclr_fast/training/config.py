@@ -351,7 +351,6 @@ MAY_CHANGE = (
     "data",
     "labels",
     "augmentation",
-    "views",
     "epochs",
     "steps",
     "views",
