@@ -36,7 +36,8 @@ class Options:
     """Test images with labels, named as for --data. Not needed for the demo data and torchvision's
     data sets, which have a test split."""
     labels: Path | None = None
-    """A CSV file with lines "path,label". Its labels replace those of --data and --test."""
+    """A CSV file with lines "path,label", or a column of a Hugging Face data set. Its labels
+    replace those of --data and --test."""
     image_key: str | None = None
     """Which image of a sample to use if it has several: a field of tars (jpg), a feature of
     TFRecords, a column of Hugging Face data sets."""

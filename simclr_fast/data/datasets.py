@@ -150,9 +150,9 @@ def open_source(
         - a data set of PIL images, such as `torchvision.datasets.CIFAR10(root)`, or of dicts;
         - a `Dataset` of Hugging Face's `datasets`, or a folder that its save_to_disk wrote;
         - a Source.
-    labels: one per image, or the path of a CSV file with lines "path,label". They replace the
-        labels that the data have. Integers, whole floats and booleans are class numbers, strings
-        are classes in sorted order; -1 means unlabelled.
+    labels: one per image, the path of a CSV file with lines "path,label", or a column of a Dataset.
+        They replace the labels that the data have. Integers, whole floats and booleans are class
+        numbers, strings are classes in sorted order; -1 means unlabelled.
     image_key: the image of a sample that has several: the field of a tar ("jpg"), the feature of a
         TFRecord, the column of a Dataset. In tars it may be a pattern ("*.jpg": every such field is
         an image of its own) or several with ";" between (the first that a sample has).

@@ -1,5 +1,6 @@
 """Data sets of the library `datasets`: a Dataset, or a folder that its save_to_disk wrote."""
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ _LABEL_COLUMNS = ("label", "labels", "cls", "class", "target")
 
 def is_saved(folder: Path) -> bool:
     """Whether save_to_disk wrote this folder."""
-    return (folder / "dataset_dict.json").is_file() or (
-        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
-    )
+    if (folder / "dataset_dict.json").is_file():
+        return any(folder.glob("*/state.json"))
+    return (folder / "state.json").is_file() and any(folder.glob("*.arrow"))
 
 
 def load_saved(folder: Path, split: str) -> Any:
@@ -51,7 +52,7 @@ class HuggingFaceSource(Source):
 
     def __init__(self, data: Any, account: Account, image_key: str | None = None) -> None:
         self.scanned = account
-        data = data.with_format(None)
+        self.data = data = data.with_format(None)
         self.column = _image_column(data, image_key)
         feature = data.features[self.column]
         if type(feature).__name__ == "Image":
@@ -67,15 +68,26 @@ class HuggingFaceSource(Source):
         columns = columns or [name for name in _LABEL_COLUMNS if name in kinds][:1]
         if len(columns) > 1:
             self.set_labels(
-                Labels(
-                    None, (), f"the columns {', '.join(columns)} are labels: pass labels=data[…]"
-                )
+                Labels(None, (), f"choose one of the columns {', '.join(columns)} by labels")
             )
         elif columns:
-            self.set_labels(list(data[columns[0]]))
-            names = tuple(getattr(data.features[columns[0]], "names", ()))
-            if names and self.labels is not None:
-                self.classes, self.about_labels = names, f"ClassLabel {columns[0]}"
+            self._take(columns[0])
+
+    def _take(self, column: str) -> None:
+        """Take the labels of a column."""
+        self.set_labels(list(self.data[column]))
+        names = tuple(getattr(self.data.features[column], "names", ()))
+        if names and self.labels is not None:
+            self.classes, self.about_labels = names, f"ClassLabel {column}"
+
+    def with_labels(self, labels: Any) -> "HuggingFaceSource":
+        """`Source.with_labels`; labels may also be the name of a column."""
+        if not isinstance(labels, str | Path) or str(labels) not in self.data.features:
+            return super().with_labels(labels)
+        labelled = copy.copy(self)
+        labelled._take(str(labels))
+        labelled.need_labels(f"the column {labels} has no labels")
+        return labelled
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -45,6 +45,11 @@ def as_labels(values: Any, count: int) -> Labels:
         ValueError: a label is something else or below -1, types are mixed, or there are not `count`
             of them; the message has the value.
     """
+    if isinstance(values, dict | set | bytes) or not hasattr(values, "__len__"):
+        raise ValueError(
+            f"labels must be an array, a tensor or a list with one label per image, got "
+            f"{type(values).__name__}"
+        )
     if isinstance(values, Tensor):
         values = (values.double() if values.is_floating_point() else values).numpy(force=True)
     shape = np.shape(values) if hasattr(values, "__array__") else (len(values),)
@@ -179,11 +184,9 @@ def _rows(path: Path) -> list[tuple[str, str]]:
         next((first.index(name) for name in wanted if name in first), -1)
         for wanted in (_PATH_COLUMNS, _LABEL_COLUMNS)
     ]
-    if len(first) == 2:
-        has_header = columns != [-1, -1] or _unlike_the_rest(rows)
+    has_header = len(first) != 2 or columns != [-1, -1] or _unlike_the_rest(rows)
+    if len(first) == 2 and -1 in columns:
         columns = [0, 1]
-    else:
-        has_header = True
     if len(first) < 2 or -1 in columns:
         raise ValueError(
             f"{path} must have two columns, path and label, or a header with {_PATH_COLUMNS[0]!r} "

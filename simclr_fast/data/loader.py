@@ -347,6 +347,7 @@ class TwoViewLoader(_Loader):
     one epoch, with its own order and views. `set_epoch` chooses the epoch.
 
     source: anything that `open_source` takes: a folder, files, shards, an array, a data set.
+        `labels` and `image_key` are as there, and `loader.source.account` says what was found.
     batch_size: images per step over all ranks. Each rank gets an equal share of a batch.
     size: side of the views in pixels; or pass a whole `augmentation` instead.
     device: the device of the views. "cuda" means the GPU that is current at construction.
@@ -361,8 +362,9 @@ class TwoViewLoader(_Loader):
         Default: "dali" for files on an NVIDIA GPU, if DALI is installed and views have at least 64
         pixels; otherwise "fused".
     channels_last: memory format of the views. dtype: float32, float16 or bfloat16.
-    on_error: "raise": a corrupt image raises `CorruptImageError`, which names it. "skip": it is
-        logged, counted in `skipped` and replaced by another.
+    on_error: "raise": a corrupt image raises `CorruptImageError`, which names it, and a damaged
+        archive ValueError. "skip": the image is logged, counted in `skipped` and replaced by
+        another; of the archive, what is whole is read.
     prefetch: make the next batch in a thread while this one is in use. Default: only for a GPU.
     views_on_host: for a GPU, yield the views in pinned memory of the CPU, which saves two batches
         of memory on the GPU. `LargeBatch` copies what it needs.

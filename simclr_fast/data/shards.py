@@ -114,10 +114,10 @@ class ShardSource(Source):
 def _scan(path: Path, file: Path, account: Account, image_key: str | None) -> Iterator[Record]:
     kind = archive_kind(path.name)
     if kind == "tar":
-        return scan_tar(str(file), account, image_key)
+        return scan_tar(printable(path), file, account, image_key)
     if kind == "tfrecord":
-        return scan_tfrecord(file, account, image_key)
-    return scan_recordio(file, account)
+        return scan_tfrecord(path, file, account, image_key)
+    return scan_recordio(path, file, account)
 
 
 def unpacked(path: Path, account: Account) -> Path:
@@ -158,11 +158,13 @@ def unpacked(path: Path, account: Account) -> Path:
     return target
 
 
-def scan_tfrecord(path: Path, account: Account, image_key: str | None) -> Iterator[Record]:
+def scan_tfrecord(
+    path: Path, unpacked: Path, account: Account, image_key: str | None
+) -> Iterator[Record]:
     """tf.train.Example records with image/encoded and image/class/label (or image, label)."""
     names = (image_key,) if image_key else _TFRECORD_IMAGE
     seen: set[str] = set()
-    with _mapped(path) as data:
+    with _mapped(unpacked) as data:
         position, number, images = 0, 0, 0
         while position < len(data):
             if position + 12 > len(data):
@@ -202,10 +204,10 @@ def scan_tfrecord(path: Path, account: Account, image_key: str | None) -> Iterat
         )
 
 
-def scan_recordio(path: Path, account: Account) -> Iterator[Record]:
+def scan_recordio(path: Path, unpacked: Path, account: Account) -> Iterator[Record]:
     """Image records of MXNet's im2rec: IRHeader (flag, label, id, id2), then an image file."""
     number = 0
-    with _mapped(path) as data:
+    with _mapped(unpacked) as data:
         position = 0
         while position < len(data):
             try:

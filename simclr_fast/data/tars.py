@@ -5,12 +5,12 @@ of the field: "d/000.seg.png" is the field "seg.png" of sample "d/000".
 """
 
 import json
-import os
 import posixpath
 import tarfile
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from simclr_fast.data.account import Account, DamagedDataError, printable
@@ -44,15 +44,21 @@ class _Sample:
         self.labels: dict[str, Any] = {}
 
 
-def scan_tar(path: str, account: Account, image_key: str | None) -> Iterator[Record]:
-    """The images of a tar without compression; `shards.open_shards` describes the rules."""
+def scan_tar(
+    path: str, unpacked: Path, account: Account, image_key: str | None
+) -> Iterator[Record]:
+    """The images of a tar; `datasets.open_source` describes the rules.
+
+    path: its name in messages. unpacked: the tar itself, or its copy without compression.
+    """
     samples: dict[str, _Sample] = {}
-    with open(path, "rb") as file:
+    with unpacked.open("rb") as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 links = _read_members(path, tar, samples, account, image_key)
+                members = {member.name: member for member in tar.getmembers()} if links else {}
                 for member, sample, field in links:
-                    span = _target(tar, member)
+                    span = _target(members, member)
                     if span is None:
                         del sample.images[field]
                         account.damage(
@@ -68,7 +74,7 @@ def scan_tar(path: str, account: Account, image_key: str | None) -> Iterator[Rec
         except (tarfile.TarError, ValueError) as error:
             account.damage(f"{path} cannot be read as a tar: {error}")
             end = -1
-        size = os.path.getsize(path)
+        size = unpacked.stat().st_size
         if end >= 0 and (message := _damaged_end(file, end, size)):
             account.damage(f"{path} {message}")
     for key, sample in samples.items():
@@ -123,22 +129,18 @@ def _in_hidden(folder: str) -> bool:
     return any(is_hidden(part) for part in folder.split("/") if part not in (".", ".."))
 
 
-def _target(tar: tarfile.TarFile, member: tarfile.TarInfo) -> tuple[int, int] | None:
+def _target(members: dict[str, tarfile.TarInfo], member: tarfile.TarInfo) -> tuple[int, int] | None:
     """The (offset, bytes) of the file that a link leads to."""
-    names = {other.name: other for other in tar.getmembers() if other.isreg()}
-    links = {other.name: other for other in tar.getmembers() if other.islnk() or other.issym()}
     for _ in range(_MOST_LINKS):
         name = member.linkname
         if member.issym():
             name = posixpath.normpath(posixpath.join(posixpath.dirname(member.name), name))
-        for candidate in (name, f"./{name}"):
-            if candidate in names:
-                return names[candidate].offset_data, names[candidate].size
-            if candidate in links:
-                member = links[candidate]
-                break
-        else:
+        target = members.get(name) or members.get(f"./{name}")
+        if target is None:
             return None
+        if target.isreg():
+            return target.offset_data, target.size
+        member = target
     return None
 
 

@@ -24,7 +24,8 @@ class PretrainConfig:
     "demo", "demo-grain" or "demo-held-out" (embedded), or NAME:ROOT for torchvision's data set NAME
     (cifar10, stl10, food101, ...) in the folder ROOT."""
     labels: Path | None = None
-    """A CSV file with lines "path,label". Its labels replace those of the data."""
+    """A CSV file with lines "path,label", or a column of a Hugging Face data set. Its labels
+    replace those of the data."""
     image_key: str | None = None
     """Which image of a sample to use if it has several: a field of tars (jpg), a feature of
     TFRecords, a column of Hugging Face data sets."""

@@ -98,9 +98,13 @@ def test_several_columns_of_images_or_labels():
     source = open_source(data, image_key="right")
     assert numbers(source) == [5, 6]
     assert source.labels is None
-    assert "the columns fine, coarse are labels" in source.account.line()
-    chosen = open_source(data, list(data["coarse"]), image_key="right")
-    assert chosen.labels.tolist() == [1, 0]
+    assert "choose one of the columns fine, coarse by labels" in source.account.line()
+    for labels in (list(data["coarse"]), "coarse"):
+        chosen = open_source(data, labels, image_key="right")
+        assert chosen.labels.tolist() == [1, 0]
+    assert chosen.classes == tuple(NAMES)
+    with pytest.raises(FileNotFoundError, match="medium"):
+        open_source(data, "medium", image_key="right")
 
 
 def test_files_and_bytes_without_a_type(tmp_path):
