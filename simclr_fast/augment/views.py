@@ -9,6 +9,7 @@ from torch import Tensor
 
 from simclr_fast import ops, reference
 from simclr_fast.augment.params import Augmentation, ViewParams, draw_params, draw_views
+from simclr_fast.augment.rgb import rgb_array
 from simclr_fast.utils.numbers import as_int
 
 __all__ = ["Augmentation", "SimCLRViews", "ViewParams", "apply_views", "draw_params"]
@@ -264,10 +265,10 @@ class SimCLRViews:
 
     images: one of
         - a batch [N, 3, H, W] or [N, H, W, 3], or a list of [3, H, W] or [H, W, 3] tensors of any
-          sizes; uint8, or floating point in [0, 1]; on any device. If both layouts fit, the
-          channels come first.
-        - a list of PIL images. They are turned upright by their EXIF orientation and converted to
-          RGB; 16-bit grayscale is scaled.
+          sizes; uint8, uint16, or floating point in [0, 1]; on any device. If both layouts fit, the
+          channels come first. uint16 is scaled to uint8. One channel is taken as gray.
+        - a list of PIL images of any mode. They are turned upright by their EXIF orientation and
+          converted to 8-bit RGB (augment/rgb.py has the rules).
         Both return two tensors [N, 3, size, size].
         - one PIL image or one 3-dimensional tensor. It returns two tensors [3, size, size], as a
           transform inside a Dataset does.
@@ -341,26 +342,28 @@ def _as_tensor(image: Any, upright: bool) -> Tensor:
         return _from_numpy(image)
     if not hasattr(image, "convert"):
         raise TypeError(f"an image must be a tensor, ndarray or PIL image, got {type(image)}")
-    from PIL import ImageOps
-
-    image = ImageOps.exif_transpose(image) if upright else image
-    if image.mode.startswith("I"):
-        gray = np.asarray(image).astype(np.float32) / 65535
-        return torch.from_numpy(np.repeat(gray[..., None], 3, axis=2))
-    return torch.from_numpy(np.array(image.convert("RGB")))
+    return torch.from_numpy(rgb_array(image, upright=upright))
 
 
 def _rgb_last(image: Tensor) -> Tensor:
     """[..., 3, H, W], [..., 1, H, W] or [..., H, W, 3] → [..., H, W, 3] in uint8 or float32."""
     if image.dim() < 3 or (image.shape[-3] not in (1, 3) and image.shape[-1] != 3):
         raise ValueError(f"an image must be [3, H, W] or [H, W, 3], got {tuple(image.shape)}")
-    if image.dtype != torch.uint8:
+    if image.dtype == torch.uint16:
+        image = (image.float() / 257).round().to(torch.uint8)
+    elif image.dtype != torch.uint8:
         if not image.is_floating_point():
-            raise TypeError(f"an image must be uint8 or floating in [0, 1], got {image.dtype}")
+            raise TypeError(
+                f"an image must be uint8, uint16 or floating in [0, 1], got {image.dtype}"
+            )
         image = image.float()
-        # A bicubic resize may go a little beyond 1. On a GPU this check would make the host wait.
-        if image.is_cpu and image.numel() and not (highest := float(image.amax())) <= 2:
-            raise ValueError(f"a floating image must be in [0, 1], got one with {highest:g}")
+        # A bicubic resize may go a little beyond. On a GPU this check would make the host wait.
+        if image.is_cpu and image.numel():
+            low, high = (float(value) for value in image.aminmax())
+            if not (low >= -1 and high <= 2):
+                raise ValueError(
+                    f"a floating image must be in [0, 1], got one from {low:g} to {high:g}"
+                )
     channels_first = image.shape[-3] == 3 or image.shape[-1] != 3
     image = image.movedim(-3, -1) if channels_first else image
     return image.expand(*image.shape[:-1], 3).contiguous()

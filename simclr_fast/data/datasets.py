@@ -15,10 +15,10 @@ from torch.utils.data import IterableDataset
 from simclr_fast.data.account import Account, OnError, printable
 from simclr_fast.data.demo import CLASSES, HELD_OUT, PER_CLASS, demo_folder, grainy_images
 from simclr_fast.data.folders import archive_kind, find_images, suffix_of
+from simclr_fast.data.formats import suffixes, unread
 from simclr_fast.data.huggingface import HuggingFaceSource, is_dataset, is_saved, load_saved
 from simclr_fast.data.shards import ShardSource
 from simclr_fast.data.sources import (
-    IMAGE_SUFFIXES,
     ArraySource,
     DatasetSource,
     FileSource,
@@ -42,8 +42,6 @@ _TORCHVISION: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
     "svhn": ("SVHN", [{"split": "train"}], {"split": "test"}),
 }
 TORCHVISION = tuple(_TORCHVISION)
-# Image files that are not read, nor by torchvision's ImageFolder. A folder with them is warned of.
-_LEFT_OUT = frozenset(f".{kind}" for kind in ("gif", "heic", "heif", "avif", "jfif", "jp2", "jxl"))
 
 
 @overload
@@ -146,7 +144,8 @@ def open_source(
         - one image file, `.tar` (WebDataset), `.tfrecord` or `.rec` (RecordIO), a list of them, or
           a pattern: shards/{000..099}.tar, shards/*.tar. gzip, bzip2 and xz are decompressed once,
           into the cache folder;
-        - a uint8 array or tensor [n, H, W, 3] or [n, 3, H, W], in memory;
+        - an array or tensor in memory, [n, H, W, 3] or [n, 3, H, W], or gray: [n, H, W, 1],
+          [n, 1, H, W] or [n, H, W]; uint8, uint16, or floating in [0, 1];
         - a data set of PIL images, such as `torchvision.datasets.CIFAR10(root)`, or of dicts;
         - a `Dataset` of Hugging Face's `datasets`, or a folder that its save_to_disk wrote;
         - a Source.
@@ -234,24 +233,24 @@ def _braces(text: str) -> list[str]:
 
 
 def _channels_last(images: np.ndarray) -> np.ndarray:
-    if images.dtype != np.uint8:
-        raise TypeError(f"images must be uint8, got {images.dtype}")
-    if images.ndim == 4 and images.shape[3] == 3:
+    if images.ndim == 3:
+        return images[..., None]
+    if images.ndim == 4 and images.shape[3] in (1, 3):
         return np.ascontiguousarray(images)
-    if images.ndim == 4 and images.shape[1] == 3:
+    if images.ndim == 4 and images.shape[1] in (1, 3):
         return np.ascontiguousarray(images.transpose(0, 2, 3, 1))
-    raise ValueError(f"images must be [n, H, W, 3] or [n, 3, H, W], got {images.shape}")
+    raise ValueError(
+        f"images must be [n, H, W, C] or [n, C, H, W] of 1 or 3 channels, or [n, H, W], got "
+        f"{images.shape}"
+    )
 
 
 def _open_folder(folder: Path, account: Account, image_key: str | None) -> Source:
     """Images in class folders, else images without labels, else archives."""
     found = find_images(str(folder), account)
-    if unread := {k: n for k, n in account.left_out.items() if k in _LEFT_OUT}:
-        counted = ", ".join(f"{n} {suffix}" for suffix, n in sorted(unread.items()))
-        warnings.warn(
-            f"files in {folder} that are not read: {counted}; convert them to JPEG or PNG",
-            stacklevel=4,
-        )
+    unreadable = {suffix: unread(suffix) for suffix in sorted(account.left_out)}
+    if counted := [f"{account.left_out[k]} {k} ({pip})" for k, pip in unreadable.items() if pip]:
+        warnings.warn(f"files in {folder} that are not read: {', '.join(counted)}", stacklevel=4)
     if found.archives and not found.paths:
         return _open_files([Path(path) for path in found.archives], account, image_key)
     if found.archives and not found.classes:
@@ -264,7 +263,7 @@ def _open_folder(folder: Path, account: Account, image_key: str | None) -> Sourc
         account.leave_out(suffix_of(path), path)
     if not found.paths:
         raise ValueError(
-            f"no images in {folder} (looked for {', '.join(sorted(IMAGE_SUFFIXES))}, and for "
+            f"no images in {folder} (looked for {', '.join(sorted(suffixes()))}, and for "
             f".tar, .tfrecord and .rec files); {account.line()}"
         )
     source = FileSource(found.paths, found.labels, found.classes, "folder names")
@@ -281,13 +280,13 @@ def _open_files(paths: Sequence[Path], account: Account, image_key: str | None) 
     kinds = {archive_kind(path.name) for path in paths}
     if kinds != {""}:
         if len(kinds) != 1:
-            suffixes = sorted({path.suffix for path in paths})
-            raise ValueError(f"all shards must have one suffix, got {', '.join(suffixes)}")
+            found = sorted({path.suffix for path in paths})
+            raise ValueError(f"all shards must have one suffix, got {', '.join(found)}")
         return ShardSource(paths, account, image_key)
-    if unknown := {path.suffix.lower() for path in paths} - IMAGE_SUFFIXES:
+    if unknown := {path.suffix.lower() for path in paths} - suffixes():
+        named = (f"{s} ({pip})" if (pip := unread(s)) else s for s in sorted(unknown))
         raise ValueError(
-            f"files must have a suffix of {', '.join(sorted(IMAGE_SUFFIXES))}, got "
-            f"{', '.join(sorted(unknown))}"
+            f"files must have a suffix of {', '.join(sorted(suffixes()))}, got {', '.join(named)}"
         )
     source = FileSource(paths)
     source.scanned = account

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from simclr_fast.data.account import Account, printable
-from simclr_fast.data.sources import IMAGE_SUFFIXES
+from simclr_fast.data.formats import suffixes
 
 # What systems and programs put beside images. Names that start with a dot are hidden anyway.
 _SYSTEM = frozenset(
@@ -114,6 +114,7 @@ class _Walk:
     def __init__(self, account: Account) -> None:
         self.account = account
         self.archives: list[str] = []
+        self.suffixes = suffixes()
 
     def below(self, folder: str, above: _Directories) -> Iterator[tuple[str, list[str]]]:
         """The images of `folder` and of all folders below it, by folder."""
@@ -140,7 +141,7 @@ class _Walk:
                         else:
                             folders.append(name)
                     elif kind == "file":
-                        if name[name.rfind(".") :].lower() not in IMAGE_SUFFIXES:
+                        if name[name.rfind(".") :].lower() not in self.suffixes:
                             self._leave_out(entry)
                         elif name[0] == ".":
                             self.account.leave_out(HIDDEN, entry.path)
@@ -158,7 +159,7 @@ class _Walk:
         try:
             status = os.stat(entry.path)
         except OSError as error:
-            if suffix_of(entry.name) in IMAGE_SUFFIXES and not is_hidden(entry.name):
+            if suffix_of(entry.name) in self.suffixes and not is_hidden(entry.name):
                 cause = error.strerror or str(error)
                 self.account.damage(f"the link {printable(entry.path)} leads nowhere: {cause}")
             else:

@@ -1,6 +1,7 @@
 """Check image files before they are decoded: are they whole, and how large are the images?
 
-JPEG, PNG, WebP and BMP files are checked. Files of other formats are converted to BMP first.
+JPEG, PNG, WebP and BMP files are checked. Those that DALI would decode otherwise than Pillow, and
+files of other formats, are decoded by Pillow and become BMP files.
 
 A file that DALI cannot decode ends its pipeline. Worse, its worker threads may go on writing into
 freed memory (seen with 2.4: a crash some batches later). So DALI must not see such a file. The
@@ -9,89 +10,97 @@ decodes each file once, before its first use; a JPEG at an eighth of its size.
 """
 
 import io
+import re
 import struct
 import warnings
 import zlib
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
+from simclr_fast.augment.rgb import rgb_array
+from simclr_fast.data.formats import open_picture
 from simclr_fast.utils.extras import need
 
 # Baseline, extended and progressive Huffman frames. Decoders support no others.
 _FRAMES = (0xC0, 0xC1, 0xC2)
 _OTHER_FRAMES = frozenset(range(0xC3, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_START_OF_SCAN, _END_OF_IMAGE = 0xDA, b"\xff\xd9"
-# TIFF of either byte order, GIF, and PNM of one to three channels.
-_OTHERS = (b"II*\0", b"MM\0*", b"GIF8", *(b"P%d" % kind for kind in range(1, 7)))
+_JPEG = b"\xff\xd8"
+_START_OF_SCAN, _END_OF_IMAGE, _APP1 = 0xDA, b"\xff\xd9", 0xE1
+_EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
+_ORIENTATION = 0x0112
+# EXIF's types SHORT and LONG, in the letters of struct.
+_EXIF_TYPES = {3: "H", 4: "I"}
+# Where a PNG may hold EXIF or XMP.
+_PNG_METADATA = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
+# Flags of an extended WebP: animation, XMP, EXIF.
+_WEBP_ODD = 0x02 | 0x04 | 0x08
 # Larger images are refused as decompression bombs. Pillow has the same limit.
 _MAX_PIXELS = 178_956_970
 
 
-def in_common_format(encoded: np.ndarray) -> np.ndarray:
-    """Convert TIFF, PNM and GIF files to 24-bit BMP with Pillow; return other files unchanged.
+class _Header(NamedTuple):
+    """height, width: as stored. odd: DALI may decode the file otherwise than Pillow, or not turn it
+    upright. Of a JPEG, orientation: 1 to 8; exif: the positions of its EXIF segments."""
 
-    encoded: uint8 [k], a whole file. If it holds several pictures, the first is used. 16-bit
-    grayscale is scaled to 8 bits.
-
-    Raises:
-        ValueError: the file is damaged; the message says how. ImportError: Pillow is missing.
-    """
-    start = encoded[:4].tobytes()
-    if not start.startswith(_OTHERS):
-        return encoded
-    image = need("PIL.Image")
-    buffer = io.BytesIO()
-    try:
-        with image.open(io.BytesIO(encoded.tobytes()), formats=("TIFF", "PPM", "GIF")) as picture:
-            _check_pixels(picture.height, picture.width)
-            _rgb(picture).save(buffer, "BMP")
-    # Pillow raises errors of many types for damaged files of these formats.
-    except Exception as error:
-        raise ValueError(str(error) or type(error).__name__) from error
-    return np.frombuffer(buffer.getvalue(), np.uint8)
+    height: int
+    width: int
+    odd: bool = False
+    orientation: int = 1
+    exif: tuple[int, ...] = ()
 
 
-def pillow_pixels(encoded: np.ndarray) -> np.ndarray:
-    """Decode a file of a format that `checked_size` knows, with Pillow: uint8 [H, W, 3].
+def in_common_format(encoded: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+    """Check a file. Return one that DALI decodes to the pixels of `pillow_pixels`, and its size.
 
-    The EXIF orientation is ignored.
-
-    Raises:
-        ValueError: the file is damaged. ImportError: Pillow is missing.
-    """
-    image = need("PIL.Image")
-    try:
-        with image.open(io.BytesIO(encoded.tobytes())) as picture:
-            return np.array(_rgb(picture))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(str(error) or type(error).__name__) from error
-
-
-def _rgb(picture: Any) -> Any:
-    """Convert a Pillow image to 8-bit RGB. 16-bit grayscale is scaled, alpha is dropped."""
-    if picture.mode == "F":
-        raise ValueError("floating-point pixels, whose range is unknown")
-    if picture.mode.startswith("I"):
-        gray = np.clip(np.asarray(picture), 0, 65535) / 257
-        picture = need("PIL.Image").fromarray(np.rint(gray).astype(np.uint8))
-    return picture.convert("RGB")
-
-
-def checked_size(encoded: np.ndarray) -> tuple[int, int]:
-    """Check a file's structure; return (height, width) in pixels, before any EXIF rotation.
-
-    encoded: uint8 [k], a whole file.
+    encoded: uint8 [k], a whole file. Returned unchanged, with other EXIF, or as a 24-bit BMP.
+    The size is (height, width) of the upright image.
 
     Raises:
         ValueError: the file is damaged or of an unknown format; the message says how.
+        ImportError: Pillow is missing, which this file needs.
     """
+    data = encoded.tobytes()
+    header = _checked_header(data)
+    if header is None or header.odd:
+        pixels = pillow_pixels(encoded)
+        buffer = io.BytesIO()
+        need("PIL.Image").fromarray(pixels).save(buffer, "BMP")
+        return np.frombuffer(buffer.getvalue(), np.uint8), pixels.shape[:2]
+    if header.exif or header.orientation != 1:
+        encoded = np.frombuffer(_with_plain_exif(data, header), np.uint8)
+    size = header.height, header.width
+    return encoded, size[::-1] if header.orientation >= 5 else size
+
+
+def pillow_pixels(encoded: np.ndarray) -> np.ndarray:
+    """Decode a file with Pillow and turn it upright: uint8 [H, W, 3]. Of several images, the first.
+
+    Raises:
+        ValueError: the file is damaged, or its pixels are out of range (augment/rgb.py).
+        ImportError: Pillow is missing.
+    """
+    need("PIL.Image")
+    data = encoded.tobytes()
+    _checked_header(data)
     try:
-        height, width = _size(encoded.tobytes())
+        with open_picture(data) as picture:
+            _check_pixels(picture.height, picture.width)
+            return rgb_array(picture)
+    # Pillow raises errors of many types for damaged files.
+    except Exception as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _checked_header(data: bytes) -> _Header | None:
+    """Check the structure of a JPEG, PNG, WebP or BMP file; None for other formats."""
+    try:
+        header = _header(data)
     except (IndexError, struct.error) as error:
-        raise ValueError(f"cut off within its header ({len(encoded)} bytes)") from error
-    _check_pixels(height, width)
-    return height, width
+        raise ValueError(f"cut off within its header ({len(data)} bytes)") from error
+    if header is not None:
+        _check_pixels(header.height, header.width)
+    return header
 
 
 def _check_pixels(height: int, width: int) -> None:
@@ -105,7 +114,7 @@ def try_decoding(encoded: np.ndarray) -> None:
     A JPEG is decoded at an eighth of its size, which takes half the time and finds the same errors.
     """
     try:
-        from PIL import Image
+        import PIL.Image  # noqa: F401
     except ImportError:
         warnings.warn(
             "Pillow is not installed, so an image that DALI cannot decode may end the process "
@@ -115,15 +124,15 @@ def try_decoding(encoded: np.ndarray) -> None:
         )
         return
     try:
-        with Image.open(io.BytesIO(encoded.tobytes())) as image:
+        with open_picture(encoded.tobytes()) as image:
             image.draft(None, (1, 1))
             image.load()
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
-def _size(data: bytes) -> tuple[int, int]:
-    if data.startswith(b"\xff\xd8"):
+def _header(data: bytes) -> _Header | None:
+    if data.startswith(_JPEG):
         return _jpeg(data)
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return _png(data)
@@ -131,11 +140,13 @@ def _size(data: bytes) -> tuple[int, int]:
         return _bmp(data)
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return _webp(data)
-    raise ValueError("neither JPEG, PNG, WebP, BMP, TIFF, PNM nor GIF" if data else "an empty file")
+    return None
 
 
-def _jpeg(data: bytes) -> tuple[int, int]:
-    position, size = 2, None
+def _jpeg(data: bytes) -> _Header:
+    position, size, channels = 2, None, 0
+    exif: list[int] = []
+    xmp = b""
     while True:
         if data[position] != 0xFF:
             raise ValueError(f"no JPEG marker at byte {position}")
@@ -151,6 +162,10 @@ def _jpeg(data: bytes) -> tuple[int, int]:
             size = height, width
         elif marker in _OTHER_FRAMES:
             raise ValueError(f"a JPEG frame of an unsupported kind, marker {marker:#x}")
+        elif marker == _APP1 and data.startswith(_EXIF, position + 4):
+            exif.append(position + 4)
+        elif marker == _APP1 and data.startswith(_XMP, position + 4):
+            xmp = data[position + 4 + len(_XMP) : position + 2 + length]
         elif marker == _START_OF_SCAN:
             break
         if length < 2:
@@ -160,44 +175,89 @@ def _jpeg(data: bytes) -> tuple[int, int]:
         raise ValueError("a JPEG scan without a frame")
     if data.rfind(_END_OF_IMAGE, position) < 0:
         raise ValueError("a JPEG without its end: cut off")
-    return size
+    segments = (data[i + len(_EXIF) : i - 2 + int.from_bytes(data[i - 2 : i], "big")] for i in exif)
+    orientation = _exif_orientation(b"".join(segments), xmp)
+    return _Header(*size, channels == 4 or orientation is None, orientation or 1, tuple(exif))
 
 
-def _png(data: bytes) -> tuple[int, int]:
+def _exif_orientation(exif: bytes, xmp: bytes) -> int | None:
+    """The orientation, 1 to 8, from EXIF, else from XMP, else 1. None for unusual EXIF, which
+    Pillow shall read."""
+    value: int | None = None
+    if exif:
+        order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
+        if order is None:
+            return None
+        try:
+            (start,) = struct.unpack_from(order + "I", exif, 4)
+            (entries,) = struct.unpack_from(order + "H", exif, start)
+            for entry in range(start + 2, start + 2 + 12 * entries, 12):
+                tag, kind, count, _ = struct.unpack_from(order + "HHII", exif, entry)
+                if tag == _ORIENTATION:
+                    if count != 1 or kind not in _EXIF_TYPES:
+                        return None
+                    (value,) = struct.unpack_from(order + _EXIF_TYPES[kind], exif, entry + 8)
+        except struct.error:
+            return None
+    if value is None and (found := re.search(rb'tiff:Orientation(?:="|>)([0-9])', xmp)):
+        value = int(found[1])
+    return value if value in range(2, 9) else 1
+
+
+def _with_plain_exif(data: bytes, header: _Header) -> bytes:
+    """A JPEG whose EXIF has nothing but the orientation, so that DALI reads the same one as we."""
+    plain = bytearray(data)
+    for position in header.exif:
+        plain[position : position + len(_EXIF)] = b"Other\0"
+    if header.orientation != 1:
+        entry = struct.pack("<HHIHH", _ORIENTATION, 3, 1, header.orientation, 0)
+        segment = _EXIF + struct.pack("<2sHIH", b"II", 42, 8, 1) + entry + bytes(4)
+        plain[2:2] = struct.pack(">BBH", 0xFF, _APP1, len(segment) + 2) + segment
+    return bytes(plain)
+
+
+def _png(data: bytes) -> _Header:
     position, kind, size = 8, b"", None
+    odd = False
     while kind != b"IEND":
         length, kind = struct.unpack_from(">I4s", data, position)
         (checksum,) = struct.unpack_from(">I", data, position + 8 + length)
         if zlib.crc32(memoryview(data)[position + 4 : position + 8 + length]) != checksum:
             raise ValueError(f"a PNG chunk at byte {position} has a wrong checksum")
         if size is None:
-            size = struct.unpack_from(">II", data, position + 8)
+            width, height, bits = struct.unpack_from(">IIB", data, position + 8)
+            size = height, width
+            odd = bits == 16
+        odd = odd or kind == b"eXIf" or data.startswith(_PNG_METADATA, position + 8)
         position += 12 + length
-    width, height = size or (0, 0)
-    return height, width
+    return _Header(*(size or (0, 0)), odd)
 
 
-def _bmp(data: bytes) -> tuple[int, int]:
-    (pixels,) = struct.unpack_from("<I", data, 10)
+def _bmp(data: bytes) -> _Header:
+    pixels, header = struct.unpack_from("<II", data, 10)
+    if header == 12:  # of OS/2
+        width, height, _, bits = struct.unpack_from("<HHHH", data, 18)
+        return _Header(height, width, odd=True)
     width, height, _, bits, compression = struct.unpack_from("<iiHHI", data, 18)
     rows = (width * bits + 31) // 32 * 4 * abs(height)
     if compression == 0 and pixels + rows > len(data):
         raise ValueError(f"a BMP of {pixels + rows} bytes cut off at {len(data)}")
-    return abs(height), width
+    return _Header(abs(height), width, bits not in (1, 4, 8, 24) or compression != 0 or height < 0)
 
 
-def _webp(data: bytes) -> tuple[int, int]:
+def _webp(data: bytes) -> _Header:
     (length,) = struct.unpack_from("<I", data, 4)
     if length + 8 > len(data):
         raise ValueError(f"a WebP of {length + 8} bytes cut off at {len(data)}")
     kind = data[12:16]
     if kind == b"VP8X":
         width = int.from_bytes(data[24:27], "little") + 1
-        return int.from_bytes(data[27:30], "little") + 1, width
+        height = int.from_bytes(data[27:30], "little") + 1
+        return _Header(height, width, bool(data[20] & _WEBP_ODD))
     if kind == b"VP8L":
         (bits,) = struct.unpack_from("<I", data, 21)
-        return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
+        return _Header((bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1)
     if kind == b"VP8 ":
         width, height = struct.unpack_from("<HH", data, 26)
-        return height & 0x3FFF, width & 0x3FFF
+        return _Header(height & 0x3FFF, width & 0x3FFF)
     raise ValueError(f"an unknown WebP chunk {kind!r}")

@@ -231,7 +231,8 @@ class DaliViews(DaliRunner):
                     pixels,
                     device="mixed" if device == "gpu" else "cpu",
                     output_type=types.RGB,
-                    adjust_orientation=False,
+                    # `in_common_format` leaves at most an orientation in a file.
+                    adjust_orientation=True,
                     # The CPU decoder always interpolates chroma, the GPU decoder only with this.
                     jpeg_fancy_upsampling=True,
                     # Between 0 and 1, an image's place in the part would choose between two

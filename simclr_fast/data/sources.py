@@ -15,14 +15,9 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import Tensor
 
+from simclr_fast.augment.rgb import gray_levels, rgb_array
 from simclr_fast.data.account import Account, printable
 from simclr_fast.data.labels import Labels, as_labels, read_csv
-
-# The same as torchvision's ImageFolder reads.
-IMAGE_SUFFIXES = frozenset(
-    f".{kind}" for kind in ("jpg", "jpeg", "png", "ppm", "bmp", "pgm", "tif", "tiff", "webp")
-)
-
 
 # What torchvision's data sets call their labels, and the usual keys of dicts.
 _LABEL_ATTRIBUTES = ("targets", "labels", "_labels")
@@ -192,7 +187,10 @@ class FileSource(Source):
 
 
 class ArraySource(Source):
-    """Pixels in memory: uint8 [n, H, W, 3], or any sequence of [H, W, 3]."""
+    """Pixels in memory: [n, H, W, 3], or any sequence of [H, W, 3]; or gray, [H, W] or [H, W, 1].
+
+    uint8, uint16, or floating in [0, 1], which become uint8 (augment/rgb.py).
+    """
 
     encoded = False
 
@@ -205,7 +203,17 @@ class ArraySource(Source):
         return len(self.images)
 
     def read(self, i: int) -> np.ndarray:
-        return self.images[i]
+        image = self.images[i]
+        if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+            return image
+        if image.ndim == 2:
+            image = image[..., None]
+        if image.ndim != 3 or image.shape[2] not in (1, 3):
+            raise TypeError(
+                f"image {i} must be [H, W], [H, W, 1] or [H, W, 3], got {list(image.shape)}"
+            )
+        pixels = gray_levels(image, str(image.dtype))
+        return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
 
     def name(self, i: int) -> str:
         return f"image {i} of the array"
@@ -239,7 +247,7 @@ class DatasetSource(Source):
         image = _image_of(self.dataset[int(i)])
         if isinstance(image, Tensor):
             raise TypeError("the data set must give PIL images: pass it without a transform")
-        return np.array(image.convert("RGB"))
+        return rgb_array(image)
 
     def name(self, i: int) -> str:
         return f"sample {i} of {type(self.dataset).__name__}"

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from simclr_fast.data.account import Account, DamagedDataError, printable
 from simclr_fast.data.folders import HIDDEN, is_hidden, suffix_of
-from simclr_fast.data.sources import IMAGE_SUFFIXES
+from simclr_fast.data.formats import suffixes
 
 _BLOCK = 512
 # Fields with labels; the first that any sample has is used. A longer text is a caption.
@@ -109,7 +109,7 @@ def _read_members(
             continue
         field = field.lower()
         sample = samples.setdefault(folder + slash + stem, _Sample())
-        if suffix_of(base) in IMAGE_SUFFIXES or (image_key and _matches(field, image_key)):
+        if suffix_of(base) in suffixes() or (image_key and _matches(field, image_key)):
             if field in sample.images:
                 account.damage(f"{path} has {printable(member.name)} twice, or in two cases")
             length = _UNKNOWN if is_link else member.size

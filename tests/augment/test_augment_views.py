@@ -129,7 +129,7 @@ def test_bad_images_are_named():
     with pytest.raises(TypeError, match="uint8"):
         views(torch.zeros(2, 3, 8, 8, dtype=torch.int32))
     for value in (255.0, float("nan")):
-        with pytest.raises(ValueError, match=f"must be in \\[0, 1\\], got one with {value:g}"):
+        with pytest.raises(ValueError, match=f"must be in \\[0, 1\\], got one from {value:g}"):
             views(torch.full((2, 3, 8, 8), value))
     with pytest.raises(TypeError, match="PIL"):
         views(["a.jpg"])

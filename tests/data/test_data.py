@@ -439,7 +439,7 @@ def test_state_of_another_loader_is_refused(folder):
         TwoViewLoader(folder, 5, 16).load_state_dict(state)
 
 
-def test_the_loader_ignores_exif_orientation(tmp_path):
+def test_the_crop_is_drawn_for_the_upright_size(tmp_path):
     image = Image.new("RGB", (30, 10))
     exif = image.getexif()
     exif[0x0112] = 6
@@ -451,7 +451,7 @@ def test_the_loader_ignores_exif_orientation(tmp_path):
     draw = loader._draw
     loader._draw = lambda ids, given: (sizes.append(given.tolist()), draw(ids, given))[1]
     run(loader)
-    assert sizes == [[[10, 30]]]
+    assert sizes == [[[30, 10]]]
 
 
 def test_more_views_begin_with_those_of_the_two_view_loader():

@@ -13,8 +13,8 @@ import torchvision
 from PIL import Image
 
 from simclr_fast.data.datasets import open_source
-from simclr_fast.data.image_check import checked_size, in_common_format
-from simclr_fast.data.sources import IMAGE_SUFFIXES, ArraySource, subset
+from simclr_fast.data.image_check import in_common_format
+from simclr_fast.data.sources import ArraySource, subset
 
 
 def picture(i: int, size=(20, 14), kind="JPEG", mode="RGB") -> bytes:
@@ -158,8 +158,7 @@ def test_arrays_tensors_and_data_sets_give_images_and_labels():
     ("data", "error", "says"),
     [
         ("/nowhere/at/all", FileNotFoundError, "/nowhere/at/all"),
-        (np.zeros((2, 4, 4, 3), np.float32), TypeError, "float32"),
-        (np.zeros((2, 4, 4, 1), np.uint8), ValueError, r"\(2, 4, 4, 1\)"),
+        (np.zeros((2, 4, 4, 2), np.uint8), ValueError, r"\(2, 4, 4, 2\)"),
         ([], ValueError, "without elements"),
         (7, ValueError, "int"),
     ],
@@ -170,12 +169,12 @@ def test_bad_data_is_named(data, error, says):
 
 
 def test_labels_of_a_folder_equal_torchvisions(tmp_path):
-    names = [f"{c}/{i}{e}" for i, e in enumerate(IMAGE_SUFFIXES | {".TIF"}) for c in "ab"]
-    for name in (*names, "a/note.txt", "a/one.gif", "a/two.GIF", "b/c/three.heic"):
+    known = torchvision.datasets.folder.IMG_EXTENSIONS
+    names = [f"{c}/{i}{e}" for i, e in enumerate((*known, ".TIF")) for c in "ab"]
+    for name in (*names, "a/note.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    with pytest.warns(UserWarning, match=r"not read: 2 \.gif, 1 \.heic; convert"):
-        source = open_source(tmp_path)
+    source = open_source(tmp_path)
     folder = torchvision.datasets.ImageFolder(tmp_path)
     pairs = zip(map(str, source.paths), source.labels.tolist(), strict=True)
     assert sorted(pairs) == sorted(folder.samples)
@@ -259,16 +258,16 @@ def test_an_empty_folder_is_named(tmp_path):
 )
 def test_header_gives_the_size_and_a_cut_file_is_refused(kind, mode):
     data = np.frombuffer(picture(1, (37, 21), kind, mode), np.uint8)
-    assert checked_size(data) == (21, 37)
+    assert in_common_format(data)[1] == (21, 37)
     for share in (0, 0.02, 0.3, 0.9):
         with pytest.raises(ValueError, match=r"cut off|empty|neither|checksum|without|header"):
-            checked_size(data[: int(len(data) * share)])
+            in_common_format(data[: int(len(data) * share)])
 
 
 def test_the_size_of_a_lossless_webp():
     buffer = io.BytesIO()
     Image.new("RGB", (33, 12)).save(buffer, "WEBP", lossless=True)
-    assert checked_size(np.frombuffer(buffer.getvalue(), np.uint8)) == (12, 33)
+    assert in_common_format(np.frombuffer(buffer.getvalue(), np.uint8))[1] == (12, 33)
 
 
 def test_decompression_bomb_is_refused():
@@ -276,7 +275,7 @@ def test_decompression_bomb_is_refused():
     data[18:26] = struct.pack("<ii", 60000, 60000)
     data[30] = 1  # compressed, so that its length says nothing
     with pytest.raises(ValueError, match="60000"):
-        checked_size(np.frombuffer(bytes(data), np.uint8))
+        in_common_format(np.frombuffer(bytes(data), np.uint8))
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -291,7 +290,7 @@ def test_a_changed_png_is_found_by_its_checksum():
     data = np.frombuffer(picture(0, kind="PNG"), np.uint8).copy()
     data[len(data) // 2] ^= 1
     with pytest.raises(ValueError, match="checksum"):
-        checked_size(data)
+        in_common_format(data)
 
 
 def test_torchvision_data_sets_work_unchanged():

@@ -15,7 +15,7 @@ from torch import nn
 from simclr_fast import multi_view_nt_xent_loss, nt_xent_loss, reference, sup_con_loss
 from simclr_fast.augment.params import Augmentation, draw_params
 from simclr_fast.augment.views import SimCLRViews
-from simclr_fast.data.image_check import checked_size, in_common_format, try_decoding
+from simclr_fast.data.image_check import in_common_format, try_decoding
 from simclr_fast.optim.lars import lars_param_groups
 from simclr_fast.optim.schedule import warmup_cosine
 from simclr_fast.training.config import PRESETS, from_json, to_json
@@ -292,8 +292,7 @@ def test_any_bytes_are_an_image_or_a_value_error(kind, edits, keep, tail):
     data = bytes(data[: round(keep * len(data))]) + tail
     array = np.frombuffer(data, np.uint8)
     try:
-        common = in_common_format(array)
-        height, width = checked_size(common)
+        common, (height, width) = in_common_format(array)
         try_decoding(common)
     except ValueError:
         return
@@ -308,7 +307,7 @@ def test_any_bytes_are_an_image_or_a_value_error(kind, edits, keep, tail):
 )
 def test_random_bytes_are_refused(data, start):
     with pytest.raises(ValueError, match=" "):
-        checked_size(in_common_format(np.frombuffer(start + data, np.uint8)))
+        in_common_format(np.frombuffer(start + data, np.uint8))
 
 
 FIELDS = {
