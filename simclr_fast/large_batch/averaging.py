@@ -53,32 +53,33 @@ class _Bucket:
             part.as_strided(p.shape, torch.empty_like(p, device="meta").stride())
             for part, p in zip(parts, parameters, strict=True)
         ]
-        have = [(s, p.grad) for s, p in zip(self.sums, parameters, strict=True) if _has(p)]
-        if have:
-            torch._foreach_copy_([s for s, _ in have], [g for _, g in have])
+        if have := self._have():
+            torch._foreach_copy_([s for _, s in have], [g for g, _ in have])
         self.counts.fill_(1)
         for i, p in enumerate(parameters):
-            if not _has(p):
+            if p.grad is None:
                 self.sums[i].zero_()
                 self.counts[i].zero_()
         flat.div_(dist.get_world_size(group))
         self.work = dist.all_reduce(flat, group=group, async_op=True)
 
     def finish(self) -> None:
-        self.work.wait()
-        have = [(p.grad, s) for s, p in zip(self.sums, self.parameters, strict=True) if _has(p)]
+        if self.work is not None:
+            self.work.wait()
+        have = self._have()
         if have:
             torch._foreach_copy_([g for g, _ in have], [s for _, s in have])
         if len(have) == len(self.parameters):
             return
         counts = self.counts.tolist()
         for p, average, count in zip(self.parameters, self.sums, counts, strict=True):
-            if not _has(p) and count:
+            if p.grad is None and count:
                 p.grad = average.clone()
 
-
-def _has(p: nn.Parameter) -> bool:
-    return p.grad is not None
+    def _have(self) -> list[tuple[Tensor, Tensor]]:
+        """The gradients of this rank, each with its place in the buffer."""
+        pairs = zip(self.parameters, self.sums, strict=True)
+        return [(p.grad, place) for p, place in pairs if p.grad is not None]
 
 
 def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

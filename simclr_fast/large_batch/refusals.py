@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from simclr_fast.large_batch.batch_norms import batch_norms
@@ -128,8 +128,8 @@ def computed_attribute(hook: object) -> str | None:
     None for other hooks.
     """
     kind = type(hook)
-    if isinstance(hook, nn.utils.prune.BasePruningMethod):
-        return hook._tensor_name
+    if isinstance(hook, prune.BasePruningMethod):
+        return str(hook._tensor_name)
     if kind.__module__.startswith("torch.nn.utils.") and hasattr(hook, "name"):
         return str(hook.name)
     return None

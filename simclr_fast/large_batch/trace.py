@@ -20,13 +20,12 @@ from simclr_fast.large_batch.batch_norms import after_norm, uses_batch_statistic
 from simclr_fast.large_batch.refusals import (
     RefusedModel,
     arguments,
-    context,
     refusal,
-    refuse_context,
     refuse_hooks,
     refuse_random,
 )
 from simclr_fast.large_batch.second_run import traced_once
+from simclr_fast.large_batch.tracer import Tracer
 
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
 _IN_PLACE: dict[Any, Callable[..., Any]] = {
@@ -350,15 +349,7 @@ for _name in _OPERATORS:
     setattr(_Proxy, f"__i{_name}__", _recorded(getattr(operator, f"i{_name}")))
 
 
-class _Tracer(fx.Tracer):
-    def __init__(self) -> None:
-        super().__init__()
-        self.context = context()
-
-    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
-        refuse_context(self.context)
-        return super().create_proxy(*args, **kwargs)
-
+class _Tracer(Tracer):
     def proxy(self, node: Node) -> fx.Proxy:
         return _Proxy(node, self)
 

@@ -159,7 +159,11 @@ class NTXentLoss(nn.Module):
         if group is not None and not gather_distributed:
             raise ValueError("group is given, so gather_distributed must be True, got False")
         self.temperature = value
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(value))) if learnable else None
+        self.log_temperature = None
+        if learnable:
+            # A half-precision default dtype would round the temperature.
+            dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(value), dtype=dtype))
         self.gather_distributed, self.group = gather_distributed, group
         self.reduction, self.decoupled = reduction, decoupled
 
@@ -302,6 +306,13 @@ def _check_embeddings(z1: Tensor, z2: Tensor | None, group: dist.ProcessGroup | 
 def _check_matrix(name: str, z: Tensor, least: int = 1) -> None:
     if not isinstance(z, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(z).__name__}")
+    if not torch.compiler.is_compiling():
+        transform = torch._C._functorch.peek_interpreter_stack()
+        if transform is not None and transform.key() == torch._C._functorch.TransformType.Grad:
+            raise RuntimeError(
+                "torch.func.grad and its kin cannot differentiate this loss: use .backward() or "
+                "torch.autograd.grad, or the plain-torch losses of simclr_fast.reference"
+            )
     if z.dim() != 2 or z.size(0) < least or not z.size(1):
         raise ValueError(
             f"{name} must have shape [rows, features], both at least 1, got {list(z.shape)}"

@@ -112,13 +112,16 @@ def load_weights(
     stem = stem or cast("Stem | None", about.get("stem") or None)
     if stem is None and model in RESNETS:
         stem = default_stem(int(about.get("image_size", 224)))
-    encoder, dim = build_encoder(model, width=width, stem=stem)
+    # Whatever torch's default device and dtype are: on "meta" there would be no weights.
+    with torch.device("cpu"):
+        encoder, dim = build_encoder(model, width=width, stem=stem)
+    encoder.float()
     own = encoder.state_dict()
     # Files from before PyTorch 0.4.1, some of torchvision's among them, lack num_batches_tracked.
     for key in own:
         statistics = key.replace("num_batches_tracked", "running_mean")
         if key.endswith("num_batches_tracked") and key not in state and statistics in state:
-            state[key] = torch.tensor(0)
+            state[key] = torch.tensor(0, device="cpu")
     heads = {key for key in state if key not in own and key.startswith(_CLASSIFIERS)}
     checkpoint.load_strictly(
         encoder, {key: t for key, t in state.items() if key not in heads}, path
