@@ -65,7 +65,7 @@ def recognise(observer: Observer, unchecked: list[str]) -> Known | None:
             )
         return None
     for seen in passes[1:]:
-        if seen.step == known.seen.step and _same_loss(seen, known):
+        if seen.step == known.seen.step and _new_images(seen, known) and _same_loss(seen, known):
             known.passes += 1
     for seen in passes:
         for head in seen.heads:
@@ -126,6 +126,12 @@ def _same_rows(z: Tensor, counts: Sequence[int], rank: int) -> int | None:
     return None
 
 
+def _new_images(seen: Backward, known: Known) -> bool:
+    """Whether another pass has other images. Some optimizers repeat a step on the same ones."""
+    mine, others = known.seen.prints, seen.prints
+    return mine is not None and others is not None and not mine.equal(others)
+
+
 def _same_loss(seen: Backward, known: Known) -> bool:
     """Whether another pass has the loss that is known, in this rank alone."""
     for head in seen.heads:
@@ -154,16 +160,17 @@ def judge_pairs(known: Known, given: Sequence[Tensor]) -> Verdict:
 
     given: prints of the two views that the caller passed in order; [] if they are not known.
     """
-    pictures, partner = known.seen.pictures, known.partner
+    pictures, prints, partner = known.seen.pictures, known.seen.prints, known.partner
     assert pictures is not None
+    assert prints is not None
     m = len(partner)
     if len(given) == 2:
         # Different images can have equal views, such as a white corner of each.
         numbers: dict[int, set[int]] = {}
-        for prints in given:
-            for i, value in enumerate(prints.tolist()):
+        for view in given:
+            for i, value in enumerate(view.tolist()):
                 numbers.setdefault(value, set()).add(i)
-        image = [numbers.get(value, set()) for value in pictures.prints.tolist()]
+        image = [numbers.get(value, set()) for value in prints.tolist()]
         right = sum(bool(image[i] & image[j]) for i, j in enumerate(partner.tolist()))
         if all(image) and right < m:
             return Verdict(True, text=f"{right} of {m} rows get the other view of their image")

@@ -31,33 +31,42 @@ class LossGraph:
 _Path = dict[float, tuple[int, int]]
 
 
-def read_graph(root: Tensor, outputs: Mapping[Any, Any], parameters: Set[int]) -> LossGraph:
-    """Walk from `root` to the nodes in `outputs`. parameters: ids of those of the model."""
+# A node of the graph and the number of its output: `next_functions` has such pairs.
+Edge = tuple[Any, int]
+
+
+def edge_of(value: Tensor) -> Edge:
+    return value.grad_fn, value.output_nr
+
+
+def read_graph(root: Tensor, outputs: Mapping[Edge, Any], parameters: Set[int]) -> LossGraph:
+    """Walk from `root` to the edges in `outputs`. parameters: ids of those of the model."""
     graph = LossGraph()
-    found: set[Any] = set()
+    found: set[Edge] = set()
     # For each finished node: the divisors on the way below it, and whether a matrix product is.
     paths: dict[Any, tuple[_Path, bool]] = {}
-    stack = [(root.grad_fn, False)]
+    stack = [(edge_of(root), False)]
     while stack:
-        node, below_done = stack.pop()
+        edge, below_done = stack.pop()
+        node, _ = edge
+        if edge in outputs:
+            found.add(edge)
+            continue
         if node is None or node in paths:
             continue
-        if node in outputs or not node.next_functions:
-            found.add(node)
+        if not node.next_functions:
             paths[node] = ({}, False)
             leaf = getattr(node, "variable", None)
-            if node in outputs or leaf is None:
-                continue
-            free = leaf.dim() == 2 and id(leaf) not in parameters
-            if free and not isinstance(leaf, torch.nn.Parameter):
+            free = isinstance(leaf, Tensor) and not isinstance(leaf, torch.nn.Parameter)
+            if leaf is not None and free and leaf.dim() == 2 and id(leaf) not in parameters:
                 graph.leaves.append(leaf)
-            continue
-        if not below_done:
-            stack.append((node, True))
-            stack += [(parent, False) for parent, _ in node.next_functions]
-            continue
-        paths[node] = _join(node, graph, [paths[p] for p, _ in node.next_functions if p in paths])
-    graph.outputs = [output for node, output in outputs.items() if node in found]
+        elif not below_done:
+            stack.append((edge, True))
+            stack += [(below, False) for below in node.next_functions]
+        else:
+            ends = [e for e in node.next_functions if e not in outputs and e[0] in paths]
+            paths[node] = _join(node, graph, [paths[end] for end, _ in ends])
+    graph.outputs = [output for edge, output in outputs.items() if edge in found]
     path = paths.get(root.grad_fn, ({}, False))[0]
     graph.twice = [c for c, (before, after) in path.items() if after > 1 or (after and before)]
     return graph

@@ -115,11 +115,18 @@ def find(seen: Observed, hints: Sequence[float] = ()) -> Match | None:
         return None
     noise = _HALF_NOISE if seen.half else _NOISE
     near = [match for match in found if match.mismatch <= max(4 * least, noise)]
-    # Of losses that fit about as well, take the most usual one, which comes first.
-    return next(
-        (match for match in near if _consistent(seen, match)),
-        next(match for match in near if match.mismatch <= 4 * least),
-    )
+    # Of losses that fit about as well, take the most usual one, which comes first. If the loss has
+    # other terms, its value tells nothing. Then only NT-Xent itself is believed: at extreme
+    # temperatures the others become other losses, such as an attraction without negatives.
+    best = next((match for match in near if _consistent(seen, match)), None)
+    if best is None:
+        best = next((m for m in near if m.mismatch <= 4 * least and _is_nt_xent(m.loss)), None)
+    inside = best is not None and _COARSE[1] < best.loss.temperature < _COARSE[-2]
+    return best if inside else None
+
+
+def _is_nt_xent(loss: Loss) -> bool:
+    return loss.normalised and (loss.own, loss.positive, loss.same_view) == (0, 1, 1)
 
 
 def _consistent(seen: Observed, match: Match) -> bool:

@@ -18,16 +18,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim import optimizer as optim
 
+from simclr_fast.doctor.image_calls import ImageCalls, Opened
 from simclr_fast.doctor.lars_trial import Trial, try_lars
-from simclr_fast.doctor.loss_graph import LossGraph, parameters_below, read_graph
-from simclr_fast.doctor.loss_match import LARGEST
+from simclr_fast.doctor.loss_graph import (
+    Edge,
+    LossGraph,
+    edge_of,
+    parameters_below,
+    read_graph,
+)
 from simclr_fast.doctor.snapshot import Snapshot
-from simclr_fast.doctor.views import Pictures, describe
+from simclr_fast.doctor.views import Pictures, describe, prints
 
 # Steps whose backward passes are recorded in full.
 _FULL = 2
 # Parameters whose gradients are compared between ranks.
 _SAMPLES = 3
+# Calls whose features h are kept.
+_FEATURES = 7
 # Outputs without a gradient, such as those of an evaluation, are dropped beyond this number.
 _OUTPUTS = 512
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -67,8 +75,9 @@ class Head:
 class Backward:
     """One backward pass from a scalar.
 
-    calls: the number of images in each call of the model. h: the features before the head, one
-    tensor per call. stale: the norm of gradients left over from before an optimizer step.
+    calls: the number of images in each call of the model. prints: of the images, int64. h: the
+    features before the head, one tensor per call. stale: the norm of gradients left over from
+    before an optimizer step.
     """
 
     step: int
@@ -76,6 +85,7 @@ class Backward:
     heads: list[Head]
     graph: LossGraph
     calls: list[int]
+    prints: Tensor | None
     pictures: Pictures | None
     h: list[Tensor]
     stale: float
@@ -137,15 +147,15 @@ class Observer:
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         self._names = {module: name for name, module in model.named_modules()}
         self._own = {id(p) for p in model.parameters()}
-        self._stack: list[tuple[nn.Module, int]] = []
+        self._running: list[Opened] = []
         self._outputs: list[Output] = []
-        self._nodes: dict[Any, Output] = {}
-        self._images: list[Tensor] = []
-        self._h: dict[int, Tensor] = {}
+        self._edges: dict[Edge, Output] = {}
+        self._images = ImageCalls()
+        self._h: list[Tensor] = []
         self._consumed = False
         self._deep = False
         self._before: dict[nn.Module, Tensor] = {}
-        self._stepped = False
+        self._stepped: set[int] = set()
         self._busy = False
 
     @contextmanager
@@ -187,48 +197,41 @@ class Observer:
         return torch._C._current_graph_task_id() != -1
 
     def _before_module(self, module: nn.Module, inputs: Any) -> None:
-        if self._busy:
+        # While torch.compile traces, a hook would become a part of the graph.
+        if torch.compiler.is_compiling() or self._busy:
             return
         if self.snapshot is not None:
             self.snapshot.add_module(module)
         given = [t for t in tensors_in(inputs) if t.is_floating_point()]
-        again = self._in_backward()
-        if given and not again:
-            first = given[0]
-            if not self._stack and not first.requires_grad:
-                self._add_images(given)
-            if first.dim() > 2:
-                self._deep = True
-            elif first.dim() == 2 and self._deep:
-                self._deep = False
-                # Without a gradient, these would be the flattened images.
-                if first.requires_grad or not torch.is_grad_enabled():
-                    self._h[max(0, len(self._images) - 1)] = first
-        self._stack.append((module, len(self._outputs)))
+        opened = Opened(module, len(self._outputs))
+        if given and not self._in_backward():
+            if self._consumed:
+                self._images.clear()
+                self._h, self._consumed = [], False
+            self._images.see(self._running, opened, given)
+            self._see_features(given[0])
+        self._running.append(opened)
         if isinstance(module, _BatchNorm) and module.running_mean is not None:
             self._before[module] = module.running_mean.clone()
 
-    def _add_images(self, given: list[Tensor]) -> None:
-        if self._consumed:
-            self._images, self._h, self._consumed = [], {}, False
-        for images in given:
-            deep = images.dim() > 2
-            if not self._images or images.shape[1:] == self._images[0].shape[1:]:
-                self._images.append(images.detach())
-            elif deep and self._images[0].dim() == 2:
-                self._images = [images.detach()]
-        # An evaluation may come first, of any length.
-        while sum(map(len, self._images[1:])) > 2 * LARGEST:
-            del self._images[0]
-            self._h = {place - 1: h for place, h in self._h.items() if place}
+    def _see_features(self, x: Tensor) -> None:
+        """Keep x as h if it is the first matrix that a module gets after deeper tensors."""
+        if x.dim() > 2:
+            self._deep = True
+        elif x.dim() == 2 and self._deep:
+            self._deep = False
+            # Without a gradient, these would be the flattened images.
+            if x.requires_grad or not torch.is_grad_enabled():
+                self._h = [*self._h[-_FEATURES:], x]
 
     def _after_module(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if self._busy:
+        if torch.compiler.is_compiling() or self._busy:
             return
         start = 0
-        while self._stack:
-            opened, start = self._stack.pop()
-            if opened is module:
+        while self._running:
+            opened = self._running.pop()
+            start = opened.outputs
+            if opened.module is module:
                 break
         if isinstance(module, _BatchNorm):
             self._see_norm(module, tensors_in(inputs)[0])
@@ -249,15 +252,15 @@ class Observer:
                 self._add_output(module, value)
 
     def _add_output(self, module: nn.Module, value: Tensor) -> None:
-        node = value.grad_fn
-        if node is not None and node in self._nodes:
+        edge = edge_of(value)
+        if edge in self._edges:
             return
         output = Output(self._name(module), value)
         self._outputs.append(output)
         if len(self._outputs) > _OUTPUTS and self._outputs[0].value.grad_fn is None:
             del self._outputs[0]
-        if node is not None:
-            self._nodes[node] = output
+        if value.grad_fn is not None:
+            self._edges[edge] = output
 
     def _see_norm(self, norm: Any, x: Tensor) -> None:
         calls = self.norms.setdefault(norm, NormCalls())
@@ -280,10 +283,9 @@ class Observer:
     def _before_backward(self, root: Tensor) -> tuple[Backward | None, list[Any]]:
         full = self.steps < _FULL
         self.passes += 1
-        graph = read_graph(root, self._nodes, self._own)
+        graph = read_graph(root, self._edges, self._own)
         value = float(root.detach())
-        stale = self._stale() if self._stepped and full else 0.0
-        self._stepped = False
+        stale = self._stale(root) if full else 0.0
         if not math.isfinite(value):
             self._bad(f"the loss is {value} in step {self.steps + 1}")
         if not graph.outputs and not graph.leaves:
@@ -303,25 +305,30 @@ class Observer:
         if full and self.ranks > 1 and self.steps == 0:
             handles += self._sample()
         pictures = None
-        first = self._first_call(heads)
-        images = self._images[first:]
+        images = self._images_of(heads)
         if full and images and images[0].dim() == 4:
             pictures = describe(images)
-        h = [h for place, h in self._h.items() if place >= first]
-        calls = [len(part) for part in images]
-        seen = Backward(self.steps, value, heads, graph, calls, pictures, h, stale)
+        seen = Backward(
+            self.steps,
+            value,
+            heads,
+            graph,
+            [len(part) for part in images],
+            torch.cat([prints(part) for part in images]) if full and images else None,
+            pictures,
+            [h for h in self._h if not any(h is output.value for output in graph.outputs)],
+            stale,
+        )
         return seen, handles
 
-    def _first_call(self, heads: list[Head]) -> int:
-        """The first call of the model whose images belong to the loss; 0 if that is not clear."""
+    def _images_of(self, heads: list[Head]) -> list[Tensor]:
+        """The images whose embeddings are in the loss, one tensor per call of the model."""
         for reached in (True, False):
             for head in heads:
-                outputs = [o for o in head.outputs if o.reached or not reached]
-                rows = sum(len(output.value) for output in outputs)
-                for first in range(len(self._images)):
-                    if sum(map(len, self._images[first:])) == rows:
-                        return first
-        return 0
+                rows = sum(len(o.value) for o in head.outputs if o.reached or not reached)
+                if images := self._images.of(rows):
+                    return images
+        return []
 
     def _heads(self, graph: LossGraph) -> list[Head]:
         """The embeddings of a backward pass, by the module that returned them."""
@@ -370,10 +377,15 @@ class Observer:
 
         return [sample.parameter.register_hook(adder(sample)) for sample in self.samples]
 
-    def _stale(self) -> float:
+    def _stale(self, root: Tensor) -> float:
+        """The norm of gradients that an optimizer used already and that are still there."""
+        if not self._stepped:
+            return 0.0
+        below = parameters_below(root.grad_fn)
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        left = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        return math.hypot(*(float(grad.norm()) for grad in left))
+        used = [p for g in groups for p in g["params"] if id(p) in below & self._stepped]
+        self._stepped -= below
+        return math.hypot(*(float(p.grad.norm()) for p in used if p.grad is not None))
 
     def _bad(self, text: str) -> None:
         if text not in self.not_finite and len(self.not_finite) < 5:
@@ -398,7 +410,8 @@ class Observer:
             return
         self.optimizers[optimizer].lr.append(float(optimizer.param_groups[0]["lr"]))
         self._end_step()
-        self._stepped = True
+        for group in optimizer.param_groups:
+            self._stepped |= {id(p) for p in group["params"]}
 
     def end_step(self) -> None:
         """End a step that had a backward pass and no optimizer."""
@@ -415,7 +428,7 @@ class Observer:
         for sample in self.samples:
             if self.steps == 0 and sample.parameter.grad is not None:
                 sample.at_end = sample.parameter.grad.detach().clone()
-        self._outputs, self._nodes, self._consumed = [], {}, True
+        self._outputs, self._edges, self._consumed = [], {}, True
         self.steps += 1
 
 
@@ -443,8 +456,9 @@ def _scalar(tensors: Any, grads: Any) -> Tensor | None:
 
 
 def _keeper(output: Output) -> Any:
-    def keep(grad: Tensor) -> None:
-        output.grad = grad.detach().clone()
+    def keep(grad: Tensor | None) -> None:
+        # None for an output of a compiled model that the loss does not use.
+        output.grad = None if grad is None else grad.detach().clone()
 
     return keep
 

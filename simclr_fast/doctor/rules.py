@@ -295,15 +295,15 @@ def _temperature(observer: Observer, known: Known, declared: float | None) -> It
 
 
 def _pairs(known: Known, given: Sequence[Tensor], report: Report) -> Iterator[Finding]:
-    pictures, m = known.seen.pictures, len(known.z)
-    if pictures is None or len(pictures.prints) != m:
+    pictures, prints = known.seen.pictures, known.seen.prints
+    if pictures is None or prints is None or len(prints) != len(known.z):
         report.unchecked.append(
             "the views: the images of the loss's rows were not seen (modules must be called with "
             "[n, C, H, W] tensors)"
         )
         return
     first, second = known.first, known.partner[known.first]
-    same = int((pictures.prints[first] == pictures.prints[second]).sum())
+    same = int((prints[first] == prints[second]).sum())
     if 2 * same > len(first):
         yield Finding(
             "identical-views",

@@ -21,7 +21,6 @@ class Pictures(NamedTuple):
     layout: [n, 16], the brightness in a 4×4 grid, less its mean and scaled to length 1.
     spectrum: [n, 7], logarithms of the shares of power in rings of frequencies.
     chroma: [n, C], mean of each channel less the mean of all channels.
-    prints: int64 [n], see `prints`.
     colourful: the spread of chroma over the batch relative to that of the means; 0: all is gray.
     """
 
@@ -29,7 +28,6 @@ class Pictures(NamedTuple):
     layout: Tensor
     spectrum: Tensor
     chroma: Tensor
-    prints: Tensor
     colourful: float
 
 
@@ -37,10 +35,10 @@ class Pictures(NamedTuple):
 def describe(parts: Sequence[Tensor]) -> Pictures:
     """parts: images, [n, C, H, W] each, any floating dtype, any scale and shift per channel."""
     chunks = [_statistics(chunk) for images in parts for chunk in images.split(_CHUNK)]
-    colour, layout, spectrum, chroma, prints = map(torch.cat, zip(*chunks, strict=True))
+    colour, layout, spectrum, chroma = map(torch.cat, zip(*chunks, strict=True))
     overall = float(colour[:, : chroma.size(1)].std(0).norm()) or 1.0
     colourful = float(chroma.std(0).norm()) / overall if len(chroma) > 1 else 0.0
-    return Pictures(colour, layout, spectrum, chroma, prints, colourful)
+    return Pictures(colour, layout, spectrum, chroma, colourful)
 
 
 def prints(images: Tensor) -> Tensor:
@@ -57,7 +55,7 @@ def _statistics(images: Tensor) -> tuple[Tensor, ...]:
     layout = F.adaptive_avg_pool2d(gray, 4).flatten(1)
     layout = F.normalize(layout - layout.mean(1, keepdim=True), dim=1)
     chroma = mean - mean.mean(1, keepdim=True)
-    return torch.cat((mean, spread), 1), layout, _spectrum(gray[:, 0]), chroma, prints(x)
+    return torch.cat((mean, spread), 1), layout, _spectrum(gray[:, 0]), chroma
 
 
 def _spectrum(gray: Tensor) -> Tensor:

@@ -214,6 +214,7 @@ def test_correct_with_large_batch(memory):
     report = doctor.check(step, model, steps.batch)
     clean(report)
     assert "temperature of the loss: 0.2" in report.facts
+    assert not report.unchecked, str(report)
 
 
 def test_correct_with_a_probe_on_detached_features():
@@ -231,6 +232,159 @@ def test_correct_with_a_probe_on_detached_features():
         return textbook(z) + F.cross_entropy(scores, torch.arange(len(z)) % 10)
 
     clean(found(Steps(model=WithProbe(), forward=forward, loss=loss)))
+
+
+class Inside(nn.Module):
+    """A network behind a layer that draws views of its own, or only normalises."""
+
+    def __init__(self, change, own_parameter=False):
+        super().__init__()
+        self.inner, self.change = small_model(), change
+        if own_parameter:
+            self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        h, z = self.inner(self.change(x))
+        return h, z * self.scale if hasattr(self, "scale") else z
+
+
+@pytest.mark.parametrize("own_parameter", [False, True])
+def test_correct_with_views_made_inside_of_the_model(own_parameter):
+    first, second = views()
+    made = iter([first, second] * 2)
+    model = Inside(lambda x: next(made), own_parameter)
+    raw = torch.rand(64, 3, 16, 16)
+
+    def forward(model, batch):
+        return torch.cat([model(raw)[1], model(raw)[1]])
+
+    report = found(Steps(model=model, batch=None, forward=forward))
+    clean(report)
+    assert not report.unchecked, str(report)
+
+
+@pytest.mark.parametrize("own_parameter", [False, True])
+@pytest.mark.parametrize("calls", [1, 2])
+def test_correct_with_a_model_that_normalises(own_parameter, calls):
+    model = Inside(lambda x: 2 * x - 1, own_parameter)
+
+    def forward(model, batch):
+        return torch.cat([model(part)[1] for part in torch.cat(batch).chunk(calls)])
+
+    report = found(Steps(model=model, forward=forward))
+    clean(report)
+    assert not report.unchecked, str(report)
+
+
+@pytest.mark.parametrize("how", ["no_grad", "detached", "before"])
+def test_correct_with_a_third_view_for_other_ends(how):
+    def forward(model, batch):
+        if how == "before":
+            with torch.no_grad():
+                model(views(64, 3)[0])
+        z = model(torch.cat(batch))[1]
+        if how != "before":
+            with torch.set_grad_enabled(how == "detached"):
+                model(views(64, 3)[0])[0].detach()
+        return z
+
+    clean(found(Steps(forward=forward)))
+
+
+def test_correct_with_two_optimizers():
+    class WithProbe(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.probe = small_model(), nn.Linear(32, 10)
+
+    steps = Steps(model=WithProbe())
+    steps.optimizer = torch.optim.SGD(steps.model.inner.parameters(), lr=0.1)
+    other = torch.optim.SGD(steps.model.probe.parameters(), lr=0.1)
+
+    def step(model, batch):
+        steps.optimizer.zero_grad()
+        other.zero_grad()
+        h, z = model.inner(torch.cat(batch))
+        textbook(z).backward()
+        steps.optimizer.step()
+        F.cross_entropy(model.probe(h.detach()), torch.arange(len(z)) % 10).backward()
+        other.step()
+
+    clean(doctor.check(step, steps.model, steps.batch))
+
+
+def test_correct_with_an_optimizer_that_repeats_a_step():
+    model = small_model()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=1e-3, max_iter=3)
+    with doctor.watch(model) as report:
+        for seed in range(2):
+
+            def closure(seed=seed):
+                optimizer.zero_grad()
+                loss = textbook(both_at_once(model, views(64, seed)))
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+    clean(report)
+
+
+def test_correct_with_a_step_of_the_optimizer_inside_the_backward_pass():
+    model = small_model()
+    own = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+
+    def update(p):
+        own[p].step()
+        own[p].zero_grad()
+
+    for p in own:
+        p.register_post_accumulate_grad_hook(update)
+    with doctor.watch(model) as report:
+        for seed in range(3):
+            textbook(both_at_once(model, views(64, seed))).backward()
+    clean(report)
+
+
+@pytest.mark.parametrize("what", ["model", "loss"])
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
+def test_correct_with_a_compiled_part(what):
+    torch.compiler.reset()
+    steps = Steps()
+    if what == "model":
+        compiled = torch.compile(steps.model, backend="aot_eager")
+        steps.forward = lambda model, batch: both_at_once(compiled, batch)
+    else:
+        steps.loss = torch.compile(textbook, backend="aot_eager")
+    steps(steps.model, steps.batch)
+    report = found(steps)
+    clean(report)
+    assert not report.unchecked, str(report)
+
+
+def simsiam(z):
+    first, second = F.normalize(z, dim=1).chunk(2)
+    return -((first * second.detach()).sum(1) + (second * first.detach()).sum(1)).mean()
+
+
+def barlow_twins(z):
+    first, second = ((part - part.mean(0)) / part.std(0) for part in z.chunk(2))
+    return (first.T @ second / len(first) - torch.eye(z.size(1))).square().sum()
+
+
+OTHER_LOSSES = {
+    "three views": lambda z: simclr_fast.multi_view_nt_xent_loss(z[:126], 3, 0.2),
+    "four views": lambda z: simclr_fast.multi_view_nt_xent_loss(z, 4, 0.2),
+    "labels": lambda z: simclr_fast.sup_con_loss(z, torch.arange(len(z)) % 10, 0.2),
+    "SimSiam": simsiam,
+    "Barlow Twins": barlow_twins,
+}
+
+
+@pytest.mark.parametrize("name", OTHER_LOSSES)
+def test_no_word_about_other_losses(name):
+    report = found(Steps(loss=OTHER_LOSSES[name]))
+    clean(report)
+    assert "not that of NT-Xent" in str(report)
 
 
 def test_correct_over_many_steps():
