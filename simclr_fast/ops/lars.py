@@ -8,7 +8,7 @@ from enum import IntFlag
 import torch
 from torch import Tensor
 
-from simclr_fast.ops.library import has_extension
+from simclr_fast.ops.library import has_extension, refuse_mixed_devices
 
 
 class LarsFlag(IntFlag):
@@ -48,4 +48,6 @@ def lars_(
 
 
 if has_extension():
-    torch.library.register_fake("simclr_fast::lars_", lambda *arguments: None)
+    torch.library.register_fake(
+        "simclr_fast::lars_", lambda *arguments: refuse_mixed_devices("lars_", arguments)
+    )

@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 # The ops that the extension has CPU kernels for.
 NATIVE_OPS = (
@@ -80,10 +82,29 @@ def define_op(
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"simclr_fast::{name}", shapes, lib=_LIBRARY)
+
+    def checked_shapes(*args: Any, **kwargs: Any) -> Any:
+        refuse_mixed_devices(name, (args, kwargs))
+        return shapes(*args, **kwargs)
+
+    torch.library.register_fake(f"simclr_fast::{name}", checked_shapes, lib=_LIBRARY)
     if autograd is not None:
         _LIBRARY.impl(name, autograd, "Autograd")
     return getattr(torch.ops.simclr_fast, name).default
+
+
+def refuse_mixed_devices(name: str, arguments: Any) -> None:
+    """Raise ValueError unless all tensors among the arguments of an op are on one device.
+
+    A single tensor on the meta device makes torch call the op's shape function. The result would be
+    a tensor of arbitrary values on the device of the others.
+    """
+    devices = {t.device for t in tree_leaves(arguments) if isinstance(t, Tensor)}
+    if len(devices) > 1:
+        raise ValueError(
+            f"simclr_fast::{name}: all tensors must be on one device, got "
+            f"{', '.join(sorted(map(str, devices)))}"
+        )
 
 
 def refuse_gradient_of(name: str) -> None:

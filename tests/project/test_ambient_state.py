@@ -394,6 +394,23 @@ def test_transforms_are_right_or_refused(name, way):
 REACHED, GO_ON = threading.Event(), threading.Event()
 
 
+@pytest.mark.parametrize("place", range(3))
+def test_a_meta_tensor_among_others_is_refused(place):
+    """torch would call the op's shape function, and its result has arbitrary values."""
+    z1, z2 = torch.from_numpy(numbers(2, 6, 4))
+    arguments = [z1, z2, torch.tensor(0.3)]
+    arguments[place] = arguments[place].to("meta")
+    with pytest.raises((RuntimeError, ValueError), match="one device"):
+        torch.ops.simclr_fast.nt_xent(*arguments, 1, False, False)
+    p = nn.Parameter(torch.ones(3, 3))
+    p.grad = torch.ones(3, 3)
+    optimizer = LARS([p], lr=0.1)
+    optimizer.state[p]["momentum_buffer"] = torch.zeros(3, 3, device="meta")
+    with pytest.raises((RuntimeError, ValueError), match="one device"):
+        optimizer.step()
+    assert torch.equal(p, torch.ones(3, 3))
+
+
 class Slow(nn.Linear):
     """Waits in the middle of its forward."""
 
