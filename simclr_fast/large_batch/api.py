@@ -161,9 +161,9 @@ class LargeBatch:
         self._refuse_model()
         rows = sum(map(len, parts))
         if self.group is None:
-            self.batch.rows = [rows]
+            self.batch.begin([rows])
         else:
-            self.batch.rows = row_counts_of(rows, parts[0].device, self.group, row_counts)
+            self.batch.begin(row_counts_of(rows, parts[0].device, self.group, row_counts))
         device = parts[0].device.type
         ambient = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         dtype = self.autocast or ambient

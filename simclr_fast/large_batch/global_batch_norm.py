@@ -89,19 +89,26 @@ class WholeBatch:
 
     def counts(self, values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """`values` as a tensor on the device, cached."""
-        key = (tuple(values), dtype, device)
+        # A fake tensor must not be found again after its mode.
+        mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        key = (tuple(values), dtype, device, mode)
         if key not in self._counts:
             if len(self._counts) >= _KEPT_COUNTS:
                 self._counts.clear()
             if len(set(values)) == 1:
                 made = torch.full((len(values),), values[0], dtype=dtype, device=device)
             else:
-                made = torch.tensor(values, dtype=dtype)
+                made = torch.tensor(values, dtype=dtype, device="cpu")
                 # From pinned memory the copy does not block the host.
                 made = made.pin_memory() if device.type == "cuda" else made
                 made = made.to(device, non_blocking=True)
             self._counts[key] = made
         return self._counts[key]
+
+    def begin(self, rows: list[int]) -> None:
+        """Begin a step. After one that failed in its forward, nothing of it is counted."""
+        self.rows = rows
+        self._seen.clear()
 
     def saw(self, norm: Any) -> None:
         """Count a batch for `norm`; `finish_forward` updates its counter."""

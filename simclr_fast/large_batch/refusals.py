@@ -64,7 +64,7 @@ def refuse_model(model: nn.Module, memory: str, ranks: bool) -> None:
                 f"{name} has a hook of register_post_accumulate_grad_hook, which would see the "
                 "gradient before it is averaged over ranks: do its work after LargeBatch.backward"
             )
-    if memory in ("replay", "grad-cache") and parametrize._cache_enabled:
+    if memory != "plain" and parametrize._cache_enabled:
         raise ValueError(
             f"memory={memory!r} computes weights twice, and torch.nn.utils.parametrize.cached() "
             "would give the first ones again: leave it around LargeBatch.backward"
