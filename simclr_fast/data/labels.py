@@ -54,7 +54,10 @@ def as_labels(values: Any, count: int) -> Labels:
         values = (values.double() if values.is_floating_point() else values).numpy(force=True)
     shape = np.shape(values) if hasattr(values, "__array__") else (len(values),)
     if len(shape) != 1 or shape[0] != count:
-        hint = "; of one-hot labels pass labels.argmax(1)" if len(shape) == 2 else ""
+        hint = ""
+        if len(shape) == 2:
+            one_hot = "; of one-hot labels pass labels.argmax(1)"
+            hint = one_hot if shape[1] > 1 else "; pass labels[:, 0]"
         raise ValueError(f"labels must be [{count}], one per image, got {list(shape)}{hint}")
     if isinstance(values, np.ndarray) and values.dtype.kind in "iu":
         return _integers(values, "integers")

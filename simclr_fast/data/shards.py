@@ -31,7 +31,8 @@ from simclr_fast.utils.locks import locked
 log = logging.getLogger(__name__)
 _RECORDIO_MAGIC = 0xCED7230A
 _TFRECORD_IMAGE = ("image/encoded", "image")
-_TFRECORD_LABEL = ("image/class/label", "label")
+# The last one has the name of the class.
+_TFRECORD_LABEL = ("image/class/label", "label", "labels", "class", "target", "image/class/text")
 _COMPRESSED: dict[bytes, Callable[..., Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
@@ -161,7 +162,7 @@ def unpacked(path: Path, account: Account) -> Path:
 def scan_tfrecord(
     path: Path, unpacked: Path, account: Account, image_key: str | None
 ) -> Iterator[Record]:
-    """tf.train.Example records with image/encoded and image/class/label (or image, label)."""
+    """tf.train.Example records with an image and perhaps a label, under their usual names."""
     names = (image_key,) if image_key else _TFRECORD_IMAGE
     seen: set[str] = set()
     with _mapped(unpacked) as data:

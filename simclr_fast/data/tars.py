@@ -197,14 +197,14 @@ def _matches(field: str, patterns: str) -> bool:
 
 def _text(content: bytes) -> str | None:
     """A label; None for a caption."""
-    text = content.decode("utf-8", "backslashreplace").strip()
+    text = content.decode("utf-8-sig", "backslashreplace").strip()
     return text if len(text) <= _LONGEST_LABEL and "\n" not in text else None
 
 
 def _json_label(content: bytes) -> Any:
     try:
         value = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return ValueError(f"a .json cannot be read: {error}")
     if not isinstance(value, dict):
         return value
