@@ -74,7 +74,7 @@ class Linear(Options):
     def lines(self) -> Iterator[str]:
         pair = self.pair()
         weights = self.load()
-        yield f"{weights}\nlinear evaluation, {_measured(pair)}"
+        yield f"{weights}\nlinear evaluation, {measured(pair)}"
         results: dict[str, Any] = {}
         if self.logistic:
             x, y = (
@@ -123,7 +123,7 @@ class Knn(Options):
     def lines(self) -> Iterator[str]:
         pair = self.pair()
         weights = self.load()
-        yield f"{weights}\nk-NN, τ {self.tau}, {_measured(pair)}"
+        yield f"{weights}\nk-NN, τ {self.tau}, {measured(pair)}"
         found = knn.knn_ranks(
             self.features(weights.encoder, weights.augmentation, pair.train, "training"),
             pair.train_labels,
@@ -163,7 +163,7 @@ class Finetune(Options):
     def lines(self) -> Iterator[str]:
         pair = self.pair()
         weights = self.load()
-        yield f"{weights}\nfine-tuning, {_measured(pair)}"
+        yield f"{weights}\nfine-tuning, {measured(pair)}"
         parts: dict[str, np.ndarray] = {}
         if self.subset:
             parts[self.subset.stem] = subsets.listed_subset(pair.train, self.subset)
@@ -195,7 +195,7 @@ class Layers(Options):
         pair = self.pair()
         model, augmentation = layers.load_run(self.encoder)
         taps = layers.Taps(model).to(self.torch_device).eval()
-        yield f"{self.encoder}: logistic regression, {_measured(pair)}"
+        yield f"{self.encoder}: logistic regression, {measured(pair)}"
         parts = []
         for source, name in ((pair.train, "training"), (pair.test, "test")):
             both = self.features(taps, augmentation, source, name)
@@ -278,6 +278,8 @@ class Embed(Options):
         yield f"{'page':<28} {path}"
         if source.labels is not None and source.has_labels:
             known = torch.from_numpy(source.labels)
+            if not indices.numel():
+                return
             same = (known[indices] == known[:, None])[known >= 0].double()
             results = {"images": len(source), "neighbours_of_the_same_class": same.mean().item()}
             yield f"{'same class':<28} {same.mean():.1%} of the {indices.shape[1]} neighbours"
@@ -295,11 +297,18 @@ def _short(data: str) -> str:
     return kind if colon and kind in TORCHVISION else Path(data).name
 
 
-def _measured(pair: LabelledPair) -> str:
+def measured(pair: LabelledPair) -> str:
+    """What is measured on, for the head of a protocol's output."""
+    absent = sorted(set(range(len(pair.classes))) - set(pair.test_labels.tolist()))
+    note = ""
+    if absent:
+        names = ", ".join(pair.classes[i] for i in absent[:5])
+        names += ", ..." if len(absent) > 5 else ""
+        note = f"\n{len(absent)} of {len(pair.classes)} classes have no test images: {names}"
     return (
         f"{len(pair.test)} test images, 95% bootstrap intervals\n"
         f"training images  {pair.train.account.line()}\n"
-        f"test images      {pair.test.account.line()}"
+        f"test images      {pair.test.account.line()}{note}"
     )
 
 

@@ -31,6 +31,8 @@ class Export:
     """The encoder's width, if its file does not say."""
     stem: Stem | None = None
     """The encoder's first layers, if its file does not say."""
+    prefix: str | None = None
+    """What stands before the names of the encoder's weights, if the file has several encoders."""
     image_size: int | None = None
     """Side of the images in pixels, for torch-export and onnx. By default that of the training."""
 
@@ -39,7 +41,8 @@ def run(arguments: list[str]) -> int:
     """Write an encoder in the format of another library, and print how to load it."""
     given = tyro.cli(Export, args=arguments, prog="simclr-fast export")
     require_one_process()
-    weights = load_weights(given.encoder, model=given.model, width=given.width, stem=given.stem)
+    named = {"model": given.model, "width": given.width, "stem": given.stem, "prefix": given.prefix}
+    weights = load_weights(given.encoder, **named)
     if given.image_size:
         augmentation = replace(weights.augmentation, size=given.image_size)
         weights = replace(weights, augmentation=augmentation)

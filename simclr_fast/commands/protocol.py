@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -55,6 +55,14 @@ class Options:
     """The encoder's width, if its file does not say."""
     stem: Stem | None = None
     """The encoder's first layers, if its file does not say."""
+    prefix: str | None = None
+    """What stands before the names of the encoder's weights, if the file has several encoders, such
+    as encoder_k. (with its dot)."""
+    mean: tuple[float, float, float] | None = None
+    """Mean of the pixels in [0, 1] that the encoder was trained with. By default what its file
+    says, or ImageNet's. For weights of google-research/simclr: --mean 0 0 0 --std 1 1 1."""
+    std: tuple[float, float, float] | None = None
+    """Their standard deviation."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps. auto: a GPU if torch sees one, else the CPU."""
     workers: int | None = None
@@ -86,7 +94,13 @@ class Options:
         return labelled_pair(self.data, self.test, **self.opening)
 
     def load(self) -> Weights:
-        weights = load_weights(self.encoder, model=self.model, width=self.width, stem=self.stem)
+        if (self.mean is None) != (self.std is None):
+            raise ValueError(f"mean and std go together, got {self.mean} and {self.std}")
+        given: dict[str, Any] = {"model": self.model, "width": self.width, "stem": self.stem}
+        weights = load_weights(self.encoder, **given, prefix=self.prefix)
+        if self.mean is not None:
+            normal = replace(weights.augmentation, mean=self.mean, std=self.std)
+            weights = replace(weights, augmentation=normal)
         weights.encoder.to(self.torch_device)
         return weights
 

@@ -22,30 +22,36 @@ TITLES: dict[Method, str] = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
 NEIGHBOURS = 8
 _PAGE = "embed.html"
 _CLASS_PICTURE = 64
+# Fewer rows than this have no structure that t-SNE or UMAP could show.
+_FEWEST = 6
 
 
 def project(features: Tensor, method: Method, seed: int = 0) -> np.ndarray:
     """Standardise features [n, D] and project them to two dimensions: float [n, 2].
 
-    t-SNE and UMAP start from the principal components.
+    t-SNE and UMAP start from the principal components, and for fewer than 6 rows stay there.
 
     Raises:
         ImportError: "umap" without umap-learn, "tsne" without scikit-learn.
     """
-    standard = (features - features.mean(0)) / features.std(0).clamp_min(1e-6)
-    if method == "umap":
+    if method not in TITLES:
+        raise ValueError(f"method must be 'pca', 'tsne' or 'umap', got {method!r}")
+    # A single row has no deviation.
+    std = features.std(0, correction=min(1, len(features) - 1))
+    standard = (features - features.mean(0)) / std.clamp_min(1e-6)
+    if method == "umap" and len(features) >= _FEWEST:
         return need("umap").UMAP(random_state=seed, init="pca").fit_transform(standard.numpy())
-    if method == "tsne":
+    if method == "tsne" and len(features) >= _FEWEST:
         manifold = need("sklearn.manifold")
         perplexity = min(30, (len(features) - 1) / 3)
         tsne = manifold.TSNE(init="pca", perplexity=perplexity, random_state=seed)
         return tsne.fit_transform(standard.numpy())
-    if method != "pca":
-        raise ValueError(f"method must be 'pca', 'tsne' or 'umap', got {method!r}")
     _, _, axes = torch.linalg.svd(standard.double(), full_matrices=False)
     # The sign of a principal axis is arbitrary. Choose it so that the largest weight is positive.
     axes = axes[:2] * axes[:2].gather(1, axes[:2].abs().argmax(1, keepdim=True)).sign()
-    return (standard.double() @ axes.T).numpy()
+    points = standard.double() @ axes.T
+    # A single row, or a single feature, has one component.
+    return torch.nn.functional.pad(points, (0, 2 - points.shape[1])).numpy()
 
 
 def neighbours(features: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -54,9 +60,9 @@ def neighbours(features: Tensor, device: torch.device | str = "cpu") -> tuple[Te
     Returns:
         similarities, float32 [n, 8], and row numbers, int64 [n, 8]; fewer columns if n < 9.
     """
-    if len(features) < 2:
-        raise ValueError(f"neighbours need at least 2 images, got {len(features)}")
     count = min(NEIGHBOURS, len(features) - 1)
+    if count < 1:
+        return torch.zeros(len(features), 0), torch.zeros(len(features), 0, dtype=torch.int64)
     similarities, indices = nearest(features, features, count + 1, device=device)
     # An image is its own nearest neighbour: leave it out. If so many duplicates come first that it
     # is not among them, leave the last one out.

@@ -229,6 +229,10 @@ def sweep_logistic(
 ) -> Sweep:
     """Choose l2 on a class-balanced fifth of the training images, then fit on all of them.
 
+    The only image of a class is not held out: without it the class would be unknown to the fits
+    that choose l2. It counts among the held-out images although the fits have seen it. Otherwise an
+    l2 so large that such classes are never predicted would look as good as any.
+
     values: the values of l2, largest first; each fit starts from the one before. If several reach
         the same accuracy, the largest is chosen.
     progress: a file for the finished fits; a sweep of the same features, labels and arguments
@@ -237,6 +241,8 @@ def sweep_logistic(
     targets = _integers(labels)
     held_out = np.zeros(len(x), bool)
     held_out[balanced_subset(targets.numpy(), _VALIDATION, seed)] = True
+    alone = np.bincount(targets.numpy())[targets.numpy()] == 1
+    judged, held_out = held_out | alone, held_out & ~alone
     # These fits only choose l2, and there are 45 of them: fast products are exact enough.
     problem = _Problem(x[~held_out], targets[~held_out], n_classes, device, _rough_products(device))
     done: dict[float, float] = {}
@@ -251,7 +257,7 @@ def sweep_logistic(
         if l2 in done:
             continue
         fit = problem.fit(l2, start, _ROUGH_TOLERANCE, _ITERATIONS)
-        rank = fit.true_class_rank(x[held_out], targets[held_out])
+        rank = fit.true_class_rank(x[judged], targets[judged])
         done[l2] = float((rank == 0).double().mean())
         start = fit.parameters()
         if progress is not None:

@@ -85,7 +85,7 @@ def labelled_pair(data: str, test: str | None, **opening: Any) -> LabelledPair:
 
     Raises:
         ValueError: there are no test images, they are the training images, labels are missing, or
-            the two have different classes.
+            there are test images of a class without training images.
     """
     train, labels = _labelled(named_source(data, **opening), data)
     given = _test_source(test, opening) if test else named_source(data, "test", **opening)
@@ -95,8 +95,13 @@ def labelled_pair(data: str, test: str | None, **opening: Any) -> LabelledPair:
         raise ValueError(f"--test {test!r} holds the training images: give other images")
     tested, test_labels = _labelled(given, test or data)
     if train.classes and tested.classes and train.classes != tested.classes:
-        only = sorted(set(train.classes) ^ set(tested.classes))
-        raise ValueError(f"{test} has other classes than {data}: {', '.join(only[:5])}")
+        if only := sorted(set(tested.classes) - set(train.classes)):
+            raise ValueError(
+                f"{test} has classes without training images in {data}: {', '.join(only[:5])}"
+            )
+        # Classes without test images: their numbers are those of the training images.
+        number = {name: i for i, name in enumerate(train.classes)}
+        test_labels = np.array([number[name] for name in tested.classes])[test_labels]
     classes = train.classes or tuple(str(i) for i in range(int(labels.max()) + 1))
     if int(test_labels.max()) >= len(classes):
         raise ValueError(

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -15,11 +15,21 @@ from simclr_fast.models.encoders import RESNETS, Stem, build_encoder, default_st
 from simclr_fast.utils import checkpoint
 
 Layout = Literal[
-    "simclr_fast", "torchvision", "timm", "torchvision and timm", "lightly", "solo-learn"
+    "simclr_fast",
+    "torchvision",
+    "timm",
+    "torchvision and timm",
+    "lightly",
+    "solo-learn",
+    "VISSL",
+    "mmselfsup",
+    "other",
 ]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# The keys under which training programs store the weights in a checkpoint.
-_CONTAINERS = ("state_dict", "model_state_dict", "model")
+# If a file holds several encoders, the one whose prefix has an earlier name here is taken.
+_PREFERRED = ("encoder_q", "base_encoder", "online", "teacher", "student", "backbone", "encoder")
+# Names of encoders that follow another one. They are taken only if there is no other.
+_FOLLOWERS = ("encoder_k", "momentum", "target", "ema")
 _CLASSIFIERS = ("fc.", "classifier.", "head.", "heads.", "linear.")
 _STAGES = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
 
@@ -31,6 +41,8 @@ class Weights:
     encoder: images [N, 3, H, W] → h [N, feature_dim]. Its state_dict has no classifier. The names
         in it are torchvision's, or timm's for a model of timm.
     layout: the library whose names the file used.
+    prefix: what stood before the encoder's names, such as "module.encoder_q.".
+    others: prefixes of further encoders in the file, which were not taken.
     unused: keys of the file that the encoder does not have, such as those of heads.
     model, width, stem: as in `build_encoder`.
     augmentation: the size and normalisation of the training images; for our own runs the whole
@@ -46,6 +58,8 @@ class Weights:
     stem: Stem | None
     augmentation: Augmentation
     unused: tuple[str, ...]
+    prefix: str = ""
+    others: tuple[str, ...] = ()
 
     def build(self) -> nn.Module:
         """The same encoder with new random weights, from torch's current random state."""
@@ -57,8 +71,18 @@ class Weights:
 
     def __str__(self) -> str:
         stem = f", stem {self.stem}" if self.stem else ""
+        kind = "" if self.layout == "other" else f"{self.layout} "
+        under = f" under {self.prefix!r}" if self.prefix else ""
+        inputs = "pixels in [0, 1]"
+        if self.augmentation.mean is not None:
+            mean, std = self.augmentation.mean, self.augmentation.std
+            inputs += f", minus {_numbers(mean)}, divided by {_numbers(std or ())}"
         heads = f"; not used: {', '.join(_first_parts(self.unused))}" if self.unused else ""
-        return f"{self.model} ×{self.width:g}{stem} from {self.layout} keys in {self.path}{heads}"
+        others = f"; also there: {', '.join(self.others)} (--prefix)" if self.others else ""
+        return (
+            f"{self.model} ×{self.width:g}{stem} from {kind}keys{under} in {self.path}; input: "
+            f"{inputs}{heads}{others}"
+        )
 
 
 def load_weights(
@@ -68,20 +92,25 @@ def load_weights(
     width: float | None = None,
     stem: Stem | None = None,
     augmentation: Augmentation | None = None,
+    prefix: str | None = None,
 ) -> Weights:
     """Read an encoder from a checkpoint. No code in the file is run.
 
     path: a .safetensors file; a file that torch.save wrote (.pth, .pt, .ckpt) with a state_dict or
-        a dict that holds one; or the output folder of a run. Keys may be named as here
-        (encoder.safetensors, checkpoints/step-*.pt), as in torchvision and timm, as in lightly
-        (backbone.* as a ResNet or as the Sequential of its children) or as in solo-learn
-        (backbone.*; encoder.* before 1.0.3). The prefixes "module." and "_orig_mod." are removed.
+        dicts that hold one, at any depth; or the output folder of a run. The names of the weights
+        may be ours (encoder.safetensors, checkpoints/step-*.pt), those of torchvision and timm, or
+        those of lightly (a ResNet, or the Sequential of its children), with any prefix before them:
+        solo-learn's "backbone." and "encoder.", MoCo's "module.encoder_q.", "base_encoder.",
+        "model.backbone.", "teacher.", VISSL's "_feature_blocks.". "_orig_mod." is removed.
     model, width, stem: the encoder's architecture, as in `build_encoder`. By default it is read
         from our own files, and for other files of ResNets inferred from the shapes of the weights.
         Shapes do not tell the stride and padding of a 3×3 first layer: stem is then "cifar", or
         "cifar-pad2" for solo-learn.
     augmentation: by default read from our own files. For other files it has the mean and standard
-        deviation of ImageNet, at 224 pixels, or at 32 for a 3×3 first layer.
+        deviation of ImageNet, at 224 pixels, or at 32 for a 3×3 first layer. Weights converted from
+        google-research/simclr need pixels in [0, 1] instead: mean=None. Their names do not tell.
+    prefix: the end of what stands before the encoder's names, if the file has several encoders,
+        such as "encoder_k.".
 
     Raises:
         ValueError: the file is unreadable, the architecture is unknown, or the weights do not fit
@@ -91,15 +120,21 @@ def load_weights(
     path = Path(path)
     if path.is_dir():
         path = path / "encoder.safetensors"
-    content, about, prefix = _read(path)
+    content, about, start = _read(path)
     tensors = _tensors(content, path)
     layout: Layout = "simclr_fast"
+    others: list[str] = []
     if not about:
-        layout, prefix = _layout(tensors)
-    state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-    stem_layers = None
-    if layout == "lightly":
-        state, stem_layers = _lightly_names(state)
+        found = _prefixes(tensors, model)
+        matching = [p for p in found if prefix is None or p.endswith(prefix)]
+        if prefix is not None and not matching:
+            known = ", ".join(repr(p) for p in found) or "none that is known"
+            raise ValueError(f"no encoder in {path} has the prefix {prefix!r}; found: {known}")
+        start = matching[0] if matching else ""
+        others = [p for p in found if p != start]
+        layout = _layout(tensors, start)
+    state = {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
+    state, stem_layers = _lightly_names(state)
     if not about and (model is None or model in RESNETS):
         about = _resnet_of(state, layout, stem_layers)
     if model is None and not about:
@@ -135,7 +170,9 @@ def load_weights(
         width=width,
         stem=stem,
         augmentation=augmentation or _augmentation(about, stem, encoder),
-        unused=(*(key for key in tensors if not key.startswith(prefix)), *sorted(heads)),
+        unused=(*_siblings(tensors, [start, *others]), *sorted(heads)),
+        prefix=start,
+        others=tuple(others),
     )
 
 
@@ -169,31 +206,94 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str], str]:
 
 
 def _tensors(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
-    """The weights by name, without the prefixes of DistributedDataParallel and torch.compile."""
-    for name in _CONTAINERS:
-        if isinstance(content.get(name), dict):
-            content = content[name]
-            break
-    tensors = {
-        str(key).replace("_orig_mod.", "").removeprefix("module."): value
-        for key, value in content.items()
-        if isinstance(value, Tensor)
-    }
+    """The weights by name, those of dicts in dicts as "outer.inner.name".
+
+    A dict that only wraps others ("state_dict" beside "epoch") gives no part of the name. Dicts
+    with numbers as keys, such as an optimizer's state, are left out.
+    """
+    inner = {k: v for k, v in content.items() if isinstance(v, dict) and _holds_weights(v)}
+    while len(inner) == 1 and not any(isinstance(v, Tensor) for v in content.values()):
+        (content,) = inner.values()
+        inner = {k: v for k, v in content.items() if isinstance(v, dict) and _holds_weights(v)}
+    tensors = {name.replace("_orig_mod.", ""): value for name, value in _flat(content, "")}
+    # What DistributedDataParallel puts before all names.
+    if tensors and all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
     if not tensors:
         raise ValueError(f"{path} holds no weights; its keys are {', '.join(map(str, content))}")
     return tensors
 
 
-def _layout(tensors: Iterable[str]) -> tuple[Layout, str]:
-    """The library that these names are from, and the prefix of the encoder's names."""
-    tops = set(_first_parts(tensors))
-    if "backbone" in tops:
-        return "solo-learn" if tops & {"classifier", "projector"} else "lightly", "backbone."
-    if any(key.startswith("encoder.conv1.") for key in tensors):
-        return "solo-learn", "encoder."
-    if any(".shortcut." in key for key in tensors):
-        return "lightly", ""
-    return "torchvision", ""
+def _flat(content: dict[Any, Any], before: str) -> Iterator[tuple[str, Tensor]]:
+    for name, value in content.items():
+        if isinstance(name, str) and isinstance(value, Tensor):
+            yield before + name, value
+        elif isinstance(name, str) and isinstance(value, dict):
+            yield from _flat(value, f"{before}{name}.")
+
+
+def _holds_weights(content: dict[Any, Any]) -> bool:
+    """Whether matrices are in it. A scheduler's or an optimizer's state has none under names."""
+    return any(value.ndim > 1 for _, value in _flat(content, ""))
+
+
+def _prefixes(tensors: dict[str, Tensor], model: str | None) -> list[str]:
+    """What stands before the names of an encoder, the preferred encoder first.
+
+    An encoder is a ResNet, or `model`.
+    """
+    if model is None or model in RESNETS:
+        found = [
+            key.removesuffix("conv1.weight")
+            for key in tensors
+            if key.endswith("conv1.weight")
+            and f"{key.removesuffix('conv1.weight')}layer1.0.conv1.weight" in tensors
+        ]
+        # lightly's Sequential: convolution, batch norm, up to two layers, the first stage.
+        starts = [key.removesuffix("0.weight") for key in tensors if key.endswith("0.weight")]
+        found += [p for p in starts if any(f"{p}{i}.0.conv1.weight" in tensors for i in (2, 3, 4))]
+    else:
+        with torch.device("meta"):
+            names = list(build_encoder(model)[0].state_dict())
+        first = names[0]
+        found = [key.removesuffix(first) for key in tensors if key.endswith(first)]
+        found = [p for p in found if not p or p.endswith(".")]
+        found = [p for p in found if sum(p + name in tensors for name in names) > len(names) / 2]
+    return sorted(set(found), key=_preference)
+
+
+def _preference(prefix: str) -> tuple[bool, int, int]:
+    parts = prefix.split(".")
+    follows = any(name in part for part in parts for name in _FOLLOWERS)
+    known = [i for i, name in enumerate(_PREFERRED) if any(name in part for part in parts)]
+    return follows, min(known, default=len(_PREFERRED)), len(prefix)
+
+
+def _layout(tensors: Iterable[str], prefix: str) -> Layout:
+    """The library whose names these are."""
+    names = [key for key in tensors if key.startswith(prefix)]
+    beside = set(_first_parts(key for key in tensors if not key.startswith(prefix)))
+    numbered = any(key.removeprefix(prefix)[:2] == "0." for key in names)
+    if "_feature_blocks." in prefix:
+        return "VISSL"
+    if numbered or any(".shortcut." in key for key in names):
+        return "lightly"
+    if prefix == "backbone." and beside & {"neck", "head"}:
+        return "mmselfsup"
+    if prefix == "backbone.":
+        return "solo-learn" if beside & {"classifier", "projector"} else "lightly"
+    if prefix == "encoder.":
+        return "solo-learn"
+    return "other" if prefix else "torchvision"
+
+
+def _siblings(tensors: Iterable[str], prefixes: list[str]) -> list[str]:
+    """The keys that belong to no encoder."""
+    return [key for key in tensors if not key.startswith(tuple(prefixes))]
+
+
+def _numbers(values: Iterable[float]) -> str:
+    return "(" + ", ".join(f"{value:g}" for value in values) + ")"
 
 
 def _first_parts(keys: Iterable[str]) -> list[str]:

@@ -95,11 +95,9 @@ def run_report(config: PretrainConfig, out: Path, to: Path | None = None) -> Ite
     if "rank_h" in last:
         yield f"effective rank {last['rank_h']:.1f} of h, {last['rank_z']:.1f} of z"
     shown = _evenly(train if test is None else test, _EMBEDDED)
-    embedding = None
-    if len(shown) > 1:
-        embedding, picture = _embedding(shown, h(shown), aug, device, out)
-        if picture:
-            yield f"embedding      {picture}"
+    embedding, picture = _embedding(shown, h(shown), aug, device, out)
+    if picture:
+        yield f"embedding      {picture}"
     pictures = Pictures(
         embedding,
         _views(_evenly(train, _VIEWED), config),

@@ -51,6 +51,18 @@ def test_tsne_keeps_clusters_apart():
     assert np.array_equal(labels[distance.argmin(1)], labels)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("method", ["pca", "tsne"])
+def test_a_few_images_are_enough(count, method):
+    x = torch.randn(count, 7, generator=torch.Generator().manual_seed(0))
+    points = project(x, method)
+    assert points.shape == (count, 2)
+    assert np.isfinite(points).all()
+    assert len(np.unique(points.round(6), axis=0)) == count
+    similarities, indices = neighbours(x)
+    assert similarities.shape == indices.shape == (count, count - 1)
+
+
 def test_umap_says_what_to_install():
     try:
         import umap  # noqa: F401
@@ -190,6 +202,15 @@ def test_the_command_writes_pictures_and_page(page):
     assert str(page.parent.parent) not in text
     results = json.loads((page.parent / "embed.json").read_text())["results"]
     assert 0.5 < results["neighbours_of_the_same_class"] <= 1
+
+
+def test_the_command_shows_a_single_image(page, tmp_path):
+    folder = tmp_path / "one"
+    folder.mkdir()
+    Image.new("RGB", (20, 20), "red").save(folder / "a.png")
+    arguments = ["--encoder", str(page.parents[1] / "encoder.safetensors"), "--data", str(folder)]
+    assert run(["eval", "embed", *arguments, "--out", str(tmp_path), "--cache", str(tmp_path)]) == 0
+    assert (tmp_path / "embed.html").exists()
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine (Debian: chromium)")

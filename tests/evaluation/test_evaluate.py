@@ -12,6 +12,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from simclr_fast.augment.params import Augmentation
+from simclr_fast.commands.eval import measured
 from simclr_fast.data.datasets import open_source
 from simclr_fast.data.sources import ArraySource, FileSource, subset
 from simclr_fast.evaluation import features as module
@@ -24,7 +25,7 @@ from simclr_fast.evaluation.linear import (
     linear_probe,
     sweep_logistic,
 )
-from simclr_fast.evaluation.subsets import balanced_subset, listed_subset
+from simclr_fast.evaluation.subsets import balanced_subset, labelled_pair, listed_subset
 from simclr_fast.utils.interrupts import raise_sigterm
 
 
@@ -399,3 +400,64 @@ def test_a_kept_sweep_belongs_to_its_features_and_labels(changed, tmp_path, monk
     )
     sweep_logistic(x, labels, n_classes=3, values=values, progress=tmp_path / "sweep.pt")
     assert fitted[:-1] == list(values)
+
+
+def rare_features(counts, seed=0):
+    """Features [n, 12] around a centre for each class, and labels, with these numbers of rows."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = 3 * torch.randn(len(counts), 12, generator=torch.Generator().manual_seed(9))
+    labels = np.repeat(np.arange(len(counts)), counts)
+    noise = torch.randn(len(labels), 12, generator=generator)
+    return centres[labels] + noise, labels
+
+
+def test_the_only_image_of_a_class_helps_to_choose_the_penalty():
+    train, labels = rare_features([20, 20, 20, 1, 1, 1])
+    test, test_labels = rare_features([30] * 6, seed=1)
+    seen = []
+    fit = linear._Problem.fit
+
+    def noted(self, *given):
+        seen.append(np.bincount(self.targets.numpy(), minlength=6).tolist())
+        return fit(self, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear._Problem, "fit", noted)
+        sweep = sweep_logistic(train, labels, n_classes=6, values=SWEEP[::5])
+    # A fifth of the large classes is held out, and no class is unknown to any fit.
+    assert seen[0] == [16, 16, 16, 1, 1, 1]
+    assert seen[-1] == [20, 20, 20, 1, 1, 1]
+    found = (sweep.fit.true_class_rank(test, test_labels) == 0).double().mean()
+    best = max(
+        float(
+            (fit_logistic(train, labels, l2).true_class_rank(test, test_labels) == 0)
+            .double()
+            .mean()
+        )
+        for l2 in SWEEP[::5]
+    )
+    assert found >= best - 0.05
+
+
+def test_one_image_per_class_is_enough():
+    train, labels = rare_features([1] * 6)
+    test, test_labels = rare_features([30] * 6, seed=1)
+    sweep = sweep_logistic(train, labels, n_classes=6)
+    assert max(sweep.validation.values()) == 1
+    assert (sweep.fit.true_class_rank(test, test_labels) == 0).double().mean() > 0.7
+
+
+def test_a_class_without_test_images_is_told(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for split, names in (("train", "abc"), ("test", "ac"), ("other", "ad")):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(3):
+                pixels = rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
+    pair = labelled_pair(str(tmp_path / "train"), str(tmp_path / "test"))
+    assert pair.classes == ("a", "b", "c")
+    assert pair.test_labels.tolist() == [0, 0, 0, 2, 2, 2]
+    assert "1 of 3 classes have no test images: b" in measured(pair)
+    with pytest.raises(ValueError, match=r"classes without training images in .*train: d"):
+        labelled_pair(str(tmp_path / "train"), str(tmp_path / "other"))

@@ -174,6 +174,107 @@ def test_weights_of_our_own_runs(stem, tmp_path):
         same(load_weights(tmp_path / "again.safetensors"), model.encoder)
 
 
+def optimizer_state():
+    model = nn.Linear(3, 3)
+    made = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.ones(1, 3)).sum().backward()
+    made.step()
+    return made.state_dict()
+
+
+def in_moco(state):
+    key = {f"module.encoder_k.{k}": torch.zeros_like(v) for k, v in state.items()}
+    query = {f"module.encoder_q.{k}": v for k, v in state.items()}
+    head = {"module.encoder_q.fc.0.weight": torch.ones(3, 3), "module.queue": torch.ones(4, 4)}
+    return {"epoch": 1, "state_dict": key | query | head, "optimizer": optimizer_state()}
+
+
+def in_vissl(state):
+    trunk = {f"_feature_blocks.{k}": v for k, v in state.items()}
+    model = {"trunk": trunk, "heads": {"0.clf.weight": torch.ones(5, 5)}}
+    return {"classy_state_dict": {"base_model": {"model": model}, "optimizer": optimizer_state()}}
+
+
+def in_dino(state):
+    student = {f"module.backbone.{k}": torch.zeros_like(v) for k, v in state.items()}
+    teacher = {f"backbone.{k}": v for k, v in state.items()}
+    return {"student": student, "teacher": teacher, "optimizer": optimizer_state(), "epoch": 3}
+
+
+# Name → the file's content from an encoder's state, the prefix that is found, the library.
+OTHERS = {
+    "MoCo": (in_moco, "encoder_q.", "other"),
+    "MoCo v3": (
+        lambda s: {"state_dict": {f"module.base_encoder.{k}": v for k, v in s.items()}},
+        "base_encoder.",
+        "other",
+    ),
+    "Lightning": (
+        lambda s: {"state_dict": {f"model.backbone.{k}": v for k, v in s.items()}, "loops": {}},
+        "model.backbone.",
+        "other",
+    ),
+    "Lightning, a model": (
+        lambda s: {"state_dict": {f"model.{k}": v for k, v in s.items()}},
+        "model.",
+        "other",
+    ),
+    "teacher and student": (in_dino, "teacher.backbone.", "other"),
+    "VISSL": (in_vissl, "trunk._feature_blocks.", "VISSL"),
+    "mmselfsup": (
+        lambda s: {
+            "meta": {"mmcls": "1"},
+            "state_dict": {f"backbone.{k}": v for k, v in s.items()}
+            | {"neck.fc0.weight": torch.ones(3, 3)},
+        },
+        "backbone.",
+        "mmselfsup",
+    ),
+    "BYOL": (
+        lambda s: (
+            {f"target_encoder.{k}": torch.zeros_like(v) for k, v in s.items()}
+            | {f"online_encoder.{k}": v for k, v in s.items()}
+        ),
+        "online_encoder.",
+        "other",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_weights_under_any_prefix(name, resnet18, tmp_path):
+    make, prefix, layout = OTHERS[name]
+    state = {k: v for k, v in resnet18.state_dict().items() if not k.startswith("fc.")}
+    torch.save(make(state), tmp_path / "w.pth")
+    loaded = load_weights(tmp_path / "w.pth")
+    same(loaded, headless(resnet18))
+    assert (loaded.prefix, loaded.layout, loaded.model) == (prefix, layout, "resnet18")
+    assert repr(prefix) in str(loaded)
+    assert "minus (0.485, 0.456, 0.406), divided by (0.229, 0.224, 0.225)" in str(loaded)
+    # Named outright, a model that is no ResNet of ours is found in the same way.
+    torch.save(make(resnet18.state_dict()), tmp_path / "named.pth")
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model("resnet18", num_classes=0).eval()
+    theirs.load_state_dict(state)
+    same(load_weights(tmp_path / "named.pth", model="timm:resnet18"), theirs)
+
+
+def test_another_encoder_of_the_file(resnet18, tmp_path):
+    state = {k: v for k, v in resnet18.state_dict().items() if not k.startswith("fc.")}
+    swapped = {
+        k.replace("encoder_k", "x").replace("encoder_q", "encoder_k").replace("x", "encoder_q"): v
+        for k, v in in_moco(state)["state_dict"].items()
+    }
+    torch.save(swapped, tmp_path / "w.pth")
+    taken = load_weights(tmp_path / "w.pth")
+    assert not taken.encoder.conv1.weight.any()
+    assert taken.others == ("encoder_k.",)
+    assert "also there: encoder_k. (--prefix)" in str(taken)
+    same(load_weights(tmp_path / "w.pth", prefix="encoder_k."), headless(resnet18))
+    with pytest.raises(ValueError, match=r"prefix 'x\.'; found: 'encoder_q\.', 'encoder_k\.'"):
+        load_weights(tmp_path / "w.pth", prefix="x.")
+
+
 BAD = {
     "missing": (lambda s: s.pop("1.running_var"), r"missing 1\.running_var"),
     "unexpected": (lambda s: s.update(extra=torch.ones(1)), "unexpected extra"),
