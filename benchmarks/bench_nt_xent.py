@@ -1,6 +1,8 @@
 """NT-Xent against its peers, forward and forward+backward.
 
-    python -m benchmarks.bench_nt_xent [--n 256 1024] [--threads 2] [--others]
+python -m benchmarks.bench_nt_xent --n 256 1024 --threads 2     the side-by-side table
+python -m benchmarks.bench_nt_xent --goals --n 2048 --threads 2 the goals of the CPU kernels
+pytest benchmarks/bench_nt_xent.py                              pytest-benchmark, N = 256
 
 All losses run in one process and take turns in each round; the tables show medians over the rounds.
 With MALLOC_TOP_PAD_=4294967296 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 before the command,
@@ -9,14 +11,18 @@ malloc reuses memory. Losses that build 2N × 2N matrices then have no page faul
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
+from statistics import median
 
 import torch
 
 from simclr_fast import multi_view_nt_xent_loss, nt_xent_loss, reference, sup_con_loss
 from simclr_fast.benchmarks import harness
+from simclr_fast.benchmarks.fma_peak import fma_per_second
 from simclr_fast.benchmarks.harness import Options, Table
 from simclr_fast.benchmarks.peers import nt_xent_peers, textbook_decoupled, textbook_sup_con
 
@@ -91,6 +97,7 @@ def tables(
     dim: int = 128,
     memory: bool = True,
     others: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Table]:
     """A table per number of pairs. memory: measure it (Linux). others: our other losses instead."""
     for n in sizes[:1] if options.quick else sizes:
@@ -102,7 +109,7 @@ def tables(
         for column, run in (("forward", forward), ("forward+backward", forward_backward)):
             steps = {k: partial(run, f, z1, z2) for k, f in contenders.items()}
             steps[MATMUL] = partial(torch.mm, z, z.T)
-            times[column] = harness.measure(steps, options.rounds, options.device)
+            times[column] = harness.measure(steps, options.rounds, options.device, clock)
         facts = {}
         if memory and (options.quick or options.device.type == "cuda"):
             calls = {k: partial(forward_backward, f, z1, z2) for k, f in contenders.items()}
@@ -120,28 +127,103 @@ def tables(
         yield Table(title, OURS, times, facts, (MATMUL,), notes)
 
 
+def goals(options: Options, n: int, dim: int = 128) -> str:
+    """The goals of the CPU kernels and what was measured, as Markdown; up to N = 256 those of small
+    batches, above those of large ones."""
+    z1, z2 = views(n, dim)
+    z = torch.cat((z1, z2)).detach()
+    lines = [f"N = {n}, D = {dim}, threads {options.threads}", "", "| | goal | measured |"]
+    lines += ["|---|---|---|"]
+
+    def add(what: str, goal: str, value: float, unit: str = "") -> None:
+        lines.append(f"| {what} | {goal}{unit} | {value:.2f}{unit} |")
+
+    if n <= 256:
+        peers = losses(n)
+        steps = {k: partial(forward_backward, peers[k], z1, z2) for k in (OURS, "textbook eager")}
+        times = {k: median(v) for k, v in harness.measure(steps, options.rounds).items()}
+        add("forward+backward, textbook eager / ours", "≥ 3", times["textbook eager"] / times[OURS])
+        return "\n".join(lines)
+
+    isa = import_module("simclr_fast._C").instruction_set()
+    steps = {
+        "forward": partial(forward, nt_xent_loss, z1, z2),
+        "both": partial(forward_backward, nt_xent_loss, z1, z2),
+        MATMUL: partial(torch.mm, z, z.T),
+        # Keeps this round's peak rate; its time is not used.
+        "fma": lambda: peaks.append(fma_per_second(options.threads, isa)),
+    }
+    peaks: list[float] = []
+    t = {k: median(v) for k, v in harness.measure(steps, options.rounds).items()}
+    useful = 2 * (2 * n) ** 2 * dim  # multiply-adds: 1/2 forward, 3/2 backward
+    add("forward / one torch.mm(Z, Z.T)", "≤ 0.45", t["forward"] / t[MATMUL])
+    add("forward+backward / one torch.mm(Z, Z.T)", "≤ 1.75", t["both"] / t[MATMUL])
+    share = 1e3 * useful / t["both"] / median(peaks)
+    add("forward+backward, share of the multiply-add peak", "≥ 70", 100 * share, " %")
+
+    threads = {}
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        threads[count] = harness.measure({"both": steps["both"]}, options.rounds)["both"]
+    torch.set_num_threads(options.threads)
+    add("1 thread / 2 threads", "≥ 1.85", median(threads[1]) / median(threads[2]))
+    alone = [median(fma_per_second(count, isa) for _ in range(9)) for count in (1, 2)]
+    add("the same, of multiply-adds on registers alone", "", alone[1] / alone[0])
+
+    half = views(n // 2, dim)
+    steps = {"half": partial(forward_backward, nt_xent_loss, *half), "whole": steps["both"]}
+    t = {k: median(v) for k, v in harness.measure(steps, options.rounds).items()}
+    add("forward+backward, N / N/2", "≤ 4.2", t["whole"] / t["half"])
+    if sys.platform == "linux":
+        peak, half_peak = (peak_memory(OURS, k, dim) for k in (n, n // 2))
+        add("peak extra memory", "≤ 32" if n == 4096 else "", peak, " MB")
+        add("peak extra memory, N / N/2", "≤ 2.1", peak / half_peak)
+    return "\n".join(lines)
+
+
 @dataclass(frozen=True)
 class CommandLine(harness.CommandLine):
     n: tuple[int, ...] = (256, 1024)
     """Pairs of views."""
     d: int = 128
     """Features of each view."""
+    cpu_time: bool = False
+    """Time one thread's CPU time: for a busy machine."""
     memory: bool = True
     """Measure memory too, in subprocesses."""
     others: bool = False
     """Time the decoupled, supervised and four-view losses alone."""
+    goals: bool = False
+    """Print what the CPU kernels aim at."""
     memory_of: str | None = None
     """Print the peak memory of this loss, and nothing else."""
 
 
 def main() -> None:
     given = harness.parse(CommandLine, "bench_nt_xent", __doc__)
-    options = given.options()
+    options = (replace(given, threads=1) if given.cpu_time else given).options()
+    clock = time.thread_time if given.cpu_time else time.perf_counter
     if given.memory_of:
         print_memory(given.memory_of, given.n[0], given.d)
         return
-    for table in tables(options, given.n, given.d, given.memory, given.others):
+    if given.goals:
+        for n in given.n:
+            print(goals(options, n, given.d), "\n", flush=True)
+        return
+    for table in tables(options, given.n, given.d, given.memory, given.others, clock):
         print(table.text(), "\n", flush=True)
+
+
+def pytest_generate_tests(metafunc) -> None:
+    metafunc.parametrize("run", [forward, forward_backward], ids=lambda run: run.__name__)
+    metafunc.parametrize("name", losses(256))
+
+
+def test_nt_xent(benchmark, name, run):
+    z = views(256, 128)
+    loss = losses(256)[name]
+    assert gradient_error(loss, *z) < 1e-4
+    benchmark(run, loss, *z)
 
 
 if __name__ == "__main__":

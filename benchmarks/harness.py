@@ -136,10 +136,11 @@ def measure(
     steps: Mapping[str, Callable[[], object]],
     rounds: int,
     device: torch.device | str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Milliseconds of each step in each round: two calls to warm up, then one call per round.
 
-    On a GPU this is the time between two CUDA events around the step.
+    On a GPU the time between two CUDA events around the step; elsewhere `clock`'s.
     """
     timed = _cuda_milliseconds if torch.device(device).type == "cuda" else _milliseconds
     for step in steps.values():
@@ -148,17 +149,17 @@ def measure(
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            times[name].append(timed(step))
+            times[name].append(timed(step, clock))
     return times
 
 
-def _milliseconds(step: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def _milliseconds(step: Callable[[], object], clock: Callable[[], float]) -> float:
+    start = clock()
     step()
-    return 1e3 * (time.perf_counter() - start)
+    return 1e3 * (clock() - start)
 
 
-def _cuda_milliseconds(step: Callable[[], object]) -> float:
+def _cuda_milliseconds(step: Callable[[], object], _: Callable[[], float]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
