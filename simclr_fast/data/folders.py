@@ -5,6 +5,7 @@ counted. No file is opened or asked for its size.
 """
 
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ _SYSTEM = frozenset(
         "desktop.ini",
     }
 )
+# TensorFlow's data sets end in .tfrecord-00000-of-00010.
+_TFRECORD = re.compile(r"\.tfrecords?(-\d+-of-\d+)?$")
 HIDDEN = "hidden or system"
 _Directories = tuple[tuple[int, int], ...]
 
@@ -55,13 +58,11 @@ def archive_kind(name: str) -> str:
     name = name.lower()
     for ending in (".gz", ".bz2", ".xz", ".zst"):
         name = name.removesuffix(ending)
-    last = suffix_of(name)
-    if last in (".tar", ".tgz", ".tbz2", ".txz"):
+    if name.endswith((".tar", ".tgz", ".tbz2", ".txz")):
         return "tar"
-    # TensorFlow's data sets end in .tfrecord-00000-of-00010.
-    if last.startswith(".tfrecord"):
+    if _TFRECORD.search(name):
         return "tfrecord"
-    return "rec" if last == ".rec" else ""
+    return "rec" if name.endswith(".rec") else ""
 
 
 def is_hidden(name: str) -> bool:

@@ -110,7 +110,9 @@ def _plain(value: Any, i: int) -> int | float | str | bool | None:
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, str):
-        return None if value in ("", str(UNLABELLED)) else printable(value)
+        # A word has one class, whatever its Unicode form.
+        text = unicodedata.normalize("NFC", printable(value))
+        return None if text in ("", str(UNLABELLED)) else text
     raise ValueError(
         f"labels must be whole numbers or strings, got {type(value).__name__} {value!r} for image "
         f"{i}"

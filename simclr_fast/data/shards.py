@@ -51,16 +51,15 @@ class ShardSource(Source):
         self._files: list[Path] = []
         self._records: list[tuple[int, Record]] = []
         for shard, path in enumerate(self.paths):
-            file = unpacked(path, account)
+            file = decompressed(path, account)
             found = list(_scan(path, file, account, image_key))
             if not found:
                 account.leave_out("shards without images", str(path))
             self._files.append(file)
             self._records += [(shard, record) for record in found]
         if not self._records:
-            raise ValueError(
-                f"no images in {', '.join(map(printable, self.paths))}: {account.line()}"
-            )
+            more = f" and {len(paths) - 1:,} more" if len(paths) > 1 else ""
+            raise ValueError(f"no images in {printable(paths[0])}{more}: {account.line()}")
         self._read_labels()
 
     def _read_labels(self) -> None:
@@ -121,7 +120,7 @@ def _scan(path: Path, file: Path, account: Account, image_key: str | None) -> It
     return scan_recordio(path, file, account)
 
 
-def unpacked(path: Path, account: Account) -> Path:
+def decompressed(path: Path, account: Account) -> Path:
     """`path`, or its decompressed copy in the cache folder if it is a gzip, bzip2 or xz file.
 
     The copy is made once. Random access needs it.

@@ -117,6 +117,8 @@ def _read_members(
             if is_link:
                 links.append((member, sample, field))
         elif field in LABEL_FIELDS and not is_link:
+            if field in sample.labels:
+                account.damage(f"{path} has {printable(member.name)} twice, or in two cases")
             content = tar.extractfile(member).read()  # type: ignore[union-attr]
             sample.labels[field] = _json_label(content) if field == "json" else _text(content)
         else:

@@ -92,7 +92,8 @@ FOLDERS = [
              {reason: 1})
         for name, reason in (
             ("dataset_dict.json", ".json"), ("state.json", ".json"),
-            ("README.md", ".md"), ("labels.csv", ".csv"), ("backup.tar", ".tar"),
+            ("README.md", ".md"),
+            ("x.tfrecord_index", ".tfrecord_index"), ("labels.csv", ".csv"), ("backup.tar", ".tar"),
             ("old.rec", ".rec"), ("a/notes.txt", ".txt"), ("LICENSE", "without a suffix"),
             ("a/0.jpg.part", ".part"), ("x.tfrecord-00000-of-00001", ".tfrecord-00000-of-00001"),
             ("data.tar.gz", ".gz"),
@@ -203,6 +204,8 @@ TARS = [
     Case("a sample without the field", tar([("0.png", 0), ("1.jpg", picture(1))]), [0],
          left_out={".jpg": 1, "without png": 1}, options={"image_key": "png"}),
     Case("fields in capitals", tar([("0.PNG", 0), ("0.CLS", "2")]), [0], [2]),
+    Case("a label twice", tar([("0.png", 0), ("0.cls", "1"), ("0.cls", "2")]), [0], [2],
+         error="0.cls twice"),
     Case("a field twice", tar([("0.png", 0), ("0.png", 1)]), [1], error="0.png twice"),
     Case("a field in two cases", tar([("0.png", 0), ("0.PNG", 1)]), [1], error="0.PNG twice"),
     Case("hidden members", tar([*TWO, ("._0.png", 9), ("__MACOSX/0.png", 9), (".DS_Store", "x"),
@@ -376,6 +379,8 @@ LABELS = [
     Case("bytes", **array([b"cow", b"ant"]), images=[0, 1], labels=[1, 0], classes=("ant", "cow")),
     Case("an array of strings", **array(np.array(["cow", "ant"])), images=[0, 1], labels=[1, 0],
          classes=("ant", "cow")),
+    Case("strings in two normal forms", **array([NFC, NFD]), images=[0, 1], labels=[0, 0],
+         classes=(NFC,)),
     Case("strings, one unlabelled", **array(["cow", "-1"]), images=[0, 1], labels=[0, -1],
          classes=("cow",)),
     Case("None", **array([None, 2]), images=[0, 1], labels=[-1, 2]),
