@@ -6,6 +6,7 @@ the time to send all gradients once: for a ResNet-50 100 MB in float32, against 
 hundreds of milliseconds with the batches that need several GPUs.
 """
 
+import zlib
 from collections.abc import Iterator
 
 import torch
@@ -25,7 +26,8 @@ def average_gradients(model: nn.Module, group: dist.ProcessGroup) -> None:
     rank lacks a gradient.
 
     Raises:
-        ValueError: a gradient is sparse.
+        ValueError: a gradient is sparse; or, on CPUs, the ranks train different parameters. On
+            other devices the host would wait for this check.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, p in trained.items():
@@ -34,9 +36,26 @@ def average_gradients(model: nn.Module, group: dist.ProcessGroup) -> None:
                 f"the gradient of {name} has layout {p.grad.layout}, and only dense ones are "
                 "averaged over ranks: build its layer with sparse=False"
             )
+    _refuse_different(trained, group)
     started = [_Bucket(parameters, group) for parameters in _buckets(list(trained.values()))]
     for bucket in started:
         bucket.finish()
+
+
+def _refuse_different(trained: dict[str, nn.Parameter], group: dist.ProcessGroup) -> None:
+    """Refuse ranks whose buckets would not fit together. Only on CPUs."""
+    if any(p.device.type != "cpu" for p in trained.values()):
+        return
+    names = "\n".join(f"{name} {list(p.shape)} {p.dtype}" for name, p in trained.items())
+    own = zlib.crc32(names.encode())
+    # The maximum of a number and that of its negative are its own only if all ranks have it.
+    extremes = torch.tensor([own, -own], device="cpu")
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group)
+    if extremes.tolist() != [own, -own]:
+        raise ValueError(
+            f"the ranks train different parameters (this one {len(trained)}): modules and "
+            "requires_grad must be the same on all ranks"
+        )
 
 
 class _Bucket:

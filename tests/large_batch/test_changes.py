@@ -202,6 +202,13 @@ def on_rank(rank, folder):
         )
     except ValueError as error:
         found["sparse"] = str(error)
+    model = build()
+    step = LargeBatch(model, memory="plain", group=group)
+    model[1][rank].requires_grad_(False)
+    try:
+        step.backward(views(rank), lambda z: loss_fn(z, group))
+    except ValueError as error:
+        found["different"] = str(error)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -237,6 +244,10 @@ def test_ranks_begin_with_the_weights_of_the_first(ranks):
 
 def test_sparse_gradients_are_refused_by_name(ranks):
     assert all("0.weight has layout torch.sparse_coo" in found["sparse"] for found in ranks)
+
+
+def test_ranks_that_train_different_parameters_are_refused(ranks):
+    assert all("requires_grad must be the same on all ranks" in f["different"] for f in ranks)
 
 
 def test_gradients_of_a_copy_do_not_mix():
