@@ -7,6 +7,7 @@ B.6 also allows LARS, as in pretraining.
 """
 
 import hashlib
+import logging
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -23,10 +24,11 @@ from simclr_fast.evaluation.accuracy import true_class_rank
 from simclr_fast.evaluation.features import fingerprint
 from simclr_fast.optim.lars import LARS, lars_param_groups
 from simclr_fast.optim.schedule import scaled_lr, warmup_cosine
-from simclr_fast.utils.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from simclr_fast.utils.checkpoint import checkpoints, newest_good, save_checkpoint, set_aside
 from simclr_fast.utils.device import seed_step
 from simclr_fast.utils.extras import need
 
+log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_SAVES = 60.0
 
 
@@ -108,8 +110,10 @@ def train_classifier(
     scheduler = warmup_cosine(optimizer, 0, total)
     part = model.head if recipe.frozen else model
     step = 0
-    if saved := checkpoints(folder):
-        state = load_checkpoint(saved[-1], device)
+    _, state, bad = newest_good(folder, device)
+    for path, why in bad.items():
+        log.warning("not continuing from %s, now %s: %s", path, set_aside(path).name, why)
+    if state:
         if state["key"] == key:
             part.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
@@ -118,7 +122,7 @@ def train_classifier(
             step = state["step"]
         else:
             # These checkpoints belong to another encoder or recipe.
-            for path in saved:
+            for path in checkpoints(folder):
                 path.unlink()
 
     def save() -> None:

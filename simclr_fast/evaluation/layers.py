@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from simclr_fast.augment.params import Augmentation, augmentation_from
 from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector
-from simclr_fast.utils.checkpoint import checkpoints, load_checkpoint, load_strictly
+from simclr_fast.utils.checkpoint import load_strictly, newest_good
 
 
 def load_run(folder: Path) -> tuple[SimCLR, Augmentation]:
@@ -23,8 +23,12 @@ def load_run(folder: Path) -> tuple[SimCLR, Augmentation]:
     described = folder / "config.json"
     if not described.is_file():
         raise FileNotFoundError(f"{folder} is not the output folder of a run: no config.json")
-    saved = checkpoints(folder / "checkpoints")
-    if not saved:
+    path, state, bad = newest_good(folder / "checkpoints")
+    if bad and path is None:
+        raise ValueError(
+            f"no usable checkpoint in {folder / 'checkpoints'}: {'; '.join(bad.values())}"
+        )
+    if path is None:
         raise FileNotFoundError(
             f"no checkpoint in {folder / 'checkpoints'}: the projector's weights are stored there"
         )
@@ -43,7 +47,7 @@ def load_run(folder: Path) -> tuple[SimCLR, Augmentation]:
         batch_norm=config.get("projector_batch_norm", True),
     )
     model = SimCLR(encoder, projector)
-    load_strictly(model, load_checkpoint(saved[-1])["model"], saved[-1])
+    load_strictly(model, state["model"], path)
     return model.eval(), augmentation
 
 

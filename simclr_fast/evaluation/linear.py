@@ -12,6 +12,7 @@ does not change the penalty.
 """
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,8 @@ from simclr_fast.evaluation.subsets import balanced_subset
 from simclr_fast.ops import widest_float
 from simclr_fast.utils.checkpoint import load_checkpoint, write_atomic
 from simclr_fast.utils.extras import need
+
+log = logging.getLogger(__name__)
 
 SWEEP = tuple(float(v) for v in np.logspace(5, -6, 45))
 # A fit has converged when no component of the scaled gradient of (objective / n) exceeds this.
@@ -250,8 +253,8 @@ def sweep_logistic(
     # The file may belong to other arguments, features or labels.
     key = _fingerprint(x, targets, values, seed, n_classes) if progress is not None else ""
     if progress is not None and progress.exists():
-        saved = load_checkpoint(progress)
-        if saved["key"] == key:
+        saved = _read(progress)
+        if saved.get("key") == key:
             done, start = saved["done"], saved["start"]
     for l2 in need("tqdm").tqdm(values, desc="l2 sweep", leave=False):
         if l2 in done:
@@ -266,6 +269,15 @@ def sweep_logistic(
     del problem
     best = max(done, key=lambda l2: (done[l2], l2))
     return Sweep(fit_logistic(x, targets, best, n_classes=n_classes, device=device), done)
+
+
+def _read(progress: Path) -> dict[str, Any]:
+    """The kept part of a sweep; {} if the file is damaged. Then the sweep begins anew."""
+    try:
+        return load_checkpoint(progress)
+    except ValueError as error:
+        log.warning("the sweep begins anew: %s", error)
+        return {}
 
 
 def _fingerprint(x: Tensor, targets: Tensor, *arguments: Any) -> str:

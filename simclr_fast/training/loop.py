@@ -204,6 +204,8 @@ def resume(
 
     def newest() -> dict[str, Any]:
         path, state, bad = checkpoint.newest_good(folder)
+        if bad and path is None:
+            raise ValueError(f"no usable checkpoint in {folder}: {'; '.join(bad.values())}")
         reasons = {str(newer): why for newer, why in bad.items()}
         return {"path": str(path or ""), "state": state, "bad": reasons}
 

@@ -100,19 +100,18 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     return path
 
 
-def newest_good(folder: Path) -> tuple[Path | None, dict[str, Any], dict[Path, str]]:
+def newest_good(
+    folder: Path, map_location: torch.device | str = "cpu"
+) -> tuple[Path | None, dict[str, Any], dict[Path, str]]:
     """The newest checkpoint in `folder` that is readable and finite, with its content.
 
     Returns:
-        Its path (None without checkpoints), its content, and the newer ones with what is wrong.
-
-    Raises:
-        ValueError: there are checkpoints, and none is good.
+        Its path (None if there is none), its content, and the newer ones with what is wrong.
     """
     bad: dict[Path, str] = {}
     for path in reversed(checkpoints(folder)):
         try:
-            state = load_checkpoint(path)
+            state = load_checkpoint(path, map_location)
         except ValueError as error:
             bad[path] = str(error)
             continue
@@ -120,9 +119,7 @@ def newest_good(folder: Path) -> tuple[Path | None, dict[str, Any], dict[Path, s
             bad[path] = f"{path}: {_some(names)} is NaN or infinite"
             continue
         return path, state, bad
-    if bad:
-        raise ValueError(f"no usable checkpoint in {folder}: {'; '.join(bad.values())}")
-    return None, {}, {}
+    return None, {}, bad
 
 
 def set_aside(path: Path) -> Path:

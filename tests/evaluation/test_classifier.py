@@ -110,6 +110,19 @@ def test_resume_is_bit_for_bit(tmp_path, monkeypatch, frozen):
     assert not done.exists()
 
 
+def test_a_truncated_checkpoint_is_set_aside(tmp_path, caplog):
+    recipe, crops = Recipe(frozen=True, epochs=4, lr=1, batch_size=8), Augmentation(size=8)
+    whole = train(with_dropout(), recipe, tmp_path, crops)
+    for number in (1, 2):
+        # The newest one; then all.
+        for path in checkpoints(tmp_path)[-number:]:
+            path.write_bytes(path.read_bytes()[:-100])
+        caplog.clear()
+        again = train(with_dropout(), recipe, tmp_path, crops)
+        assert caplog.text.count("not continuing from") == number
+        assert torch.equal(again.head.weight, whole.head.weight)
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
     with torch.no_grad():
