@@ -185,9 +185,8 @@ class LargeBatch:
 
         with torch.autocast(device, enabled=False):
             if self.memory == "lockstep":
-                return self.lockstep.backward(
-                    self._split(parts), self._unchanged(loss_of), autocast, self._sync
-                )
+                loss_of = self._unchanged(loss_of, parts[0].device)
+                return self.lockstep.backward(self._split(parts), loss_of, autocast, self._sync)
             if self.memory == "grad-cache":
                 compare = self._comparing.next_step(self.model, parts[0].device)
                 result = grad_cache.backward(
@@ -213,8 +212,12 @@ class LargeBatch:
         split = [p for part in parts for p in part.split(self.micro_batch) if len(p)]
         return split or [parts[0][:0]]
 
-    def _unchanged(self, loss_of: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def _unchanged(
+        self, loss_of: Callable[[Any], Any], device: torch.device
+    ) -> Callable[[Any], Any]:
         """`loss_of`, after a check that the forward changed nothing: lockstep runs layers twice."""
+        if not self._comparing.next_step(self.model, device):
+            return loss_of
         norms = set(batch_norms(self.model).values())
         watched = {name: m for name, m in self.model.named_modules() if m not in norms}
         before = State(watched)

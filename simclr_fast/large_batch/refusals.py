@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -23,6 +24,11 @@ _RANDOM = ("dropout", "bernoulli", "rand", "multinomial", "stochastic_depth", "n
 # By name, because importing them takes long.
 _COPIES = ("DistributedDataParallel", "DataParallel")
 _SHARDS = ("FullyShardedDataParallel", "FSDPModule")
+# Of torch.nn.modules.module: hooks that are called for every module.
+_GLOBAL_HOOKS = (
+    *("_global_forward_hooks", "_global_forward_pre_hooks"),
+    *("_global_backward_hooks", "_global_backward_pre_hooks"),
+)
 
 
 def refuse_model(model: nn.Module, memory: str, ranks: bool) -> None:
@@ -64,6 +70,12 @@ def refuse_model(model: nn.Module, memory: str, ranks: bool) -> None:
                 f"{name} has a hook of register_post_accumulate_grad_hook, which would see the "
                 "gradient before it is averaged over ranks: do its work after LargeBatch.backward"
             )
+    if memory in ("lockstep", "grad-cache") and any(getattr(nn_module, n) for n in _GLOBAL_HOOKS):
+        raise ValueError(
+            f"memory={memory!r} does not call hooks for all modules, such as those of "
+            "torch.nn.modules.module.register_module_forward_hook, as often as plain autograd; "
+            "memory='replay' can run this model"
+        )
     if memory != "plain" and parametrize._cache_enabled:
         raise ValueError(
             f"memory={memory!r} computes weights twice, and torch.nn.utils.parametrize.cached() "

@@ -87,6 +87,26 @@ def test_lazy_models_are_refused(memory):
 
 
 @pytest.mark.parametrize("memory", MODES)
+def test_hooks_for_all_modules_are_honoured_or_refused(memory):
+    def double(module, arguments, output):
+        return 2 * output if isinstance(module, nn.Linear) else None
+
+    hook = nn.modules.module.register_module_forward_hook(double)
+    try:
+        model, expected = build(), build()
+        nt_xent_loss(expected(X)).backward()
+        if memory in ("lockstep", "grad-cache"):
+            with pytest.raises(ValueError, match="hooks for all modules"):
+                run(model, memory)
+            return
+        run(model, memory)
+    finally:
+        hook.remove()
+    for found, want in zip(gradients(model), gradients(expected), strict=True):
+        torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize("memory", MODES)
 def test_cached_parametrisations_are_right_or_refused(memory):
     def normed():
         model = build()
