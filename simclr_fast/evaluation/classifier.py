@@ -25,7 +25,7 @@ from simclr_fast.evaluation.features import fingerprint
 from simclr_fast.optim.lars import LARS, lars_param_groups
 from simclr_fast.optim.schedule import scaled_lr, warmup_cosine
 from simclr_fast.utils.checkpoint import checkpoints, newest_good, save_checkpoint, set_aside
-from simclr_fast.utils.device import seed_step
+from simclr_fast.utils.device import autocast_dtype, seed_step
 from simclr_fast.utils.extras import need
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def train_classifier(
         }
         save_checkpoint(folder, step, state)
 
-    bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bfloat16 = _uses_bfloat16(device)
     model.train()
     if recipe.frozen:
         encoder.eval()
@@ -195,6 +195,11 @@ def classify(
                 for images, index in loader
             ]
         )
+
+
+def _uses_bfloat16(device: torch.device) -> bool:
+    """Whether to train under autocast. Other GPUs would need float16 and a scaled loss."""
+    return device.type == "cuda" and autocast_dtype("auto", device) is torch.bfloat16
 
 
 def _optimizer(model: Classifier, recipe: Recipe, batch: int) -> torch.optim.Optimizer:

@@ -9,6 +9,7 @@ from torch import nn
 
 from simclr_fast.augment.params import Augmentation
 from simclr_fast.data.sources import ArraySource
+from simclr_fast.evaluation import classifier
 from simclr_fast.evaluation.classifier import Recipe, classify, train_classifier
 from simclr_fast.utils.checkpoint import checkpoints
 
@@ -65,6 +66,18 @@ def test_fine_tuning_trains_everything(tmp_path):
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
     train(encoder, Recipe(frozen=False, epochs=3, lr=1, batch_size=8), tmp_path)
     assert all(not torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_only_native_bfloat16_is_used(native, monkeypatch):
+    """A GPU that only emulates it is faster in float32."""
+
+    def supported(including_emulation=True):
+        return including_emulation or native
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert classifier._uses_bfloat16(torch.device("cuda", 0)) == native
+    assert not classifier._uses_bfloat16(torch.device("cpu"))
 
 
 def with_dropout():

@@ -8,6 +8,7 @@ import torch
 from tiny_runs import TINY
 from torch import nn
 
+from simclr_fast.augment.dali import dali_bytes
 from simclr_fast.augment.params import Augmentation
 from simclr_fast.commands.cli import run
 from simclr_fast.data.loader import TwoViewLoader
@@ -54,6 +55,17 @@ def test_simulated_is_what_a_real_step_takes(memory, dtype):
         assert phase.peak == pytest.approx(real[key].peak, rel=1e-3), key
         assert phase.flops == real[key].flops
         assert phase.stored == real[key].stored
+
+
+def test_dali_is_counted_by_the_size_of_the_views():
+    """Beside what CUDA itself takes, which is the same for all sizes."""
+    at_32, at_224 = (
+        Workload(make, size, 8, dtype=None, cuda=True).bytes_outside_step("plain")
+        - Workload(make, size, 8, dtype=None, cuda=False).bytes_outside_step("plain")
+        for size in (32, 224)
+    )
+    assert at_32 > dali_bytes(32)
+    assert at_224 - at_32 == dali_bytes(224) - dali_bytes(32) > 1e9
 
 
 def test_plain_is_its_saved_tensors():
