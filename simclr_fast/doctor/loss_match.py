@@ -8,10 +8,10 @@ The temperature is found by a search for the best agreement.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,8 +28,8 @@ _FAR = 0.8
 _NOISE, _HALF_NOISE = 1e-6, 1e-3
 # Relative tolerance when gradient and value are compared. The second is for half precision.
 _EQUAL, _HALF_EQUAL = 2e-3, 3e-2
-_COARSE = [0.004 * 1.4**k for k in range(24)]
-_GOLDEN = (math.sqrt(5) - 1) / 2
+_COARSE = [0.004 * 1.5**k for k in range(20)]
+_REFINEMENTS = 18
 
 Pairing = Literal["concatenated", "interleaved"]
 Scope = Literal["all ranks", "own anchors", "detached keys", "own rank"]
@@ -85,6 +85,8 @@ class Observed:
     rank: int = 0
     value: float = math.nan
     half: bool = False
+    # What does not depend on the temperature, by its arguments.
+    prepared: dict[Any, "_Prepared"] = field(default_factory=dict, repr=False)
 
     @property
     def mine(self) -> slice:
@@ -141,10 +143,10 @@ def equal(a: float, b: float, half: bool = False) -> bool:
     return abs(a / b - 1) < (_HALF_EQUAL if half else _EQUAL)
 
 
-def measure(seen: Observed, loss: Loss) -> Match:
-    """Compare the observed gradient with that of one loss."""
-    gradient, value = _gradient(seen, loss)
-    ours, theirs = gradient[seen.reached], seen.grad[seen.reached]
+def measure(seen: Observed, loss: Loss, dtype: torch.dtype = torch.float64) -> Match:
+    """Compare the observed gradient with that of one loss, computed in `dtype`."""
+    gradient, value = _gradient(seen, loss, dtype)
+    ours, theirs = gradient[seen.reached].double(), seen.grad[seen.reached]
     dot, norms = float((ours * theirs).sum()), float(ours.norm() * theirs.norm())
     mismatch = 1 - dot / norms if norms > 0 else 2.0
     factor = dot / float(ours.square().sum()) if norms > 0 else 0.0
@@ -184,61 +186,105 @@ def _best(seen: Observed, loss: Loss, hints: Sequence[float]) -> Match:
     def at(temperature: float) -> Match:
         return measure(seen, replace(loss, temperature=temperature))
 
-    tried = {t: at(t) for t in hints}
-    for match in tried.values():
-        if match.mismatch < _CERTAIN and _consistent(seen, match):
-            return match
-    coarse = [at(t) for t in _COARSE]
-    k = min(range(len(coarse)), key=lambda i: coarse[i].mismatch)
-    low = math.log(_COARSE[max(0, k - 1)])
-    high = math.log(_COARSE[min(len(_COARSE) - 1, k + 1)])
-    best = min([*coarse, *tried.values()], key=lambda match: match.mismatch)
+    tried = []
+    for hint in hints:
+        tried.append(at(hint))
+        if tried[-1].mismatch < _CERTAIN and _consistent(seen, tried[-1]):
+            return tried[-1]
+    # The search for the valley needs no float64.
+    coarse = [measure(seen, replace(loss, temperature=t), torch.float32).mismatch for t in _COARSE]
+    k = min(range(1, len(coarse) - 1), key=coarse.__getitem__)
+    tried.append(at(_COARSE[k]))
     # Refining what is far from a match would change nothing.
-    for _ in range(30 if coarse[k].mismatch < 0.2 else 0):
-        left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
-        a, b = at(math.exp(left)), at(math.exp(right))
-        low, high = (low, right) if a.mismatch < b.mismatch else (left, high)
-        best = min(best, a, b, key=lambda match: match.mismatch)
-    return best
+    if tried[-1].mismatch < 0.7:
+        tried += _refined(at, _COARSE[k - 1 : k + 2])
+    return min(tried, key=lambda match: match.mismatch)
 
 
-def _gradient(seen: Observed, loss: Loss) -> tuple[Tensor, float]:
-    """dL/dz of this rank's rows, L the mean over the rows of the scope; and L."""
-    mine = seen.mine
-    z, counts, own = seen.z, seen.counts, mine
+def _refined(at: Callable[[float], Match], bracket: Sequence[float]) -> Iterator[Match]:
+    """Tries around the least mismatch between three temperatures, by parabolas in log(t)."""
+    points = [(math.log(t), at(t).mismatch) for t in bracket]
+    for i in range(_REFINEMENTS):
+        (x0, y0), (x1, y1), (x2, y2) = points
+        left, right = (x1 - x0) * (y1 - y2), (x1 - x2) * (y1 - y0)
+        x = x1 - ((x1 - x0) * left - (x1 - x2) * right) / (2 * (left - right) or math.inf)
+        # Now and then, and where the parabola is of no use, divide the longer side.
+        if i % 3 == 2 or not x0 < x < x2 or x == x1:
+            x = x1 + 0.3 * (x2 - x1 if x2 - x1 > x1 - x0 else x0 - x1)
+        match = at(math.exp(x))
+        yield match
+        points = sorted([*points, (x, match.mismatch)])
+        # Keep the least with its neighbours.
+        least = min((1, 2), key=lambda j: points[j][1])
+        points = points[least - 1 : least + 2]
+        if match.mismatch < 1e-13 or points[2][0] - points[0][0] < 1e-7:
+            return
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """u: [M, D]. length: [M, 1]. gram: u uᵀ of the anchors, [A, M]. partner: [A]. rows: the
+    anchors' numbers, [A]. same_view: [A, M], pairs of different rows of one view. own: this rank's
+    rows."""
+
+    u: Tensor
+    length: Tensor
+    gram: Tensor
+    partner: Tensor
+    rows: Tensor
+    same_view: Tensor
+    own: slice
+
+
+def _prepare(seen: Observed, loss: Loss, dtype: torch.dtype) -> _Prepared:
+    key = (loss.normalised, loss.pairing, loss.scope, dtype)
+    if key in seen.prepared:
+        return seen.prepared[key]
+    z, counts, own = seen.z, list(seen.counts), seen.mine
     if loss.scope == "own rank":
-        z, counts = z[mine], [seen.counts[seen.rank]]
+        z, counts = z[own], [seen.counts[seen.rank]]
         own = slice(0, counts[0])
+    z = z.to(dtype)
     length = z.norm(dim=1, keepdim=True).clamp_min(1e-12)
     u = z / length if loss.normalised else z
-    starts = torch.tensor([sum(counts[:r]) for r in range(len(counts))])
+    starts = [sum(counts[:r]) for r in range(len(counts))]
     partner = torch.cat(
-        [partners(n, loss.pairing) + int(s) for n, s in zip(counts, starts, strict=True)]
+        [partners(n, loss.pairing) + start for n, start in zip(counts, starts, strict=True)]
     ).to(z.device)
+    view = torch.cat([views(n, loss.pairing) for n in counts]).to(z.device)
     rows = torch.arange(len(z), device=z.device)
     anchors = own if loss.scope in ("own anchors", "detached keys") else slice(None)
-    s = u[anchors] @ u.T / loss.temperature
-    positive = s.gather(1, partner[anchors, None])
+    same_view = (view == view[anchors, None]) & (rows != rows[anchors, None])
+    made = _Prepared(u, length, u[anchors] @ u.T, partner[anchors], rows[anchors], same_view, own)
+    # The search goes through the keys in order: older ones are not needed again.
+    if len(seen.prepared) > 3:
+        seen.prepared.pop(next(iter(seen.prepared)))
+    seen.prepared[key] = made
+    return made
+
+
+def _gradient(seen: Observed, loss: Loss, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """dL/dz of this rank's rows, L the mean over the rows of the scope; and L."""
+    at = _prepare(seen, loss, dtype)
+    s, own, partner = at.gram / loss.temperature, at.own, at.partner[:, None]
+    positive = s.gather(1, partner)
     if not loss.same_view:
-        view = torch.cat([views(n, loss.pairing) for n in counts]).to(z.device)
-        other = rows != rows[anchors, None]
-        s = s.masked_fill((view == view[anchors, None]) & other, -math.inf)
+        s.masked_fill_(at.same_view, -math.inf)
     if not loss.own:
-        s.scatter_(1, rows[anchors, None], -math.inf)
-    weight = math.log(loss.positive) if loss.positive else -math.inf
-    s.scatter_(1, partner[anchors, None], positive + weight)
+        s.scatter_(1, at.rows[:, None], -math.inf)
+    s.scatter_(1, partner, positive + (math.log(loss.positive) if loss.positive else -math.inf))
     lse = s.logsumexp(1, keepdim=True)
-    g = (s - lse).exp()
-    g.scatter_add_(1, partner[anchors, None], -torch.ones_like(positive))
+    g = s.sub_(lse).exp_()
+    g.scatter_add_(1, partner, -torch.ones_like(positive))
     g /= len(g) * loss.temperature
     if loss.scope == "detached keys":
-        du = g @ u
+        du = g @ at.u
     elif loss.scope == "own anchors":
-        du = g @ u + g[:, own].T @ u[own]
+        du = g @ at.u + g[:, own].T @ at.u[own]
     else:
-        du = g[own] @ u + g[:, own].T @ u
+        du = g[own] @ at.u + g[:, own].T @ at.u
     value = float((lse - positive).mean())
     if not loss.normalised:
         return du, value
-    v = u[own]
-    return (du - (du * v).sum(1, keepdim=True) * v) / length[own], value
+    v = at.u[own]
+    return (du - (du * v).sum(1, keepdim=True) * v) / at.length[own], value
