@@ -52,7 +52,7 @@ def as_labels(values: Any, count: int) -> Labels:
         )
     if isinstance(values, Tensor):
         values = (values.double() if values.is_floating_point() else values).numpy(force=True)
-    shape = np.shape(values) if hasattr(values, "__array__") else (len(values),)
+    shape: tuple[int, ...] = np.shape(values) if hasattr(values, "__array__") else (len(values),)
     if len(shape) != 1 or shape[0] != count:
         hint = ""
         if len(shape) == 2:

@@ -148,7 +148,8 @@ def _onnx(weights: Weights, folder: Path) -> Exported:
 
     def save_checked(part: Path) -> None:
         program.save(str(part))
-        session = runtime.InferenceSession(str(part), providers=["CPUExecutionProvider"])
+        # As bytes: it refuses paths that are not UTF-8.
+        session = runtime.InferenceSession(part.read_bytes(), providers=["CPUExecutionProvider"])
 
         def theirs(images: Tensor) -> Tensor:
             return torch.from_numpy(session.run(["h"], {"images": images.numpy()})[0])

@@ -9,6 +9,7 @@ import gzip
 import json
 import lzma
 import os
+import pickle
 import struct
 import tarfile
 import unicodedata
@@ -583,8 +584,27 @@ def test_loaders_show_every_image_of_a_case_once(case, opened):
     assert shown == case.images
 
 
-def test_a_name_opens_what_its_path_opens(opened):
-    case = CASES["folder: classes"]
-    data, _ = opened(case)
-    assert named_source(str(data)).labels.tolist() == case.labels
-    assert named_source(str(data), "test") is None
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_commands_workers_and_evaluation_get_the_same(case, opened):
+    """By its name as in --data, in another process, and the labelled images of an evaluation."""
+    if case.images is None:
+        return
+    data, options = opened(case)
+    options["on_error"] = "skip" if case.error else "raise"
+    source = open_source(data, **options)
+    if isinstance(data, str | os.PathLike):
+        named = named_source(str(data), **options)
+        assert numbers(named) == case.images
+        assert named.labels_fingerprint() == source.labels_fingerprint()
+        assert named.fingerprint() == source.fingerprint()
+        assert named_source(str(data), "test", **options) is None
+    assert numbers(pickle.loads(pickle.dumps(source))) == case.images
+    if not source.has_labels:
+        with pytest.raises(ValueError, match=r"no labels: \w"):
+            source.labelled("no labels")
+        return
+    known = [i for i, label in enumerate(case.labels) if label >= 0]
+    part = source.labelled("no labels")
+    assert numbers(part) == [case.images[i] for i in known]
+    assert part.labels.tolist() == [case.labels[i] for i in known]
+    assert part.account.left_out["unlabelled"] == len(case.images) - len(known)
