@@ -42,13 +42,12 @@ from simclr_fast.large_batch import global_batch_norm as gbn
 from simclr_fast.large_batch.bits import pack, unpack
 from simclr_fast.large_batch.buckets import Buckets
 from simclr_fast.large_batch.gram import Gram
-from simclr_fast.large_batch.malloc_trim import Heap
 from simclr_fast.large_batch.outputs import refuse_other_rows
 from simclr_fast.large_batch.program import Op, Pass, Program
 from simclr_fast.large_batch.refusals import flags, refusal
 from simclr_fast.large_batch.regions import CompiledRegions, Region, takes
-from simclr_fast.large_batch.schedule import Schedule
-from simclr_fast.large_batch.store import HostMemory, Store, accesses, sweep
+from simclr_fast.large_batch.schedule import Schedule, Stage
+from simclr_fast.large_batch.store import HostMemory, Store, accesses, piece_bytes, sweep
 from simclr_fast.large_batch.trace import Graph, Key
 from simclr_fast.large_batch.transfers import transfers
 
@@ -59,8 +58,8 @@ Env = dict[Key, Any]
 class Lockstep:
     """Runs one model. `backward` does forward, loss and backward of a step.
 
-    batch: the ranks whose rows form one batch. schedule: from the model's `Graph`, what is kept.
-    compile: see `regions`.
+    batch: the ranks whose rows form one batch. schedule: gives what is kept in a step, for the
+    model's `Graph`. compile: see `regions`.
     """
 
     def __init__(
@@ -70,13 +69,8 @@ class Lockstep:
         schedule: Callable[[Graph], Schedule],
         compile: bool = False,
     ) -> None:
-        self.model, self.batch, self.schedule = model, batch, schedule
-        self.regions = CompiledRegions() if compile else None
-        self.heap = Heap()
-        self.program: Program | None = None
-        self.store: Store | None = None
-        self._moved: Any = None
-        self._trace()
+        self._begin(model, batch, schedule, compile)
+        self.look()
 
     def backward(
         self,
@@ -87,34 +81,43 @@ class Lockstep:
     ) -> Any:
         """See `LargeBatch.backward`. parts: the micro-batches. autocast: makes the context in which
         the model's operations run."""
-        if self.flags != flags(self.model):
-            self._trace()
-        self.autocast = autocast
+        self.look()
+        self.autocast, kind = autocast, self.device(parts[0]).type
+        with autocast():
+            enabled = torch.is_autocast_enabled(kind)
+            self.low = torch.get_autocast_dtype(kind) if enabled else None
         program = self._program(parts[0])
         self._open_store(program, parts)
         self.statistics: dict[Node, gbn.Statistics] = {}
         self.grams: dict[Node, Gram] = {}
         self.whole_sums: dict[Node, Tensor] = {}
+        self.casts: dict[tuple[nn.Parameter, torch.dtype], Tensor] = {}
+        for conv in map(self.graph.module, self.graph.convolutions if self.low else ()):
+            self._cast(conv.weight, self.low)
         self.outputs: dict[Node, list[Any]] = {n: [None] * len(parts) for n in self.graph.outputs}
         self.buckets: Buckets | None = None
-        for number, current in enumerate(program.passes):
-            if current.phase == "backward" and self.buckets is None:
-                result = self._loss(parts, loss_of)
-                lists = [b.parameters for b in self.graph.blocks]
-                self.buckets = Buckets(lists, self.batch.group if sync else None)
-            self._run_pass(number, current, parts)
-            if self.buckets is not None:
-                for index in program.finished(number):
-                    self.buckets.reduce(index)
-        assert self.buckets is not None
-        self.buckets.finish()
-        self.grams, self.statistics, self.outputs = {}, {}, {}
-        self.store.end()
+        try:
+            for number, current in enumerate(program.passes):
+                if current.phase == "backward" and self.buckets is None:
+                    result = self._loss(parts, loss_of)
+                    lists = [b.parameters for b in self.graph.blocks]
+                    self.buckets = Buckets(lists, self.batch.group if sync else None)
+                self._run_pass(number, current, parts)
+                if self.buckets is not None:
+                    for index in program.finished(number):
+                        self.buckets.reduce(index)
+            assert self.buckets is not None
+            self.buckets.finish()
+        finally:
+            # Also after an error: what a step holds is most of the memory.
+            self.grams, self.statistics, self.outputs, self.casts = {}, {}, {}, {}
+            self.whole_sums, self.buckets = {}, None
+            self.store.end()
         return result
 
     def _open_store(self, program: Program, parts: Sequence[Tensor]) -> None:
         """Decide which pieces move to host memory and back, and prepare the store for it."""
-        device = self._device(parts[0])
+        device = self.device(parts[0])
         views = parts[0].device != device
         schedule, rows = program.schedule, tuple(map(len, parts))
         key = (program, rows, views)
@@ -140,23 +143,75 @@ class Lockstep:
         view = program.graph.values[program.graph.input]
         self.store.begin(self._moves, {(view, m): p for m, p in enumerate(parts) if views})
 
-    def _trace(self) -> None:
-        self.graph, self.flags = Graph(self.model), flags(self.model)
+    def look(self) -> Any:
+        """Look at the model, and trace it again if it has changed; return what it was seen as."""
+        if self.flags != (found := flags(self.model)):
+            self._trace(found)
+        return self.flags
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {name: vars(self)[name] for name in ("model", "batch", "schedule")}
+        return kept | {"compile": self.regions is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy traces its own model, in its first step.
+        self._begin(**state)
+
+    def _begin(
+        self,
+        model: nn.Module,
+        batch: gbn.WholeBatch,
+        schedule: Callable[[Graph], Schedule],
+        compile: bool,
+    ) -> None:
+        self.model, self.batch, self.schedule = model, batch, schedule
+        self.regions = CompiledRegions() if compile else None
+        self.flags: Any = None
+        self.program: Program | None = None
+        self.store: Store | None = None
+        self._moved: Any = None
+
+    def _trace(self, found: Any) -> None:
+        self.graph, self.flags = Graph(self.model), found
         self.program = None
 
-    def _device(self, x: Tensor) -> torch.device:
+    def device(self, x: Tensor) -> torch.device:
         """The device of the model. x: views, for a model without parameters."""
         return next(self.model.parameters(), x).device
 
+    def generous(
+        self,
+        x: Tensor,
+        rows: int,
+        micro_batch: int,
+        limit: float,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> Schedule | None:
+        """The schedule that makes nothing costly twice, if it certainly fits into `limit` bytes.
+
+        x: some views. rows: of the rank with the most. So small batches need no planner.
+        """
+        self.look()
+        with autocast():
+            specs = self.graph.measure(x[:2].to(self.device(x)))
+        stage = Stage(len(self.graph.blocks), output="kept", inner="kept", wide="kept")
+        schedule = Schedule(micro_batch, (stage,))
+        per_row = sum(
+            piece_bytes(self.graph.values[node], spec, 1) for node, spec in specs.items() if spec
+        )
+        # As if nothing were freed, with gradients as large as the values.
+        return schedule if 2 * per_row * (rows + micro_batch) <= limit else None
+
     def _program(self, x: Tensor) -> Program:
-        kind = (x.shape[1:], x.dtype, torch.is_autocast_enabled(x.device.type))
+        schedule = self.schedule(self.graph)
+        kind = (schedule, x.shape[1:], x.dtype, torch.is_autocast_enabled(x.device.type))
         if self.program is None or self._kind != kind:
             with self.autocast():
-                specs = self.graph.measure(x[:2].to(self._device(x)))
+                specs = self.graph.measure(x[:2].to(self.device(x)))
             for node in self.graph.outputs:
                 if specs[node] is None:
                     raise refusal(f"{node.format_node()} is an output and no tensor")
-            self.program = Program(self.graph, self.schedule(self.graph), specs)
+            self.program = Program(self.graph, schedule, specs)
             self._kind = kind
             self.steps: list[Sequence[Op | Region]] = [p.ops for p in self.program.passes]
             if self.regions is not None:
@@ -214,6 +269,8 @@ class Lockstep:
                 self._finish_statistics(op)
             elif op.kind == "sum":
                 self._finish_sums(op)
+            elif op.kind == "pull_norm":
+                self.grams.pop(op.node, None)
 
     def _run_region(self, region: Region, env: Env) -> None:
         assert self.regions is not None
@@ -258,8 +315,21 @@ class Lockstep:
         if node in self.graph.norms:
             return gbn.normalize(env[Key("value", node.all_input_nodes[0])], *self._norm(node))
         read = {n: env[Key("value", n)] for n in self.graph.inputs[node]}
+        if node in self.graph.convolutions:
+            (x,), conv = read.values(), self.graph.module(node)
+            dtype = self._conv_dtype(x)
+            weight, bias = (self._cast(p, dtype) for p in (conv.weight, conv.bias))
+            return conv._conv_forward(x.to(dtype), weight, bias)
         with self.autocast():
             return self.graph.execute(node, read)
+
+    def _cast(self, parameter: Any, dtype: torch.dtype) -> Any:
+        """A parameter in `dtype`, which is made once per step, not once per micro-batch."""
+        if parameter is None or parameter.dtype is dtype:
+            return parameter
+        if (parameter, dtype) not in self.casts:
+            self.casts[parameter, dtype] = parameter.detach().to(dtype)
+        return self.casts[parameter, dtype]
 
     def _see(self, op: Op, env: Env) -> None:
         norm, x = self.graph.module(op.node), env[op.reads[0]]
@@ -269,15 +339,13 @@ class Lockstep:
             return
         if op.node not in self.grams:
             conv = self.graph.module(op.node.all_input_nodes[0])
-            self.grams[op.node] = Gram(conv, norm, self._conv_dtype(conv, x))
+            self.grams[op.node] = Gram(conv, norm, self._conv_dtype(x))
         self.grams[op.node].see(x)
 
-    def _conv_dtype(self, conv: nn.Module, x: Tensor) -> torch.dtype:
+    def _conv_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype in which a convolution of x computes."""
-        kind = x.device.type
-        with self.autocast():
-            low = torch.is_autocast_enabled(kind) and x.is_floating_point()
-            return torch.get_autocast_dtype(kind) if low and x.dtype != torch.float64 else x.dtype
+        lowers = x.is_floating_point() and x.dtype is not torch.float64
+        return self.low if lowers and self.low is not None else x.dtype
 
     def _finish_statistics(self, op: Op) -> None:
         norm = self.graph.module(op.node)
@@ -304,7 +372,8 @@ class Lockstep:
             if op.node not in self.linear:
                 conv = self.graph.module(op.node.all_input_nodes[0])
                 self.linear[op.node] = _Linear(conv)
-            self.linear[op.node].add(gradient, x, env[op.reads[2]], s)
+            weight = self._cast(self.linear[op.node].conv.weight, x.dtype)
+            self.linear[op.node].add(gradient, x, env[op.reads[2]], weight, s)
 
     def _finish_sums(self, op: Op) -> None:
         if op.node not in self.sums:
@@ -314,11 +383,12 @@ class Lockstep:
         if op.gram:
             gram = self.grams[op.node]
             whole = gram.own_sums(s)
-            affine = (whole[1].clone(), whole[0].clone())
+            affine = (whole[1], whole[0])
         else:
             sums = gbn.join_sums(self.sums[op.node], s, norm.weight)
             whole, affine = sums.whole, (sums.weight, sums.bias)
-        # The gradients of parameters are this rank's part. The buckets are averaged later.
+        # The gradients of parameters are this rank's part, so they are taken before `whole` becomes
+        # that of all ranks. The buckets are averaged later.
         self._add_parameters((norm.weight, norm.bias), affine)
         if self.batch.group is not None:
             dist.all_reduce(whole, group=self.batch.group)
@@ -379,7 +449,9 @@ class Lockstep:
             x = x.contiguous(memory_format=self._layout(source))
         trains = [p is not None and p.requires_grad for p in (conv.weight, conv.bias)]
         wanted = [bool(op.writes), *(t and not op.linear for t in trains)]
-        dx, *found = _convolution_backward(conv, gradient, x, wanted)
+        dx, *found = _convolution_backward(
+            conv, gradient, x, self._cast(conv.weight, gradient.dtype), wanted
+        )
         self._add_parameters((conv.weight, conv.bias), found)
         if op.writes:
             _add(env, op.writes[0], dx.to(spec.dtype), fresh=True)
@@ -464,14 +536,18 @@ class _Linear:
         self.parts: list[Tensor] | None = None
         self.n = 0
 
-    def add(self, gradient: Tensor, x: Tensor, source: Tensor, s: gbn.Statistics) -> None:
+    def add(
+        self, gradient: Tensor, x: Tensor, source: Tensor, weight: Tensor, s: gbn.Statistics
+    ) -> None:
         centred = x - s.mean.view(-1, *[1] * (x.dim() - 2)).to(x.dtype)
         ones = x.new_ones(len(x), self.conv.groups, *x.shape[2:])
         made = [
-            _convolution_backward(self.conv, g, source, [False, True, False])[1]
+            _convolution_backward(self.conv, g, source, weight, [False, True, False])[1]
             for g in (gradient, centred)
         ]
-        made.append(_ones_gradient(self.conv, ones, source))
+        # One channel per group, as all of a group are alike.
+        first = weight[: self.conv.groups]
+        made.append(_convolution_backward(self.conv, ones, source, first, [False, True, False])[1])
         wide = gbn.wide_dtype(x)
         if self.conv.bias is not None:
             axes = [0, *range(2, x.dim())]
@@ -505,12 +581,13 @@ class _Linear:
 
 
 def _convolution_backward(
-    conv: Any, gradient: Tensor, source: Tensor, wanted: list[bool]
+    conv: Any, gradient: Tensor, source: Tensor, weight: Tensor, wanted: list[bool]
 ) -> tuple[Any, ...]:
+    """torch's gradients of input, weight and bias. weight: in the dtype of `gradient`."""
     found: tuple[Any, ...] = aten.convolution_backward(
         gradient,
         source.to(gradient.dtype),
-        conv.weight.detach().to(gradient.dtype),
+        weight.detach(),
         None if conv.bias is None else [len(conv.bias)],
         conv.stride,
         conv.padding,
@@ -520,25 +597,6 @@ def _convolution_backward(
         conv.groups,
         wanted,
     )
-    return found
-
-
-def _ones_gradient(conv: Any, ones: Tensor, source: Tensor) -> Tensor:
-    """The weight gradient for a gradient of ones. One channel per group, as all are alike."""
-    weight = conv.weight.detach()[: conv.groups].to(ones.dtype)
-    found: Tensor = aten.convolution_backward(
-        ones,
-        source.to(ones.dtype),
-        weight,
-        None,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        False,
-        [0] * len(conv.padding),
-        conv.groups,
-        [False, True, False],
-    )[1]
     return found
 
 

@@ -242,7 +242,8 @@ class Sums(NamedTuple):
     """Sums over some rows.
 
     whole: [2, C], to be summed over the ranks: Σdy, and Σdy·(x - mean) on CUDA, else Σdy·x̂.
-    weight, bias: the gradients of γ and β, None without γ. They share no memory with `whole`.
+    weight, bias: the gradients of γ and β, None without γ. Those of `gradient_sums` share no memory
+    with `whole`.
     """
 
     whole: Tensor
@@ -270,11 +271,15 @@ def gradient_sums(
 
 
 def join_sums(parts: Sequence[Sums], s: Statistics, weight: Tensor | None) -> Sums:
-    """The sums over the rows of several calls of `gradient_sums`."""
-    whole = torch.stack([part.whole for part in parts]).sum(0)
+    """The sums over the rows of several calls of `gradient_sums`.
+
+    weight and bias may share memory with `whole`: use them before it is summed over the ranks.
+    """
+    wholes = [part.whole for part in parts]
+    whole = wholes[0] if len(wholes) == 1 else torch.stack(wholes).sum(0)
     if weight is None:
         return Sums(whole, None, None)
-    return Sums(whole, slope(whole, s).clone(), whole[0].clone())
+    return Sums(whole, slope(whole, s), whole[0])
 
 
 def slope(whole: Tensor, s: Statistics) -> Tensor:

@@ -51,8 +51,9 @@ class Gram:
         self.n = 0
         self.mean = self.weight.new_zeros(conv.in_channels, dtype=self.wide)
         self.squares = self.mean.new_zeros(conv.in_channels, conv.in_channels)
-        self.cross = self.mean.new_zeros(conv.out_channels, conv.in_channels)
-        self.sum = self.mean.new_zeros(conv.out_channels)
+        # Made in the backward.
+        self.cross: Tensor | None = None
+        self.sum: Tensor | None = None
 
     def sampled(self, y: Tensor) -> Tensor:
         """The places of y that the convolution reads."""
@@ -76,8 +77,7 @@ class Gram:
     def row(self) -> Tensor:
         """(mean, M2, n) of the convolution's output on this rank: [2 C_out + 1]."""
         weight = self.weight.to(self.wide)
-        self.spread = weight @ self.squares  # [C_out, C_in]
-        squares = (self.spread * weight).sum(1).clamp_min(0)
+        squares = (weight @ self.squares * weight).sum(1).clamp_min(0)
         return torch.cat([self._own_mean(), squares, squares.new_full((1,), self.n)])
 
     def _own_mean(self) -> Tensor:
@@ -87,12 +87,16 @@ class Gram:
     def add_gradient(self, g: Tensor, y: Tensor) -> None:
         """Add a micro-batch to Σ g and Σ g yᵀ. g: [N, C_out, ...], y: as for `see`."""
         rows = _rows(g)
-        self.sum += rows.sum(0, dtype=gbn.wide_dtype(rows))
-        self.cross += _product(rows, _rows(self.sampled(y).to(g.dtype)))
+        total = rows.sum(0, dtype=gbn.wide_dtype(rows)).to(self.wide)
+        cross = _product(rows, _rows(self.sampled(y).to(g.dtype))).to(self.wide)
+        self.sum = total if self.sum is None else self.sum.add_(total)
+        self.cross = cross if self.cross is None else self.cross.add_(cross)
 
     def own_sums(self, s: gbn.Statistics) -> Tensor:
         """(Σ g, Σ g x̂) over this rank's rows: [2, C_out]."""
         weight, inverse = self.weight.to(self.wide), s.inverse.to(self.wide)
+        assert self.cross is not None
+        assert self.sum is not None
         self.cross.addr_(self.sum, self.mean, alpha=-1)
         # Zero on a rank without rows, whose own mean is not one.
         self.shift = (self._own_mean() - s.mean) * bool(self.n)
@@ -104,14 +108,16 @@ class Gram:
 
         whole: `own_sums` of all ranks. Afterwards `input_gradient` can be called.
         """
+        assert self.cross is not None
+        assert self.sum is not None
         weight, n = self.weight.to(self.wide), max(s.n, 1)
         inverse, gamma = s.inverse.to(self.wide), self.norm.weight
         scale = inverse if gamma is None else inverse * gamma.detach()
         mean_gradient, slope = whole[0] / n, inverse * whole[1] / n
         rest = self.sum - mean_gradient * self.n
-        centred = self.cross.addr(rest, self.mean) - slope[:, None] * self.spread.addr(
-            self.shift, self.mean, alpha=self.n
-        )
+        spread = weight @ self.squares  # [C_out, C_in]
+        centred = self.cross.addr_(rest, self.mean)
+        centred -= slope[:, None] * spread.addr_(self.shift, self.mean, alpha=self.n)
         bias = scale * (rest - slope * self.n * self.shift)
         center = -s.mean.to(self.wide)
         center = center if self.bias is None else center + self.bias
@@ -119,6 +125,7 @@ class Gram:
         self.back = weight.T @ ((scale * slope)[:, None] * weight)  # [C_in, C_in]
         self.constant = weight.T @ (scale * (mean_gradient + slope * center))  # [C_in]
         self.back, self.constant = self.back.to(self.dtype), self.constant.to(self.dtype)
+        self.cross = None
         return (scale[:, None] * centred).view_as(self.conv.weight), bias
 
     def input_gradient(self, g: Tensor, y: Tensor) -> Tensor:

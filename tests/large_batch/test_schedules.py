@@ -18,6 +18,7 @@ from large_batch_cases import (
     views,
 )
 from test_large_batch import chain, timm_norm_act, timm_resnet, torchvision_resnet
+from torch import Tensor
 
 from simclr_fast.large_batch import LargeBatch, demand
 from simclr_fast.large_batch import global_batch_norm as gbn
@@ -119,7 +120,7 @@ FAULTS = {
     "no constant term": (Gram, "finish", forgets("constant")),
     "sums of one micro-batch": (gbn, "join_sums", lambda f: lambda parts, *a: f(parts[:1], *a)),
     "bits of the other sign": (demand, "pack", lambda f: lambda t, layout: f(-t, layout)),
-    "no gradient of ones": (demand, "_ones_gradient", lambda f: lambda *a: f(*a) * 0),
+    "no gradient of ones": (Tensor, "new_ones", lambda f: lambda *a, **k: f(*a, **k) * 0),
 }
 
 

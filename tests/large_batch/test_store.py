@@ -7,8 +7,9 @@ from unittest import mock
 import pytest
 import torch
 from fake_cuda import FakeCuda, FakeStream
-from large_batch_cases import assert_equal, loss_fn, plain_autograd, simclr, step, views
+from large_batch_cases import assert_equal, in_stages, loss_fn, plain_autograd, simclr, step, views
 
+from simclr_fast.large_batch import LargeBatch
 from simclr_fast.large_batch import global_batch_norm as gbn
 from simclr_fast.large_batch import store as store_module
 from simclr_fast.large_batch.demand import Lockstep
@@ -257,12 +258,7 @@ def test_bounded_steps_equal_plain_autograd(name, choices, share, monkeypatch):
 
 
 def test_bounds_that_no_moves_can_keep_are_refused():
-    batch = gbn.WholeBatch()
-    batch.rows = [14]
-    engine = Lockstep(
-        simclr("resnet18"),
-        batch,
-        lambda graph: Schedule(7, uniform(len(graph.blocks), 7).stages, True, 1000, 10**9),
-    )
+    model = simclr("resnet18")
+    schedule = in_stages(model, bytes=(1000, 10**9))
     with pytest.raises(ValueError, match="device_bytes 1000 and host_bytes 1000000000 do not"):
-        engine.backward(views().split(7), loss_fn, lambda: torch.autocast("cpu", enabled=False))
+        LargeBatch(model, schedule=schedule).backward(views(), loss_fn)
