@@ -1,10 +1,11 @@
 """simclr-fast plan."""
 
+import itertools
 import json
 import shlex
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from simclr_fast.large_batch import planner
 from simclr_fast.large_batch.planner import Gpu, Setting, Workload
 from simclr_fast.training.config import PretrainConfig
 from simclr_fast.training.setup import build_model
+from simclr_fast.utils.sizes import parse_size
 
 GpuName = Literal[
     "l4", "rtx3090", "rtx4090", "a100-40gb", "l40s", "a100-80gb", "h100", "h200", "b200"
@@ -29,11 +31,14 @@ GPUS: dict[GpuName, tuple[int, Gpu]] = {
     "a100-40gb": (40, Gpu("A100 40GB", 312e12, 1.555e12)),
     "l40s": (48, Gpu("L40S", 362e12, 0.864e12)),
     "a100-80gb": (80, planner.A100_80GB),
-    "h100": (80, Gpu("H100 80GB SXM", 989.4e12, 3.35e12)),
-    "h200": (141, Gpu("H200", 989.4e12, 4.8e12)),
-    "b200": (180, Gpu("B200", 2250e12, 7.7e12)),
+    "h100": (80, Gpu("H100 80GB SXM", 989.4e12, 3.35e12, planner.PCIE5)),
+    "h200": (141, Gpu("H200", 989.4e12, 4.8e12, planner.PCIE5)),
+    "b200": (180, Gpu("B200", 2250e12, 7.7e12, planner.PCIE5)),
 }
-_WIDTHS, _COUNTS, _SIZES = (1, 2, 4), (1, 2, 4, 8), (24, 40, 80)
+_WIDTHS, _COUNTS = (1, 2, 4), (1, 2, 4, 8)
+_CARDS: tuple[GpuName, ...] = ("rtx4090", "a100-40gb", "h100")
+# RAM per GPU that the table of `--fits` tries, GB.
+_HOST_GB = (0, 24, 48)
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ class Plan:
     gpu_memory: str | None = None
     """Memory of each GPU, such as 80GB or 24GiB. By default that of --gpu, else 80GB."""
     host_memory: str | None = None
-    """RAM of the machine that may hold parts of the batch, such as 128GB. By default none."""
+    """RAM of the machine in which lockstep may keep values, such as 64GB. By default none. The
+    views are in RAM as well, beside it."""
     precision: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """The precision of autocast."""
     optimizer: Literal["lars", "adam"] = "lars"
@@ -101,10 +107,10 @@ def run(arguments: list[str]) -> int:
     """Predict every mode; return 1 if no mode with the gradient of the whole batch fits."""
     given = tyro.cli(Plan, args=arguments, prog="simclr-fast plan")
     config = given.config
-    host = planner.parse_size(given.host_memory) if given.host_memory else 0.0
-    limit = planner.parse_size(given.memory)
+    host = parse_size(given.host_memory) if given.host_memory else 0.0
+    limit = parse_size(given.memory)
     if given.fits:
-        _print_fits(config, host)
+        _print_fits(given, config)
         return 0
     gpu = GPUS[given.gpu][1] if given.gpu else planner.gpu_of(limit)
     work = workload(config, given.gpus, gpu)
@@ -116,11 +122,11 @@ def run(arguments: list[str]) -> int:
         f"with {given.memory}"
     )
     if given.json:
-        print(f"predicting {title}: about a minute", file=sys.stderr, flush=True)
+        print(f"predicting {title}: less than a minute", file=sys.stderr, flush=True)
     else:
         print(f"{title}\nEverything here is predicted; nothing was measured on a GPU.")
         print("Each row takes some seconds to compute.\n")
-        print("mode         micro-batch  GPU GB host GB compute  step s", flush=True)
+        print("mode        micro-batch  GPU GB  host GB  PCIe GB   work  step s", flush=True)
     found: list[Setting] = []
     for setting in _settings(work, limit, host / given.gpus):
         found.append(setting)
@@ -131,13 +137,17 @@ def run(arguments: list[str]) -> int:
     if given.json:
         print(_to_json(given, gpu, work, found, limit, command))
         return int(best is None)
+    if best is not None and best.schedule is not None:
+        print(f"\n{_explanation(best, given.gpus)}")
+    print(f"\n{_rates(gpu)}")
     if ghost:
         print(
             "\ngrad-cache normalises each micro-batch by its own statistics, so its gradient is "
             "not that of the batch: it is used only with --allow-ghost-bn"
         )
     if command is None:
-        print(f"\n{_nothing_fits(given, work, found)}")
+        least = min((s for s in found if planner.exact(work, s)), key=lambda s: s.device_bytes)
+        print(f"\n{planner.does_not_fit(work, least, limit, host / given.gpus)}")
         return 1
     print(f"\n{command}")
     return 0
@@ -147,7 +157,7 @@ def workload(config: PretrainConfig, ranks: int, gpu: Gpu) -> Workload:
     """Describe a run on `ranks` GPUs to the planner."""
     return Workload(
         partial(build_model, config),
-        config.augmentation.size,
+        (3, config.augmentation.size, config.augmentation.size),
         config.batch_size,
         ranks,
         None if config.precision == "float32" else getattr(torch, config.precision),
@@ -183,13 +193,44 @@ def _verdict(work: Workload, setting: Setting, limit: float) -> str:
 
 def _row(s: Setting, verdict: str, gpus: int) -> str:
     size = "" if s.micro_batch is None else str(s.micro_batch)
-    name = _name(s)
     if s.refusal:
-        return f"{name:<12} {size:>11} {s.refusal}"
+        return f"{s.memory:<11} {size:>11} {s.refusal}"
+    host = f"{(s.host_bytes + s.view_bytes) * gpus / 1e9:.1f}" if s.view_bytes else ""
+    bus = f"{s.bus_bytes * gpus / 1e9:.0f}" if s.bus_bytes else ""
     return (
-        f"{name:<12} {size:>11} {s.device_bytes / 1e9:7.1f} "
-        f"{s.offload_bytes * gpus / 1e9:7.1f} "
-        f"{s.compute:6.2f}× {s.seconds:7.2f}  {verdict}"
+        f"{s.memory:<11} {size:>11} {s.device_bytes / 1e9:7.1f}  {host:>7}  {bus:>7}  "
+        f"{s.compute:4.2f}× {s.seconds:7.2f}  {verdict}"
+    )
+
+
+def _explanation(s: Setting, gpus: int) -> str:
+    """What the schedule of lockstep keeps, and where."""
+    assert s.schedule is not None
+    names = [field.name for field in fields(s.schedule.stages[0])]
+    lines = [
+        "lockstep's schedule, from the first blocks to the last. kept: from the forward to the "
+        "backward.",
+        "once: made again when the backward of these blocks begins. again: made for each use.",
+        "".join(f"{name:>8}" for name in names),
+        *("".join(f"{value:>8}" for value in vars(stage).values()) for stage in s.schedule.stages),
+    ]
+    each = " each" if gpus > 1 else ""
+    peaks = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in s.phases.items())
+    lines.append(f"peak of GPU memory{each}: {peaks}")
+    if s.view_bytes:
+        lines.append(
+            f"host memory: {s.host_bytes * gpus / 1e9:.1f} GB of kept values and "
+            f"{s.view_bytes * gpus / 1e9:.1f} GB of views, of this batch and the next"
+        )
+    return "\n".join(lines)
+
+
+def _rates(gpu: Gpu) -> str:
+    return (
+        f"Times assume {gpu.flops / 1e12:.0f} TFLOP/s and {gpu.bandwidth / 1e9:.0f} GB/s (NVIDIA's "
+        f"data sheet), of which {planner.EFFICIENCY:.0%} are reached,\nas plain ResNet-50 does on "
+        "an A100-80GB (2,470 images/s, NVIDIA DeepLearningExamples), and copies over PCIe at\n"
+        f"{gpu.bus / 1e9:.0f} GB/s in each direction (70% of the standard's rate)."
     )
 
 
@@ -213,33 +254,25 @@ def _command(given: Plan, setting: Setting) -> str:
     # On these GPUs "auto" means bfloat16.
     if config.precision != "bfloat16":
         parts.append(f"--precision {config.precision}")
+    for name in ("gpu_memory", "host_memory"):
+        if (size := getattr(given, name)) is not None and setting.memory == "lockstep":
+            parts.append(f"--{name.replace('_', '-')} {size}")
     return " ".join([start, *parts, setting.flags])
-
-
-def _nothing_fits(given: Plan, work: Workload, found: list[Setting]) -> str:
-    """Say that nothing fits, which mode needs the least, and what to change."""
-    exact = [s for s in found if planner.exact(work, s)]
-    least = min(exact, key=lambda s: s.device_bytes)
-    return (
-        f"No mode with the gradient of the whole batch fits {given.gpus} × {given.memory}: "
-        f"{_name(least)} needs the least, {least.device_bytes / 1e9:.1f} GB. Use more GPUs, a "
-        "smaller batch or a smaller model"
-        + ("." if given.host_memory else ", or allow the use of RAM with --host-memory.")
-    )
 
 
 def _to_json(
     given: Plan, gpu: Gpu, work: Workload, found: list[Setting], limit: float, command: str | None
 ) -> str:
     def row(setting: Setting) -> dict[str, Any]:
-        numbers = {k: v for k, v in asdict(setting).items() if v not in (float("inf"), "")}
+        empty: tuple[Any, ...] = (float("inf"), "", None, {})
+        numbers = {k: v for k, v in asdict(setting).items() if v not in empty}
         fits = planner.fits(setting, limit)
         return {**numbers, "fits": fits, "exact_gradient": planner.exact(work, setting)}
 
     content = {
         "predicted": True,
         "options": asdict(given),
-        "gpu": asdict(gpu),
+        "gpu": asdict(gpu) | {"efficiency": planner.EFFICIENCY},
         "gpu_bytes": limit,
         "rows": [row(setting) for setting in found],
         "command": command,
@@ -247,31 +280,60 @@ def _to_json(
     return json.dumps(content, indent=1)
 
 
-def _print_fits(config: PretrainConfig, host: float) -> None:
-    """Print a Markdown table: the first setting that fits, by width, number and memory of GPUs."""
-    print("Predicting 36 cases: several minutes.", file=sys.stderr, flush=True)
-    sizes = " | ".join(f"{size} GB" for size in _SIZES)
-    print(f"| width | GPUs | plain needs | {sizes} |")
-    print("|---" * (3 + len(_SIZES)) + "|", flush=True)
+def fits_table(config: PretrainConfig) -> Iterator[dict[str, Any]]:
+    """What fits on usual GPUs: a row per width, number and kind of GPU."""
     for width in _WIDTHS:
-        wide = replace(config, width=width)
-        for gpus in _COUNTS:
-            cells = []
-            # Times are not shown, so the kind of GPU does not matter.
-            work = workload(wide, gpus, GPUS["h100"][1])
-            for size in _SIZES:
-                limit = size * 1e9
-                ways = planner.settings(work, limit, host / gpus)
-                best = _best(work, ways, limit)
-                cells.append("–" if best is None else _cell(best, gpus))
-            plain = f"{work.setting('plain').device_bytes / 1e9:.0f} GB"
-            print(f"| {width}× | {gpus} | {plain} | " + " | ".join(cells) + " |", flush=True)
+        # One for all cases, so that the planner counts each operation once.
+        model = workload(replace(config, width=width), 1, planner.A100_80GB)
+        for gpus, card in itertools.product(_COUNTS, _CARDS):
+            gb, gpu = GPUS[card]
+            work = replace(model, ranks=gpus, gpu=gpu)
+            plain = work.setting("plain")
+            row = {"width": width, "gpus": gpus, "gpu": gpu.name, "gpu_gb": gb}
+            row |= {"plain_bytes": plain.device_bytes, "settings": []}
+            ways = [plain] if planner.fits(plain, gb * 1e9) else []
+            for host in () if ways else _HOST_GB:
+                setting = work.lockstep(gb * 1e9, host * 1e9)
+                if planner.fits(setting, gb * 1e9):
+                    ways.append(setting)
+            names = ("memory", "device_bytes", "host_bytes", "view_bytes", "compute", "seconds")
+            row["settings"] = [{name: getattr(s, name) for name in names} for s in ways]
+            yield row
 
 
-def _name(s: Setting) -> str:
-    return s.memory if s.keep_every == 1 else f"{s.memory}/{s.keep_every}"
+def _print_fits(given: Plan, config: PretrainConfig) -> None:
+    """Print `fits_table` as JSON, or as a Markdown table."""
+    count = len(_WIDTHS) * len(_COUNTS) * len(_CARDS)
+    print(f"Predicting {count} cases: several minutes.", file=sys.stderr, flush=True)
+    rows = list(fits_table(config))
+    if given.json:
+        print(json.dumps({"predicted": True, "options": asdict(given), "rows": rows}, indent=1))
+        return
+    print("\n".join(fits_lines(rows)))
 
 
-def _cell(s: Setting, gpus: int) -> str:
-    host = f" + {s.offload_bytes * gpus / 1e9:.0f} host" if s.offload_bytes else ""
-    return f"{_name(s)} {s.device_bytes / 1e9:.0f}{host}"
+def fits_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """The Markdown table of `fits_table`."""
+    cards = list(dict.fromkeys(row["gpu"] for row in rows))
+    lines = [
+        "| width | GPUs | plain needs | " + " | ".join(cards) + " |",
+        "|---" * (3 + len(cards)) + "|",
+    ]
+    for (width, gpus), group in itertools.groupby(rows, lambda r: (r["width"], r["gpus"])):
+        own = list(group)
+        plain = f"{own[0]['plain_bytes'] / 1e9:.0f} GB"
+        cells = [_cell(row) for row in own]
+        lines.append(f"| {width}× | {gpus} | {plain} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _cell(row: dict[str, Any]) -> str:
+    """The work of the settings that fit, with the RAM per GPU that each needs."""
+    found: dict[str, str] = {}
+    for setting in row["settings"]:
+        if setting["memory"] == "plain":
+            return "plain"
+        host = setting["host_bytes"] / 1e9
+        with_host = f" with {host:.0f} GB RAM" if host >= 1 else ""
+        found.setdefault(f"{setting['compute']:.2f}×", with_host)
+    return "; ".join(f"{work}{ram}" for work, ram in found.items()) or "–"

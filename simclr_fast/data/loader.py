@@ -114,7 +114,12 @@ class _Loader:
             dtype=dtype,
             channels_last=channels_last,
         )
-        self.views_on_host = views_on_host and self.device.type == "cuda"
+        self.place_views(views_on_host)
+        self._stream: torch.cuda.Stream | None = None
+
+    def place_views(self, on_host: bool) -> None:
+        """Yield the views in pinned host memory, or on the device. Only before the first batch."""
+        self.views_on_host = on_host and self.device.type == "cuda"
         home = torch.device("cpu") if self.views_on_host else self.device
         self._slots = Slots(
             lambda: self._new_views(self.rows, home), self.device, self.views_on_host
@@ -124,7 +129,6 @@ class _Loader:
             self._pinned = PinnedViews(
                 lambda: self._new_views(self._pipeline.part_size, torch.device("cpu")), self.device
             )
-        self._stream: torch.cuda.Stream | None = None
 
     def describe(self) -> str:
         """One line for a log: what decodes the images and makes the views, and where."""

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from simclr_fast.large_batch import global_batch_norm as gbn
 from simclr_fast.large_batch.api import LargeBatch, Memory
+from simclr_fast.large_batch.schedule import Schedule
 
 aten = torch.ops.aten
 
@@ -31,10 +32,8 @@ class Phase:
 
     peak: float = 0
     flops: float = 0
+    moved: float = 0
     seconds: float = 0
-    stored: float = 0
-    """Bytes of the block's input that lockstep stores. Only in forward phases, except that of the
-    first block."""
 
 
 Phases = dict[tuple[str, int], Phase]
@@ -55,7 +54,8 @@ class Meter(TorchDispatchMode):
         """Count tensors that exist already."""
         for t in tensors:
             storage = t.untyped_storage()
-            if storage not in self._known:
+            # Tensors on "meta" only stand for a shape.
+            if storage not in self._known and not t.is_meta:
                 size = storage.nbytes()
                 self._known[storage] = size
                 self.alive += size
@@ -84,6 +84,7 @@ class Meter(TorchDispatchMode):
             count = flop_registry.get(func._overloadpacket)
             flops = count(*args, **kwargs, out_val=out) if count else 0
             at.flops += flops
+            at.moved += moved
             at.seconds += self.clock(flops, moved)
         return out
 
@@ -139,42 +140,45 @@ class Step:
         self,
         memory: Memory,
         rows: int,
-        micro_batch: int,
-        keep_every: int = 1,
+        micro_batch: int | None = None,
+        schedule: Schedule | None = None,
         *,
         fake: bool = True,
     ) -> Phases:
-        """Run one step of `rows` views. Counts parameters, gradients, views and activations."""
+        """Run one step of `rows` views. Counts parameters, gradients, views and activations.
+
+        schedule: for lockstep. What it keeps in host memory is counted too.
+        """
         meter = Meter(self.clock)
-        with FakeTensorMode() if fake else nullcontext(), _norms_of_cuda(self.cuda):
+        with FakeTensorMode() if fake else nullcontext(), norms_of_cuda(self.cuda):
             model = self.make().train()
             views = torch.empty(rows, *self.shape, dtype=self.dtype)
+            if schedule is not None and self.cuda and views.dim() == 4:
+                views = views.contiguous(memory_format=torch.channels_last)
             step = LargeBatch(
                 model,
                 memory=memory,
                 micro_batch=micro_batch,
                 autocast=self.dtype,
-                keep_every=keep_every,
+                schedule=schedule,
                 allow_ghost_bn=True,
             )
-            if memory == "lockstep":
-                _mark_blocks(step.lockstep, meter)
             with meter:
                 meter.hold(views, *model.parameters(), *model.buffers())
 
                 def loss(outputs: Any) -> Any:
-                    meter.phase = ("backward", len(meter.phases))
+                    meter.phase = ("backward", 0)
                     return self.loss(outputs)
 
-                # Two views, as from the loader. With micro-batches one tensor, so that all of them
-                # are full and memory is linear in `rows`.
-                whole = memory in ("lockstep", "grad-cache")
+                # Two views, as from the loader. For grad-cache one tensor, so that all
+                # micro-batches are full and memory is linear in `rows`.
+                whole = memory == "grad-cache"
                 step.backward(views if whole else views.chunk(2), loss)
         return meter.phases
 
 
 @contextmanager
-def _norms_of_cuda(wanted: bool) -> Iterator[None]:
+def norms_of_cuda(wanted: bool) -> Iterator[None]:
     before = gbn.on_cuda
     if wanted:
         gbn.on_cuda = lambda x: True
@@ -182,25 +186,3 @@ def _norms_of_cuda(wanted: bool) -> Iterator[None]:
         yield
     finally:
         gbn.on_cuda = before
-
-
-def _mark_blocks(lockstep: Any, meter: Meter) -> None:
-    blocks, forward, backward = (
-        lockstep.graph.blocks,
-        lockstep._forward_block,
-        lockstep._backward_block,
-    )
-
-    def marked_forward(block: Any, values: Any) -> Any:
-        meter.phase = ("forward", blocks.index(block))
-        inputs = [v[block.input] for v in values]
-        if blocks.index(block) and lockstep.keeps(blocks.index(block)):
-            meter.phases[meter.phase].stored = sum(_bytes(x) for x in inputs)
-        del inputs
-        return forward(block, values)
-
-    def marked_backward(block: Any, *rest: Any) -> Any:
-        meter.phase = ("backward", blocks.index(block))
-        return backward(block, *rest)
-
-    lockstep._forward_block, lockstep._backward_block = marked_forward, marked_backward

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from simclr_fast.augment.params import Augmentation, augmentation_from
 from simclr_fast.data.account import Account
 from simclr_fast.utils.numbers import as_float, as_int
+from simclr_fast.utils.sizes import parse_size
 
 # That of float32.
 _LARGEST = 3.4e38
@@ -98,11 +99,14 @@ class PretrainConfig:
     """How the gradient of the batch fits into memory; see simclr_fast.large_batch.LargeBatch. auto:
     the first mode that `simclr-fast plan` predicts to fit."""
     micro_batch: int | None = None
-    """Views per rank that lockstep and grad-cache process at a time. By default 256."""
-    offload_gb: float = 0
-    """Host memory per rank for lockstep's block inputs, in GB."""
-    keep_every: int = 1
-    """Lockstep keeps the input of every k-th block and recomputes the others."""
+    """Views per rank that lockstep and grad-cache process at a time. By default chosen to suit the
+    memory, 256 for grad-cache."""
+    gpu_memory: str | None = None
+    """GPU memory that a run may use per rank, such as 24GB. By default all that is free. For memory
+    auto and lockstep."""
+    host_memory: str | None = None
+    """RAM of the machine in which lockstep may keep values, such as 32GB, shared by its ranks. By
+    default none. The views are in RAM as well, beside it."""
     compile: bool = False
     """Lockstep uses torch.compile for the layers between batch norms and convolutions."""
     allow_ghost_bn: bool = False
@@ -139,7 +143,6 @@ class PretrainConfig:
             "projector_dim",
             "projector_depth",
             "projector_hidden",
-            "keep_every",
             "micro_batch",
             "workers",
             "log_every",
@@ -163,14 +166,17 @@ class PretrainConfig:
             object.__setattr__(self, name, value := as_float(name, value))
             if not 0 < value < _LARGEST:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
-        for name in ("weight_decay", "warmup_epochs", "offload_gb"):
+        for name in ("weight_decay", "warmup_epochs"):
             object.__setattr__(self, name, value := as_float(name, getattr(self, name)))
             if not 0 <= value < _LARGEST:
                 raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+        for name in ("gpu_memory", "host_memory"):
+            if (size := getattr(self, name)) is not None:
+                parse_size(size)
         for name, given, modes in (
             ("micro_batch", self.micro_batch is not None, ("auto", "lockstep", "grad-cache")),
-            ("offload_gb", self.offload_gb > 0, ("lockstep",)),
-            ("keep_every", self.keep_every > 1, ("lockstep",)),
+            ("gpu_memory", self.gpu_memory is not None, ("auto", "lockstep")),
+            ("host_memory", self.host_memory is not None, ("auto", "lockstep")),
             ("compile", self.compile, ("auto", "lockstep")),
             ("allow_ghost_bn", self.allow_ghost_bn, ("grad-cache",)),
         ):
@@ -367,8 +373,8 @@ MAY_CHANGE = (
     "precision",
     "memory",
     "micro_batch",
-    "offload_gb",
-    "keep_every",
+    "gpu_memory",
+    "host_memory",
     "compile",
     "allow_ghost_bn",
     "channels_last",

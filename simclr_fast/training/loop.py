@@ -70,8 +70,11 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
         model = model.to(memory_format=torch.channels_last)
     dtype = autocast_dtype(config.precision, world.device)
     work = workload(config, world, loader.n_views)
-    memory, predicted = choose_memory(config, world, work)
-    large_batch = LargeBatch(model, group=world.group, autocast=dtype, **memory)
+    setting, options = choose_memory(config, world, work)
+    if setting.memory == "lockstep":
+        # The planner counts on it.
+        loader.place_views(on_host=True)
+    large_batch = LargeBatch(model, group=world.group, autocast=dtype, **options)
     total_steps = config.steps or config.epochs * len(loader)
     optimizer = build_optimizer(model, config)
     warmup = min(round(config.warmup_epochs * len(loader)), total_steps - 1)
@@ -105,7 +108,7 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
         if world.rank == 0:
             write_config(config, loader.source.account, out)
             write_machine(out, world.device, world.size)
-            log.info("%s", summary(config, world, task, memory, predicted, total_steps, out))
+            log.info("%s", summary(config, world, task, setting, total_steps, out))
             metrics = stack.enter_context(
                 Metrics(task.name, out / "metrics.jsonl", config, step, total_steps)
             )
@@ -113,7 +116,7 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
             probe.open(out / "online_probe.jsonl", step)
 
         caught = stack.enter_context(catch_signals())
-        stack.enter_context(planner.out_of_memory(work, memory, where))
+        stack.enter_context(planner.out_of_memory(work, setting, where))
         model.train()
         # Closed after an error too: a thread may be making the next batch.
         batches = stack.enter_context(closing(endless(loader)))
@@ -240,17 +243,18 @@ def summary(
     config: PretrainConfig,
     world: World,
     task: Task,
-    memory: dict[str, Any],
-    predicted: float | None,
+    setting: planner.Setting,
     total_steps: int,
     out: Path,
 ) -> str:
     """A few lines that describe a run before it starts."""
     loader = task.loader
     weights = sum(p.numel() for p in task.model.parameters())
-    mode = memory["memory"]
-    if predicted is not None and predicted < float("inf"):
-        mode += f" (predicted {predicted / 1e9:.3g} GB per rank)"
+    mode: str = setting.memory
+    if setting.device_bytes < float("inf"):
+        mode += f" (predicted {setting.device_bytes / 1e9:.3g} GB per rank)"
+    if setting.host_bytes:
+        mode += f" and {setting.host_bytes / 1e9:.3g} GB of RAM per rank"
     precision = autocast_dtype(config.precision, world.device)
     ranks = f" over {world.size} ranks" if world.size > 1 else ""
     epochs = total_steps / len(loader)

@@ -1,10 +1,12 @@
 """Build what a PretrainConfig describes: model, optimizer, memory mode, output folder."""
 
 import logging
+import math
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -25,7 +27,9 @@ from simclr_fast.training.config import FIXED, MAY_CHANGE, PretrainConfig, diffe
 from simclr_fast.utils.checkpoint import write_atomic
 from simclr_fast.utils.device import autocast_dtype, free_memory
 from simclr_fast.utils.distributed import World
+from simclr_fast.utils.launch import launched
 from simclr_fast.utils.locks import locked
+from simclr_fast.utils.sizes import parse_size
 
 log = logging.getLogger(__name__)
 # The default learning rate of Adam and AdamW.
@@ -113,45 +117,57 @@ def loader_options(config: PretrainConfig, world: World) -> dict[str, Any]:
 def workload(config: PretrainConfig, world: World, n_views: int) -> planner.Workload:
     """Describe a run with `n_views` views per image to the planner, which always counts two."""
     images = max(world.size, -(-config.batch_size * n_views // 2))
+    size = config.augmentation.size
     return planner.Workload(
         partial(build_model, config),
-        config.augmentation.size,
+        (3, size, size),
         images,
         world.size,
         autocast_dtype(config.precision, world.device),
-        2 if config.optimizer in ("adam", "adamw") else 1,
+        2 if config.optimizer == "adam" else 1,
         cuda=world.device.type == "cuda",
     )
 
 
 def choose_memory(
     config: PretrainConfig, world: World, work: planner.Workload
-) -> tuple[dict[str, Any], float | None]:
-    """The options for `LargeBatch`, equal on all ranks, and the predicted bytes per rank.
+) -> tuple[planner.Setting, dict[str, Any]]:
+    """What the run does, equal on all ranks, and the options for `LargeBatch`.
 
-    For memory "auto" the planner chooses and predicts. Otherwise the options are those of `config`,
-    and the prediction is None.
+    For memory "auto" the planner chooses the mode, and for lockstep the schedule.
+
+    Raises:
+        ValueError: nothing fits, or lockstep cannot run the model.
     """
-    chosen = {
-        "memory": config.memory,
-        "micro_batch": config.micro_batch,
-        "keep_every": config.keep_every,
-        "offload_gb": config.offload_gb,
-        "compile": config.compile,
-        "allow_ghost_bn": config.allow_ghost_bn,
-    }
-    if config.memory != "auto":
-        return chosen, None
-    free = world.least(free_memory(world.device))
-    setting = planner.choose(work, free)
+    setting = planner.Setting(config.memory, config.micro_batch, math.inf)  # type: ignore[arg-type]
+    if config.memory in ("auto", "lockstep"):
+        limit, host = memory_limits(config, world)
+        work = replace(work, gpu=planner.gpu_of(limit))
+        if config.memory == "auto":
+            setting = planner.choose(work, limit, host, config.micro_batch)
+        else:
+            setting = planner.fitting_lockstep(work, limit, host, config.micro_batch)
     if config.compile and setting.memory != "lockstep":
         log.warning("compile has no effect: memory 'auto' chose %s", setting.memory)
-    return chosen | {
+    lockstep = setting.memory == "lockstep"
+    return setting, {
         "memory": setting.memory,
-        "micro_batch": config.micro_batch or setting.micro_batch,
-        "keep_every": setting.keep_every,
-        "compile": config.compile and setting.memory == "lockstep",
-    }, setting.device_bytes
+        "micro_batch": setting.micro_batch,
+        "schedule": setting.schedule,
+        "compile": config.compile and lockstep,
+        "allow_ghost_bn": config.allow_ghost_bn,
+    }
+
+
+def memory_limits(config: PretrainConfig, world: World) -> tuple[float, float]:
+    """Bytes that each rank may use: of its device, and of host memory for kept values."""
+    limit = free_memory(world.device)
+    if config.gpu_memory is not None:
+        limit = min(limit, parse_size(config.gpu_memory))
+    host = 0.0
+    if config.host_memory is not None:
+        host = parse_size(config.host_memory) / launched().local_size
+    return world.least(limit), world.least(host)
 
 
 def describe(config: PretrainConfig) -> dict[str, str]:

@@ -19,6 +19,7 @@ SMALL = ["--model", "resnet18", "--width", "0.25", "--image-size", "32", "--batc
 @pytest.fixture
 def settings(monkeypatch):
     """Replaces the simulation: gives it the settings that a test wants."""
+    monkeypatch.setattr(planner, "more_host_memory", lambda *_: None)
 
     def use(*ways):
         monkeypatch.setattr(planner, "settings", lambda *_: iter(ways))
@@ -27,15 +28,17 @@ def settings(monkeypatch):
 
 
 def test_the_printed_command_is_the_run_that_was_planned(settings, capsys):
-    settings(Setting("plain", None, 90e9), Setting("lockstep", 64, 20e9, keep_every=2))
+    settings(Setting("plain", None, 90e9), Setting("lockstep", 64, 20e9))
     options = ["--data", "my photos", "--gpus", "4", "--projector-depth", "3", "--precision"]
-    assert run(["plan", *SMALL, *options, "float16"]) == 0
+    memory = ["--gpu-memory", "24GiB", "--host-memory", "64GB"]
+    assert run(["plan", *SMALL, *memory, *options, "float16"]) == 0
     words = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert words[:6] == ["torchrun", "--nproc-per-node", "4", "-m", "simclr_fast", "pretrain"]
     config = parse_run(Pretrain, words[6:], "pretrain").config
     assert (config.data, config.model, config.width) == ("my photos", "resnet18", 0.25)
     assert (config.batch_size, config.augmentation.size, config.projector_depth) == (64, 32, 3)
-    assert (config.memory, config.micro_batch, config.keep_every) == ("lockstep", 64, 2)
+    assert (config.memory, config.micro_batch) == ("lockstep", 64)
+    assert (config.gpu_memory, config.host_memory) == ("24GiB", "64GB")
     assert config.precision == "float16"
     assert config.out is not None
 
@@ -56,8 +59,7 @@ def test_grad_cache_is_not_called_a_fit(settings, capsys):
     lines = capsys.readouterr().out.splitlines()
     (row,) = (line for line in lines if line.startswith("grad-cache  "))
     assert row.endswith("fits, but another gradient")
-    assert "No mode with the gradient of the whole batch fits 1 × 80GB" in lines[-1]
-    assert "plain needs the least, 900.0 GB" in lines[-1]
+    assert "batch_size 64 fits in no mode: --memory plain needs 900GB" in lines[-1]
 
 
 @pytest.mark.parametrize(("name", "memory"), [(n, m) for n, (m, _) in plan.GPUS.items()])

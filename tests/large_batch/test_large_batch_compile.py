@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from simclr_fast.large_batch import LargeBatch, compiled_regions, planner
 from simclr_fast.training.config import PretrainConfig
-from simclr_fast.training.setup import choose_memory
+from simclr_fast.training.setup import choose_memory, workload
 from simclr_fast.utils.distributed import World
 
 COMPILE = torch.compile
@@ -150,6 +150,7 @@ def test_only_lockstep_compiles(monkeypatch, caplog):
         LargeBatch(simclr("resnet10"), memory="plain", compile=True)
     monkeypatch.setattr(planner, "choose", lambda *_: planner.Setting("plain", None, 1))
     config = PretrainConfig(compile=True)
-    chosen, _ = choose_memory(config, World(0, 1, torch.device("cpu")), None)
-    assert chosen["compile"] is False
+    world = World(0, 1, torch.device("cpu"))
+    _, options = choose_memory(config, world, workload(config, world, 2))
+    assert options["compile"] is False
     assert "compile has no effect: memory 'auto' chose plain" in caplog.text

@@ -13,12 +13,14 @@ from simclr_fast.augment.params import Augmentation
 from simclr_fast.commands.cli import run
 from simclr_fast.data.loader import TwoViewLoader
 from simclr_fast.large_batch import LargeBatch, planner
-from simclr_fast.large_batch.planner import Setting, Workload, parse_size
-from simclr_fast.large_batch.simulate import Meter, Phase, Step
+from simclr_fast.large_batch.planner import Setting, Workload
+from simclr_fast.large_batch.schedule import Schedule, Stage
+from simclr_fast.large_batch.simulate import Meter, Step
 from simclr_fast.losses.nt_xent import nt_xent_loss
 from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector
 from simclr_fast.optim.lars import LARS
 from simclr_fast.training.pretrain import pretrain
+from simclr_fast.utils.sizes import gigabytes, parse_size
 
 pytest.importorskip("torchvision")
 SIZE, ROWS, MICRO = 32, 48, 10
@@ -43,18 +45,22 @@ def peak(phases):
 
 def work(batch_size=ROWS // 2, **options):
     options = {"dtype": None, "cuda": False, **options}
-    return Workload(make, SIZE, batch_size, **options)
+    return Workload(make, (3, SIZE, SIZE), batch_size, **options)
+
+
+# resnet10 has a stem, four blocks and a head.
+NARROW = Schedule(MICRO, tuple(Stage(1, last=last) for last in ("again", *["kept"] * 5)))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("memory", ["plain", "replay", "lockstep", "grad-cache"])
 def test_simulated_is_what_a_real_step_takes(memory, dtype):
-    found, real = (step(dtype).run(memory, ROWS, MICRO, fake=fake) for fake in (True, False))
+    how = (None, NARROW) if memory == "lockstep" else (MICRO,)
+    found, real = (step(dtype).run(memory, ROWS, *how, fake=fake) for fake in (True, False))
     assert found.keys() == real.keys()
     for key, phase in found.items():
         assert phase.peak == pytest.approx(real[key].peak, rel=1e-3), key
         assert phase.flops == real[key].flops
-        assert phase.stored == real[key].stored
 
 
 def test_dali_is_counted_by_the_size_of_the_views():
@@ -87,13 +93,11 @@ def test_plain_is_its_saved_tensors():
 
 
 def test_many_micro_batches_lie_on_the_line():
-    for memory in ("lockstep", "grad-cache"):
-        whole = step().run(memory, 56, 8)
-        found = work(28)._phases(memory, 8)
-        assert peak(found) == pytest.approx(peak(whole), rel=0.01)
-        for name in ("flops", "stored"):
-            sums = [sum(getattr(p, name) for p in phases.values()) for phases in (found, whole)]
-            assert sums[0] == pytest.approx(sums[1], rel=1e-6)
+    whole = step().run("grad-cache", 56, 8)
+    found = work(28)._phases("grad-cache", 8)
+    assert peak(found) == pytest.approx(peak(whole), rel=0.01)
+    sums = [sum(p.flops for p in phases.values()) for phases in (found, whole)]
+    assert sums[0] == pytest.approx(sums[1], rel=1e-6)
 
 
 def test_the_meter_sees_what_is_freed():
@@ -111,62 +115,103 @@ def test_the_meter_sees_what_is_freed():
     assert meter.alive == 0
 
 
+def usable(setting, factor=1.0):
+    """The GPU memory with which `setting` just fits."""
+    return factor * setting.device_bytes / 0.95
+
+
 def test_settings_need_less_and_compute_more():
-    plain, replay, lockstep = (
-        work().setting(m, s) for m, s in (("plain", None), ("replay", None), ("lockstep", 8))
-    )
-    assert plain.device_bytes > replay.device_bytes > lockstep.device_bytes
+    plain, replay = work().setting("plain"), work().setting("replay")
+    half = work().lockstep(usable(plain, 0.6), micro_batch=4)
+    least = work().lockstep(1.0, micro_batch=4)
+    assert plain.device_bytes > replay.device_bytes > least.device_bytes
     assert plain.compute == pytest.approx(1, rel=0.01)
     assert 1.25 < replay.compute < 1.4
-    assert 1.25 < lockstep.compute < 1.4
-    sparse = work().setting("lockstep", 8, 2)
-    assert sparse.device_bytes < lockstep.device_bytes
-    assert 1.4 < sparse.compute < 1.55
-    assert sparse.flags == "--memory lockstep --micro-batch 8 --keep-every 2"
+    # The first step down from plain repeats no convolution, or hardly any.
+    assert half.device_bytes <= 0.6 * plain.device_bytes
+    assert 0.99 < half.compute < 1.1
+    assert half.compute < least.compute < 2.5
+    # With plenty of memory, everything is kept, and no schedule is searched.
+    everything = work().lockstep(usable(plain, 8), micro_batch=4)
+    assert {stage.last for stage in everything.schedule.stages} == {"kept"}
+    assert everything.compute == pytest.approx(1, abs=0.02)
+    assert half.flags == f"--memory lockstep --micro-batch {half.micro_batch}"
     # What lies beside a step: momentum, and the next batch's views.
     momentum = sum(p.nbytes for p in make().parameters())
     assert work().bytes_outside_step("plain") == momentum + ROWS * 3 * SIZE**2 * 4
-    assert (
-        work(ranks=2).bytes_outside_step("replay") - work(ranks=2).bytes_outside_step("lockstep")
-        == momentum
-    )
+    outside = [work(ranks=2).bytes_outside_step(m) for m in ("replay", "lockstep")]
+    # Lockstep's own views are counted elsewhere.
+    assert outside[0] - outside[1] == momentum + work(ranks=2).view_bytes
 
 
-def test_offload_takes_the_first_inputs_until_it_fits(monkeypatch):
-    kept, forward, backward = (0, 10, 20, 30), (5, 15, 35, 70), (20, 40, 60, 75)
-    phases = {("forward", i): Phase(forward[i], stored=kept[i]) for i in range(4)}
-    phases.update({("backward", i): Phase(backward[i]) for i in range(4)})
-    monkeypatch.setattr(Workload, "_phases", lambda *_: phases)
-    monkeypatch.setattr(Workload, "bytes_outside_step", lambda *_: 100)
-    found = [work().offloaded(Setting("lockstep", 8, 175), limit) for limit in (165, 100)]
-    # In the last block's backward the input before its own is on its way back.
-    assert [(s.device_bytes, s.offload_bytes) for s in found] == [(165, 10), (165, 60)]
-    assert found[0].flags == "--memory lockstep --micro-batch 8 --offload-gb 0.1"
+def test_a_planned_schedule_is_what_its_step_takes():
+    task = work(24, cuda=True, loader=False, dtype=torch.bfloat16)
+    for share in (0.6, 0.8):
+        memory = usable(task.setting("plain"), share) + planner._CONTEXT
+        planned = task.lockstep(memory, micro_batch=4)
+        simulated = task.simulated(planned)
+        assert planner.fits(planned, memory)
+        assert simulated.device_bytes == pytest.approx(planned.device_bytes, rel=0.03)
+        assert simulated.compute == pytest.approx(planned.compute, rel=0.005)
+
+
+def test_host_memory_saves_work_and_is_counted():
+    task = work(24, loader=False)
+    alone = task.lockstep(1.0, micro_batch=4)
+    memory = usable(alone, 1.05)
+    without = task.lockstep(memory, 0, 4)
+    helped = task.lockstep(memory, alone.device_bytes, 4)
+    assert planner.fits(helped, memory)
+    assert helped.compute < without.compute
+    assert 0 < helped.host_bytes <= alone.device_bytes
+    assert helped.schedule.host_bytes == helped.host_bytes
+    assert helped.bus_bytes >= 2 * helped.host_bytes
+    simulated = task.simulated(helped)
+    assert simulated.device_bytes == pytest.approx(helped.device_bytes, rel=0.03)
 
 
 def test_choice_follows_memory():
     task = work()
-    plain, replay = task.setting("plain"), task.setting("replay")
+    plain = task.setting("plain")
     assert planner.choose(task, 2 * plain.device_bytes).memory == "plain"
-    assert planner.choose(task, replay.device_bytes * 1.06).memory == "replay"
-    lockstep = task.setting("lockstep", 32)
-    assert planner.choose(task, lockstep.device_bytes * 1.06).memory == "lockstep"
+    found = planner.choose(task, usable(plain, 0.9))
+    assert found.memory == "lockstep"
+    assert found.schedule is not None
     with pytest.raises(ValueError, match="fits in no mode"):
         planner.choose(task, 1e6)
 
 
-def test_grad_cache_is_chosen_for_a_model_without_batch_norms(monkeypatch):
-    ways = [Setting("plain", None, 900), Setting("grad-cache", 32, 100)]
-    monkeypatch.setattr(planner, "settings", lambda *_: ways)
-    monkeypatch.setattr(Workload, "setting", lambda *_: ways[0])
-    monkeypatch.setattr(Workload, "offloaded", lambda *_: ways[0])
-    for task, expected in ((replace(work(), make=_Plain), ways[1]), (work(), None)):
-        if expected is None:
-            with pytest.raises(ValueError, match="fits in no mode: --memory plain"):
-                planner.choose(task, 200)
-        else:
-            assert planner.choose(task, 200) == expected
-        assert planner.next_smaller(task, "plain", None) == expected
+def test_a_model_that_lockstep_cannot_run_is_replayed(monkeypatch):
+    refused = Setting("lockstep", None, math.inf, refusal="no")
+    monkeypatch.setattr(Workload, "lockstep", lambda *_: refused)
+    task = work()
+    replay = task.setting("replay")
+    assert planner.choose(task, usable(replay, 1.01)) == replay
+    with pytest.raises(ValueError, match="no"):
+        planner.fitting_lockstep(task, 1e12)
+    assert planner.next_smaller(task, task.setting("plain"))[0] == replay
+
+
+def test_grad_cache_is_exact_for_a_model_without_batch_norms():
+    setting = Setting("grad-cache", 32, 100)
+    assert planner.exact(Workload(_Plain, (3, SIZE, SIZE), ROWS // 2, cuda=False), setting)
+    assert not planner.exact(work(), setting)
+
+
+def test_the_schedule_for_a_given_model():
+    model = make()
+    before = [p.clone() for p in model.parameters()]
+    plain = work().setting("plain")
+    shape = (3, SIZE, SIZE)
+    found = planner.schedule_of(model, shape, ROWS, None, plain.device_bytes * 0.7, cuda=False)
+    assert found.blocks == 6
+    assert all(map(torch.equal, before, model.parameters()))
+    with pytest.raises(ValueError, match="fits in no mode"):
+        planner.schedule_of(model, shape, ROWS, None, 1e5, cuda=False)
+    loss = LargeBatch(model, memory="lockstep", schedule=found).backward(
+        torch.randn(ROWS, *shape), lambda z: nt_xent_loss(z[1])
+    )
+    assert loss.isfinite()
 
 
 def test_a_model_that_a_mode_cannot_run_is_said():
@@ -174,6 +219,10 @@ def test_a_model_that_a_mode_cannot_run_is_said():
     found = task.setting("replay")
     assert math.isinf(found.device_bytes)
     assert "_Plain has none" in found.refusal
+    task = replace(work(), make=lambda: nn.Sequential(make(), nn.Dropout(0.5)))
+    found = task.lockstep(1e12)
+    assert math.isinf(found.device_bytes)
+    assert "memory='lockstep' cannot run this model" in found.refusal
 
 
 class _Plain(nn.Module):
@@ -204,6 +253,7 @@ def test_the_plan_command_prints_every_mode(capsys):
     printed = capsys.readouterr().out
     for word in ("plain", "replay", "lockstep", "grad-cache", "predicted", "GPU GB", "host GB"):
         assert word in printed
+    assert "22 GB/s in each direction" in printed
     assert printed.splitlines()[-1].endswith(" --memory plain")
     assert run(["plan", *small, "--gpu-memory", "80"]) == 1
     assert "80GB or 24GiB" in capsys.readouterr().err
@@ -283,20 +333,25 @@ def test_out_of_memory_names_the_next_setting(config, arrays, monkeypatch, place
         return original(*arguments, **options)
 
     monkeypatch.setattr(kind, name, fail)
-    monkeypatch.setattr(planner, "next_smaller", lambda *_, **__: Setting("replay", None, 1.5e9))
+    smaller = Setting("replay", None, 1.5e9)
+    monkeypatch.setattr(planner, "next_smaller", lambda *_: (smaller, smaller.flags))
     says = f"rank 0, step {step}: out of memory with --memory plain; next: --memory replay"
     with pytest.raises(planner.OutOfMemory, match=says):
         pretrain(replace(config, memory="plain", steps=2))
 
 
-def test_what_comes_after_a_setting_needs_less(monkeypatch):
-    assert planner.next_smaller(work(), "plain", None).memory == "replay"
-    monkeypatch.setattr(planner, "settings", lambda *_: [])
-    monkeypatch.setattr(Workload, "setting", lambda *_: Setting("lockstep", 256, 100))
-    for moved, helps in ((95, False), (60, True)):
-        offloaded = Setting("lockstep", 256, moved, offload_bytes=40)
-        monkeypatch.setattr(Workload, "offloaded", lambda *_, found=offloaded: found)
-        assert planner.next_smaller(work(), "lockstep", 256) == (offloaded if helps else None)
+def test_what_comes_after_a_setting_needs_less():
+    task = work(24)
+    now = task.setting("plain")
+    for _ in range(3):
+        found, flags = planner.next_smaller(task, now)
+        assert found.device_bytes <= 0.9 * now.device_bytes
+        assert flags.startswith("--memory lockstep --gpu-memory ")
+        now = found
+    assert planner.next_smaller(task, Setting("lockstep", 8, 1e6)) is None
+    # A mode that was not planned: its memory is predicted first.
+    found, _ = planner.next_smaller(task, Setting("replay", None, math.inf))
+    assert found.device_bytes < task.setting("replay").device_bytes
 
 
 def test_other_errors_stay_what_they_are():
@@ -313,7 +368,7 @@ def test_the_command_says_it_in_a_line(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("simclr-fast pretrain: rank 0, step 1: out of memory")
 
 
-def test_flags_of_a_setting():
-    assert Setting("lockstep", 64, 1, offload_bytes=3.21e9).flags == (
-        "--memory lockstep --micro-batch 64 --offload-gb 3.3"
-    )
+def test_sizes_are_rounded_to_the_safe_side():
+    assert gigabytes(3.21e9) == "3.3GB"
+    assert gigabytes(3.29e9, down=True) == "3.2GB"
+    assert parse_size(gigabytes(24e9)) == 24e9

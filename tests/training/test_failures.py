@@ -145,7 +145,7 @@ def in_float64(rank):
 
 
 slow = pytest.mark.slow
-EXHAUSTED = "step 3: out of memory with --memory plain; next: --memory lockstep --micro-batch"
+EXHAUSTED = "step 3: out of memory with --memory plain; next: --memory lockstep --gpu-memory"
 
 
 @pytest.mark.parametrize(

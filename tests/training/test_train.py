@@ -227,7 +227,7 @@ def test_options_override_presets():
 
 NUMBERS = [
     *("width", "projector_dim", "projector_depth", "batch_size", "epochs", "steps", "temperature"),
-    *("lr", "weight_decay", "warmup_epochs", "micro_batch", "offload_gb", "keep_every", "workers"),
+    *("lr", "weight_decay", "warmup_epochs", "micro_batch", "workers"),
     *("log_every", "probe_every", "checkpoint_every", "checkpoint_minutes", "timeout"),
 ]
 
