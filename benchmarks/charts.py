@@ -1,11 +1,12 @@
 """The charts of the README, drawn from benchmarks/results/*.json.
 
     simclr-fast bench all --out benchmarks/results                          measure
-    simclr-fast plan --gpu a100-80gb --json > benchmarks/results/plan.json  predict
+    simclr-fast plan --fits --json > benchmarks/results/plan.json           predict
     python -m benchmarks.charts                                             draw
 
 speed.png shows our time and those of other libraries for each subject of `simclr-fast bench`;
-memory.png shows the predicted memory of a batch per GPU in each memory mode of `simclr-fast plan`.
+memory.png shows what `simclr-fast plan` predicts for ResNet-50 at batch 4096 on one GPU: the memory
+that plain needs, and that of the schedules for usual GPUs.
 """
 
 import json
@@ -23,8 +24,6 @@ PLAN = "plan.json"
 DOCS = RESULTS.parents[1] / "docs"
 # Contenders in a panel: ours, lightly's, and the fastest of the others.
 _BARS = 5
-# Memory of usual GPUs, GB.
-_CARDS = (24, 40, 80)
 _MOST_GB = 160
 
 
@@ -74,42 +73,46 @@ def _machine(environment: dict[str, Any]) -> str:
 
 
 def memory(plan: Path, path: Path) -> None:
-    """A bar for each memory mode of a plan, and lines at the memory of usual GPUs."""
+    """A bar for plain, and one for each GPU: of its memory, and of RAM."""
     need("matplotlib")
     from matplotlib.figure import Figure
 
     found = json.loads(plan.read_text())
-    options = found["options"]
-    rows: dict[str, dict[str, Any]] = {}
-    for row in found["rows"]:
-        name = row["memory"] + (f", keep every {k}" if (k := row["keep_every"]) > 1 else "")
-        # Show the first micro-batch size, which is the fastest, and no offload.
-        if "device_bytes" in row and not row["offload_bytes"]:
-            rows.setdefault(name if row["exact_gradient"] else f"{name} (another gradient)", row)
-    figure = Figure(figsize=(8, 0.5 * len(rows) + 1.7), layout="constrained")
+    rows = [
+        row
+        for row in found["rows"]
+        if row["gpus"] == 1 and (row["model"], row["width"]) == ("resnet50", 1)
+    ]
+    names = ["plain"]
+    for row in rows:
+        card = row["gpu"] if "GB" in row["gpu"] else f"{row['gpu']} {row['gpu_gb']}GB"
+        names.append(f"{card}: {row['compute']:.2f}× the convolutions")
+    device = [rows[0]["plain_bytes"] / 1e9, *(row["device_bytes"] / 1e9 for row in rows)]
+    host = [0.0, *((row["host_bytes"] + row["view_bytes"]) / 1e9 for row in rows)]
+    figure = Figure(figsize=(8, 0.5 * len(names) + 1.7), layout="constrained")
     axis = figure.subplots()
-    needed = [row["device_bytes"] / 1e9 for row in rows.values()]
-    colours = ["#0072B2" if row["exact_gradient"] else "0.7" for row in rows.values()]
-    axis.barh(list(rows), [min(gb, _MOST_GB) for gb in needed], color=colours, height=0.7)
-    for y, gb in enumerate(needed):
+    places = range(len(names))
+    shown = [min(gb, _MOST_GB) for gb in device]
+    axis.barh(places, shown, color="#0072B2", height=0.7, label="GPU memory")
+    axis.barh(places, host, left=shown, color="#56B4E9", height=0.7, label="RAM")
+    for y, (gb, ram) in enumerate(zip(device, host, strict=True)):
         if gb > _MOST_GB:
-            text, x, options_of_text = f"{gb:.0f} GB →", _MOST_GB - 1, {"ha": "right", "color": "w"}
+            style = {"ha": "right", "color": "w"}
+            axis.text(_MOST_GB - 1, y, f"{gb:.0f} GB →", va="center", fontsize=9, **style)
         else:
-            text, x, options_of_text = f"{gb:.0f} GB", gb + 1, {"ha": "left", "color": "k"}
-        box = {"facecolor": "w", "edgecolor": "none", "pad": 1} if gb <= _MOST_GB else None
-        axis.text(x, y, text, va="center", fontsize=9, bbox=box, **options_of_text)
-    for card in _CARDS:
-        axis.axvline(card, color="#D55E00", ls="--", lw=1.2, zorder=0.5)
-        axis.text(card, -0.62, f"{card} GB", ha="center", va="bottom", color="#D55E00", fontsize=9)
-    axis.set(xlim=(0, _MOST_GB), ylim=(len(rows) - 0.4, -0.6))
-    axis.set_xlabel("GB per GPU, predicted: nothing was measured on a GPU; dashed: usual GPUs")
+            text = f"{gb:.0f} GB" + (f" + {ram:.0f} GB of RAM" if ram else "")
+            axis.text(gb + ram + 1, y, text, va="center", fontsize=9)
+    axis.set(xlim=(0, _MOST_GB), ylim=(len(names) - 0.4, -0.6))
+    axis.set_yticks(places, names)
+    axis.set_xlabel("GB, predicted: nothing was measured on a GPU")
+    axis.legend(loc="lower right", frameon=False, fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
+    options = found["options"]
     title = (
-        f"Memory for batch {options['batch_size']} on {options['gpus']} GPU: "
-        f"{options['model']}, {options['image_size']}×{options['image_size']}, "
-        f"{options['precision']}"
+        f"Batch {options['batch_size']}, exact, on one GPU: ResNet-50, "
+        f"{options['image_size']}×{options['image_size']}, {options['precision']}"
     )
-    axis.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=22)
+    axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
     write_atomic(path, lambda part: figure.savefig(part, format="png", dpi=120))
 
 

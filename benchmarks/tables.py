@@ -5,8 +5,8 @@
     python -m benchmarks.tables                                     print the tables
 
 In a document, the text between `<!-- results: NAME -->` and `<!-- end of results -->` is replaced.
-NAME is a subject of `simclr-fast bench`; `summary`, one row for each subject; or `predicted`, what
-the models of this folder predict for GPUs.
+NAME is a subject of `simclr-fast bench`; `summary`, one row for each subject; `predicted`, what the
+models of this folder predict for GPUs; `fits` or `cards`, what `simclr-fast plan --fits` predicts.
 """
 
 import json
@@ -18,6 +18,7 @@ from typing import Any
 
 from simclr_fast.benchmarks import augment_gpu_model, bench_lars, harness
 from simclr_fast.benchmarks.harness import number
+from simclr_fast.commands.plan import fits_lines
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SUBJECTS = ("loss", "augment", "lars", "step")
@@ -67,14 +68,37 @@ def text(name: str, results: Path = RESULTS) -> str:
         return summary(results)
     if name == "predicted":
         return predicted()
+    if name in ("fits", "cards"):
+        return fits(results, name == "cards")
     if name not in SUBJECTS:
-        allowed = ", ".join((*SUBJECTS, "summary", "predicted"))
+        allowed = ", ".join((*SUBJECTS, "summary", "predicted", "fits", "cards"))
         raise ValueError(f"results must be one of {allowed}, got {name!r}")
     found = load(name, results)
     if found is None:
         return f"Not recorded yet: `simclr-fast bench {name} --out benchmarks/results`.\n"
     tables = (_table(table, FACTS[name]) for table in found["tables"])
     return "\n".join([f"{machine(found['environment'])}\n", *tables])
+
+
+def fits(results: Path, cards: bool) -> str:
+    """What fits on which GPUs. cards: only single GPUs, with the options of `pretrain`."""
+    rows = json.loads((results / "plan.json").read_text())["rows"]
+    if not cards:
+        return "\n".join(fits_lines(rows)) + "\n"
+    lines = [
+        "| one GPU | options of `pretrain` | GB of the GPU | GB of RAM | convolution work |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["gpus"] == 1 and (row["model"], row["width"]) == ("resnet50", 1):
+            host = f" --host-memory {row['host_gb']}GB" if row["host_gb"] else ""
+            card = row["gpu"] if "GB" in row["gpu"] else f"{row['gpu']} {row['gpu_gb']}GB"
+            ram = (row["host_bytes"] + row["view_bytes"]) / 1e9
+            lines.append(
+                f"| {card} | `--memory {row['memory']}{host}` | {row['device_bytes'] / 1e9:.1f} | "
+                f"{ram:.1f} | {row['compute']:.2f}× |"
+            )
+    return "\n".join(lines) + "\n"
 
 
 def machine(environment: dict[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """simclr-fast plan."""
 
-import itertools
 import json
 import shlex
 import sys
@@ -35,10 +34,22 @@ GPUS: dict[GpuName, tuple[int, Gpu]] = {
     "h200": (141, Gpu("H200", 989.4e12, 4.8e12, planner.PCIE5)),
     "b200": (180, Gpu("B200", 2250e12, 7.7e12, planner.PCIE5)),
 }
-_WIDTHS, _COUNTS = (1, 2, 4), (1, 2, 4, 8)
-_CARDS: tuple[GpuName, ...] = ("rtx4090", "a100-40gb", "h100")
-# RAM per GPU that the table of `--fits` tries, GB.
-_HOST_GB = (0, 24, 48)
+# The cases of `--fits`: model, width, number and kind of GPUs, RAM per GPU for kept values in GB.
+CASES: tuple[tuple[str, float, int, GpuName, int], ...] = (
+    ("resnet50", 1, 1, "rtx4090", 15),
+    ("resnet50", 1, 1, "a100-40gb", 0),
+    ("resnet50", 1, 1, "a100-40gb", 7),
+    ("resnet50", 1, 1, "h100", 0),
+    ("resnet50", 1, 2, "rtx4090", 0),
+    ("resnet50", 1, 4, "rtx4090", 0),
+    ("resnet50", 1, 8, "rtx4090", 0),
+    ("resnet50", 2, 1, "h100", 0),
+    ("resnet50", 2, 1, "h100", 23),
+    ("resnet50", 2, 2, "h100", 0),
+    ("resnet50", 4, 2, "h100", 0),
+    ("resnet50", 4, 4, "h100", 0),
+    ("resnet34", 1, 1, "rtx4090", 15),
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,7 @@ class Plan:
     data: str = "photos"
     """The value of --data in the printed command."""
     fits: bool = False
-    """Print a table for several widths, numbers of GPUs and sizes of their memory instead."""
+    """Print a table of usual models and GPUs instead. Takes minutes."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -281,59 +292,57 @@ def _to_json(
 
 
 def fits_table(config: PretrainConfig) -> Iterator[dict[str, Any]]:
-    """What fits on usual GPUs: a row per width, number and kind of GPU."""
-    for width in _WIDTHS:
-        # One for all cases, so that the planner counts each operation once.
-        model = workload(replace(config, width=width), 1, planner.A100_80GB)
-        for gpus, card in itertools.product(_COUNTS, _CARDS):
-            gb, gpu = GPUS[card]
-            work = replace(model, ranks=gpus, gpu=gpu)
-            plain = work.setting("plain")
-            row = {"width": width, "gpus": gpus, "gpu": gpu.name, "gpu_gb": gb}
-            row |= {"plain_bytes": plain.device_bytes, "settings": []}
-            ways = [plain] if planner.fits(plain, gb * 1e9) else []
-            for host in () if ways else _HOST_GB:
-                setting = work.lockstep(gb * 1e9, host * 1e9)
-                if planner.fits(setting, gb * 1e9):
-                    ways.append(setting)
-            names = ("memory", "device_bytes", "host_bytes", "view_bytes", "compute", "seconds")
-            row["settings"] = [{name: getattr(s, name) for name in names} for s in ways]
-            yield row
+    """What lockstep and plain need in each of `CASES`."""
+    works: dict[tuple[str, float], Workload] = {}
+    for model, width, gpus, card, host in CASES:
+        given = replace(config, model=model, width=width)
+        # One for all cases of a model, so that the planner counts each operation once.
+        work = works.setdefault((model, width), workload(given, 1, GPUS[card][1]))
+        gb, gpu = GPUS[card]
+        work = replace(work, ranks=gpus, gpu=gpu)
+        plain = work.setting("plain")
+        way = plain
+        if not planner.fits(plain, gb * 1e9):
+            way = work.lockstep(gb * 1e9, host * 1e9)
+        names = ("memory", "device_bytes", "host_bytes", "view_bytes", "bus_bytes", "compute")
+        yield {
+            "model": model,
+            "width": width,
+            "gpus": gpus,
+            "gpu": gpu.name,
+            "gpu_gb": gb,
+            "host_gb": host,
+            "plain_bytes": plain.device_bytes,
+            "plain_seconds": plain.seconds,
+            "fits": planner.fits(way, gb * 1e9),
+            "seconds": way.seconds,
+            **{name: getattr(way, name) for name in names},
+        }
 
 
 def _print_fits(given: Plan, config: PretrainConfig) -> None:
     """Print `fits_table` as JSON, or as a Markdown table."""
-    count = len(_WIDTHS) * len(_COUNTS) * len(_CARDS)
-    print(f"Predicting {count} cases: several minutes.", file=sys.stderr, flush=True)
+    print(f"Predicting {len(CASES)} cases: minutes.", file=sys.stderr, flush=True)
     rows = list(fits_table(config))
     if given.json:
-        print(json.dumps({"predicted": True, "options": asdict(given), "rows": rows}, indent=1))
-        return
-    print("\n".join(fits_lines(rows)))
+        content = {"predicted": True, "options": asdict(given), "rows": rows}
+        print(json.dumps(content, indent=1))
+    else:
+        print("\n".join(fits_lines(rows)))
 
 
 def fits_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """The Markdown table of `fits_table`."""
-    cards = list(dict.fromkeys(row["gpu"] for row in rows))
+    """The Markdown table of `fits_table`. Bytes are those of one GPU."""
     lines = [
-        "| width | GPUs | plain needs | " + " | ".join(cards) + " |",
-        "|---" * (3 + len(cards)) + "|",
+        "| model | GPUs | GB of each | plain: GB | RAM: GB | PCIe: GB | work | s/step |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for (width, gpus), group in itertools.groupby(rows, lambda r: (r["width"], r["gpus"])):
-        own = list(group)
-        plain = f"{own[0]['plain_bytes'] / 1e9:.0f} GB"
-        cells = [_cell(row) for row in own]
-        lines.append(f"| {width}× | {gpus} | {plain} | " + " | ".join(cells) + " |")
+    for row in rows:
+        ram = row["host_bytes"] + row["view_bytes"]
+        name = f"{row['model']}, {row['width']:g}×"
+        lines.append(
+            f"| {name} | {row['gpus']} × {row['gpu']} | {row['device_bytes'] / 1e9:.1f} | "
+            f"{row['plain_bytes'] / 1e9:.0f} | {ram / 1e9:.1f} | {row['bus_bytes'] / 1e9:.0f} | "
+            f"{row['compute']:.2f}× | {row['seconds']:.1f} |"
+        )
     return lines
-
-
-def _cell(row: dict[str, Any]) -> str:
-    """The work of the settings that fit, with the RAM per GPU that each needs."""
-    found: dict[str, str] = {}
-    for setting in row["settings"]:
-        if setting["memory"] == "plain":
-            return "plain"
-        host = setting["host_bytes"] / 1e9
-        with_host = f" with {host:.0f} GB RAM" if host >= 1 else ""
-        found.setdefault(f"{setting['compute']:.2f}×", with_host)
-    return "; ".join(f"{work}{ram}" for work, ram in found.items()) or "–"

@@ -44,19 +44,12 @@ def results(tmp_path):
     )  # fmt: skip
     content = {"environment": ENVIRONMENT, "tables": [one, two]}
     (tmp_path / "loss.json").write_text(json.dumps(content))
-    rows = [
-        {"memory": "plain", "keep_every": 1, "device_bytes": 700e9, "exact_gradient": True},
-        {"memory": "lockstep", "keep_every": 1, "device_bytes": 100e9, "exact_gradient": True},
-        {"memory": "lockstep", "keep_every": 1, "device_bytes": 99e9, "exact_gradient": True},
-        {"memory": "lockstep", "keep_every": 2, "device_bytes": 70e9, "exact_gradient": True},
-        {"memory": "replay", "keep_every": 1, "exact_gradient": True, "refusal": "no"},
-        {"memory": "grad-cache", "keep_every": 1, "device_bytes": 9e9, "exact_gradient": False},
-    ]
-    options = {"batch_size": 4096, "gpus": 1, "model": "resnet50", "image_size": 224}
-    plan = {
-        "options": options | {"precision": "bfloat16"},
-        "rows": [row | {"offload_bytes": 0} for row in rows],
-    }
+    row = {"model": "resnet50", "width": 1, "gpus": 1, "gpu": "A card", "gpu_gb": 24, "host_gb": 8}
+    row |= {"plain_bytes": 700e9, "device_bytes": 22e9, "host_bytes": 8e9, "view_bytes": 5e9}
+    row |= {"compute": 1.4, "seconds": 9.0, "bus_bytes": 80e9, "memory": "lockstep"}
+    options = {"batch_size": 4096, "image_size": 224, "precision": "bfloat16"}
+    rows = [row, row | {"host_gb": 0, "host_bytes": 0, "view_bytes": 0}, row | {"width": 2}]
+    plan = {"options": options, "rows": rows}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     return tmp_path
 
