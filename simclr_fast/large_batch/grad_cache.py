@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from simclr_fast.large_batch.batch_norms import batch_norms
 from simclr_fast.large_batch.outputs import (
@@ -51,6 +52,8 @@ def backward(
         for part in parts:
             numbers.append(AllNumbers(devices))
             outputs.append(run(part, filled=False))
+            if compare and part is parts[0] and not norms:
+                _refuse_mixed_rows(part, outputs[0], numbers[0], run)
             refuse_other_rows(outputs[-1], len(part), "grad-cache")
             refuse_other_constants(outputs[0], outputs[-1], "grad-cache")
     columns = list(zip(*(tensors(o) for o in outputs), strict=True))
@@ -83,6 +86,27 @@ def backward(
     finally:
         after.restore()
     return result
+
+
+def _refuse_mixed_rows(
+    part: Tensor, outputs: Any, before: AllNumbers, run: Callable[[Tensor, bool], Any]
+) -> None:
+    """Run half of a micro-batch, and refuse a model whose outputs are others then.
+
+    A model that draws random numbers is not tried, because it would draw others.
+    """
+    if len(part) < 2 or isinstance(part, FakeTensor) or before.drawn():
+        return
+    half = len(part) // 2
+    found = tensors(run(part[:half], True))
+    whole = tensors(outputs)
+    if all(t.dim() and len(t) == len(part) for t in whole) and differ(
+        [t[:half] for t in whole], found
+    ):
+        raise ValueError(
+            "memory='grad-cache' runs the model on micro-batches, and the output of a view depends "
+            "on the other views in the batch; memory='plain' and memory='replay' can run it"
+        )
 
 
 @contextmanager

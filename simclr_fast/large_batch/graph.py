@@ -22,6 +22,8 @@ from simclr_fast.large_batch.refusals import (
     arguments,
     refusal,
     refuse_hooks,
+    refuse_mixing,
+    refuse_outputs,
     refuse_random,
 )
 from simclr_fast.large_batch.second_run import traced_once
@@ -89,10 +91,12 @@ class Graph:
         nodes = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
         for node in nodes:
             refuse_random(node, self.module(node) if node.op == "call_module" else None)
+            refuse_mixing(node)
         self._make_out_of_place(nodes)
         found: dict[Node, None] = {}
         fx.map_arg(self.result, lambda n: found.setdefault(n))
         self.outputs = list(found)
+        refuse_outputs(self.outputs)
         self.blocks = list(self._blocks(nodes))
 
     def module(self, node: Node) -> Any:

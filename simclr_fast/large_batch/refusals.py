@@ -21,6 +21,14 @@ from simclr_fast.large_batch.batch_norms import batch_norms
 _RANDOM = ("dropout", "bernoulli", "rand", "multinomial", "stochastic_depth", "normal_", "uniform_")
 
 
+# Functions and methods whose second argument or `dim` says over which dimensions they go.
+_REDUCTIONS = frozenset(
+    [
+        *("mean", "sum", "std", "var", "var_mean", "std_mean", "prod", "norm", "normalize"),
+        *("amax", "amin", "max", "min", "median", "logsumexp", "softmax", "log_softmax"),
+        *("cumsum", "cumprod"),
+    ]
+)
 # By name, because importing them takes long.
 _COPIES = ("DistributedDataParallel", "DataParallel")
 _SHARDS = ("FullyShardedDataParallel", "FSDPModule")
@@ -199,9 +207,7 @@ def context() -> tuple[bool, ...]:
 def refuse_random(node: Node, module: Any) -> None:
     """Refuse an operation that draws random numbers. module: what it calls, if it is a module."""
     if module is not None:
-        probability = getattr(module, "p", getattr(module, "dropout", 0))
-        kind = isinstance(module, (nn.modules.dropout._DropoutNd, nn.MultiheadAttention))
-        active = module.training and ((kind and probability > 0) or isinstance(module, nn.RReLU))
+        active = any(map(_is_random, module.modules()))
     else:
         name = getattr(node.target, "__name__", str(node.target))
         options = arguments(node)
@@ -216,6 +222,49 @@ def refuse_random(node: Node, module: Any) -> None:
         raise refusal(
             f"{node.format_node()} is random, and a recomputation would draw other numbers"
         )
+
+
+def _is_random(m: nn.Module) -> bool:
+    probability = getattr(m, "p", getattr(m, "dropout", 0))
+    kinds = nn.modules.dropout._DropoutNd, nn.MultiheadAttention, nn.RNNBase
+    return m.training and (
+        (isinstance(m, kinds) and probability > 0)
+        or isinstance(m, (nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d))
+    )
+
+
+def refuse_mixing(node: Node) -> None:
+    """Refuse an operation that reduces over the rows of the batch."""
+    name = getattr(node.target, "__name__", str(node.target))
+    if node.op not in ("call_method", "call_function") or name not in _REDUCTIONS:
+        return
+    options = arguments(node)
+    dim = options.get("dim", node.args[1] if len(node.args) > 1 else None)
+    over_rows = dim is None or dim == 0 or (isinstance(dim, (tuple, list)) and 0 in dim)
+    if over_rows and _from_views(node):
+        raise refusal(
+            f"{node.format_node()} mixes the rows of the batch, and it would see a micro-batch"
+        )
+
+
+def _from_views(node: Node) -> bool:
+    """Whether the value of a node is computed from the views, and not from parameters alone."""
+    seen, left = set(), [node]
+    while left:
+        one = left.pop()
+        if one.op == "placeholder":
+            return True
+        if one not in seen:
+            seen.add(one)
+            left += one.all_input_nodes
+    return False
+
+
+def refuse_outputs(outputs: Iterable[Node]) -> None:
+    """Refuse outputs that are no values of the views."""
+    for node in outputs:
+        if node.op == "get_attr":
+            raise refusal(f"it returns {node.target}, which is not computed from the views")
 
 
 def _has_hooks(m: nn.Module) -> bool:

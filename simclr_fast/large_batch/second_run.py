@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Proxy
 from torch.utils._pytree import tree_leaves
 
 from simclr_fast.large_batch.refusals import computed_attribute, refusal
@@ -81,6 +82,11 @@ class AllNumbers(HostNumbers):
             if device.type not in ("cpu", "meta")
         }
 
+    def drawn(self) -> bool:
+        now = AllNumbers(set(self.devices))
+        pairs = [(now.torch, self.torch), *((now.devices[d], s) for d, s in self.devices.items())]
+        return super().drawn() or not all(torch.equal(a, b) for a, b in pairs)
+
     def restore(self) -> None:
         super().restore()
         torch.set_rng_state(self.torch)
@@ -111,6 +117,12 @@ def traced_once(model: nn.Module) -> Iterator[None]:
         raise refusal("its forward draws random numbers, and only once, when it is traced")
     if what := before.changed(State(dict(model.named_modules())), filled=False):
         raise refusal(f"its forward changes {what}, and only once, when it is traced")
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, Proxy):
+                setattr(module, key, None)
+                what = f"{name}.{key}" if name else key
+                raise refusal(f"its forward stores a value in {what}, which is traced once")
 
 
 class State:

@@ -208,6 +208,82 @@ class Checkpointed(Conv):
         return checkpoint(super().forward, x, use_reentrant=False)
 
 
+class HandNorm(nn.Module):
+    """Batch statistics by hand."""
+
+    def __init__(self, width):
+        super().__init__()
+
+    def forward(self, x):
+        return (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True)
+
+
+class Function(nn.Module):
+    """Batch norm as a function, without running statistics."""
+
+    def __init__(self, width):
+        super().__init__()
+
+    def forward(self, x):
+        return F.batch_norm(x, None, None, training=True)
+
+
+class Standardised(nn.Conv2d):
+    """Its weight is standardised, which mixes no views."""
+
+    def forward(self, x):
+        w = self.weight
+        w = (w - w.mean((0, 1, 2, 3), keepdim=True)) / w.std()
+        return F.conv2d(x, w, self.bias, padding=1)
+
+
+class Auxiliary(nn.Module):
+    """Stores something for the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.stored = two(Conv), None
+
+    def forward(self, x):
+        z = self.body(x)
+        self.stored = z.square().mean(1)
+        return z
+
+
+class Counts(Conv):
+    """A counter that nothing depends on."""
+
+    def __init__(self):
+        super().__init__(group_norm)
+        self.seen, self.log = 0, []
+
+    def forward(self, x):
+        self.seen += 1
+        return super().forward(x)
+
+
+class Prototypes(nn.Module):
+    """Returns a parameter beside the features."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.prototypes = two(Conv, norm=group_norm), nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x):
+        return self.body(x), self.prototypes
+
+
+class Encoder(nn.Module):
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout, batch_first=True)
+        self.patches = nn.Conv2d(3, 8, 4, 4)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x):
+        return self.layers(self.patches(x).flatten(2).mT).mean(1)
+
+
 class Unused(Conv):
     def __init__(self):
         super().__init__()
@@ -380,6 +456,16 @@ ZOO = {
         Conv, norm=lambda n: nn.InstanceNorm2d(n, track_running_stats=True)
     ),
     "own norm": lambda: two(Conv, norm=OwnNorm),
+    "batch norm by hand": lambda: two(Conv, norm=HandNorm),
+    "batch norm as a function": lambda: two(Conv, norm=Function),
+    "standardised weights": lambda: net(
+        *(nn.Sequential(Standardised(4, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)) for _ in "12")
+    ),
+    "auxiliary": Auxiliary,
+    "silent counter": lambda: net(Counts(), Counts()),
+    "returns a parameter": Prototypes,
+    "transformer": Encoder,
+    "transformer, dropout": lambda: Encoder(0.3),
     "SE": lambda: two(SqueezeExcite),
     "tied": Tied,
     "frozen": frozen,
@@ -436,6 +522,7 @@ REFUSED = {
         "EMA anew",
         "counter",
         "counter, batch norm",
+        "silent counter",
         "list",
         "overwritten input",
     },
@@ -446,13 +533,29 @@ RUNS = {
     "lockstep": {
         *("timm resnet", "timm resnet, deep", "timm resnet, SE", "convnext", "efficientnet"),
         *("mobilenet", "densenet", "vgg", "torchvision vit", "timm vit", "residual"),
-        *("nested Sequentials", "instance norm", "SE", "tied", "frozen", "unused"),
+        *(
+            "standardised weights",
+            "transformer",
+            "nested Sequentials",
+            "instance norm",
+            "SE",
+            "tied",
+            "frozen",
+            "unused",
+        ),
         *("weight norm", "parametrised", "parametrised, batch norm", "returns tuple"),
         *("returns dict", "returns nested", "returns twice", "returns integers"),
         "returns overwritten",
     },
     "grad-cache": {
-        *("convnext", "torchvision vit", "timm vit", "timm vit, drop path"),
+        *(
+            "transformer",
+            "transformer, dropout",
+            "convnext",
+            "torchvision vit",
+            "timm vit",
+            "timm vit, drop path",
+        ),
         *("timm vit, own checkpoints", "instance norm", "weight norm", "old weight norm"),
         *("pruned", "parametrised", "dropout", "layer drop", "torch.rand", "random.random"),
         *("numpy.random", "overwritten input", "returns tuple", "returns dict", "returns nested"),
@@ -497,7 +600,9 @@ def seed():
 def state(model, losses):
     """What two steps leave behind."""
     gradients = {f"{n}.grad": p.grad for n, p in model.named_parameters()}
-    kept = {n: (m.seen, len(m.log)) for n, m in model.named_modules() if isinstance(m, Keeps)}
+    kept = {
+        n: (m.seen, len(m.log)) for n, m in model.named_modules() if isinstance(m, Keeps | Counts)
+    }
     drawn = torch.rand(1).item(), random.random(), np.random.rand()  # noqa: NPY002
     return {**gradients, **dict(model.named_buffers()), "loss": torch.stack(losses)}, kept, drawn
 
