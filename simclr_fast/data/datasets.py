@@ -255,9 +255,10 @@ def _open_folder(folder: Path, account: Account, image_key: str | None) -> Sourc
         return _open_files([Path(path) for path in found.archives], account, image_key)
     if found.archives and not found.classes:
         raise ValueError(
-            f"{folder} has both images ({len(found.paths)}) and archives ({len(found.archives)}): "
-            f"pass the archives as a pattern ({folder}/*{Path(found.archives[0]).suffix}), or move "
-            "one of the two"
+            f"{printable(folder)} has both images ({len(found.paths)}) and archives "
+            f"({len(found.archives)}), and no class folders: choose by a pattern, such as "
+            f"'{printable(folder)}/*{suffix_of(found.paths[0])}' or "
+            f"'{printable(folder)}/*{suffix_of(found.archives[0])}'"
         )
     for path in found.archives:
         account.leave_out(suffix_of(path), path)

@@ -129,7 +129,9 @@ FOLDERS = [
          lambda f: write_tar(f / "w/0.tar", [("0.png", 0)]))), [0, 1],
          left_out={"folders without images": 2}),
     Case("pictures and archives", folder({"0.png": 0}, lambda f: write_tar(f / "1.tar", [])),
-         error="both images .1. and archives"),
+         error=r"both images .1. and archives .*/\*.png' or '.*/\*.tar'$"),
+    Case("pictures chosen beside archives",
+         lambda f: f"{folder({'0.png': 0, '1.tar': 'x'})(f)}/*.png", [0]),
     Case("no images", folder({"a/notes.txt": "x"}), error="no images in .* 1 .txt"),
     Case("only hidden images", folder({".a/0.png": 0}), error="no images in .* 1 hidden"),
 ]  # fmt: skip
