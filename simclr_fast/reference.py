@@ -26,13 +26,17 @@ def augment_view(
     bilinear: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """One view [3, size, size] in [0, 1] of `image` [H, W, 3], uint8 or floating in [0, 1].
+    """One view [C, size, size] in [0, 1] of `image` [H, W, C], uint8 or floating in [0, 1].
 
-    The arguments are the random numbers of the view, as in `ViewParams`. The formulas are those of
-    google-research/simclr's data_util.py and tf.image (spec="simclr"), or of
-    torchvision.transforms.v2 on floats (spec="torchvision").
+    Without three channels, contrast is around each channel's mean, saturation and hue are left out,
+    and gray must be False. The arguments are the random numbers of the view, as in `ViewParams`.
+    The formulas are those of google-research/simclr's data_util.py and tf.image (spec="simclr"), or
+    of torchvision.transforms.v2 on floats (spec="torchvision").
     """
     y, x, h, w = (int(v) for v in box)
+    is_rgb = image.shape[-1] == 3
+    if gray and not is_rgb:
+        raise ValueError(f"gray needs 3 channels, got {image.shape[-1]}")
     crop = image[y : y + h, x : x + w].permute(2, 0, 1)
     pixels = crop.to(dtype) / 255 if image.dtype == torch.uint8 else crop.to(dtype)
     antialias = spec == "torchvision"
@@ -46,10 +50,12 @@ def augment_view(
     if jitter:
         brightness, contrast, saturation, hue = (float(f) for f in factors)
         for op in order:
+            if op > 1 and not is_rgb:
+                continue
             if op == 0:
                 out = out + brightness if additive_brightness else out * brightness
             elif op == 1:
-                pivot = luma(out) if spec == "torchvision" else out
+                pivot = luma(out) if spec == "torchvision" and is_rgb else out
                 mean = pivot.mean((-2, -1), keepdim=True)
                 out = (out - mean) * contrast + mean
             elif op == 2 and spec == "torchvision":
@@ -114,7 +120,7 @@ def hsv_to_rgb(hsv: Tensor) -> Tensor:
 
 
 def gaussian_blur(image: Tensor, sigma: float, *, reflect: bool) -> Tensor:
-    """Separable blur of [3, S, S] with radius (S // 10) // 2, padded by reflection or zeros."""
+    """Separable blur of [C, S, S] with radius (S // 10) // 2, padded by reflection or zeros."""
     radius = image.shape[-1] // 10 // 2
     if sigma <= 0 or radius == 0:
         return image

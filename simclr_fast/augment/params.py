@@ -62,6 +62,11 @@ class Augmentation:
         p_flip, p_jitter, p_gray, p_blur: probabilities.
         sigma: range of the blur's standard deviation in pixels.
         mean, std: per channel. The result is (x - mean) / std, for x in [0, 1]; None for x itself.
+        saturation: half-width of the range of the saturation's factor; None means 0.8 s.
+        channels: of the images. Crop, flip, brightness, contrast and blur work on any number of
+            channels, each by itself: contrast is then changed around the channel's mean in both
+            specs. Hue, saturation and gray need RGB: other channels need hue=0, saturation=0 and
+            p_gray=0.
     """
 
     size: int = 224
@@ -78,13 +83,16 @@ class Augmentation:
     p_gray: float = 0.2
     p_blur: float = 0.5
     sigma: tuple[float, float] = (0.1, 2.0)
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    saturation: float | None = None
+    channels: int = 3
 
     def __post_init__(self) -> None:
         # Plain numbers, so that the settings can be written as JSON.
         object.__setattr__(self, "size", as_int("size", self.size, 1))
-        for name in ("s", "hue", "p_flip", "p_jitter", "p_gray", "p_blur"):
+        object.__setattr__(self, "channels", as_int("channels", self.channels, 1))
+        for name in ("s", "hue", "saturation", "p_flip", "p_jitter", "p_gray", "p_blur"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, as_float(name, getattr(self, name)))
         for name in ("area", "ratio", "sigma", "mean", "std"):
@@ -100,8 +108,11 @@ class Augmentation:
             _check_number("hue", self.hue, 0, 0.5)
         elif self.max_hue > 0.5:
             raise ValueError(f"s={self.s!r} gives a hue range of 0.2 s > 0.5; pass hue=0.5 or less")
+        if self.saturation is not None:
+            _check_number("saturation", self.saturation, 0, np.inf)
         for name in ("p_flip", "p_jitter", "p_gray", "p_blur"):
             _check_number(name, getattr(self, name), 0, 1)
+        self._check_colours()
         _check_range("area", self.area, 0, 1)
         _check_range("ratio", self.ratio, 0, np.inf)
         _check_range("sigma", self.sigma, 0, 16)
@@ -109,10 +120,31 @@ class Augmentation:
             raise ValueError(f"mean and std go together, got mean={self.mean!r}, std={self.std!r}")
         for name in ("mean", "std"):
             value = getattr(self, name)
-            if value is not None and (len(value) != 3 or not np.all(np.isfinite(value))):
-                raise ValueError(f"{name} must be three finite numbers, got {value!r}")
+            if value is not None and (len(value) != self.channels or not np.isfinite(value).all()):
+                raise ValueError(f"{name} must be {self.channels} finite numbers, got {value!r}")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {self.std!r}")
+
+    def _check_colours(self) -> None:
+        """Raise ValueError if steps that need RGB may happen to images of other channels."""
+        jitter = self.p_jitter > 0
+        steps = {
+            "saturation=0": jitter and self.max_saturation > 0,
+            "hue=0": jitter and self.max_hue > 0,
+            "p_gray=0": self.p_gray > 0,
+        }
+        if self.channels != 3 and (needed := [step for step, happens in steps.items() if happens]):
+            options = (step.replace("=", " ").replace("_", "-") for step in needed)
+            raise ValueError(
+                f"images of channels={self.channels} need {', '.join(needed)}, because hue, "
+                "saturation and gray are of RGB; as options "
+                f"--augmentation.{' --augmentation.'.join(options)}"
+            )
+
+    @property
+    def max_saturation(self) -> float:
+        """Half-width of the range of the saturation's factor."""
+        return 0.8 * self.s if self.saturation is None else self.saturation
 
     @property
     def max_hue(self) -> float:
@@ -128,7 +160,7 @@ class Augmentation:
     def normalization(self) -> tuple[list[float], list[float]]:
         """Scale and shift per channel: the output is x · scale + shift for x in [0, 1]."""
         if self.mean is None or self.std is None:
-            return [1.0] * 3, [0.0] * 3
+            return [1.0] * self.channels, [0.0] * self.channels
         return [1 / d for d in self.std], [-m / d for m, d in zip(self.mean, self.std, strict=True)]
 
 
@@ -221,8 +253,9 @@ def _draw(
     u = uniform(0, _FIRST_CROP + (_FIRST_ATTEMPTS if aug.crop else 0))
     switches, order, factors = u[:, _SWITCHES], u[:, _ORDER], u[:, _FACTORS]
     jitter = 0.8 * aug.s
-    low = np.array([max(0.0, 1 - jitter)] * 3 + [-aug.max_hue])
-    high = np.array([1 + jitter] * 3 + [aug.max_hue])
+    spread = np.array([jitter, jitter, aug.max_saturation])
+    low = np.append(np.maximum(1 - spread, 0), -aug.max_hue)
+    high = np.append(1 + spread, aug.max_hue)
     if aug.brightness == "additive":
         low[0], high[0] = -jitter, jitter
     sigma = aug.sigma[0] + order[:, 1] * (aug.sigma[1] - aug.sigma[0])

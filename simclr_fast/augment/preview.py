@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from simclr_fast.augment.channels import shown
 from simclr_fast.augment.params import Augmentation, ViewParams, draw_params
 from simclr_fast.augment.views import apply_views
 from simclr_fast.utils.checkpoint import write_atomic
@@ -33,8 +34,10 @@ def contact_sheet(
 ) -> tuple[np.ndarray, list[str]]:
     """One row of tiles per image, one tile for each of COLUMNS, and one line of text per view.
 
-    images: uint8 [H, W, 3] each. The columns after the views show each step of the first view
-    separately: crop, flip, jitter steps, gray and blur. They also show steps that the view skips.
+    images: uint8 [H, W, 3] each, or of aug.channels channels as `apply_views` takes them, of which
+    the tiles show the first three (augment/channels.py). The columns after the views show each step
+    of the first view separately: crop, flip, jitter steps, gray and blur. They also show steps that
+    the view skips.
 
     Returns:
         uint8 [images, columns, size, size, 3], and the lines: the parameters of each view.
@@ -62,9 +65,10 @@ def contact_sheet(
         factors = np.tile(identity, (n, 1))
         factors[:, step] = drawn.factors[:, step]
         alone.append(replace(still, jitter=everything, factors=factors))
-    alone += [replace(still, gray=everything), replace(still, sigma=drawn.sigma)]
+    gray = everything if aug.channels == 3 else nothing
+    alone += [replace(still, gray=gray), replace(still, sigma=drawn.sigma)]
     tiles = [
-        (apply_views(images, p, aug).permute(0, 2, 3, 1) * 255).round().byte().numpy()
+        shown((apply_views(images, p, aug).permute(0, 2, 3, 1) * 255).round().byte().numpy())
         for p in (still, *views, *alone)
     ]
     lines = [

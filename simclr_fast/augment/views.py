@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from simclr_fast import ops, reference
+from simclr_fast.augment.channels import picture_channels
 from simclr_fast.augment.params import Augmentation, ViewParams, draw_params, draw_views
 from simclr_fast.augment.rgb import rgb_array
 from simclr_fast.utils.numbers import as_int
@@ -28,14 +29,15 @@ def apply_views(
 ) -> Tensor:
     """Make one view of each image, given its parameters.
 
-    images: [n, H, W, 3], or n of [H, W, 3] of any sizes; uint8, or float32 in [0, 1].
-    out:    [n, 3, size, size], contiguous or channels_last, float32, float16 or bfloat16. It is
+    images: [n, H, W, C], or n of [H, W, C] of any sizes; uint8, or float32 in [0, 1].
+        C: aug.channels. Other numbers than 3 are made in plain torch on every device.
+    out:    [n, C, size, size], contiguous or channels_last, float32, float16 or bfloat16. It is
             written and returned. By default a new tensor of `dtype`.
     channels_last: memory format of the new tensor.
 
     Values lie in [0, 1], unless `aug` normalises.
     """
-    images = as_tensors(images)
+    images = as_tensors(images, aug.channels)
     n = len(images)
     if len(params) != n:
         raise ValueError(f"params are for {len(params)} images, got {n} images")
@@ -45,7 +47,7 @@ def apply_views(
     if outside.any():
         i = int(outside.any(axis=1).argmax())
         raise ValueError(f"box {params.box[i].tolist()} leaves image {i} of {extents[i].tolist()}")
-    shape = (n, 3, aug.size, aug.size)
+    shape = (n, aug.channels, aug.size, aug.size)
     device = images.device if isinstance(images, Tensor) else images[0].device if n else None
     if out is None:
         if dtype not in _OUT_DTYPES:
@@ -67,6 +69,8 @@ def fill_views(
     if len(params) == 0:
         return out
     kernels = ops.implementation_for(out.device)
+    if aug.channels != 3:
+        return _apply_torch(images, params, aug, out)
     if kernels is ops.Implementation.NATIVE:
         return _apply_native(images, params, aug, out)
     if kernels is ops.Implementation.TRITON:
@@ -74,16 +78,18 @@ def fill_views(
     return _apply_torch(images, params, aug, out)
 
 
-def as_tensors(images: Tensor | Sequence[Tensor | np.ndarray]) -> Tensor | list[Tensor]:
+def as_tensors(
+    images: Tensor | Sequence[Tensor | np.ndarray], channels: int = 3
+) -> Tensor | list[Tensor]:
     """Check images. Arrays become tensors, which share their memory if it is writable."""
     if isinstance(images, np.ndarray):
         images = _from_numpy(images)
     if isinstance(images, Tensor):
-        _check_image(images, 4)
+        _check_image(images, 4, channels)
         return images
     tensors = [i if isinstance(i, Tensor) else _from_numpy(i) for i in images]
     for i, tensor in enumerate(tensors):
-        _check_image(tensor, 3)
+        _check_image(tensor, 3, channels)
         # The kernels assume the first image's dtype and device for all.
         if tensor.dtype != tensors[0].dtype or tensor.device != tensors[0].device:
             raise ValueError(
@@ -94,7 +100,7 @@ def as_tensors(images: Tensor | Sequence[Tensor | np.ndarray]) -> Tensor | list[
 
 
 def image_sizes(images: Tensor | list[Tensor]) -> np.ndarray:
-    """int64 [n, 2]: height and width of each of the [n, H, W, 3] or n of [H, W, 3]."""
+    """int64 [n, 2]: height and width of each of the [n, H, W, C] or n of [H, W, C]."""
     if isinstance(images, Tensor):
         return np.tile(np.array(images.shape[1:3], dtype=np.int64), (len(images), 1))
     return np.array([i.shape[:2] for i in images], dtype=np.int64).reshape(-1, 2)
@@ -104,10 +110,10 @@ def _from_numpy(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
-def _check_image(image: Tensor, dims: int) -> None:
+def _check_image(image: Tensor, dims: int, channels: int) -> None:
     shape, dtype = image.shape, image.dtype
-    if len(shape) != dims or shape[-1] != 3:
-        expected = "[n, H, W, 3]" if dims == 4 else "[H, W, 3] each"
+    if len(shape) != dims or shape[-1] != channels:
+        expected = f"[n, H, W, {channels}]" if dims == 4 else f"[H, W, {channels}] each"
         raise ValueError(f"images must be {expected}, got {tuple(shape)}")
     if dtype not in (torch.uint8, torch.float32):
         raise TypeError(f"images must be uint8 or float32 in [0, 1], got {dtype}")
@@ -270,6 +276,8 @@ class SimCLRViews:
         - a list of PIL images of any mode. They are turned upright by their EXIF orientation and
           converted to 8-bit RGB (augment/rgb.py has the rules).
         Both return two tensors [N, 3, size, size].
+          With `channels` other than 3, all of these have that number of channels, and nothing is
+          converted (augment/channels.py). 16-bit images become floating ones.
         - one PIL image or one 3-dimensional tensor. It returns two tensors [3, size, size], as a
           transform inside a Dataset does.
 
@@ -302,7 +310,7 @@ class SimCLRViews:
     ) -> tuple[Tensor, Tensor]:
         single = not isinstance(images, list | tuple | Tensor | np.ndarray)
         single = single or (not isinstance(images, list | tuple) and images.ndim == 3)
-        batch = as_images([images] if single else images)
+        batch = as_images([images] if single else images, channels=self.aug.channels)
         n = len(batch)
         if ids is None:
             numbers = int(torch.randint(2**62, ())) + np.arange(n)
@@ -321,8 +329,8 @@ class SimCLRViews:
         return f"SimCLRViews({self.aug}, seed={self.seed})"
 
 
-def as_images(images: Any, *, upright: bool = True) -> Tensor | list[Tensor]:
-    """The images that `SimCLRViews` takes as [..., H, W, 3], uint8 or float32.
+def as_images(images: Any, *, upright: bool = True, channels: int = 3) -> Tensor | list[Tensor]:
+    """The images that `SimCLRViews` takes as [..., H, W, channels], uint8 or float32.
 
     upright: turn PIL images upright by their EXIF orientation.
     """
@@ -330,26 +338,37 @@ def as_images(images: Any, *, upright: bool = True) -> Tensor | list[Tensor]:
         images = _from_numpy(images)
     if isinstance(images, Tensor):
         if images.dim() != 4:
-            raise ValueError(f"a batch must be [N, 3, H, W] or [N, H, W, 3], got {images.shape}")
-        return _rgb_last(images)
-    return [_rgb_last(_as_tensor(image, upright)) for image in images]
+            raise ValueError(
+                f"a batch must be [N, {channels}, H, W] or [N, H, W, {channels}], got "
+                f"{tuple(images.shape)}"
+            )
+        return _channels_last(images, channels)
+    return [_channels_last(_as_tensor(image, upright, channels), channels) for image in images]
 
 
-def _as_tensor(image: Any, upright: bool) -> Tensor:
+def _as_tensor(image: Any, upright: bool, channels: int) -> Tensor:
     if isinstance(image, Tensor):
         return image
     if isinstance(image, np.ndarray):
         return _from_numpy(image)
     if not hasattr(image, "convert"):
         raise TypeError(f"an image must be a tensor, ndarray or PIL image, got {type(image)}")
+    if channels != 3:
+        return torch.from_numpy(picture_channels(image, channels)).movedim(-1, 0)
     return torch.from_numpy(rgb_array(image, upright=upright))
 
 
-def _rgb_last(image: Tensor) -> Tensor:
-    """[..., 3, H, W], [..., 1, H, W] or [..., H, W, 3] → [..., H, W, 3] in uint8 or float32."""
-    if image.dim() < 3 or (image.shape[-3] not in (1, 3) and image.shape[-1] != 3):
-        raise ValueError(f"an image must be [3, H, W] or [H, W, 3], got {tuple(image.shape)}")
-    if image.dtype == torch.uint16:
+def _channels_last(image: Tensor, channels: int) -> Tensor:
+    """[..., C, H, W] or [..., H, W, C] → [..., H, W, C] in uint8 or float32. For RGB, one channel
+    [..., 1, H, W] is repeated."""
+    first = (1, 3) if channels == 3 else (channels,)
+    if image.dim() < 3 or (image.shape[-3] not in first and image.shape[-1] != channels):
+        raise ValueError(
+            f"an image must be [{channels}, H, W] or [H, W, {channels}], got {tuple(image.shape)}"
+        )
+    if image.dtype == torch.uint16 and channels != 3:
+        image = image.float() / 65535
+    elif image.dtype == torch.uint16:
         image = (image.float() / 257).round().to(torch.uint8)
     elif image.dtype != torch.uint8:
         if not image.is_floating_point():
@@ -364,6 +383,6 @@ def _rgb_last(image: Tensor) -> Tensor:
                 raise ValueError(
                     f"a floating image must be in [0, 1], got one from {low:g} to {high:g}"
                 )
-    channels_first = image.shape[-3] == 3 or image.shape[-1] != 3
+    channels_first = image.shape[-3] == channels or image.shape[-1] != channels
     image = image.movedim(-3, -1) if channels_first else image
-    return image.expand(*image.shape[:-1], 3).contiguous()
+    return image.expand(*image.shape[:-1], channels).contiguous()

@@ -191,6 +191,10 @@ class Layers(Options):
 
     protocol: ClassVar[str] = "layers"
 
+    @property
+    def channels(self) -> int:
+        return layers.load_run(self.encoder)[1].channels
+
     def lines(self) -> Iterator[str]:
         pair = self.pair()
         model, augmentation = layers.load_run(self.encoder)

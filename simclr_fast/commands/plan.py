@@ -166,9 +166,10 @@ def run(arguments: list[str]) -> int:
 
 def workload(config: PretrainConfig, ranks: int, gpu: Gpu) -> Workload:
     """Describe a run on `ranks` GPUs to the planner."""
+    augmentation = config.augmentation
     return Workload(
         partial(build_model, config),
-        (3, config.augmentation.size, config.augmentation.size),
+        (augmentation.channels, augmentation.size, augmentation.size),
         config.batch_size,
         ranks,
         None if config.precision == "float32" else getattr(torch, config.precision),

@@ -58,10 +58,10 @@ class Options:
     prefix: str | None = None
     """What stands before the names of the encoder's weights, if the file has several encoders, such
     as encoder_k. (with its dot)."""
-    mean: tuple[float, float, float] | None = None
+    mean: tuple[float, ...] | None = None
     """Mean of the pixels in [0, 1] that the encoder was trained with. By default what its file
     says, or ImageNet's. For weights of google-research/simclr: --mean 0 0 0 --std 1 1 1."""
-    std: tuple[float, float, float] | None = None
+    std: tuple[float, ...] | None = None
     """Their standard deviation."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps. auto: a GPU if torch sees one, else the CPU."""
@@ -88,7 +88,17 @@ class Options:
     @property
     def opening(self) -> dict[str, Any]:
         """How to open --data and --test."""
-        return {"labels": self.labels, "image_key": self.image_key, "on_error": self.on_error}
+        return {
+            "labels": self.labels,
+            "image_key": self.image_key,
+            "on_error": self.on_error,
+            "channels": self.channels,
+        }
+
+    @property
+    def channels(self) -> int:
+        """Of the images, as the encoder was trained on them."""
+        return self.load().augmentation.channels
 
     def pair(self) -> LabelledPair:
         return labelled_pair(self.data, self.test, **self.opening)

@@ -52,6 +52,7 @@ def named_source(
     labels: Path | None = None,
     image_key: str | None = None,
     on_error: OnError = "raise",
+    channels: int = 3,
 ) -> Source: ...
 @overload
 def named_source(
@@ -61,6 +62,7 @@ def named_source(
     labels: Path | None = None,
     image_key: str | None = None,
     on_error: OnError = "raise",
+    channels: int = 3,
 ) -> Source | None: ...
 def named_source(
     data: str,
@@ -69,6 +71,7 @@ def named_source(
     labels: Path | None = None,
     image_key: str | None = None,
     on_error: OnError = "raise",
+    channels: int = 3,
 ) -> Source | None:
     """The images of `data`; None for the test split of a path, which has only one split.
 
@@ -77,7 +80,7 @@ def named_source(
         The training split includes the unlabelled images of STL-10 and the validation images of DTD
         and Flowers-102. "demo-held-out" has the demo's training images only: the last hundred of
         every class are its test split. Recipes are chosen on it.
-    labels, image_key, on_error: as for `open_source`.
+    labels, image_key, on_error, channels: as for `open_source`.
     """
     name, _, root = data.partition(":")
     source: Source | None
@@ -95,12 +98,17 @@ def named_source(
         source = _torchvision_source(name, root, split)
     elif is_saved(folder := Path(data).expanduser()):
         found = load_saved(folder, split)
-        source = None if found is None else open_source(found, image_key=image_key)
+        source = (
+            None if found is None else open_source(found, image_key=image_key, channels=channels)
+        )
     elif split == "test":
         return None
     else:
-        source = open_source(data, image_key=image_key, on_error=on_error)
-    return source if source is None or labels is None else source.with_labels(labels)
+        source = open_source(data, image_key=image_key, on_error=on_error, channels=channels)
+    if source is None:
+        return None
+    source = source.with_channels(channels)
+    return source if labels is None else source.with_labels(labels)
 
 
 def _torchvision_source(name: str, root: str, split: Literal["train", "test"]) -> Source:
@@ -136,6 +144,7 @@ def open_source(
     *,
     image_key: str | None = None,
     on_error: OnError = "raise",
+    channels: int = 3,
 ) -> Source:
     """Open images as a `Source`. `Source.account` has what was found and what was left out.
 
@@ -158,34 +167,37 @@ def open_source(
     on_error: "raise": an archive that is cut off or damaged, two members of one name, a link that
         leads nowhere or a folder that cannot be read is an error. "skip": it is noted in
         `account.lost`, and the images that are lost are missing.
+    channels: of the images. 3 means RGB, to which images of other channels are converted. With
+        another number every image must have it; .npy files are read then, and TIFF files of many
+        channels with the package tifffile.
 
     Raises:
         FileNotFoundError: the path does not exist. ValueError: there are no images, data are
             damaged, `labels` are no labels, or a sample has several images and no `image_key`.
     """
-    source = _opened(data, image_key, on_error)
+    source = _opened(data, image_key, on_error, channels).with_channels(channels)
     for message in source.scanned.lost:
         log.warning("lost: %s", message)
     return source if labels is None else source.with_labels(labels)
 
 
-def _opened(data: Any, image_key: str | None, on_error: OnError) -> Source:
+def _opened(data: Any, image_key: str | None, on_error: OnError, channels: int) -> Source:
     if isinstance(data, Source):
         return data
     if isinstance(data, Tensor):
         data = data.numpy(force=True)
     if isinstance(data, np.ndarray):
-        return ArraySource(_channels_last(data))
+        return ArraySource(_channels_last(data, channels))
     if isinstance(data, str | Path):
         path = Path(data).expanduser()
         if not path.is_dir():
             paths = [path] if path.exists() else _matching(str(path))
-            return _open_files(paths, Account(on_error), image_key)
+            return _open_files(paths, Account(on_error), image_key, channels)
         if is_saved(path):
-            return _opened(load_saved(path, "train"), image_key, on_error)
-        return _open_folder(path, Account(on_error), image_key)
+            return _opened(load_saved(path, "train"), image_key, on_error, channels)
+        return _open_folder(path, Account(on_error), image_key, channels)
     if isinstance(data, Sequence) and len(data) and isinstance(data[0], str | Path):
-        return _open_files([Path(p) for p in data], Account(on_error), image_key)
+        return _open_files([Path(p) for p in data], Account(on_error), image_key, channels)
     if isinstance(data, Sequence) and len(data) and isinstance(data[0], np.ndarray):
         return ArraySource(data)
     if isinstance(data, dict):
@@ -232,27 +244,29 @@ def _braces(text: str) -> list[str]:
     return [text[: match.start()] + choice + end for choice in choices for end in rest]
 
 
-def _channels_last(images: np.ndarray) -> np.ndarray:
-    if images.ndim == 3:
+def _channels_last(images: np.ndarray, channels: int) -> np.ndarray:
+    allowed = (1, 3) if channels == 3 else (channels,)
+    if images.ndim == 3 and 1 in allowed:
         return images[..., None]
-    if images.ndim == 4 and images.shape[3] in (1, 3):
+    if images.ndim == 4 and images.shape[3] in allowed:
         return np.ascontiguousarray(images)
-    if images.ndim == 4 and images.shape[1] in (1, 3):
+    if images.ndim == 4 and images.shape[1] in allowed:
         return np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+    numbers = "1 or 3 channels, or [n, H, W]" if channels == 3 else f"{channels} channels"
     raise ValueError(
-        f"images must be [n, H, W, C] or [n, C, H, W] of 1 or 3 channels, or [n, H, W], got "
-        f"{images.shape}"
+        f"images must be [n, H, W, C] or [n, C, H, W] of {numbers}, got {images.shape}; for others "
+        "pass their number: channels=C (--augmentation.channels C)"
     )
 
 
-def _open_folder(folder: Path, account: Account, image_key: str | None) -> Source:
+def _open_folder(folder: Path, account: Account, image_key: str | None, channels: int) -> Source:
     """Images in class folders, else images without labels, else archives."""
-    found = find_images(str(folder), account)
+    found = find_images(str(folder), account, suffixes(channels))
     unreadable = {suffix: unread(suffix) for suffix in sorted(account.left_out)}
     if counted := [f"{account.left_out[k]} {k} ({pip})" for k, pip in unreadable.items() if pip]:
         warnings.warn(f"files in {folder} that are not read: {', '.join(counted)}", stacklevel=4)
     if found.archives and not found.paths:
-        return _open_files([Path(path) for path in found.archives], account, image_key)
+        return _open_files([Path(path) for path in found.archives], account, image_key, channels)
     if found.archives and not found.classes:
         raise ValueError(
             f"{printable(folder)} has both images ({len(found.paths)}) and archives "
@@ -264,7 +278,7 @@ def _open_folder(folder: Path, account: Account, image_key: str | None) -> Sourc
         account.leave_out(suffix_of(path), path)
     if not found.paths:
         raise ValueError(
-            f"no images in {folder} (looked for {', '.join(sorted(suffixes()))}, and for "
+            f"no images in {folder} (looked for {', '.join(sorted(suffixes(channels)))}, and for "
             f".tar, .tfrecord and .rec files); {account.line()}"
         )
     source = FileSource(found.paths, found.labels, found.classes, "folder names")
@@ -272,7 +286,9 @@ def _open_folder(folder: Path, account: Account, image_key: str | None) -> Sourc
     return source
 
 
-def _open_files(paths: Sequence[Path], account: Account, image_key: str | None) -> Source:
+def _open_files(
+    paths: Sequence[Path], account: Account, image_key: str | None, channels: int
+) -> Source:
     for path in paths:
         if path.is_dir():
             raise ValueError(f"data must be one folder or files, got the folder {path} in a list")
@@ -284,11 +300,10 @@ def _open_files(paths: Sequence[Path], account: Account, image_key: str | None) 
             found = sorted({path.suffix for path in paths})
             raise ValueError(f"all shards must have one suffix, got {', '.join(found)}")
         return ShardSource(paths, account, image_key)
-    if unknown := {path.suffix.lower() for path in paths} - suffixes():
+    if unknown := {path.suffix.lower() for path in paths} - suffixes(channels):
         named = (f"{s} ({pip})" if (pip := unread(s)) else s for s in sorted(unknown))
-        raise ValueError(
-            f"files must have a suffix of {', '.join(sorted(suffixes()))}, got {', '.join(named)}"
-        )
+        known = ", ".join(sorted(suffixes(channels)))
+        raise ValueError(f"files must have a suffix of {known}, got {', '.join(named)}")
     source = FileSource(paths)
     source.scanned = account
     return source

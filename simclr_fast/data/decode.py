@@ -13,7 +13,12 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import torch
 
-from simclr_fast.data.image_check import in_common_format, pillow_pixels, try_decoding
+from simclr_fast.data.image_check import (
+    channel_pixels,
+    in_common_format,
+    pillow_pixels,
+    try_decoding,
+)
 from simclr_fast.data.sources import Source
 from simclr_fast.utils.extras import need, require
 
@@ -46,7 +51,8 @@ class Part(NamedTuple):
 
 
 class ImageDecoder(Protocol):
-    """Decodes images to uint8 [H, W, 3], arrays or tensors."""
+    """Decodes images to uint8 [H, W, 3], arrays or tensors; to uint8 or float32 [H, W, C] for other
+    numbers of channels."""
 
     def run(self, parts: Iterable[Part]) -> Iterator[tuple[Part, list[Any]]]:
         """Yield each part with its images, which stay valid until the next part is requested.
@@ -79,13 +85,16 @@ def import_dali() -> Any:
 
 
 def image_decoder(source: Source, batch_size: int, num_threads: int) -> ImageDecoder:
-    """The decoder for a source: DALI's for files, Pillow's if DALI is missing, none for pixels.
+    """The decoder for a source: DALI's for files, Pillow's if DALI is missing or the images are not
+    RGB, none for pixels.
 
     batch_size: the largest number of samples in a part.
     """
     if not source.encoded:
         return PixelReader(source, num_threads)
     reader = FileReader(source, num_threads)
+    if source.channels != 3:
+        return KeepingDecoder(source, PillowDecoder(reader))
     if dali_import_error() is None:
         return KeepingDecoder(source, DaliDecoder(reader, batch_size))
     _check_pillow()
@@ -116,7 +125,8 @@ class PixelReader:
             yield part, self.read(part.ids)[0]
 
     def read(self, ids: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        """The images, uint8 [H, W, 3] each, and their sizes, int64 [n, 2].
+        """The images, uint8 [H, W, 3] each (or as `as_channels` gives them), and their sizes, int64
+        [n, 2].
 
         Raises:
             CorruptImageError: an image cannot be read. TypeError: it has another shape or dtype.
@@ -129,10 +139,12 @@ class PixelReader:
             except (OSError, ValueError) as error:
                 corrupt[i] = str(error)
                 continue
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            channels = self.source.channels
+            kinds = ("uint8",) if channels == 3 else ("uint8", "float32")
+            if image.dtype.name not in kinds or image.ndim != 3 or image.shape[2] != channels:
                 raise TypeError(
-                    f"{self.source.name(i)} must be uint8 [H, W, 3], got {image.dtype} "
-                    f"{list(image.shape)}"
+                    f"{self.source.name(i)} must be {' or '.join(kinds)} [H, W, {channels}], got "
+                    f"{image.dtype} {list(image.shape)}"
                 )
             images.append(image)
         if corrupt:
@@ -180,8 +192,11 @@ class FileReader:
         return results
 
     def decoded(self, i: int) -> np.ndarray:
-        """Sample i, decoded with Pillow: uint8 [H, W, 3]."""
-        return pillow_pixels(self.source.read(i))
+        """Sample i, decoded with Pillow: uint8 [H, W, 3]; or by `channel_pixels`."""
+        encoded = self.source.read(i)
+        if self.source.channels != 3:
+            return channel_pixels(encoded, self.source.channels)
+        return pillow_pixels(encoded)
 
     def check_again(self, ids: np.ndarray) -> None:
         """Try to decode the samples with Pillow again; raise CorruptImageError if one fails."""
@@ -221,7 +236,10 @@ class PillowDecoder:
         self.reader = reader
 
     def describe(self) -> str:
-        return f"files decoded on the CPU by Pillow in {self.reader.num_threads} threads"
+        channels = self.reader.source.channels
+        what = "files" if channels == 3 else f"files of {channels} channels"
+        how = " by Pillow" if channels == 3 else ""
+        return f"{what} decoded on the CPU{how} in {self.reader.num_threads} threads"
 
     def run(self, parts: Iterable[Part]) -> Iterator[tuple[Part, list[np.ndarray]]]:
         ahead: deque[tuple[Part, list[Future[np.ndarray]]]] = deque()
@@ -400,7 +418,7 @@ class KeepingDecoder:
 
 
 def decode_some(source: Source, ids: Sequence[int] | np.ndarray) -> list[np.ndarray]:
-    """Decode the images `ids` of a source: uint8 [H, W, 3] each."""
+    """Decode the images `ids` of a source: uint8 [H, W, 3] each, or as `as_channels` gives them."""
     decoder = image_decoder(source, len(ids), 1)
     part = Part(0, np.asarray(ids, dtype=np.int64))
     return [np.array(image) for _, images in decoder.run([part]) for image in images]

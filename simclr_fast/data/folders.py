@@ -8,13 +8,12 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from simclr_fast.data.account import Account, printable
-from simclr_fast.data.formats import suffixes
 
 # What systems and programs put beside images. Names that start with a dot are hidden anyway.
 _SYSTEM = frozenset(
@@ -70,17 +69,17 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _SYSTEM
 
 
-def find_images(folder: str, account: Account) -> FolderImages:
+def find_images(folder: str, account: Account, suffixes: Collection[str]) -> FolderImages:
     """The images below `folder`, whose folders are the classes.
 
     Names of folders that differ only in Unicode's normal form are one class. Images outside of
-    class folders come last. account: counts what is left out.
+    class folders come last. account: counts what is left out. suffixes: of image files.
 
     Raises:
         ValueError: a folder cannot be read or a link leads to no image, unless account.on_error is
             "skip".
     """
-    walk = _Walk(account)
+    walk = _Walk(account, suffixes)
     top = walk.list(folder, ())
     paths: list[str] = []
     labels: list[int] = []
@@ -112,10 +111,9 @@ class _Listed(NamedTuple):
 
 
 class _Walk:
-    def __init__(self, account: Account) -> None:
-        self.account = account
+    def __init__(self, account: Account, suffixes: Collection[str]) -> None:
+        self.account, self.suffixes = account, suffixes
         self.archives: list[str] = []
-        self.suffixes = suffixes()
 
     def below(self, folder: str, above: _Directories) -> Iterator[tuple[str, list[str]]]:
         """The images of `folder` and of all folders below it, by folder."""
@@ -178,7 +176,7 @@ class _Walk:
 
     def _count_hidden(self, folder: str, above: _Directories) -> None:
         """Count the images in a hidden folder. One that cannot be read has none of ours."""
-        inside = _Walk(Account("skip"))
+        inside = _Walk(Account("skip"), self.suffixes)
         for directory, names in inside.below(folder, above):
             self.account.leave_out(HIDDEN, directory, len(names))
 

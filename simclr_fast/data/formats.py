@@ -29,10 +29,13 @@ _HEIC_BRANDS = frozenset(b"heic heix heim heis hevc hevx mif1 msf1".split())
 
 
 @cache
-def suffixes() -> frozenset[str]:
-    """The suffixes of the files that can be read here, such as ".jpg"."""
+def suffixes(channels: int = 3) -> frozenset[str]:
+    """The suffixes of the files that can be read here, such as ".jpg".
+
+    channels: .npy files are images only if other channels than RGB are asked for.
+    """
     found = {s for group in _SOMETIMES if _reads(group[0]) for s in group}
-    return frozenset(_ALWAYS) | found
+    return frozenset((*_ALWAYS, *found, *((".npy",) if channels != 3 else ())))
 
 
 def unread(suffix: str) -> str | None:

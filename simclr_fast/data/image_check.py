@@ -18,13 +18,16 @@ from typing import NamedTuple
 
 import numpy as np
 
+from simclr_fast.augment.channels import as_channels, picture_channels
 from simclr_fast.augment.rgb import rgb_array
 from simclr_fast.data.formats import open_picture
-from simclr_fast.utils.extras import need
+from simclr_fast.utils.extras import missing, need
 
 # Baseline, extended and progressive Huffman frames. Decoders support no others.
 _FRAMES = (0xC0, 0xC1, 0xC2)
 _OTHER_FRAMES = frozenset(range(0xC3, 0xD0)) - {0xC4, 0xC8, 0xCC}
+# TIFF and BigTIFF of either byte order.
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _JPEG = b"\xff\xd8"
 _START_OF_SCAN, _END_OF_IMAGE, _APP1 = 0xDA, b"\xff\xd9", 0xE1
 _EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
@@ -90,6 +93,35 @@ def pillow_pixels(encoded: np.ndarray) -> np.ndarray:
     # Pillow raises errors of many types for damaged files.
     except Exception as error:
         raise ValueError(str(error) or type(error).__name__) from error
+
+
+def channel_pixels(encoded: np.ndarray, channels: int) -> np.ndarray:
+    """Decode a file of `channels` channels: uint8 or float32 [H, W, channels].
+
+    A NumPy file (.npy); a TIFF, by tifffile if it is installed; else what Pillow reads. No channel
+    is added, dropped or converted.
+
+    Raises:
+        ValueError: the file is damaged or has other channels. ImportError: Pillow is missing.
+    """
+    data = encoded.tobytes()
+    try:
+        if data.startswith(b"\x93NUMPY"):
+            return as_channels(np.load(io.BytesIO(data), allow_pickle=False), channels)
+        if data.startswith(_TIFF) and not missing(["tifffile"]):
+            return as_channels(need("tifffile").imread(io.BytesIO(data)), channels)
+    # Damaged files raise errors of many types.
+    except Exception as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+    need("PIL.Image")
+    _checked_header(data)
+    try:
+        with open_picture(data) as picture:
+            _check_pixels(picture.height, picture.width)
+            return picture_channels(picture, channels)
+    except Exception as error:
+        more = "; pip install tifffile reads more kinds of TIFF" if data.startswith(_TIFF) else ""
+        raise ValueError(f"{error or type(error).__name__}{more}") from error
 
 
 def _checked_header(data: bytes) -> _Header | None:

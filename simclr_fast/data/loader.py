@@ -68,7 +68,13 @@ class _Loader:
         given = locals()
         apart = ("self", "source", "augmentation", "labels", "image_key")
         self._options = {name: given[name] for name in given if name not in apart}
-        self.source: Source = open_source(source, labels, image_key=image_key, on_error=on_error)
+        self.source: Source = open_source(
+            source,
+            labels,
+            image_key=image_key,
+            on_error=on_error,
+            channels=augmentation.channels,
+        )
         if len(self.source) == 0:
             raise ValueError("source holds no images")
         batch_size, seed = as_int("batch_size", batch_size, 1), as_int("seed", seed)
@@ -310,7 +316,8 @@ class _Loader:
 
     def _new_views(self, rows: int, device: torch.device) -> list[Tensor]:
         """Uninitialised views. CPU memory is pinned if the loader's device is a GPU."""
-        shape = (rows, 3, self.augmentation.size, self.augmentation.size)
+        size = self.augmentation.size
+        shape = (rows, self.augmentation.channels, size, size)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         pinned = device.type == "cpu" and self.device.type == "cuda"
         return [
@@ -346,7 +353,8 @@ def _copied(
 class TwoViewLoader(_Loader):
     """Yields (view1, view2, index): two random views of each image, and the images' numbers.
 
-    view1, view2: [N, 3, size, size] on `device`; index: int64 [N] on the CPU, into the source.
+    view1, view2: [N, 3, size, size] on `device`, or with augmentation.channels in place of 3;
+    index: int64 [N] on the CPU, into the source.
     A batch is overwritten when the next one is requested: clone it to keep it. Each iteration is
     one epoch, with its own order and views. `set_epoch` chooses the epoch.
 
@@ -430,7 +438,7 @@ class OneViewLoader(_Loader):
 class ImageLoader(_Loader):
     """Yields (images, index) in order, without augmentation, for evaluation.
 
-    images: [n, 3, size, size], n ≤ batch_size. For size > 64 the central square, 7/8 of the shorter
+    images: [n, C, size, size], n ≤ batch_size. For size > 64 the central square, 7/8 of the shorter
     side, is resized; for smaller sizes the whole image (the protocol for CIFAR). Arguments as for
     `TwoViewLoader`.
     """
@@ -446,6 +454,7 @@ class ImageLoader(_Loader):
             interpolation=augmentation.interpolation,
             mean=augmentation.mean,
             std=augmentation.std,
+            channels=augmentation.channels,
             p_flip=0,
             p_jitter=0,
             p_gray=0,

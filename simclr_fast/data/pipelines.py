@@ -56,7 +56,7 @@ class Pipeline(Protocol):
         """Yield each part with its outputs, which stay valid until the next part is requested."""
 
     def write(self, part: Part, outputs: list[Any], views: list[Tensor]) -> None:
-        """Write a part's outputs into its rows of the views, [n, 3, size, size] each."""
+        """Write a part's outputs into its rows of the views, [n, C, size, size] each."""
 
     def describe(self) -> str: ...
 
@@ -87,6 +87,8 @@ def make_pipeline(
         backend = "dali" if dali_on_gpu and size >= _SMALLEST_IN_DALI else "fused"
     if backend == "fused" and not (dali_on_gpu and ops.why_plain(device) is None):
         return HostViews(source, min(rows, PART), num_threads, augmentation, draw)
+    if augmentation.channels != 3:
+        raise ValueError(f'backend="dali" needs RGB images, got channels={augmentation.channels}')
     if device.type not in ("cpu", "cuda") or torch.version.hip:
         raise ValueError(f'backend="dali" needs the CPU or an NVIDIA GPU, got device {device}')
     import_dali()
@@ -102,6 +104,7 @@ def _dali_on_gpu(source: Source, device: torch.device) -> bool:
         device.type == "cuda"
         and not torch.version.hip
         and source.encoded
+        and source.channels == 3
         and dali_import_error() is None
     )
 
@@ -135,16 +138,25 @@ class HostViews:
         self.decoder = image_decoder(source, part_size, num_threads)
 
     def describe(self) -> str:
-        return f"{self.decoder.describe()}; views by the fused op on the CPU"
+        how = "the fused op" if self.augmentation.channels == 3 else "plain torch"
+        return f"{self.decoder.describe()}; views by {how} on the CPU"
 
     def run(self, parts: Iterable[Part]) -> Iterator[tuple[Part, list[Any]]]:
         return self.decoder.run(parts)
 
     def write(self, part: Part, outputs: list[Any], views: list[Tensor]) -> None:
-        images = as_tensors(outputs)
+        images = as_tensors(_one_dtype(outputs), self.augmentation.channels)
         params_of_views = self.draw(part.ids, image_sizes(images))
         for params, view in zip(params_of_views, views, strict=True):
             fill_views(images, params, self.augmentation, view)
+
+
+def _one_dtype(images: list[Any]) -> list[Any]:
+    """Make all images floating in [0, 1] if some are. Only those that are not RGB may be."""
+    tensors = [torch.as_tensor(image) for image in images]
+    if len({tensor.dtype for tensor in tensors}) < 2:
+        return images
+    return [t if t.is_floating_point() else t.float() / 255 for t in tensors]
 
 
 class DaliViews(DaliRunner):

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import Tensor
 
+from simclr_fast.augment.channels import as_channels, picture_channels
 from simclr_fast.augment.rgb import gray_levels, rgb_array
 from simclr_fast.data.account import Account, printable
 from simclr_fast.data.labels import Labels, as_labels, read_csv
@@ -30,10 +31,12 @@ class Source:
     """Images by number. `labels` is int64 [n], -1 for unlabelled, or None; `classes` names them.
 
     encoded: True if `read(i)` returns a file's bytes, uint8 [k]; False for pixels, uint8 [H, W, 3].
+    channels: of the images. With another number than 3, pixels are uint8 or float32 [H, W, C].
     about_labels: what the labels are, such as "folder names"; without labels, why.
     """
 
     encoded = True
+    channels = 3
     labels: np.ndarray | None = None
     classes: tuple[str, ...] = ()
     about_labels = ""
@@ -114,6 +117,14 @@ class Source:
             found = as_labels(labels, len(self))
         labelled.labels, labelled.classes, labelled.about_labels = found
         return labelled
+
+    def with_channels(self: S, channels: int) -> S:
+        """The same images, read as images of this number of channels."""
+        if channels == self.channels:
+            return self
+        changed = copy.copy(self)
+        changed.channels = channels
+        return changed
 
     @property
     def has_labels(self) -> bool:
@@ -204,6 +215,8 @@ class ArraySource(Source):
 
     def read(self, i: int) -> np.ndarray:
         image = self.images[i]
+        if self.channels != 3:
+            return as_channels(image, self.channels)
         if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
             return image
         if image.ndim == 2:
@@ -247,7 +260,11 @@ class DatasetSource(Source):
         image = _image_of(self.dataset[int(i)])
         if isinstance(image, Tensor):
             raise TypeError("the data set must give PIL images: pass it without a transform")
-        return rgb_array(image)
+        if self.channels == 3:
+            return rgb_array(image)
+        if isinstance(image, np.ndarray):
+            return as_channels(image, self.channels)
+        return picture_channels(image, self.channels)
 
     def name(self, i: int) -> str:
         return f"sample {i} of {type(self.dataset).__name__}"
@@ -310,12 +327,17 @@ def subset(source: Source, ids: np.ndarray, why: str = "not in this part") -> So
 class _Subset(Source):
     def __init__(self, source: Source, ids: np.ndarray, why: str) -> None:
         self.source, self.ids = source, ids
-        self.encoded, self.classes = source.encoded, source.classes
+        self.encoded, self.channels, self.classes = source.encoded, source.channels, source.classes
         self.about_labels = source.about_labels
         self.labels = None if source.labels is None else source.labels[ids]
         self.scanned = copy.deepcopy(source.scanned)
         if len(ids) < len(source):
             self.scanned.left_out[why] += len(source) - len(ids)
+
+    def with_channels(self, channels: int) -> "_Subset":
+        changed = super().with_channels(channels)
+        changed.source = self.source.with_channels(channels)
+        return changed
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from dataclasses import replace
 from pathlib import PurePath
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simclr_fast.augment.channels import shown
 from simclr_fast.augment.params import Augmentation
 from simclr_fast.data.loader import ImageLoader
 from simclr_fast.data.sources import Source, subset
@@ -73,14 +75,15 @@ def neighbours(features: Tensor, device: torch.device | str = "cpu") -> tuple[Te
 
 
 def thumbnails(source: Source, augmentation: Augmentation, side: int) -> np.ndarray:
-    """The images as the encoder sees them, resized to `side` pixels: uint8 [n, side, side, 3]."""
+    """The images as the encoder sees them, resized to `side` pixels: uint8 [n, side, side, 3].
+
+    Of images that are not RGB, the first three channels (augment/channels.py).
+    """
     image = need("PIL.Image")
-    plain = Augmentation(
-        size=augmentation.size, spec=augmentation.spec, interpolation=augmentation.interpolation
-    )
+    plain = replace(augmentation, mean=None, std=None)
     out = np.empty((len(source), side, side, 3), np.uint8)
     for images, index in ImageLoader(source, min(256, len(source)), plain):
-        pixels = (images.permute(0, 2, 3, 1) * 255).round().byte().numpy()
+        pixels = shown((images.permute(0, 2, 3, 1) * 255).round().byte().numpy())
         for i, one in zip(index.tolist(), pixels, strict=True):
             out[i] = image.fromarray(one).resize((side, side), image.Resampling.LANCZOS)
     return out

@@ -35,7 +35,11 @@ def load_run(folder: Path) -> tuple[SimCLR, Augmentation]:
     config = json.loads(described.read_text())
     augmentation = augmentation_from(config["augmentation"])
     encoder, dim = build_encoder(
-        config["model"], width=config["width"], image_size=augmentation.size, stem=config["stem"]
+        config["model"],
+        width=config["width"],
+        image_size=augmentation.size,
+        stem=config["stem"],
+        channels=augmentation.channels,
     )
     # Older runs have no record of the last two.
     projector = build_projector(

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from simclr_fast.utils.extras import need
+from simclr_fast.utils.numbers import as_int
 
 # Name → kind of block and blocks per stage. resnet10 is for the demo data; the others are those of
 # He et al. 2015.
@@ -32,30 +33,38 @@ class ResNet(nn.Module):
         Sequential.
     zero_gamma: start with γ = 0 in the last batch norm of every block, so that each block is the
         identity at first (arXiv:1706.02677, 5.1).
+    channels: of the images.
     """
 
     def __init__(
-        self, name: str, width: float = 1, stem: Stem = "imagenet", zero_gamma: bool = False
+        self,
+        name: str,
+        width: float = 1,
+        stem: Stem = "imagenet",
+        zero_gamma: bool = False,
+        channels: int = 3,
     ) -> None:
         super().__init__()
         resnet = need("torchvision").models.resnet
         kind, blocks = RESNETS[name]
         block = getattr(resnet, kind)
-        channels = [round(64 * width * 2**stage) for stage in range(4)]
+        widths = [round(64 * width * 2**stage) for stage in range(4)]
         if stem == "imagenet":
-            self.conv1 = nn.Conv2d(3, channels[0], 7, stride=2, padding=3, bias=False)
+            self.conv1 = nn.Conv2d(channels, widths[0], 7, stride=2, padding=3, bias=False)
             maxpool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1)
         else:
             stride = 2 if stem == "cifar-stride2" else 1
             padding = 2 if stem == "cifar-pad2" else 1
-            self.conv1 = nn.Conv2d(3, channels[0], 3, stride=stride, padding=padding, bias=False)
+            self.conv1 = nn.Conv2d(
+                channels, widths[0], 3, stride=stride, padding=padding, bias=False
+            )
             maxpool = nn.Identity()
         # Registered in the order of use: torchvision's IntermediateLayerGetter runs them in it.
-        self.bn1 = nn.BatchNorm2d(channels[0])
+        self.bn1 = nn.BatchNorm2d(widths[0])
         self.relu = nn.Identity() if stem == "cifar-no-relu" else nn.ReLU(inplace=True)
         self.maxpool = maxpool
-        inputs = channels[0]
-        for stage, (planes, count) in enumerate(zip(channels, blocks, strict=True)):
+        inputs = widths[0]
+        for stage, (planes, count) in enumerate(zip(widths, blocks, strict=True)):
             layers = []
             for i in range(count):
                 stride = 2 if stage and not i else 1
@@ -90,6 +99,7 @@ def build_encoder(
     image_size: int = 224,
     stem: Stem | None = None,
     zero_gamma: bool = False,
+    channels: int = 3,
 ) -> tuple[nn.Module, int]:
     """An untrained encoder and its feature dimension.
 
@@ -98,6 +108,8 @@ def build_encoder(
         removed.
     stem: the first layers of a ResNet; by default "cifar" up to 64 pixels, else "imagenet".
     zero_gamma: for ResNets; see `ResNet`.
+    channels: of the images. A model of torchvision gets a new first convolution for it, with He's
+        initialisation.
 
     Raises:
         ValueError: the name is unknown, or the model has no width or zero_gamma. ImportError:
@@ -106,7 +118,8 @@ def build_encoder(
     if width <= 0:
         raise ValueError(f"width must be positive, got {width}")
     if name in RESNETS:
-        resnet = ResNet(name, width, stem or default_stem(image_size), zero_gamma)
+        stem = stem or default_stem(image_size)
+        resnet = ResNet(name, width, stem, zero_gamma, as_int("channels", channels, 1))
         return resnet, resnet.feature_dim
     if zero_gamma:
         raise ValueError(f"zero_gamma is for {', '.join(RESNETS)}, got model {name!r}")
@@ -116,7 +129,10 @@ def build_encoder(
         )
     models = need("torchvision").models
     if not name.startswith("timm:") and name in models.list_models(module=models):
-        return cut_classifier(models.get_model(name, weights=None), name)
+        model = models.get_model(name, weights=None)
+        if channels != 3:
+            _replace_first_convolution(model, name, as_int("channels", channels, 1))
+        return cut_classifier(model, name)
     try:
         import timm
     except ImportError as error:
@@ -126,10 +142,34 @@ def build_encoder(
     bare = name.removeprefix("timm:")
     if not timm.is_model(bare):
         raise ValueError(f"neither torchvision nor timm has a model {bare!r}")
-    encoder: Any = timm.create_model(bare, num_classes=0)
+    inputs: dict[str, Any] = {} if channels == 3 else {"in_chans": as_int("channels", channels, 1)}
+    encoder: Any = timm.create_model(bare, num_classes=0, **inputs)
     # Some models, such as MobileNetV3, widen the pooled features: head_hidden_size is their number.
     dim: int = getattr(encoder, "head_hidden_size", None) or encoder.num_features
     return encoder, dim
+
+
+def _replace_first_convolution(model: nn.Module, name: str, channels: int) -> None:
+    """Put a convolution of `channels` inputs in the place of the first one, which has three."""
+    convolutions = ((path, m) for path, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    path, old = next(convolutions, ("", None))
+    if old is None or old.in_channels != 3 or old.groups != 1:
+        raise ValueError(
+            f"{name} does not begin with a convolution of RGB: channels must be 3, got {channels}"
+        )
+    new = nn.Conv2d(
+        channels,
+        old.out_channels,
+        old.kernel_size,  # type: ignore[arg-type]
+        old.stride,  # type: ignore[arg-type]
+        old.padding,  # type: ignore[arg-type]
+        old.dilation,  # type: ignore[arg-type]
+        bias=old.bias is not None,
+    )
+    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+    if new.bias is not None:
+        nn.init.zeros_(new.bias)
+    model.set_submodule(path, new)
 
 
 def default_stem(image_size: int) -> Stem:

@@ -164,6 +164,11 @@ _ANY_BATCH = ({0: torch.export.Dim("N")},)
 
 
 def _plain_name(weights: Weights, library: str) -> str:
+    if (channels := weights.augmentation.channels) != 3:
+        raise ValueError(
+            f"{library}'s {weights.model} is for RGB; this encoder is for {channels} channels: use "
+            "safetensors, torch-export or onnx"
+        )
     if weights.width != 1 or weights.stem not in (None, "imagenet"):
         raise ValueError(
             f"{library} has {weights.model} only at width 1 with the ImageNet stem; this encoder "
@@ -183,8 +188,8 @@ def _plain_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _images(weights: Weights, count: int = 2) -> Tensor:
-    size = weights.augmentation.size
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+    channels, size = weights.augmentation.channels, weights.augmentation.size
+    return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()

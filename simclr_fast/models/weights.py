@@ -63,7 +63,8 @@ class Weights:
 
     def build(self) -> nn.Module:
         """The same encoder with new random weights, from torch's current random state."""
-        return build_encoder(self.model, width=self.width, stem=self.stem)[0]
+        channels = self.augmentation.channels
+        return build_encoder(self.model, width=self.width, stem=self.stem, channels=channels)[0]
 
     def about(self) -> dict[str, str]:
         """Metadata for `save_encoder`; `load_weights` reads it."""
@@ -106,9 +107,10 @@ def load_weights(
         from our own files, and for other files of ResNets inferred from the shapes of the weights.
         Shapes do not tell the stride and padding of a 3×3 first layer: stem is then "cifar", or
         "cifar-pad2" for solo-learn.
-    augmentation: by default read from our own files. For other files it has the mean and standard
-        deviation of ImageNet, at 224 pixels, or at 32 for a 3×3 first layer. Weights converted from
-        google-research/simclr need pixels in [0, 1] instead: mean=None. Their names do not tell.
+    augmentation: its `channels` are those of the encoder's images. By default read from our own
+        files. For other files it has the mean and standard deviation of ImageNet, at 224 pixels, or
+        at 32 for a 3×3 first layer. Weights converted from google-research/simclr need pixels in
+        [0, 1] instead: mean=None. Their names do not tell.
     prefix: the end of what stands before the encoder's names, if the file has several encoders,
         such as "encoder_k.".
 
@@ -147,9 +149,10 @@ def load_weights(
     stem = stem or cast("Stem | None", about.get("stem") or None)
     if stem is None and model in RESNETS:
         stem = default_stem(int(about.get("image_size", 224)))
+    channels = _channels(about, augmentation)
     # Whatever torch's default device and dtype are: on "meta" there would be no weights.
     with torch.device("cpu"):
-        encoder, dim = build_encoder(model, width=width, stem=stem)
+        encoder, dim = build_encoder(model, width=width, stem=stem, channels=channels)
     encoder.float()
     own = encoder.state_dict()
     # Files from before PyTorch 0.4.1, some of torchvision's among them, lack num_batches_tracked.
@@ -169,7 +172,7 @@ def load_weights(
         model=model,
         width=width,
         stem=stem,
-        augmentation=augmentation or _augmentation(about, stem, encoder),
+        augmentation=augmentation or _augmentation(about, stem, encoder, channels),
         unused=(*_siblings(tensors, [start, *others]), *sorted(heads)),
         prefix=start,
         others=tuple(others),
@@ -337,10 +340,24 @@ def _resnet_of(state: dict[str, Tensor], layout: Layout, stem_layers: int | None
     elif stem_layers not in (None, 2):
         return {}
     names = [name for name, built in RESNETS.items() if built == (kind, blocks)]
-    return {"model": names[0], "width": str(first[0] / 64), "stem": stem} if names else {}
+    if not names:
+        return {}
+    width, channels = first[0] / 64, first[1]
+    return {"model": names[0], "width": str(width), "stem": stem, "channels": str(channels)}
 
 
-def _augmentation(about: dict[str, str], stem: Stem | None, encoder: nn.Module) -> Augmentation:
+def _channels(about: dict[str, str], augmentation: Augmentation | None) -> int:
+    """The channels of the encoder's images."""
+    if augmentation is not None:
+        return augmentation.channels
+    if "augmentation" in about:
+        return int(json.loads(about["augmentation"]).get("channels", 3))
+    return int(about.get("channels", 3))
+
+
+def _augmentation(
+    about: dict[str, str], stem: Stem | None, encoder: nn.Module, channels: int
+) -> Augmentation:
     if "augmentation" in about:
         return augmentation_from(json.loads(about["augmentation"]))
     if "image_size" in about:
@@ -348,6 +365,16 @@ def _augmentation(about: dict[str, str], stem: Stem | None, encoder: nn.Module) 
     # A model of timm knows the images that it was trained on.
     given: Any = getattr(encoder, "pretrained_cfg", {})
     size = given.get("input_size", (3, 224))[-1] if stem in (None, "imagenet") else 32
+    if channels != 3:
+        return Augmentation(
+            size,
+            spec="torchvision",
+            interpolation="bilinear",
+            channels=channels,
+            saturation=0,
+            hue=0,
+            p_gray=0,
+        )
     return Augmentation(
         size=size,
         spec="torchvision",

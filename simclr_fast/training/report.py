@@ -61,6 +61,7 @@ def run_report(config: PretrainConfig, out: Path, to: Path | None = None) -> Ite
         image_size=aug.size,
         stem=config.stem,
         zero_gamma=config.zero_gamma,
+        channels=aug.channels,
     )
 
     def h(source: Source) -> Tensor:

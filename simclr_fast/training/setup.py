@@ -53,6 +53,7 @@ def open_data(config: PretrainConfig, split: Literal["train", "test"] = "train")
         labels=config.labels,
         image_key=config.image_key,
         on_error=config.on_error,
+        channels=config.augmentation.channels,
     )
 
 
@@ -64,6 +65,7 @@ def build_model(config: PretrainConfig) -> SimCLR:
         image_size=config.augmentation.size,
         stem=config.stem,
         zero_gamma=config.zero_gamma,
+        channels=config.augmentation.channels,
     )
     projector = build_projector(
         config.projector,
@@ -120,7 +122,7 @@ def workload(config: PretrainConfig, world: World, n_views: int) -> planner.Work
     size = config.augmentation.size
     return planner.Workload(
         partial(build_model, config),
-        (3, size, size),
+        (config.augmentation.channels, size, size),
         images,
         world.size,
         autocast_dtype(config.precision, world.device),

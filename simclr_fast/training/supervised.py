@@ -73,6 +73,7 @@ def build_classifier(config: PretrainConfig, n_classes: int) -> SimCLR:
         image_size=config.augmentation.size,
         stem=config.stem,
         zero_gamma=config.zero_gamma,
+        channels=config.augmentation.channels,
     )
     return SimCLR(encoder, nn.Linear(dim, n_classes))
 

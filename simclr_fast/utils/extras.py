@@ -18,6 +18,7 @@ _PACKAGES = {
     "torchvision": ("torchvision", "brings models and data sets"),
     "matplotlib": ("matplotlib", "draws the pictures"),
     "PIL": ("pillow", "reads and writes image files"),
+    "tifffile": ("tifffile", "reads TIFF files of many channels"),
     "safetensors": ("safetensors", "reads and writes encoder weights"),
     "sklearn": ("scikit-learn", "brings t-SNE, and photographs for the benchmarks"),
     "datasets": ("datasets", "reads Hugging Face's data sets"),

@@ -74,6 +74,7 @@ def test_the_architecture_is_found_from_shapes(name):
         "model": name,
         "width": "1.0",
         "stem": "imagenet",
+        "channels": "3",
     }
 
 
