@@ -87,11 +87,10 @@ def _settings(config: PretrainConfig) -> list[Finding]:
 
 
 def _course(config: PretrainConfig, rows: list[dict[str, Any]], report: Report) -> list[Finding]:
-    step, chance = rows[-1]["step"], math.log(2 * config.batch_size - 1)
+    step = rows[-1]["step"]
+    chance = math.log(config.views * config.batch_size - 1)
     bad = [row["step"] for row in rows if not math.isfinite(row["loss"])]
-    report.facts.append(
-        f"loss at step {step}: {rows[-1]['loss']:.4f}; chance level ln(2N - 1): {chance:.4f}"
-    )
+    report.facts.append(f"loss at step {step}: {rows[-1]['loss']:.4f}; chance level: {chance:.4f}")
     if bad:
         return [
             Finding(
@@ -109,7 +108,7 @@ def _course(config: PretrainConfig, rows: list[dict[str, Any]], report: Report) 
     accuracy = mean(row["contrastive_accuracy"] for row in rows[-3:])
     # While the learning rate still rises, the loss may be anywhere.
     if step >= PATIENCE and len(after) > 1 and loss > NOTHING_LEARNT * chance:
-        if accuracy < 10 / config.batch_size:
+        if accuracy < 10 / config.batch_size and config.loss == "nt-xent":
             found.append(at_chance(step, loss, chance))
     elif len(after) >= _LINES:
         quarter = len(after) // 4
