@@ -185,8 +185,8 @@ class LargeBatch:
 
         with torch.autocast(device, enabled=False):
             if self.memory == "lockstep":
-                loss_of = self._unchanged(loss_of, parts[0].device)
-                return self.lockstep.backward(self._split(parts), loss_of, autocast, self._sync)
+                checked = self._unchanged(loss_of, parts[0].device)
+                return self.lockstep.backward(self._split(parts), checked, autocast, self._sync)
             if self.memory == "grad-cache":
                 compare = self._comparing.next_step(self.model, parts[0].device)
                 result = grad_cache.backward(
