@@ -41,8 +41,13 @@ def run(arguments: list[str]) -> int:
     """Write an encoder in the format of another library, and print how to load it."""
     given = tyro.cli(Export, args=arguments, prog="simclr-fast export")
     require_one_process()
-    named = {"model": given.model, "width": given.width, "stem": given.stem, "prefix": given.prefix}
-    weights = load_weights(given.encoder, **named)
+    weights = load_weights(
+        given.encoder,
+        model=given.model,
+        width=given.width,
+        stem=given.stem,
+        prefix=given.prefix,
+    )
     if given.image_size:
         augmentation = replace(weights.augmentation, size=given.image_size)
         weights = replace(weights, augmentation=augmentation)

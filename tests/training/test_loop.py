@@ -83,7 +83,7 @@ def test_checkpoints_by_time(config, monkeypatch):
     )
     pretrain(replace(config, checkpoint_every=1000, checkpoint_minutes=1e-9))
     assert saved == [1, 2, 3, 4, 5, 6]
-    with pytest.raises(ValueError, match="checkpoint_minutes must be positive, got 0"):
+    with pytest.raises(ValueError, match="checkpoint_minutes must be positive and finite, got 0"):
         replace(config, checkpoint_minutes=0)
 
 

@@ -141,6 +141,7 @@ def files(folder):
     return [
         *("--data", str(folder), "--model", "resnet10", "--width", "0.125", "--device", "cpu"),
         *("--augmentation.size", "16", "--batch-size", "9", "--steps", "3", "--log-every", "1"),
+        *("--precision", "float32"),
     ]
 
 

@@ -96,7 +96,7 @@ def command(config, *more):
         *("-m", "simclr_fast", "pretrain", "--data", config.data, "--out", str(config.out)),
         *("--model", config.model, "--width", str(config.width), "--device", "cpu"),
         *("--augmentation.size", str(augmentation.size), "--batch-size", str(config.batch_size)),
-        *("--warmup-epochs", "1", "--log-every", "1", *more),
+        *("--warmup-epochs", "1", "--log-every", "1", "--precision", "float32", *more),
     ]
 
 
@@ -177,7 +177,7 @@ def test_the_demo_from_the_command_line(tmp_path, monkeypatch, capsys):
         (["--data", "demo", "--batch-size", "9999"], "9999"),
         (["--data", "demo", "--model", "resnet51"], "resnet51"),
         (["--data", "cifar10:/nowhere"], "cifar10"),
-        (["--temperature", "0"], "temperature must be positive, got 0"),
+        (["--temperature", "0"], "temperature must be positive and finite, got 0"),
     ],
 )
 def test_errors_are_one_line(arguments, says, tmp_path, capsys):
