@@ -126,7 +126,7 @@ def workload(config: PretrainConfig, world: World, n_views: int) -> planner.Work
         images,
         world.size,
         autocast_dtype(config.precision, world.device),
-        2 if config.optimizer == "adam" else 1,
+        2 if config.optimizer in ("adam", "adamw") else 1,
         cuda=world.device.type == "cuda",
     )
 

@@ -17,7 +17,7 @@ from simclr_fast.optim.schedule import warmup_cosine
 from simclr_fast.training import pretrain as module
 from simclr_fast.training.config import PRESETS, PretrainConfig
 from simclr_fast.training.pretrain import pretrain
-from simclr_fast.training.setup import build_model, build_optimizer, loader_options
+from simclr_fast.training.setup import build_model, build_optimizer, loader_options, workload
 from simclr_fast.utils.distributed import join_world
 
 STEPS = 6
@@ -184,6 +184,9 @@ def test_options_reach_the_optimizer():
         }
         assert decayed == {0.1: 16, 0: 12}
         assert all(group["lr"] == 0.01 for group in made.param_groups)
+        with join_world("cpu", 60) as world:
+            planned = workload(replace(TINY, optimizer=name, lr=0.01), world, 2)
+        assert planned.state == (1 if name == "sgd" else 2)
     with pytest.raises(ValueError, match="lr must be given for optimizer sgd"):
         PretrainConfig(optimizer="sgd")
     with pytest.raises(ValueError, match="views must be at least 2, got 1"):
