@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from odd_inputs import write
+from odd_inputs import example, write, write_tar
 from PIL import Image
 
 from simclr_fast import TwoViewLoader, load_weights, reference
@@ -185,6 +185,17 @@ def test_sixteen_bits_are_kept(channels, tmp_path):
     assert np.array_equal(
         decode_some(open_source(pixels[None], channels=channels), [0])[0], expected
     )
+
+
+def test_channels_in_tars_and_tfrecords(tmp_path):
+    (pixels,) = images(4, sizes=((9, 8),))
+    data = files_of(pixels)["last.npy"]
+    write_tar(tmp_path / "x.tar", [("0.npy", data), ("0.cls", "3")])
+    write(tmp_path, {"x.tfrecord": example({"image/encoded": data, "image/class/label": 3})})
+    for name, options in (("x.tar", {"image_key": "npy"}), ("x.tfrecord", {})):
+        source = open_source(tmp_path / name, channels=4, **options)
+        assert np.array_equal(decode_some(source, [0])[0], pixels)
+        assert source.labels.tolist() == [3]
 
 
 def test_a_tiff_of_many_samples_per_pixel(tmp_path):
