@@ -2,6 +2,7 @@
 
     python -m benchmarks.bench_large_batch [--batch-size 4096] [--ranks 2] [--micro-batch 256]
     python -m benchmarks.bench_large_batch --modes lockstep --compile
+    python -m benchmarks.bench_large_batch --modes plain lockstep --gpu-memory 1
 
 All modes train the same small ResNet (stem with stride 2) on the same views. Printed are:
 
@@ -10,8 +11,8 @@ All modes train the same small ResNet (stem with stride 2) on the same views. Pr
 - the seconds of the first step, in which compiled modes compile;
 - the loss of each step.
 
-lockstep/2 stores every second block's input. grad-cache uses the statistics of micro-batches, so
-its loss differs.
+Lockstep keeps what fits into --gpu-memory. grad-cache uses the statistics of micro-batches, so its
+loss differs.
 """
 
 import json
@@ -38,10 +39,8 @@ MODES: dict[str, dict[str, Any]] = {
     "plain": {"memory": "plain"},
     "replay": {"memory": "replay"},
     "lockstep": {"memory": "lockstep"},
-    "lockstep/2": {"memory": "lockstep", "keep_every": 2},
     "grad-cache": {"memory": "grad-cache", "allow_ghost_bn": True},
     "lockstep compiled": {"memory": "lockstep", "compile": True},
-    "lockstep/2 compiled": {"memory": "lockstep", "keep_every": 2, "compile": True},
 }
 
 
@@ -59,14 +58,16 @@ class CommandLine:
     """A ResNet."""
     width: float = 0.25
     """Channel multiplier of the ResNet."""
-    modes: tuple[Literal["plain", "replay", "lockstep", "lockstep/2", "grad-cache"], ...] = (
+    modes: tuple[Literal["plain", "replay", "lockstep", "grad-cache"], ...] = (
         "plain",
         "replay",
         "lockstep",
-        "lockstep/2",
         "grad-cache",
     )
     """What to run."""
+    gpu_memory: float | None = None
+    """GB that lockstep may use in each process, with the model and the views. None: what is
+    free."""
     compile: bool = False
     """Run lockstep's modes compiled as well."""
     mode: str | None = None
@@ -84,7 +85,10 @@ def one(mode: str, given: "CommandLine") -> dict:
         model = model.to(memory_format=torch.channels_last)
         optimizer = LARS(lars_param_groups(model, 1e-6), lr=0.1)
         group = dist.group.WORLD if world.size > 1 else None
-        step = LargeBatch(model, micro_batch=given.micro_batch, group=group, **MODES[mode])
+        options = dict(MODES[mode])
+        if options["memory"] == "lockstep" and given.gpu_memory is not None:
+            options["gpu_memory"] = 1e9 * given.gpu_memory
+        step = LargeBatch(model, micro_batch=given.micro_batch, group=group, **options)
         images = torch.randn(given.batch_size, 3, 32, 32)[world.rank :: world.size]
         views = [
             (images + 0.3 * torch.randn_like(images)).contiguous(memory_format=torch.channels_last)

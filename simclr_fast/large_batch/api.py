@@ -1,17 +1,20 @@
 """`LargeBatch.backward`: a training step with a batch whose activations do not fit into memory."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from simclr_fast.large_batch import demand, grad_cache
+from simclr_fast.large_batch import grad_cache
 from simclr_fast.large_batch.averaging import average_gradients, share_weights
 from simclr_fast.large_batch.batch_norms import batch_norms
 from simclr_fast.large_batch.global_batch_norm import WholeBatch
+from simclr_fast.large_batch.graph import Graph
 from simclr_fast.large_batch.lockstep import Lockstep
 from simclr_fast.large_batch.refusals import (
     refusal,
@@ -22,11 +25,28 @@ from simclr_fast.large_batch.refusals import (
 from simclr_fast.large_batch.replay import global_norms, recomputed_blocks
 from simclr_fast.large_batch.schedule import Schedule
 from simclr_fast.large_batch.second_run import Comparing, State
+from simclr_fast.utils.device import free_memory
 from simclr_fast.utils.distributed import row_counts_of
 from simclr_fast.utils.numbers import as_float, as_int
 
 Memory = Literal["plain", "replay", "lockstep", "grad-cache"]
 _MICRO_BATCH = 256
+# The share of memory that values may take for which no planner is asked.
+_GENEROUS = 0.25
+# Arguments of earlier versions.
+_REPLACED = {
+    "offload_gb": "give host_memory, in bytes",
+    "keep_every": "give gpu_memory, in bytes, and what is kept is chosen to fit",
+}
+
+# The planner's `schedule_of`. The planner simulates steps of LargeBatch, so it imports this module
+# and not the reverse.
+_PLANNERS: list[Callable[..., Schedule]] = []
+
+
+def plan_with(schedule_of: Callable[..., Schedule]) -> None:
+    """Choose the schedules of `LargeBatch` with this function, when its user gives none."""
+    _PLANNERS.append(schedule_of)
 
 
 class LargeBatch:
@@ -56,19 +76,19 @@ class LargeBatch:
     run it. In all modes, no layer except batch norm may mix the rows of a batch. Modules,
     parameters, hooks and flags of the model may change between steps.
 
-    micro_batch: rows per micro-batch in lockstep and grad-cache (default 256). The last one may be
-        smaller.
+    micro_batch: rows per micro-batch in lockstep (default: what the planner chooses) and grad-cache
+        (default 256). The last one may be smaller.
     group: ranks whose batches form one batch, each with any number of rows. All ranks begin with
         the weights of the first one. Batch statistics are over all ranks, and .grad is averaged
         over them, as in DistributedDataParallel. Do not wrap the model in it. Parameters may lack
         a gradient on some ranks or all. Parameters of the loss itself are not averaged.
     autocast: dtype of torch.autocast for the model. The loss runs outside of it.
-    offload_gb: lockstep keeps up to that many GB (10⁹ bytes) of block inputs in host memory.
-    keep_every: lockstep keeps every k-th block's input, and recomputes the rest in the backward.
-        With 2 it keeps half as much, and convolutions cost 3/2 of plain's instead of 4/3.
+    gpu_memory: the bytes of the device that lockstep may use in all, with the model. None: what is
+        free at the first step. On the CPU: of host memory.
+    host_memory: the bytes of host memory in which lockstep may keep what does not fit on a GPU.
     compile: lockstep uses torch.compile for the layers between batch norms and convolutions.
-    schedule: what lockstep keeps; see `simclr_fast.large_batch.schedule`. Instead of micro_batch,
-        offload_gb and keep_every.
+    schedule: what lockstep keeps, and its micro_batch. None: the planner chooses one at the first
+        step, with the least predicted work for gpu_memory and host_memory.
     """
 
     def __init__(
@@ -79,37 +99,46 @@ class LargeBatch:
         micro_batch: int | None = None,
         group: dist.ProcessGroup | None = None,
         autocast: torch.dtype | None = None,
-        offload_gb: float = 0,
-        keep_every: int = 1,
+        gpu_memory: float | None = None,
+        host_memory: float = 0,
+        schedule: Schedule | None = None,
         compile: bool = False,
         allow_ghost_bn: bool = False,
-        schedule: Schedule | None = None,
+        **removed: Any,
     ) -> None:
         if memory not in get_args(Memory):
             raise ValueError(f"memory must be one of {', '.join(get_args(Memory))}, got {memory!r}")
         if micro_batch is not None:
             micro_batch = as_int("micro_batch", micro_batch, 1)
-        offload_gb = as_float("offload_gb", offload_gb)
-        if not offload_gb >= 0:
-            raise ValueError(f"offload_gb must be at least 0, got {offload_gb}")
-        if offload_gb and memory != "lockstep":
-            raise ValueError(f"offload_gb is for memory='lockstep', got {memory!r}")
-        keep_every = as_int("keep_every", keep_every, 1)
-        if keep_every > 1 and memory != "lockstep":
-            raise ValueError(f"keep_every is for memory='lockstep', got {memory!r}")
-        if compile and memory != "lockstep":
-            raise ValueError(f"compile is for memory='lockstep', got {memory!r}")
-        if schedule is not None:
-            if memory != "lockstep":
-                raise ValueError(f"schedule is for memory='lockstep', got {memory!r}")
-            if micro_batch not in (None, schedule.micro_batch):
-                raise ValueError(
-                    f"micro_batch must be that of the schedule, {schedule.micro_batch}, or None, "
-                    f"got {micro_batch}"
-                )
-            micro_batch = schedule.micro_batch
+        for name in removed:
+            if name not in _REPLACED:
+                raise TypeError(f"LargeBatch got an unexpected argument {name!r}")
+            raise TypeError(f"{name} is gone: {_REPLACED[name]}")
+        if gpu_memory is not None:
+            gpu_memory = as_float("gpu_memory", gpu_memory)
+            if not gpu_memory > 0:
+                raise ValueError(f"gpu_memory must be positive or None, got {gpu_memory}")
+        host_memory = as_float("host_memory", host_memory)
+        if not host_memory >= 0:
+            raise ValueError(f"host_memory must be at least 0, got {host_memory}")
+        for name, given in {
+            "gpu_memory": gpu_memory,
+            "host_memory": host_memory,
+            "schedule": schedule,
+            "compile": compile,
+        }.items():
+            if given and memory != "lockstep":
+                raise ValueError(f"{name} is for memory='lockstep', got {memory!r}")
+            if given and schedule is not None and name.endswith("_memory"):
+                raise ValueError(f"{name} is for choosing a schedule, but schedule is given")
+        if schedule is not None and micro_batch not in (None, schedule.micro_batch):
+            raise ValueError(
+                f"micro_batch must be that of the schedule, {schedule.micro_batch}, or None, "
+                f"got {micro_batch}"
+            )
         self.model, self.memory, self.autocast = model, memory, autocast
-        self.micro_batch = micro_batch or _MICRO_BATCH
+        self.micro_batch = micro_batch
+        self.gpu_memory, self.host_memory, self.schedule = gpu_memory, host_memory, schedule
         self.group = group if group is not None and dist.get_world_size(group) > 1 else None
         self.batch = WholeBatch(self.group)
         self.allow_ghost_bn = allow_ghost_bn
@@ -117,14 +146,12 @@ class LargeBatch:
         self._refuse_model()
         if self.group is not None:
             share_weights(model, self.group)
-        self.lockstep: Lockstep | demand.Lockstep
-        if schedule is not None:
-            self.lockstep = demand.Lockstep(model, self.batch, lambda graph: schedule, compile)
-        elif memory == "lockstep":
-            self.lockstep = Lockstep(model, self.batch, offload_gb, keep_every, compile)
+        if memory == "lockstep":
+            self.lockstep = Lockstep(model, self.batch, self._current_schedule, compile)
         if memory == "replay":
             recomputed_blocks(model)
         self._comparing = Comparing()
+        self._chosen: tuple[Any, Schedule] | None = None
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -163,8 +190,9 @@ class LargeBatch:
         if self.group is None:
             self.batch.begin([rows])
         else:
-            self.batch.begin(row_counts_of(rows, parts[0].device, self.group, row_counts))
-        device = parts[0].device.type
+            own = self._device(parts[0])
+            self.batch.begin(row_counts_of(rows, own, self.group, row_counts))
+        device = self._device(parts[0]).type
         ambient = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         dtype = self.autocast or ambient
 
@@ -185,12 +213,18 @@ class LargeBatch:
 
         with torch.autocast(device, enabled=False):
             if self.memory == "lockstep":
-                checked = self._unchanged(loss_of, parts[0].device)
-                return self.lockstep.backward(self._split(parts), checked, autocast, self._sync)
+                schedule = self._schedule_of(parts, dtype, autocast)
+                split = _split(parts, schedule.micro_batch)
+                checked = self._unchanged(loss_of, self._device(parts[0]))
+                return self.lockstep.backward(split, checked, autocast, self._sync)
             if self.memory == "grad-cache":
                 compare = self._comparing.next_step(self.model, parts[0].device)
                 result = grad_cache.backward(
-                    self.model, self._split(parts), loss_of, autocast, compare
+                    self.model,
+                    _split(parts, self.micro_batch or _MICRO_BATCH),
+                    loss_of,
+                    autocast,
+                    compare,
                 )
             else:
                 with self._norms(parts[0].device):
@@ -202,15 +236,71 @@ class LargeBatch:
                 average_gradients(self.model, self.group)
             return result
 
+    def _device(self, views: Tensor) -> torch.device:
+        """The device of the model. Lockstep takes views that lie in host memory."""
+        if self.memory == "lockstep":
+            return self.lockstep.device(views)
+        return views.device
+
     @property
     def row_counts(self) -> list[int]:
         """The number of rows of every rank of the group in this step, in rank order."""
         return self.batch.rows
 
-    def _split(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """The micro-batches. If there are no rows, a single empty one."""
-        split = [p for part in parts for p in part.split(self.micro_batch) if len(p)]
-        return split or [parts[0][:0]]
+    def _current_schedule(self, graph: Graph) -> Schedule:
+        """The schedule of this step."""
+        if self.schedule is not None:
+            return self.schedule
+        assert self._chosen is not None
+        return self._chosen[1]
+
+    def _schedule_of(
+        self,
+        parts: Sequence[Tensor],
+        dtype: torch.dtype | None,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> Schedule:
+        """What lockstep keeps, equal on all ranks. Chosen anew for other views or another model."""
+        if self.schedule is not None:
+            return self.schedule
+        key = (max(self.batch.rows), parts[0].shape[1:], dtype, self.lockstep.look())
+        if self._chosen is None or self._chosen[0] != key:
+            device = self.lockstep.device(parts[0])
+            limit = free_memory(device) + self._counted(parts, device)
+            if self.gpu_memory is not None:
+                limit = self.gpu_memory
+            if self.group is not None:
+                least = torch.tensor(limit, dtype=torch.float32, device=device)
+                dist.all_reduce(least, dist.ReduceOp.MIN, group=self.group)
+                limit = float(least)
+            rows = max(self.batch.rows)
+            size = self.micro_batch or min(_MICRO_BATCH, max(rows, 1))
+            left = _GENEROUS * limit
+            chosen = self.lockstep.generous(parts[0], rows, size, left, autocast)
+            if chosen is None:
+                assert _PLANNERS, "simclr_fast.large_batch imports the planner"
+                # The planner counts bytes as of float32, or of autocast's dtype.
+                wide = parts[0].is_floating_point() and dtype is None
+                scale = parts[0].element_size() / 4 if wide else 1
+                chosen = _PLANNERS[-1](
+                    self.model,
+                    tuple(parts[0].shape[1:]),
+                    rows,
+                    dtype,
+                    limit / scale,
+                    self.host_memory / scale,
+                    self.micro_batch,
+                    cuda=device.type == "cuda",
+                )
+                chosen = _scaled(chosen, scale)
+            self._chosen = (key, chosen)
+        return self._chosen[1]
+
+    def _counted(self, parts: Sequence[Tensor], device: torch.device) -> int:
+        """Bytes that the planner counts, and that are in use already."""
+        tensors = [*self.model.parameters(), *self.model.buffers(), *parts]
+        tensors += [p.grad for p in self.model.parameters() if p.grad is not None]
+        return sum(t.nbytes for t in tensors if t.device == device)
 
     def _unchanged(
         self, loss_of: Callable[[Any], Any], device: torch.device
@@ -241,3 +331,19 @@ class LargeBatch:
         refuse_model(self.model, self.memory, ranks=self.group is not None)
         if self.memory == "grad-cache":
             refuse_grad_cache(self.model, self.allow_ghost_bn)
+
+
+def _split(parts: Sequence[Tensor], micro_batch: int) -> list[Tensor]:
+    """The micro-batches. If there are no rows, a single empty one."""
+    split = [p for part in parts for p in part.split(micro_batch) if len(p)]
+    return split or [parts[0][:0]]
+
+
+def _scaled(schedule: Schedule, scale: float) -> Schedule:
+    """The schedule for values of `scale` times the bytes."""
+    device = schedule.device_bytes
+    return replace(
+        schedule,
+        device_bytes=None if device is None else math.ceil(device * scale),
+        host_bytes=math.ceil(schedule.host_bytes * scale),
+    )

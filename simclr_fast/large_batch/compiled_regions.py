@@ -1,65 +1,70 @@
-"""Compile the operations between batch norms and layers with parameters.
+"""Compile runs of cheap operations: normalisation, activation, residual sum, pooling.
 
-Normalisation, activation, residual sum and pooling each read and write a whole micro-batch.
-`torch.compile` fuses them into one pass. The backward is one pass too: it recomputes the region
-from the inputs of the batch norms together with its derivative, and stores nothing.
-
-Sizes are symbolic, and segments with the same operations share their compiled functions. So a
-ResNet needs only a few, also if the last micro-batch has another size. Statistics, collectives,
-layers with parameters and the stored values are the same as without compilation.
+Each of them reads and writes a whole micro-batch. `torch.compile` fuses a run of them into one pass
+over memory. Sizes are symbolic, and runs with the same operations share their compiled function. So
+a ResNet needs only a few, also if the last micro-batch has another size. Statistics, collectives,
+layers with parameters and the kept values are the same as without compilation.
 """
 
-from collections.abc import Sequence
-from itertools import takewhile
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from simclr_fast.large_batch import global_batch_norm as gbn
-from simclr_fast.large_batch.graph import Graph, Segment
+from simclr_fast.large_batch.graph import Graph, Key
+from simclr_fast.large_batch.program import Op, Pass, Program
 
-# What `gbn.normalize` takes after x.
-Norm = tuple[gbn.Statistics, Tensor | None, Tensor | None]
 # Operations whose results are no tensors.
 _NO_TENSOR = ("size", "dim", "ndimension", "numel", "stride", "getattr")
 
 
-class Region(NamedTuple):
-    """The operations of a segment before its first layer with parameters.
+class Region:
+    """A run of operations that make values.
 
-    inputs: the values that they read; some are results of batch norms. outputs: the values of the
-    region and of these batch norms that are needed afterwards. rest: the other operations of the
-    segment. others: the values from before the segment that `rest` reads, except `outputs`.
-    functions: the compiled forward and backward.
+    reads, writes: the keys that it reads, and those that are needed after it. norms: the batch
+    norms in it. last: see `Op`.
     """
 
-    inputs: list[Node]
-    outputs: list[Node]
-    rest: list[Node]
-    others: list[Node]
-    functions: tuple[Any, Any]
-
-    def forward(self, x: Sequence[Tensor], norms: Sequence[Norm]) -> tuple[Tensor, ...]:
-        """The `outputs` of one micro-batch. x: the `inputs`; for a batch norm, its input."""
-        return _call(self.functions[0], *x, *norms)
-
-    def backward(
-        self, x: Sequence[Tensor], norms: Sequence[Norm], gradients: Sequence[Tensor]
-    ) -> tuple[Tensor, ...]:
-        """Gradients of `inputs` (for a batch norm, of its output) from those of `outputs`."""
-        return _call(self.functions[1], *x, *norms, *gradients)
+    def __init__(self, graph: Graph, current: Pass, ops: Sequence[Op]) -> None:
+        self.ops = ops
+        made = {key for op in ops for key in op.writes}
+        last = {key for op in ops for key in op.last}
+        self.reads = list(dict.fromkeys(k for op in ops for k in op.reads if k not in made))
+        self.writes = [k for op in ops for k in op.writes if k not in last or k in current.keeps]
+        self.last = [k for k in (*self.reads, *self.writes) if k in last]
+        self.norms = [op.node for op in ops if op.node in graph.norms]
+        self.function: Any = None
 
 
 class CompiledRegions:
-    """Makes the compiled regions of a model's segments. Equal regions share their functions."""
+    """Makes the compiled regions of a program. Equal regions share their function."""
 
     def __init__(self) -> None:
-        self._functions: dict[str, tuple[Any, Any]] = {}
+        self._functions: dict[str, Any] = {}
         self._input_gradient = torch.compile(
             gbn.input_gradient_composed, dynamic=True, fullgraph=True
         )
+
+    def steps(self, program: Program, current: Pass) -> list[Op | Region]:
+        """The operations of a pass, with regions in the place of runs of at least two."""
+        found: list[Op | Region] = []
+        for run in _runs(program, current.ops):
+            if len(run) == 1:
+                found.append(run[0])
+                continue
+            region = Region(program.graph, current, run)
+            region.function = self._function(program.graph, region)
+            found.append(region)
+        return found
+
+    def run(self, region: Region, x: Sequence[Tensor], norms: Sequence[Any]) -> tuple[Tensor, ...]:
+        """The values of the outputs. x: those of the inputs; norms: what `gbn.normalize` takes
+        after x, per batch norm."""
+        found: tuple[Tensor, ...] = _call(region.function, *x, *norms)
+        return found
 
     def input_gradient(
         self,
@@ -74,26 +79,15 @@ class CompiledRegions:
         if gbn.on_cuda(x) or not takes(x):
             return gbn.input_gradient(dy, x, s, weight, sums, batch)
         weight = weight if weight is None else weight.detach()
-        return _call(self._input_gradient, dy, x, s, weight, sums)
+        found: Tensor = _call(self._input_gradient, dy, x, s, weight, sums)
+        return found
 
-    def of(self, graph: Graph, segment: Segment) -> Region | None:
-        """The region of a segment; None if there is nothing to compile or it reads the images."""
-        nodes = list(takewhile(lambda n: _is_free(graph, n), segment.nodes))
-        read = {n for node in nodes for n in node.all_input_nodes}
-        inputs = [n for n in segment.reads if n in read]
-        rest = segment.nodes[len(nodes) :]
-        later = {n for node in rest for n in node.all_input_nodes}
-        needed = later.union(segment.writes)
-        outputs = [n for n in [*inputs, *nodes] if n in needed and (n in graph.norms or n in nodes)]
-        if not inputs or not outputs or graph.input in inputs or any(map(_is_tuple, outputs)):
-            return None
-        others = [n for n in segment.reads if n in later.difference(outputs)]
-        body = _body(graph, nodes, inputs, outputs)
-        which = [n in graph.norms for n in inputs]
-        key = f"{body.code} {which} {[(repr(m), m.training) for m in body.children()]}"
+    def _function(self, graph: Graph, region: Region) -> Any:
+        body = _body(graph, region)
+        key = f"{body.code} {[(repr(m), m.training) for m in body.children()]}"
         if key not in self._functions:
-            self._functions[key] = _compiled(body, which, len(outputs))
-        return Region(inputs, outputs, rest, others, self._functions[key])
+            self._functions[key] = torch.compile(body, dynamic=True, fullgraph=True)
+        return self._functions[key]
 
 
 def takes(value: Any) -> bool:
@@ -109,76 +103,68 @@ def takes(value: Any) -> bool:
     )
 
 
-def _is_free(graph: Graph, node: Node) -> bool:
-    """Whether `node` makes a tensor, without parameters or buffers."""
+def _runs(program: Program, ops: Sequence[Op]) -> Iterator[list[Op]]:
+    """The operations in lists: runs that can be compiled, and single others."""
+    run: list[Op] = []
+    for op in ops:
+        if op.kind == "make" and _is_cheap(program, op.node):
+            run.append(op)
+            continue
+        if run:
+            yield run
+        run = []
+        yield [op]
+    if run:
+        yield run
+
+
+def _is_cheap(program: Program, node: Node) -> bool:
+    """Whether `node` makes a tensor of images, without parameters except a batch norm's."""
+    graph = program.graph
+    spec = program.specs[node]
+    if spec is None or len(spec.shape) < 2 or graph.input in graph.inputs[node]:
+        return False
+    if node in graph.norms:
+        return True
     if node.op == "call_module":
         module = graph.module(node)
         return not any(True for _ in (*module.parameters(), *module.buffers()))
     name = getattr(node.target, "__name__", str(node.target))
-    return name not in _NO_TENSOR and all(n.op != "get_attr" for n in node.all_input_nodes)
+    tensors = all(program.specs[n] is not None for n in graph.inputs[node])
+    return tensors and name not in _NO_TENSOR and node.all_input_nodes == graph.inputs[node]
 
 
-def _is_tuple(node: Node) -> bool:
-    return any(getattr(user.target, "__name__", "") == "getitem" for user in node.users)
-
-
-def _body(
-    graph: Graph, nodes: list[Node], inputs: list[Node], outputs: list[Node]
-) -> fx.GraphModule:
-    """`nodes` as a separate module. Its names do not depend on the position in the model."""
-    copy, made = fx.Graph(), dict[Node, Any]()
+def _body(graph: Graph, region: Region) -> fx.GraphModule:
+    """The region as a module. Its names do not depend on the position in the model."""
+    copy = fx.Graph()
+    made: dict[Key, Any] = {}
     modules: dict[str, nn.Module] = {}
-    for i, node in enumerate(inputs):
-        made[node] = copy.placeholder(f"x{i}")
-    for node in nodes:
-        target = node.target
-        if node.op == "call_module" and isinstance(graph.module(node), nn.Identity):
-            made[node] = made[node.all_input_nodes[0]]
+    for i, key in enumerate(region.reads):
+        made[key] = copy.placeholder(f"x{i}")
+    norms = {node: copy.placeholder(f"norm{i}") for i, node in enumerate(region.norms)}
+    for op in region.ops:
+        node, target = op.node, op.node.target
+
+        def value(n: Node) -> Any:
+            return made[graph.values[n]]
+
+        if node in norms:
+            (x,) = graph.inputs[node]
+            made[op.writes[0]] = copy.call_function(_normalized, (value(x), norms[node]))
+            continue
+        if node in graph.identities:
+            made[op.writes[0]] = value(graph.inputs[node][0])
             continue
         if node.op == "call_module":
             modules[target := f"m{len(modules)}"] = graph.module(node)
-        args, kwargs = fx.map_arg((node.args, node.kwargs), made.__getitem__)
-        made[node] = copy.create_node(node.op, target, args, kwargs)
-    copy.output(tuple(made[n] for n in outputs))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+        made[op.writes[0]] = copy.create_node(node.op, target, args, kwargs)
+    copy.output(tuple(made[key] for key in region.writes))
     return fx.GraphModule(modules, copy)
 
 
-class _Vjp(nn.Module):
-    """Gradients with respect to the inputs of `body`."""
-
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.body = body
-
-    def forward(self, read: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> Any:
-        return torch.func.vjp(self.body, *read)[1](gradients)
-
-
-def _normalized(x: Tensor, norm: Norm) -> Tensor:
+def _normalized(x: Tensor, norm: Any) -> Tensor:
     return gbn.normalize_composed(x, *norm)
-
-
-def _compiled(body: fx.GraphModule, norms: list[bool], outputs: int) -> tuple[Any, Any]:
-    """Compile forward and backward of `body`. norms: which inputs come out of batch norms."""
-
-    def function(backward: bool) -> Any:
-        # A new graph for each, because torch.compile limits the recompilations per code object.
-        graph = fx.Graph()
-        x = [graph.placeholder(f"x{i}") for i in range(len(norms))]
-        given = {i: graph.placeholder(f"norm{i}") for i, is_norm in enumerate(norms) if is_norm}
-        read = tuple(
-            graph.call_function(_normalized, (x[i], given[i])) if i in given else x[i]
-            for i in range(len(norms))
-        )
-        if backward:
-            gradients = tuple(graph.placeholder(f"gradient{i}") for i in range(outputs))
-            graph.output(graph.call_module("module", (read, gradients)))
-        else:
-            graph.output(graph.call_module("module", read))
-        module = fx.GraphModule({"module": _Vjp(body) if backward else body}, graph)
-        return torch.compile(module, dynamic=True, fullgraph=True)
-
-    return function(False), function(True)
 
 
 def _call(function: Any, *arguments: Any) -> Any:

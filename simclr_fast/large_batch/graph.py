@@ -1,18 +1,18 @@
-"""A model as a list of blocks, each a list of segments.
+"""A model as a list of operations in blocks.
 
 `torch.fx` gives the operations in order. A block ends where the rest of the model needs only a
-single value, for example after a residual sum. Lockstep stores only these values. A block is cut
-into segments at every batch norm. So the operations of a segment treat every row separately.
+single value, for example after a residual sum.
 """
 
 import copy
 import inspect
 import operator
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
@@ -33,29 +33,31 @@ _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"
 _IN_PLACE: dict[Any, Callable[..., Any]] = {
     getattr(operator, f"i{name}"): getattr(operator, name) for name in _OPERATORS
 }
+_ADD = (operator.add, torch.add)
+_RELU = (F.relu, torch.relu, "relu")
+_PRODUCTS = (F.linear, F.conv1d, F.conv2d, F.conv3d, torch.matmul, torch.bmm, operator.matmul)
+
+
+class Spec(NamedTuple):
+    """What the tensor of a node is like. shape: without the rows. channels_last: its layout."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    channels_last: bool
+
+
+class Key(NamedTuple):
+    """A value of a micro-batch: a node's value, its gradient, or where its value is positive."""
+
+    kind: Literal["value", "gradient", "bits"]
+    node: Node
 
 
 @dataclass(eq=False)
-class Segment:
-    """Operations between two batch norms."""
+class Block:
+    """Consecutive operations. `input` is the only earlier value that they read."""
 
     nodes: list[Node]
-    norm: Node | None
-    """The batch norm after the operations. The last segment of a block may have none."""
-    reads: list[Node]
-    """The values from earlier segments that it reads, results of batch norms included."""
-    writes: list[Node] = field(default_factory=list)
-    """The values made here that the batch norm or later segments need."""
-    last_use: list[Node] = field(default_factory=list)
-    """Stored values that no later segment needs."""
-    parameters: list[nn.Parameter] = field(default_factory=list)
-    conv: Node | None = None
-    """The convolution whose result only `norm` reads, if there is one."""
-
-
-@dataclass
-class Block:
-    segments: list[Segment]
     input: Node
     outputs: list[Node]
     parameters: list[nn.Parameter]
@@ -97,16 +99,53 @@ class Graph:
         fx.map_arg(self.result, lambda n: found.setdefault(n))
         self.outputs = list(found)
         refuse_outputs(self.outputs)
-        self.blocks = list(self._blocks(nodes))
+        self.nodes = nodes
+        self.blocks = list(self._blocks())
+        self._analyse()
+
+    def _analyse(self) -> None:
+        """What programs of all schedules need to know about the nodes.
+
+        inputs: the nodes that a node reads, without parameters and buffers. parameters: the
+        trainable parameters that it uses itself. values, gradients, bits: its keys.
+        needs_gradient: nodes that depend on a trainable parameter.
+        levels: one more than the highest level of the batch norms before a batch norm.
+        complete: the level of the backward pass in which the gradient of a node's value is
+        complete; for nodes with a gradient.
+        """
+        every = [self.input, *self.nodes]
+        self.inputs = {n: [i for i in n.all_input_nodes if i.op != "get_attr"] for n in every}
+        self.parameters = {n: self.parameters_of([n]) for n in every}
+        self.values = {n: Key("value", n) for n in every}
+        self.gradients = {n: Key("gradient", n) for n in every}
+        self.bits = {n: Key("bits", n) for n in every}
+        self.levels: dict[Node, int] = {}
+        self.needs_gradient: set[Node] = set()
+        depth = {self.input: 0}
+        for node in self.nodes:
+            depth[node] = max((depth[i] for i in self.inputs[node]), default=0)
+            if node in self.norms:
+                depth[node] += 1
+                self.levels[node] = depth[node]
+            if self.parameters[node] or any(i in self.needs_gradient for i in self.inputs[node]):
+                self.needs_gradient.add(node)
+        self.top = 1 + max(self.levels.values(), default=0)
+        self.complete: dict[Node, int] = {}
+        for node in reversed(self.nodes):
+            levels = [self.top] if node in self.outputs else []
+            # Without a way to an output, a user gets no gradient.
+            for user in (u for u in node.users if u in self.complete):
+                levels.append(self.levels.get(user, self.complete[user]))
+            if levels and node in self.needs_gradient:
+                self.complete[node] = min(levels)
+        self.convolutions = {n for n in self.nodes if self._is_convolution(n)}
+        self.expanding = {n for n in self.convolutions if self._is_expanding(n)}
+        self.costly = {n for n in self.nodes if self._is_costly(n)}
+        self.relus = {n for n in self.nodes if self._is_relu(n)}
+        self.identities = {n for n in self.nodes if self._is_identity(n)}
 
     def module(self, node: Node) -> Any:
         return self.modules[str(node.target)]
-
-    def stored(self, node: Node) -> Node:
-        """The value that is stored for `node`. For a batch norm its input; the output is cheap."""
-        while node in self.norms:
-            node = node.all_input_nodes[0]
-        return node
 
     def execute(self, node: Node, env: dict[Node, Any]) -> Any:
         """The value of a node that is not a batch norm."""
@@ -132,7 +171,81 @@ class Graph:
     def _attribute(self, node: Node) -> Any:
         return operator.attrgetter(str(node.target))(self.root)
 
-    def _blocks(self, nodes: list[Node]) -> Iterator[Block]:
+    def convolution(self, norm: Node) -> Node | None:
+        """The convolution that makes a norm's input for this norm alone, padded with zeros."""
+        (source,) = norm.all_input_nodes
+        alone = list(source.users) == [norm] and source in self.convolutions
+        return source if alone else None
+
+    def _is_convolution(self, node: Node) -> bool:
+        """Whether the gradients of a node are those of torch's convolution, padded with zeros."""
+        if node.op != "call_module" or len(node.all_input_nodes) != 1:
+            return False
+        module = self.module(node)
+        return (
+            type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+            and module.padding_mode == "zeros"
+            and not isinstance(module.padding, str)
+        )
+
+    def _is_expanding(self, node: Node) -> bool:
+        """Whether a convolution is 1×1 and to at least twice the channels: cheap to repeat."""
+        conv = self.module(node)
+        return (
+            set(conv.kernel_size) == {1}
+            and set(conv.padding) == {0}
+            and conv.groups == 1
+            and 2 * conv.in_channels <= conv.out_channels
+        )
+
+    def _is_costly(self, node: Node) -> bool:
+        """Whether a node multiplies matrices, as far as one can see."""
+        if node.op == "call_module":
+            return any(p.dim() > 1 for p in self.module(node).parameters())
+        return node.target in _PRODUCTS
+
+    def _is_relu(self, node: Node) -> bool:
+        if node.op == "call_module":
+            return type(self.module(node)) is nn.ReLU
+        return node.target in _RELU
+
+    def _is_identity(self, node: Node) -> bool:
+        return node.op == "call_module" and type(self.module(node)) is nn.Identity
+
+    def is_sum(self, node: Node, specs: dict[Node, Spec | None]) -> bool:
+        """Whether a node adds two different tensors of the same shape and dtype."""
+        inputs = self.inputs[node]
+        if node.target not in _ADD or node.kwargs or list(node.args) != inputs:
+            return False
+        kinds = {None if (s := specs[n]) is None else s[:2] for n in (node, *inputs)}
+        return len(inputs) == 2 and len(kinds) == 1 and None not in kinds
+
+    def parameters_of(self, nodes: Iterable[Node]) -> list[nn.Parameter]:
+        """The trainable parameters that the operations use."""
+        found: dict[nn.Parameter, None] = {}
+        for node in nodes:
+            if node.op == "call_module":
+                found.update(dict.fromkeys(self.module(node).parameters()))
+            for source in node.all_input_nodes:
+                if source.op == "get_attr" and isinstance(self._attribute(source), nn.Parameter):
+                    found[self._attribute(source)] = None
+        return [p for p in found if p.requires_grad]
+
+    @torch.no_grad()
+    def measure(self, x: Tensor) -> dict[Node, Spec | None]:
+        """What the values of all nodes are like, found by running two rows. None: not a tensor.
+
+        Batch norms let their input pass: they change neither shape nor dtype.
+        """
+        example = x[:2] if len(x) > 1 else x.new_zeros(2, *x.shape[1:])
+        env: dict[Node, Any] = {self.input: example}
+        for node in self.nodes:
+            passes = node in self.norms
+            env[node] = env[node.all_input_nodes[0]] if passes else self.execute(node, env)
+        return {node: _spec(value) for node, value in env.items()}
+
+    def _blocks(self) -> Iterator[Block]:
+        nodes = self.nodes
         place = {n: i for i, n in enumerate(nodes)}
 
         def last_use(node: Node) -> int:
@@ -148,62 +261,13 @@ class Graph:
                     source, start, norms = nodes[cut - 1], cut, 0
                 norms += 1
             alive = {n for n in alive | {node} if last_use(n) > i}
-            # Do not cut next to a batch norm. Its input is stored anyway, only while the block
-            # runs, and its output is computed from it.
-            beside_norm = node in self.norms or self.norms.intersection(node.users)
-            if norms and alive == {node} and not beside_norm:
+            # Not after a batch norm, because its output is cheap to make from its input.
+            if norms and alive == {node} and node not in self.norms:
                 cut = i + 1
         yield self._block(nodes[start:], source, self.outputs)
 
     def _block(self, nodes: list[Node], source: Node, outputs: list[Node]) -> Block:
-        segments: list[Segment] = []
-        run: list[Node] = []
-        for node in [*nodes, None]:
-            if node is None or node in self.norms:
-                if node or run:
-                    segments.append(self._segment(run, node))
-                run = []
-            else:
-                run.append(node)
-        until: dict[Node, int] = {}
-        for i, segment in enumerate(segments):
-            ends = [] if segment.norm is None else segment.norm.all_input_nodes
-            until.update({self.stored(n): i for n in [*segment.reads, *ends]})
-        until.update({self.stored(n): len(segments) for n in outputs})
-        made_in = {n: segment for segment in segments for n in segment.nodes}
-        for node, last in until.items():
-            if node in made_in:
-                made_in[node].writes.append(node)
-            if last < len(segments):
-                segments[last].last_use.append(node)
-        return Block(segments, source, outputs, self._parameters(nodes))
-
-    def _segment(self, nodes: list[Node], norm: Node | None) -> Segment:
-        reads = {n: None for node in nodes for n in node.all_input_nodes if n.op != "get_attr"}
-        segment = Segment(nodes, norm, [n for n in reads if n not in nodes])
-        segment.parameters = self._parameters(nodes)
-        if norm is not None:
-            (last,) = norm.all_input_nodes
-            module: Any = self.module(last) if last.op == "call_module" else None
-            if (
-                last in nodes
-                and list(last.users) == [norm]
-                and type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-                and module.padding_mode == "zeros"
-                and not isinstance(module.padding, str)
-            ):
-                segment.conv = last
-        return segment
-
-    def _parameters(self, nodes: list[Node]) -> list[nn.Parameter]:
-        found: dict[nn.Parameter, None] = {}
-        for node in nodes:
-            if node.op == "call_module":
-                found.update(dict.fromkeys(self.module(node).parameters()))
-            for source in node.all_input_nodes:
-                if source.op == "get_attr" and isinstance(self._attribute(source), nn.Parameter):
-                    found[self._attribute(source)] = None
-        return [p for p in found if p.requires_grad]
+        return Block(nodes, source, outputs, self.parameters_of(nodes))
 
     def _split_activations(self, graph: fx.Graph) -> None:
         """Split timm's batch norms with activation into separate nodes."""
@@ -297,3 +361,12 @@ class _Tracer(Tracer):
         return isinstance(m, nn.modules.batchnorm._BatchNorm) or super().is_leaf_module(
             m, module_qualified_name
         )
+
+
+def _spec(value: Any) -> Spec | None:
+    if not isinstance(value, Tensor):
+        return None
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(value.dim())
+    # One row of a single pixel or channel has both layouts.
+    dense = layout is not None and value.is_contiguous(memory_format=layout)
+    return Spec(tuple(value.shape[1:]), value.dtype, dense and not value.is_contiguous())

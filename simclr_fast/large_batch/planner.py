@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from simclr_fast.augment.dali import dali_bytes
-from simclr_fast.large_batch.api import Memory
+from simclr_fast.large_batch.api import Memory, plan_with
 from simclr_fast.large_batch.pricing import Price, Prices
 from simclr_fast.large_batch.program import Program
 from simclr_fast.large_batch.schedule import CHOICES, Schedule, Stage
@@ -635,10 +635,14 @@ def schedule_of(
 
 
 def without_data(model: nn.Module) -> nn.Module:
-    """A copy of a model with parameters and buffers that have no data, under FakeTensorMode."""
+    """A copy of a model whose parameters and buffers have no data, under FakeTensorMode.
+
+    Numbers become float32; LargeBatch counts what others take.
+    """
     memo: dict[int, Any] = {}
     for t in (*model.parameters(), *model.buffers()):
-        empty = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
+        dtype = torch.float32 if t.is_floating_point() else t.dtype
+        empty = torch.empty_strided(t.shape, t.stride(), dtype=dtype)
         memo[id(t)] = empty
         if isinstance(t, nn.Parameter):
             memo[id(t)] = nn.Parameter(empty, t.requires_grad)
@@ -665,3 +669,6 @@ def out_of_memory(
             advice = f"next: {found[1]} (predicted {needs})"
         message = f"{where()}: out of memory with {setting.flags}; {advice}"
         raise OutOfMemory(message) from error
+
+
+plan_with(schedule_of)

@@ -18,12 +18,12 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 
-from simclr_fast.large_batch.demand import Env, Lockstep
 from simclr_fast.large_batch.global_batch_norm import WholeBatch
+from simclr_fast.large_batch.graph import Key
+from simclr_fast.large_batch.lockstep import Env, Lockstep
 from simclr_fast.large_batch.program import Op, Pass, Program
 from simclr_fast.large_batch.schedule import Schedule
 from simclr_fast.large_batch.simulate import Meter, Phase, norms_of_cuda
-from simclr_fast.large_batch.trace import Key
 
 # Gives the seconds of one operation from its FLOPs and the bytes that it reads and writes.
 Clock = Callable[[float, float], float]

@@ -19,8 +19,8 @@ from typing import Literal
 from torch import nn
 from torch.fx import Node
 
+from simclr_fast.large_batch.graph import Block, Graph, Key, Spec
 from simclr_fast.large_batch.schedule import Schedule, Stage
-from simclr_fast.large_batch.trace import Block, Graph, Key, Spec
 
 Kind = Literal["make", "see", "bits", "sum", "pull", "pull_norm"]
 Phase = Literal["forward", "outputs", "backward"]

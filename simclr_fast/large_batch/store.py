@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from simclr_fast.large_batch.graph import Key, Spec
 from simclr_fast.large_batch.malloc_trim import Heap
 from simclr_fast.large_batch.program import Program
-from simclr_fast.large_batch.trace import Key, Spec
 from simclr_fast.large_batch.transfers import Access, Transfers
 
 # Pieces begin at multiples of this, so that every copy is aligned.

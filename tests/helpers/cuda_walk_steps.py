@@ -16,12 +16,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from cuda_walk import DEVICE, walk
+from large_batch_cases import large_batch
 from torch import Tensor, nn
 
 from simclr_fast.augment.params import Augmentation, draw_views
 from simclr_fast.augment.views import finish_crops, pack_params
 from simclr_fast.evaluation.features import Inference
-from simclr_fast.large_batch import LargeBatch
 from simclr_fast.large_batch.global_batch_norm import WholeBatch
 from simclr_fast.large_batch.replay import global_norms
 from simclr_fast.losses.nt_xent import nt_xent_loss
@@ -33,10 +33,10 @@ ROWS, SIZE = 8, 64
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},
     "replay": {},
-    "lockstep": {"micro_batch": ROWS},
-    "keep-every": {"memory": "lockstep", "micro_batch": ROWS, "keep_every": 2},
-    "offload": {"memory": "lockstep", "micro_batch": ROWS, "offload_gb": 0.1},
-    "grad-cache": {"micro_batch": ROWS, "allow_ghost_bn": True},
+    "lockstep": {"choices": {"output": "kept", "inner": "kept", "wide": "kept"}},
+    "lean": {"memory": "lockstep", "choices": {"turn": "mask", "input": "once"}},
+    "host": {"memory": "lockstep", "choices": {"bytes": (4 * 10**6, 10**9)}},
+    "grad-cache": {"allow_ghost_bn": True},
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 # Faults that a walk must see, put into the loss of a plain step.
@@ -89,8 +89,10 @@ def train(
     group = dist.group.WORLD if world > 1 else None
     autocast = DTYPES[dtype]
     trained = model("resnet18" if fault is None else "resnet10")
-    step = LargeBatch(
-        trained, **{"memory": mode, "group": group, "autocast": autocast} | MODES[mode]
+    step = large_batch(
+        trained,
+        micro_batch=ROWS,
+        **{"memory": mode, "group": group, "autocast": autocast} | MODES[mode],
     )
     optimizer = LARS(lars_param_groups(trained, 1e-6), lr=0.1)
     scheduler = warmup_cosine(optimizer, 1, 10)

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from simclr_fast.large_batch import LargeBatch
+from simclr_fast.large_batch.graph import Graph
 from simclr_fast.large_batch.schedule import Schedule, Stage
-from simclr_fast.large_batch.trace import Graph
 from simclr_fast.losses.nt_xent import nt_xent_loss
 from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector
 from simclr_fast.optim.lars import LARS, lars_param_groups
@@ -16,9 +16,9 @@ MODES = [
     {"memory": "replay"},
     {"memory": "lockstep", "micro_batch": 7},
     {"memory": "lockstep", "micro_batch": 5},
-    {"memory": "lockstep", "micro_batch": 4, "offload_gb": 1e-4},
-    {"memory": "lockstep", "micro_batch": 5, "keep_every": 2},
-    {"memory": "lockstep", "micro_batch": 7, "keep_every": 3, "offload_gb": 1e-4},
+    {"memory": "lockstep", "micro_batch": 4, "choices": {"turn": "mask", "input": "again"}},
+    {"memory": "lockstep", "micro_batch": 5, "choices": {"output": "once", "sizes": (1, 4)}},
+    {"memory": "lockstep", "micro_batch": 7, "choices": {"bytes": (600_000, 10**8)}},
 ]
 
 

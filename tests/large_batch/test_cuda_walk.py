@@ -25,8 +25,8 @@ MAY_WAIT_UNTOLD = {
 MAY_COPY = {
     "elsewhere": "the views' parameters, from pinned memory",
     "augment/views.py:_upload": "the views' constants, from pinned memory",
-    "large_batch/offload.py:store": "block inputs, on a stream of their own",
-    "large_batch/offload.py:fetch": "block inputs, on a stream of their own",
+    "large_batch/store.py:_move_out": "kept values, on a stream of their own",
+    "large_batch/store.py:_move_back": "kept values, on a stream of their own",
 }
 # Launches of one forward and backward of ResNet-18 with its NORMS batch norms; lockstep: in two
 # micro-batches.
@@ -105,6 +105,6 @@ def test_a_step_on_eight_gpus():
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 8])
 def test_further_dtypes_and_modes(world):
-    modes = "plain", "replay", "lockstep", "keep-every", "offload", "grad-cache"
+    modes = "plain", "replay", "lockstep", "lean", "host", "grad-cache"
     cases = [f"{mode} {dtype}" for mode in modes for dtype in DTYPE]
     check_all(walked(world, *cases), cases, world)

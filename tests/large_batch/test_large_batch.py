@@ -10,6 +10,7 @@ from cuda_batch_norm import cuda_batch_norm
 from large_batch_cases import (
     MODES,
     assert_equal,
+    large_batch,
     lively,
     loss_fn,
     mode_name,
@@ -37,7 +38,7 @@ def reference(name):
 
 
 def run(model, x=None, loss=loss_fn, **mode):
-    return LargeBatch(model, **mode).backward(views() if x is None else x, loss)
+    return large_batch(model, **mode).backward(views() if x is None else x, loss)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +117,19 @@ def test_lockstep_runs_models_of_other_libraries(build):
     assert_equal(step(model, lambda m: run(m, **LOCKSTEP)), expected)
 
 
+def test_lockstep_chooses_a_schedule_for_the_memory():
+    model = simclr("resnet10")
+    engine = LargeBatch(model, gpu_memory=1.5e6, micro_batch=7)
+    found = step(model, lambda m: engine.backward(views(), loss_fn))
+    assert_equal(found, step(simclr("resnet10"), plain_autograd))
+    first = engine.lockstep.program.schedule
+    assert first.micro_batch == 7
+    engine.backward(views(), loss_fn)
+    assert engine.lockstep.program.schedule is first
+    with pytest.raises(ValueError, match="GB"):
+        LargeBatch(simclr("resnet10"), gpu_memory=1e4).backward(views(), loss_fn)
+
+
 def test_lockstep_takes_imagenet_stem_and_frozen_layers():
     def frozen():
         model = simclr("resnet10", stem="imagenet")
@@ -173,8 +187,8 @@ def assert_gradient_differs(model):
 FAULTS = {
     "statistics of one micro-batch": ("merge", lambda original: lambda rows: rows[-1]),
     "sums of one micro-batch": (
-        "gradient_sums",
-        lambda original: lambda pairs, s, weight: original(pairs[:1], s, weight),
+        "join_sums",
+        lambda original: lambda parts, s, weight: original(parts[:1], s, weight),
     ),
     "buffers updated twice": (
         "update_running",
@@ -209,8 +223,8 @@ def test_each_statistic_is_taken_once(monkeypatch):
     for mode, parts in (({"memory": "replay"}, 1), (LOCKSTEP, 3)):
         calls.update(dict.fromkeys(calls, 0))
         run(model, **mode)
-        per_part = dict.fromkeys(("moments", "input_gradient"), parts * norms)
-        assert calls == {**per_part, "gradient_sums": norms, "update_running": norms}
+        per_part = dict.fromkeys(("moments", "gradient_sums", "input_gradient"), parts * norms)
+        assert calls == {**per_part, "update_running": norms}
     assert model.encoder.bn1.num_batches_tracked == 2
 
 
@@ -349,10 +363,10 @@ def test_lockstep_sees_a_module_that_was_replaced():
     [
         {"memory": "little"},
         {"micro_batch": 0},
-        {"offload_gb": -1},
-        {"memory": "plain", "offload_gb": 1},
-        {"keep_every": 0},
-        {"memory": "replay", "keep_every": 2},
+        {"gpu_memory": 0},
+        {"memory": "plain", "gpu_memory": 1e9},
+        {"host_memory": -1},
+        {"memory": "replay", "host_memory": 1},
         {"memory": "replay", "compile": True},
     ],
 )
@@ -361,9 +375,17 @@ def test_bad_arguments_of_large_batch_are_refused(arguments):
         LargeBatch(nn.Linear(2, 2), **arguments)
 
 
-def test_an_arena_that_the_host_cannot_hold_is_refused():
-    with pytest.raises(ValueError, match="offload_gb must fit the host's memory, got 1e"):
-        run(simclr("resnet10"), offload_gb=1e9, **LOCKSTEP)
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("offload_gb", "offload_gb is gone: give host_memory"),
+        ("keep_every", "keep_every is gone: give gpu_memory"),
+        ("micro_batches", "unexpected argument 'micro_batches'"),
+    ],
+)
+def test_arguments_that_are_gone_name_their_replacement(name, says):
+    with pytest.raises(TypeError, match=says):
+        LargeBatch(nn.Linear(2, 2), **{name: 2})
 
 
 def test_a_loss_must_be_a_number():
@@ -371,18 +393,25 @@ def test_a_loss_must_be_a_number():
         run(simclr("resnet10"), loss=lambda outputs: outputs[1], **LOCKSTEP)
 
 
-@pytest.mark.parametrize("field", ["micro_batch", "offload_gb", "keep_every"])
-def test_bad_memory_settings_are_refused(field):
-    with pytest.raises(ValueError, match=field):
-        PretrainConfig(**{field: -1})
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("micro_batch", -1, "micro_batch"),
+        ("gpu_memory", "24", "such as 80GB or 24GiB, got '24'"),
+        ("host_memory", "-1GB", "such as 80GB or 24GiB, got '-1GB'"),
+    ],
+)
+def test_bad_memory_settings_are_refused(field, value, says):
+    with pytest.raises(ValueError, match=says):
+        PretrainConfig(**{field: value})
 
 
 @pytest.mark.parametrize(
     "given",
     [
         {"memory": "plain", "micro_batch": 64},
-        {"memory": "auto", "offload_gb": 1},
-        {"memory": "auto", "keep_every": 2},
+        {"memory": "plain", "gpu_memory": "24GB"},
+        {"memory": "replay", "host_memory": "1GB"},
         {"memory": "replay", "compile": True},
         {"memory": "lockstep", "allow_ghost_bn": True},
     ],

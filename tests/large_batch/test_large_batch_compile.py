@@ -5,7 +5,16 @@ from functools import partial
 
 import pytest
 import torch
-from large_batch_cases import assert_equal, lively, loss_fn, plain_autograd, simclr, step, views
+from large_batch_cases import (
+    assert_equal,
+    large_batch,
+    lively,
+    loss_fn,
+    plain_autograd,
+    simclr,
+    step,
+    views,
+)
 from test_large_batch import chain, timm_norm_act, timm_resnet, torchvision_resnet
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -20,12 +29,13 @@ MODES = [
     {"micro_batch": 7},
     {"micro_batch": 5},
     {"micro_batch": 13},
-    {"micro_batch": 4, "keep_every": 2, "offload_gb": 1e-4},
+    {"micro_batch": 4, "choices": {"turn": "mask", "output": "once"}},
 ]
 
 
 def lockstep(model, **mode):
-    return LargeBatch(model, **{"memory": "lockstep", "micro_batch": 5, "compile": True} | mode)
+    options = {"memory": "lockstep", "micro_batch": 5, "compile": True, "choices": {}}
+    return large_batch(model, **options | mode)
 
 
 def run(model, **mode):
@@ -65,32 +75,14 @@ def test_regions_beside_frozen_layers(uncompiled):
     assert_equal(step(frozen(), run), step(frozen(), plain_autograd))
 
 
-FAULTS = {
-    "normalisation left out": ("_normalized", lambda x, norm: x),
-    "no derivative": ("_Vjp", lambda body: Through()),
-}
-
-
-class Through(nn.Module):
-    def forward(self, read, gradients):
-        return tuple(gradients[0].expand_as(x) for x in read)
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_seen(uncompiled, fault, monkeypatch):
+def test_a_planted_fault_is_seen(uncompiled, monkeypatch):
     expected = step(simclr("resnet10"), plain_autograd)
-    monkeypatch.setattr(compiled_regions, *FAULTS[fault])
+    monkeypatch.setattr(compiled_regions, "_normalized", lambda x, norm: x)
     with pytest.raises(AssertionError):
         assert_equal(step(simclr("resnet10"), run), expected)
 
 
-def kept(engine):
-    engine.lockstep.autocast = lambda: torch.autocast("cpu", enabled=False)
-    _, saved = engine.lockstep._forward(views().split(4))
-    return [t.nbytes for stored in saved for t in stored.tensors]
-
-
-def test_graphs_are_few_and_keep_nothing(monkeypatch):
+def test_graphs_are_few(monkeypatch):
     """Traced and counted by torch.compile, run without its code generation."""
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(torch, "compile", partial(COMPILE, backend=counter))
@@ -99,15 +91,15 @@ def test_graphs_are_few_and_keep_nothing(monkeypatch):
     expected = step(simclr("resnet10", stem="cifar"), plain_autograd)
     found = step(model, lambda m: engine.backward(views(), loss_fn))
     assert_equal(found, expected)
-    # Activation alone, sums with and without a batch norm in the shortcut, pooling; each forward
-    # and backward; the batch norm's gradient. Some of them for a coincidence of sizes too.
-    assert len(engine.lockstep.regions._functions) == 4
-    assert counter.frame_count <= 2 * (2 * 4 + 1)
+    # Norm and activation, sums with and without a batch norm in the shortcut, with what is made of
+    # them; the batch norm's gradient. Some of them for a coincidence of sizes too.
+    functions = len(engine.lockstep.regions._functions)
+    assert 0 < functions <= 6
+    assert counter.frame_count <= 2 * (functions + 1)
     before = counter.frame_count
     for rows in (14, 13, 9, 3):
         engine.backward(views()[:rows], lambda outputs: outputs[1].square().sum())
     assert counter.frame_count <= before + 2
-    assert kept(engine) == kept(lockstep(model, compile=False))
 
 
 def images(rows=14):

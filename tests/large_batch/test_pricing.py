@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simclr_fast.large_batch import global_batch_norm as gbn
-from simclr_fast.large_batch.demand import Lockstep
+from simclr_fast.large_batch.lockstep import Lockstep
 from simclr_fast.large_batch.pricing import Prices
 from simclr_fast.large_batch.schedule import CHOICES, Schedule, Stage
 from simclr_fast.large_batch.search import Search, stage_sizes

@@ -20,8 +20,9 @@ from large_batch_cases import (
 from test_large_batch import chain, timm_norm_act, timm_resnet, torchvision_resnet
 from torch import Tensor
 
-from simclr_fast.large_batch import LargeBatch, demand
+from simclr_fast.large_batch import LargeBatch
 from simclr_fast.large_batch import global_batch_norm as gbn
+from simclr_fast.large_batch import lockstep as lockstep_module
 from simclr_fast.large_batch.gram import Gram
 from simclr_fast.large_batch.schedule import Schedule, Stage
 
@@ -119,7 +120,7 @@ FAULTS = {
     "no term with the statistics": (Gram, "finish", forgets("back")),
     "no constant term": (Gram, "finish", forgets("constant")),
     "sums of one micro-batch": (gbn, "join_sums", lambda f: lambda parts, *a: f(parts[:1], *a)),
-    "bits of the other sign": (demand, "pack", lambda f: lambda t, layout: f(-t, layout)),
+    "bits of the other sign": (lockstep_module, "pack", lambda f: lambda t, layout: f(-t, layout)),
     "no gradient of ones": (Tensor, "new_ones", lambda f: lambda *a, **k: f(*a, **k) * 0),
 }
 

@@ -12,11 +12,11 @@ from large_batch_cases import assert_equal, in_stages, loss_fn, plain_autograd, 
 from simclr_fast.large_batch import LargeBatch
 from simclr_fast.large_batch import global_batch_norm as gbn
 from simclr_fast.large_batch import store as store_module
-from simclr_fast.large_batch.demand import Lockstep
+from simclr_fast.large_batch.graph import Graph
+from simclr_fast.large_batch.lockstep import Lockstep
 from simclr_fast.large_batch.program import Program
 from simclr_fast.large_batch.schedule import Schedule, uniform
 from simclr_fast.large_batch.store import HostMemory, Store, accesses, powers_of_two
-from simclr_fast.large_batch.trace import Graph
 from simclr_fast.large_batch.transfers import Access, Transfers, transfers
 
 CPU = torch.device("cpu")
@@ -223,7 +223,7 @@ class Watched(Store):
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_bounded_steps_equal_plain_autograd(name, choices, share, monkeypatch):
     """With the planned bytes on both sides."""
-    monkeypatch.setattr("simclr_fast.large_batch.demand.Store", Watched)
+    monkeypatch.setattr("simclr_fast.large_batch.lockstep.Store", Watched)
     x, micro_batch = views(), 2
     parts = x.split(micro_batch)
     graph = Graph(simclr(name))

@@ -82,7 +82,6 @@ TAKE_FLOATS = {
 }  # fmt: skip
 TAKE_INTEGERS = {
     "micro_batch": lambda v: batch(memory="grad-cache", micro_batch=v),
-    "keep_every": lambda v: batch(memory="lockstep", keep_every=v),
     "n_views": lambda v: multi_view_nt_xent_loss(Z, v),
     "warm-up": lambda v: factors(v, 5),
     "steps": lambda v: factors(1, v),
