@@ -249,20 +249,21 @@ def _with_plain_exif(data: bytes, header: _Header) -> bytes:
 
 
 def _png(data: bytes) -> _Header:
-    position, kind, size = 8, b"", None
-    odd = False
+    position, kind = 8, b""
+    header: _Header | None = None
     while kind != b"IEND":
         length, kind = struct.unpack_from(">I4s", data, position)
         (checksum,) = struct.unpack_from(">I", data, position + 8 + length)
         if zlib.crc32(memoryview(data)[position + 4 : position + 8 + length]) != checksum:
             raise ValueError(f"a PNG chunk at byte {position} has a wrong checksum")
-        if size is None:
+        if header is None:
             width, height, bits = struct.unpack_from(">IIB", data, position + 8)
-            size = height, width
-            odd = bits == 16
-        odd = odd or kind == b"eXIf" or data.startswith(_PNG_METADATA, position + 8)
+            header = _Header(height, width, odd=bits == 16)
+        elif kind == b"eXIf" or data.startswith(_PNG_METADATA, position + 8):
+            header = header._replace(odd=True)
         position += 12 + length
-    return _Header(*(size or (0, 0)), odd)
+    assert header is not None
+    return header
 
 
 def _bmp(data: bytes) -> _Header:
