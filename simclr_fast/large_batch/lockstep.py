@@ -72,6 +72,22 @@ class Lockstep:
         self._begin(model, batch, schedule, compile)
         self.look()
 
+    def _begin(
+        self,
+        model: nn.Module,
+        batch: gbn.WholeBatch,
+        schedule: Callable[[Graph], Schedule],
+        compile: bool,
+    ) -> None:
+        self.model, self.batch, self.schedule = model, batch, schedule
+        self.regions = CompiledRegions() if compile else None
+        self.flags: Any = None
+        self.program: Program | None = None
+        self.store = Store(torch.device("cpu"))
+        # What the program and the moves of the store were made for.
+        self._kind: Any = None
+        self._moved: Any = None
+
     def backward(
         self,
         parts: Sequence[Tensor],
@@ -92,8 +108,9 @@ class Lockstep:
         self.grams: dict[Node, Gram] = {}
         self.whole_sums: dict[Node, Tensor] = {}
         self.casts: dict[tuple[nn.Parameter, torch.dtype], Tensor] = {}
-        for conv in map(self.graph.module, self.graph.convolutions if self.low else ()):
-            self._cast(conv.weight, self.low)
+        if self.low is not None:
+            for conv in map(self.graph.module, self.graph.convolutions):
+                self._cast(conv.weight, self.low)
         self.outputs: dict[Node, list[Any]] = {n: [None] * len(parts) for n in self.graph.outputs}
         self.buckets: Buckets | None = None
         try:
@@ -134,7 +151,7 @@ class Lockstep:
                     "do not suffice for the schedule"
                 )
             self._moved, self._moves = key, found
-        if self.store is None or self.store.device != device:
+        if self.store.device != device:
             self.store = Store(device)
         host = self.store.host
         if self._moves.host_peak > (0 if host is None else host.capacity):
@@ -156,20 +173,6 @@ class Lockstep:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy traces its own model, in its first step.
         self._begin(**state)
-
-    def _begin(
-        self,
-        model: nn.Module,
-        batch: gbn.WholeBatch,
-        schedule: Callable[[Graph], Schedule],
-        compile: bool,
-    ) -> None:
-        self.model, self.batch, self.schedule = model, batch, schedule
-        self.regions = CompiledRegions() if compile else None
-        self.flags: Any = None
-        self.program: Program | None = None
-        self.store: Store | None = None
-        self._moved: Any = None
 
     def _trace(self, found: Any) -> None:
         self.graph, self.flags = Graph(self.model), found
@@ -379,25 +382,25 @@ class Lockstep:
         if op.node not in self.sums:
             return
         norm, s = self.graph.module(op.node), self.statistics[op.node]
-        conv = self.graph.module(op.node.all_input_nodes[0]) if op.gram or op.linear else None
         if op.gram:
-            gram = self.grams[op.node]
-            whole = gram.own_sums(s)
-            affine = (whole[1], whole[0])
+            whole = self.grams[op.node].own_sums(s)
+            sums = gbn.Sums(whole, whole[1], whole[0])
         else:
             sums = gbn.join_sums(self.sums[op.node], s, norm.weight)
-            whole, affine = sums.whole, (sums.weight, sums.bias)
+            whole = sums.whole
         # The gradients of parameters are this rank's part, so they are taken before `whole` becomes
         # that of all ranks. The buckets are averaged later.
-        self._add_parameters((norm.weight, norm.bias), affine)
+        self._add_parameters((norm.weight, norm.bias), (sums.weight, sums.bias))
         if self.batch.group is not None:
             dist.all_reduce(whole, group=self.batch.group)
         self.whole_sums[op.node] = whole
         if op.gram:
-            self._add_parameters((conv.weight, conv.bias), gram.finish(s, whole))
+            gram = self.grams[op.node]
+            self._add_parameters((gram.conv.weight, gram.conv.bias), gram.finish(s, whole))
         elif op.linear:
-            found = self.linear[op.node].finish(s, whole, norm.weight)
-            self._add_parameters((conv.weight, conv.bias), found)
+            linear = self.linear[op.node]
+            found = linear.finish(s, whole, norm.weight)
+            self._add_parameters((linear.conv.weight, linear.conv.bias), found)
 
     def _add_parameters(self, parameters: Sequence[Any], gradients: Sequence[Any]) -> None:
         assert self.buckets is not None

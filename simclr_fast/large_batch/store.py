@@ -232,7 +232,7 @@ class Store:
     def _move_back(self, piece: Hashable) -> None:
         given = self._given.get(piece)
         there = None if given is not None else self._there.pop(piece)
-        like = given if there is None else there.like
+        like = self._given[piece] if there is None else there.like
         # Allocated on the computing stream, so the copy waits for the memory's previous use.
         t = torch.empty_like(like, device=self.device)
         if self._back is not None:
@@ -243,7 +243,7 @@ class Store:
                 self._back.wait_event(there.copied)
         with torch.cuda.stream(self._back):
             if there is None:
-                t.copy_(given, non_blocking=True)
+                t.copy_(like, non_blocking=True)
             else:
                 for part, host in zip(_bytes(t, there.parts), there.parts, strict=True):
                     part.copy_(host.memory, non_blocking=True)
@@ -265,7 +265,7 @@ class Store:
 
     def end(self) -> None:
         """Forget all pieces and free the host memory, also after an error."""
-        if self._out is not None:
+        if self._out is not None and self._back is not None:
             # The next copies to the host may overwrite what is still being copied back.
             self._out.wait_stream(self._back)
         if self.host is not None:

@@ -216,11 +216,14 @@ class Watched(Store):
             self.host_peak = max(self.host_peak, self.host.used)
 
 
-@pytest.mark.parametrize("share", [0.7, 0.5, 0.35])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("share", [pytest.param(0.7, marks=SLOW), 0.35])
 @pytest.mark.parametrize(
     "choices", [{}, {"turn": "mask"}, {"turn": "again", "input": "once"}], ids=str
 )
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=SLOW)])
 def test_bounded_steps_equal_plain_autograd(name, choices, share, monkeypatch):
     """With the planned bytes on both sides."""
     monkeypatch.setattr("simclr_fast.large_batch.lockstep.Store", Watched)
