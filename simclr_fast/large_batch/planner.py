@@ -371,7 +371,9 @@ def _describe(
         phases[phase] = outside + kept
     # Copies of a pass overlap with its operations; passes wait for each other.
     out, back = [0.0] * len(price.passes), [0.0] * len(price.passes)
-    for way, lists in ((out, moves.out), (back, moves.back)):
+    copies: list[tuple[list[float], dict[int, list[Any]]]]
+    copies = [(out, moves.out), (back, moves.back)]
+    for way, lists in copies:
         for access, pieces in lists.items():
             way[access // count] += sum(
                 prices.nbytes(key)
@@ -589,7 +591,7 @@ def next_smaller(work: Workload, setting: Setting, host: float = 0) -> tuple[Set
     if found.refusal:
         for memory in ("replay", "grad-cache"):
             size = MICRO_BATCHES[-1] if memory == "grad-cache" else None
-            other = work.setting(memory, size)  # type: ignore[arg-type]
+            other = work.setting(memory, size)
             if other.device_bytes <= limit and exact(work, other):
                 return other, other.flags
         return None

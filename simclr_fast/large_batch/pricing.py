@@ -306,8 +306,8 @@ class _Engine(Lockstep):
         found = self._descriptions.get(node)
         if found is None:
             inputs = [self._specs[n] for n in self.graph.inputs[node]]
-            what = (node.target, fx.node.map_arg((node.args, node.kwargs), lambda n: None))
-            trained: tuple[bool, ...] = ()
+            what: Any = (node.target, fx.node.map_arg((node.args, node.kwargs), lambda n: None))
+            trained: tuple[Any, ...] = ()
             if node.op == "call_module":
                 module = self.graph.module(node)
                 what = (type(module), repr(module))

@@ -119,10 +119,9 @@ class Search:
         homes = [home for home, _, _ in states]
         following = [*homes[1:], 0]
         peaks = {(j, backward): 0.0 for j in range(n) for backward in (False, True)}
-        for (home, backward, after), later in zip(states, following, strict=True):
-            home = later if backward else home
-            own = after - sum(kept[:home])
-            peaks[home, backward] = max(peaks[home, backward], own)
+        for (home, backward, nbytes_kept), later in zip(states, following, strict=True):
+            at = later if backward else home
+            peaks[at, backward] = max(peaks[at, backward], nbytes_kept - sum(kept[:at]))
         return [
             Row(kept[j], peaks[j, False], peaks[j, True], costs[j], asks[j], chains[j])
             for j in range(n)
