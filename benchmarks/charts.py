@@ -105,14 +105,14 @@ def memory(plan: Path, path: Path) -> None:
     axis.set(xlim=(0, _MOST_GB), ylim=(len(names) - 0.4, -0.6))
     axis.set_yticks(places, names)
     axis.set_xlabel("GB, predicted: nothing was measured on a GPU")
-    axis.legend(loc="lower right", frameon=False, fontsize=9)
+    axis.legend(loc="center right", frameon=False, fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
     options = found["options"]
     title = (
         f"Batch {options['batch_size']}, exact, on one GPU: ResNet-50, "
         f"{options['image_size']}×{options['image_size']}, {options['precision']}"
     )
-    axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    figure.suptitle(title, fontsize=11, fontweight="bold")
     write_atomic(path, lambda part: figure.savefig(part, format="png", dpi=120))
 
 

@@ -81,7 +81,7 @@ def text(name: str, results: Path = RESULTS) -> str:
 
 
 def fits(results: Path, cards: bool) -> str:
-    """What fits on which GPUs. cards: only single GPUs, with the options of `pretrain`."""
+    """What fits on which GPUs. cards: one row for each single GPU, with the options of `pretrain`."""
     rows = json.loads((results / "plan.json").read_text())["rows"]
     if not cards:
         return "\n".join(fits_lines(rows)) + "\n"
@@ -89,8 +89,9 @@ def fits(results: Path, cards: bool) -> str:
         "| one GPU | options of `pretrain` | GB of the GPU | GB of RAM | convolution work |",
         "|---|---|---|---|---|",
     ]
+    first = {row["gpu"]: row for row in reversed(rows) if row["gpus"] == 1}
     for row in rows:
-        if row["gpus"] == 1 and (row["model"], row["width"]) == ("resnet50", 1):
+        if row is first.get(row["gpu"]) and (row["model"], row["width"]) == ("resnet50", 1):
             host = f" --host-memory {row['host_gb']}GB" if row["host_gb"] else ""
             card = row["gpu"] if "GB" in row["gpu"] else f"{row['gpu']} {row['gpu_gb']}GB"
             ram = (row["host_bytes"] + row["view_bytes"]) / 1e9

@@ -241,6 +241,11 @@ def test_pictures_have_a_background():
         assert lowest_alpha == 255, path.name
 
 
+def test_the_documents_say_what_the_plan_says():
+    assert tables.text("cards") in (ROOT / "README.md").read_text()
+    assert tables.text("fits") in (ROOT / "docs" / "large_batch.md").read_text()
+
+
 def test_no_table_stands_in_two_documents():
     places = {}
     for page in PAGES:
