@@ -81,7 +81,7 @@ def text(name: str, results: Path = RESULTS) -> str:
 
 
 def fits(results: Path, cards: bool) -> str:
-    """What fits on which GPUs. cards: one row for each single GPU, with the options of `pretrain`."""
+    """What fits on which GPUs. cards: a row for each single GPU, with options of `pretrain`."""
     rows = json.loads((results / "plan.json").read_text())["rows"]
     if not cards:
         return "\n".join(fits_lines(rows)) + "\n"
