@@ -59,8 +59,9 @@ class Options:
     """What stands before the names of the encoder's weights, if the file has several encoders, such
     as encoder_k. (with its dot)."""
     mean: tuple[float, ...] | None = None
-    """Mean of the pixels in [0, 1] that the encoder was trained with. By default what its file
-    says, or ImageNet's. For weights of google-research/simclr: --mean 0 0 0 --std 1 1 1."""
+    """Mean of the pixels in [0, 1] that the encoder was trained with. For weights of
+    google-research/simclr pass --mean 0 0 0 --std 1 1 1. By default what its file says, or
+    ImageNet's."""
     std: tuple[float, ...] | None = None
     """Their standard deviation."""
     device: str = "auto"

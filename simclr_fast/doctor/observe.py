@@ -432,6 +432,12 @@ class Observer:
         self.steps += 1
 
 
+# LargeBatch's modes do not call hooks for all modules as often as plain autograd does, and refuse
+# them. These change nothing.
+for _hook in (Observer._before_module, Observer._after_module):
+    _hook.only_looks = True  # type: ignore[attr-defined]
+
+
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in nested tuples, lists and dicts, in order."""
     if isinstance(value, Tensor):

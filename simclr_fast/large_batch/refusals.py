@@ -78,7 +78,11 @@ def refuse_model(model: nn.Module, memory: str, ranks: bool) -> None:
                 f"{name} has a hook of register_post_accumulate_grad_hook, which would see the "
                 "gradient before it is averaged over ranks: do its work after LargeBatch.backward"
             )
-    if memory in ("lockstep", "grad-cache") and any(getattr(nn_module, n) for n in _GLOBAL_HOOKS):
+    hooks = (hook for name in _GLOBAL_HOOKS for hook in getattr(nn_module, name).values())
+    # Those of simclr_fast.doctor only look, and take what they get to see.
+    if memory in ("lockstep", "grad-cache") and not all(
+        getattr(hook, "only_looks", False) for hook in hooks
+    ):
         raise ValueError(
             f"memory={memory!r} does not call hooks for all modules, such as those of "
             "torch.nn.modules.module.register_module_forward_hook, as often as plain autograd; "

@@ -204,8 +204,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str], str]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of weights")
     entry = content.get("encoder")
-    ours = isinstance(entry, dict) and isinstance(entry.get("model"), str)
-    return content, cast("dict[str, str]", entry) if ours else {}, "encoder."
+    if isinstance(entry, dict) and isinstance(entry.get("model"), str):
+        return content["model"], cast("dict[str, str]", entry), "encoder."
+    return content, {}, ""
 
 
 def _tensors(content: dict[str, Any], path: Path) -> dict[str, Tensor]:

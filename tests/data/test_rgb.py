@@ -447,6 +447,9 @@ def test_cut_files_are_named_or_skipped(name, tmp_path):
 
 
 def without(monkeypatch, *modules):
+    # Pillow keeps what an earlier test taught it.
+    for name in ("HEIF", "JXL"):
+        monkeypatch.delitem(Image.OPEN, name, raising=False)
     installed = formats.missing
     monkeypatch.setattr(
         formats,

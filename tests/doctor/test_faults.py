@@ -214,7 +214,12 @@ def test_correct_with_large_batch(memory):
     report = doctor.check(step, model, steps.batch)
     clean(report)
     assert "temperature of the loss: 0.2" in report.facts
-    assert not report.unchecked, str(report)
+    # These two run the model in parts and give the loss new tensors: whose images the rows are of
+    # cannot be seen.
+    parts = memory in ("lockstep", "grad-cache")
+    unseen = [text for text in report.unchecked if "the images of the loss's rows" in text]
+    assert report.unchecked == unseen, str(report)
+    assert len(unseen) == parts
 
 
 def test_correct_with_a_probe_on_detached_features():

@@ -66,8 +66,8 @@ def test_simulated_is_what_a_real_step_takes(memory, dtype):
 def test_dali_is_counted_by_the_size_of_the_views():
     """Beside what CUDA itself takes, which is the same for all sizes."""
     at_32, at_224 = (
-        Workload(make, size, 8, dtype=None, cuda=True).bytes_outside_step("plain")
-        - Workload(make, size, 8, dtype=None, cuda=False).bytes_outside_step("plain")
+        Workload(make, (3, size, size), 8, dtype=None, cuda=True).bytes_outside_step("plain")
+        - Workload(make, (3, size, size), 8, dtype=None, cuda=False).bytes_outside_step("plain")
         for size in (32, 224)
     )
     assert at_32 > dali_bytes(32)

@@ -134,14 +134,14 @@ def all_die_in_checkpoint(rank):
 
 def in_float64(rank):
     torch.set_default_dtype(torch.float64)
-    loader = train.TwoViewLoader
+    loader = train.MultiViewLoader
 
     class Wide(loader):
         def __iter__(self):
             for view1, view2, index in super().__iter__():
                 yield view1.double(), view2.double(), index
 
-    train.TwoViewLoader = Wide
+    train.MultiViewLoader = Wide
 
 
 slow = pytest.mark.slow
@@ -194,7 +194,7 @@ class AsNccl:
                 setattr(dist, name, self.hanging(getattr(dist, name)))
         if rank == self.who:
             kind, name = {
-                "loader": (train.TwoViewLoader, "_batch_ids"),
+                "loader": (train.MultiViewLoader, "_batch_ids"),
                 "forward": (SimCLR, "forward"),
                 "loss": (train, "nt_xent_loss"),
                 "optimizer": (LARS, "step"),

@@ -151,8 +151,8 @@ def test_a_failing_run_closes_its_loader(config, monkeypatch):
         finally:
             closed.append(1)
 
-    real = module.TwoViewLoader.__iter__
-    monkeypatch.setattr(module.TwoViewLoader, "__iter__", batches)
+    real = module.MultiViewLoader.__iter__
+    monkeypatch.setattr(module.MultiViewLoader, "__iter__", batches)
     poison(monkeypatch, 2, lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError) as caught:
         pretrain(config)
