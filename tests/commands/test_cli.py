@@ -109,8 +109,8 @@ def test_presets_follow_the_data_unless_given():
         given = parse_run(Pretrain, arguments, "pretrain")
         return given.preset, given.config.batch_size, given.config.temperature
 
-    assert preset() == ("demo", 256, 0.5)
-    assert preset("--data", "demo-grain") == ("demo", 256, 0.5)
+    assert preset() == ("demo", 256, 0.2)
+    assert preset("--data", "demo-grain") == ("demo", 256, 0.2)
     assert preset("--data=photos") == ("imagenet", 4096, 0.1)
     assert preset("--data", "photos", "--preset=cifar10") == ("cifar10", 256, 0.2)
     assert preset("--preset", "imagenet-256", "--batch-size", "64") == ("imagenet-256", 64, 0.1)
