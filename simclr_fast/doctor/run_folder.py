@@ -88,7 +88,7 @@ def _settings(config: PretrainConfig) -> list[Finding]:
 
 def _course(config: PretrainConfig, rows: list[dict[str, Any]], report: Report) -> list[Finding]:
     step = rows[-1]["step"]
-    chance = math.log(config.views * config.batch_size - 1)
+    chance = config.chance_loss
     bad = [row["step"] for row in rows if not math.isfinite(row["loss"])]
     report.facts.append(f"loss at step {step}: {rows[-1]['loss']:.4f}; chance level: {chance:.4f}")
     if bad:

@@ -5,7 +5,6 @@ Classes also differ in their marker, and their names are written where their poi
 """
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,19 +38,18 @@ def class_style(label: int) -> Style:
     return Style(_COLOURS[label % len(_COLOURS)], _MARKERS[label % len(_MARKERS)])
 
 
-def plot_loss(metrics: Path, path: Path, batch_size: int) -> None:
+def plot_loss(metrics: Path, path: Path, batch_size: int, chance: float) -> None:
     """Draw loss and contrastive accuracy over steps, from metrics.jsonl.
 
-    A dashed line marks the loss if all similarities were equal: ln(2N - 1) for N = batch_size.
+    chance: the loss if all similarities were equal, marked by a dashed line.
     """
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps = [row["step"] for row in rows]
     figure, (axis,) = _figure(1, (7.5, 4.2))
-    chance = math.log(2 * batch_size - 1)
     axis.axhline(chance, color=GREY, ls="--", lw=1)
-    axis.text(steps[-1], chance, f"chance: ln(2N − 1) = {chance:.2f}", ha="right", va="bottom")
+    axis.text(steps[-1], chance, f"chance: {chance:.2f}", ha="right", va="bottom")
     axis.plot(steps, [row["loss"] for row in rows], color=BLUE)
-    axis.set(xlabel="step", ylabel="NT-Xent loss (solid line)", ylim=(0, 1.12 * chance))
+    axis.set(xlabel="step", ylabel="loss (solid line)", ylim=(0, 1.12 * chance))
     axis.yaxis.label.set_color(BLUE)
     right = axis.twinx()
     accuracy = [100 * row["contrastive_accuracy"] for row in rows]

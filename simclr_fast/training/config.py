@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -190,6 +191,14 @@ class PretrainConfig:
             raise ValueError("lr must be given for optimizer sgd, such as --lr 0.05")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other")
+
+    @property
+    def chance_loss(self) -> float:
+        """The loss if all similarities were equal: log of the number of terms in a denominator.
+
+        The other rows of the batch; for the decoupled loss without the positive.
+        """
+        return math.log(self.views * self.batch_size - 1 - (self.loss == "decoupled"))
 
 
 # Mean and standard deviation of the pixels, as the peers' recipes use them.

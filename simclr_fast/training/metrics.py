@@ -105,7 +105,7 @@ class Metrics:
         values = {name: value.item() for name, value in shown.items()}
         contrastive = self.name == "pretrain"
         if contrastive:
-            values["chance_loss"] = math.log(self.config.views * self.config.batch_size - 1)
+            values["chance_loss"] = self.config.chance_loss
         values |= {name: value.item() for name, value in self._grad_norms.items()}
         values |= self._geometry(contrastive)
         now = time.perf_counter()

@@ -51,7 +51,7 @@ def run_report(config: PretrainConfig, out: Path, to: Path | None = None) -> Ite
 
     to: the page, by default report.html in `out`.
     """
-    plot_loss(out / "metrics.jsonl", out / "loss.png", config.batch_size)
+    plot_loss(out / "metrics.jsonl", out / "loss.png", config.batch_size, config.chance_loss)
     train, test = open_data(config), open_data(config, "test")
     aug, device = config.augmentation, resolve_device(config.device)
     torch.manual_seed(config.seed)

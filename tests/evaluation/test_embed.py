@@ -161,7 +161,7 @@ def test_colour_blind_people_can_tell_classes_apart(kind):
 def test_the_loss_is_drawn(tmp_path):
     rows = [{"step": i, "loss": 4.0, "contrastive_accuracy": 0.5} for i in (20, 40)]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plot_loss(tmp_path / "m.jsonl", tmp_path / "loss.png", 256)
+    plot_loss(tmp_path / "m.jsonl", tmp_path / "loss.png", 256, 6.24)
     assert min(Image.open(tmp_path / "loss.png").size) > 300
 
 

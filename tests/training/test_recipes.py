@@ -238,3 +238,15 @@ def test_every_preset_builds_its_model():
     for preset in PRESETS.values():
         with torch.device("meta"):
             build_optimizer(build_model(preset()), preset())
+
+
+@pytest.mark.parametrize(("loss", "views"), [("nt-xent", 2), ("decoupled", 2), ("sup-con", 3)])
+def test_the_chance_level_is_the_loss_of_equal_embeddings(loss, views):
+    z = torch.ones(views * 6, 4, dtype=torch.float64)
+    found = {
+        "nt-xent": lambda: textbook_nt_xent(z, 0.2),
+        "decoupled": lambda: textbook_nt_xent(z, 0.2, True),
+        "sup-con": lambda: textbook_sup_con(z, torch.arange(6).repeat(views), 0.2),
+    }[loss]()
+    config = PretrainConfig(loss=loss, views=views, batch_size=6)
+    assert config.chance_loss == pytest.approx(found.item())
