@@ -434,8 +434,9 @@ class Observer:
 
 # LargeBatch's modes do not call hooks for all modules as often as plain autograd does, and refuse
 # them. These change nothing.
-for _hook in (Observer._before_module, Observer._after_module):
-    _hook.only_looks = True  # type: ignore[attr-defined]
+_HOOKS: tuple[Any, ...] = (Observer._before_module, Observer._after_module)
+for _hook in _HOOKS:
+    _hook.only_looks = True
 
 
 def tensors_in(value: Any) -> list[Tensor]:
