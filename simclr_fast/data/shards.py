@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from simclr_fast.data.account import Account, printable
+from simclr_fast.data.crc32c import masked_crc32c
 from simclr_fast.data.demo import cache_folder
 from simclr_fast.data.folders import archive_kind
 from simclr_fast.data.labels import Labels, from_text
@@ -60,6 +61,9 @@ class ShardSource(Source):
         if not self._records:
             more = f" and {len(paths) - 1:,} more" if len(paths) > 1 else ""
             raise ValueError(f"no images in {printable(paths[0])}{more}: {account.line()}")
+        # Reading a whole archive to open it would take too long: a record's checksum is compared
+        # when its image is first read.
+        self._sound = np.array([record.checked is None for _, record in self._records])
         self._read_labels()
 
     def _read_labels(self) -> None:
@@ -87,6 +91,9 @@ class ShardSource(Source):
         shard, record = self._records[i]
         if shard not in self._maps:
             self._maps[shard] = np.memmap(self._files[shard], np.uint8, mode="r")
+        if not self._sound[i]:
+            self._check(self._maps[shard], record)
+            self._sound[i] = True
         parts = [self._maps[shard][offset : offset + size] for offset, size in record.spans]
         if len(parts) == 1:
             return parts[0]
@@ -95,6 +102,13 @@ class ShardSource(Source):
         for part in parts[1:]:
             joined += [magic, part]
         return np.concatenate(joined)
+
+    def _check(self, data: np.ndarray, record: Record) -> None:
+        assert record.checked is not None
+        start, length = record.checked
+        (stored,) = struct.unpack_from("<I", data, start + length)
+        if masked_crc32c(data[start : start + length]) != stored:
+            raise ValueError("the record is damaged: its checksum is wrong")
 
     def name(self, i: int) -> str:
         shard, record = self._records[i]
@@ -170,7 +184,10 @@ def scan_tfrecord(
             if position + 12 > len(data):
                 account.damage(f"{path} ends within the header of record {number}")
                 break
-            (length,) = struct.unpack_from("<Q", data, position)
+            length, stored = struct.unpack_from("<QI", data, position)
+            if masked_crc32c(data[position : position + 8]) != stored:
+                account.damage(f"{path}: the length of record {number} has a wrong checksum")
+                break
             start, end = position + 12, position + 12 + length
             if end + 4 > len(data):
                 account.damage(f"{path} ends within record {number}")
@@ -179,8 +196,8 @@ def scan_tfrecord(
                 features = _features(data, start, end)
                 image = next((features[name] for name in names if name in features), None)
                 values = _values(data, image) if image else []
-                label = next((features[n] for n in _TFRECORD_LABEL if n in features), None)
-                labels = _values(data, label) if label else []
+                named = next((features[n] for n in _TFRECORD_LABEL if n in features), None)
+                labels = _values(data, named) if named else []
             except (IndexError, ValueError, struct.error) as error:
                 account.damage(f"{path}: record {number} is not a tf.train.Example ({error})")
                 values, labels, features = [], [], {}
@@ -192,7 +209,8 @@ def scan_tfrecord(
                 )
             if values and values[0].stop > values[0].start:
                 span = (values[0].start, values[0].stop - values[0].start)
-                yield Record(str(number), (span,), {_RECORD: _one_label(data, labels, number)})
+                label = {_RECORD: _one_label(data, labels, number)}
+                yield Record(str(number), (span,), label, (start, length))
                 images += 1
             else:
                 account.leave_out("records without an image", f"{path}:{number}")

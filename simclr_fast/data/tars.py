@@ -29,11 +29,13 @@ _UNKNOWN = -1
 
 class Record(NamedTuple):
     """One image. key: its name in the archive. spans: (offset, bytes) in the file, more than one if
-    it was split. label: of any type, by the name of the field that has it."""
+    it was split. label: of any type, by the name of the field that has it. checked: (offset, bytes)
+    of data that a checksum of TFRecord follows, None in other archives."""
 
     key: str
     spans: tuple[tuple[int, int], ...]
     label: dict[str, Any]
+    checked: tuple[int, int] | None = None
 
 
 class _Sample:

@@ -10,7 +10,6 @@ import json
 import lzma
 import os
 import pickle
-import struct
 import tarfile
 import unicodedata
 
@@ -23,6 +22,7 @@ from odd_inputs import (
     number,
     picture,
     recordio,
+    tfrecord,
     write,
     write_tar,
 )
@@ -338,7 +338,7 @@ RECORDS = [
     Case("TFRecord, several images", records({R: [picture(0), picture(1)]}), error="got 2 values"),
     Case("TFRecord, numbers as an image", records({R: [1, 2]}), error="of bytes"),
     Case("TFRecord, a damaged record", changed(records({R: picture(0)}), lambda data: data
-         + struct.pack("<QI", 5, 0) + b"\x0a\xff\xff\xff\x7f" + bytes(4) + data), [0, 0],
+         + tfrecord(b"\x0a\xff\xff\xff\x7f") + data), [0, 0],
          left_out={"records without an image": 1}, error="record 1 is not a tf.train.Example"),
     Case("TFRecord, whole floats and -1", labelled(-1.0, 2.0), [0, 1], [-1, 2]),
     Case("TFRecord, cut", changed(labelled(3, 1), lambda data: data[:-40]), [0], [3],

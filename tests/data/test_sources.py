@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from odd_inputs import checksum, tfrecord
 from PIL import Image
 
+from simclr_fast.augment.params import Augmentation
+from simclr_fast.data.crc32c import crc32c, masked_crc32c
 from simclr_fast.data.datasets import open_source
 from simclr_fast.data.image_check import in_common_format
+from simclr_fast.data.loader import CorruptImageError, ImageLoader, TwoViewLoader
 from simclr_fast.data.sources import ArraySource, subset
 
 
@@ -66,7 +70,7 @@ def write_tfrecord(path, packed=True):
                 )
             )
             example = field(1, features)
-            file.write(struct.pack("<QI", len(example), 0) + example + bytes(4))
+            file.write(tfrecord(example))
 
 
 def write_recordio(path, split=False):
@@ -301,3 +305,36 @@ def test_torchvision_data_sets_work_unchanged():
         open_source(
             torchvision.datasets.FakeData(3, transform=torchvision.transforms.ToTensor())
         ).read(0)
+
+
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 66, 67, 1000, 4099])
+def test_crc32c_equals_the_definition(size):
+    """masked_crc32c equals the checksum that odd_inputs computes bit by bit."""
+    data = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
+    assert struct.pack("<I", masked_crc32c(data)) == checksum(data.tobytes())
+    assert crc32c(b"123456789") == 0xE3069283  # RFC 3720's polynomial, its usual check value
+
+
+def test_a_damaged_tfrecord_is_named_or_skipped(tmp_path):
+    """A flipped bit of a pixel or of a label is found when the image is read; in a length, at the
+    start."""
+    path = tmp_path / "a.tfrecord"
+    write_tfrecord(path)
+    whole = path.read_bytes()
+    # The header of record 1, its label, the middle of its image.
+    first = 16 + struct.unpack_from("<Q", whole)[0]
+    label = whole.index(b"image/class/label", first) + 23
+    for place in (label, whole.index(FILES[1]) + 400):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(CorruptImageError, match=r"a\.tfrecord:1: .*checksum"):
+            list(ImageLoader(path, 5, Augmentation(size=8)))
+        loader = TwoViewLoader(path, 4, size=8, on_error="skip")
+        list(loader)
+        list(loader)
+        assert loader.skipped == {1}
+    path.write_bytes(whole[:first] + bytes([whole[first] ^ 1]) + whole[first + 1 :])
+    with pytest.raises(ValueError, match=r"a\.tfrecord: the length of record 1 has a wrong"):
+        open_source(path)
+    source = open_source(path, on_error="skip")
+    assert len(source) == 1
+    assert "length of record 1" in source.account.line()

@@ -114,8 +114,24 @@ def example(features: dict[str, Any]) -> bytes:
     for name, value in features.items():
         values = value if isinstance(value, list) else [value]
         entries += message(1, message(1, name.encode()) + message(2, feature(values)))
-    data = message(1, entries)
-    return struct.pack("<QI", len(data), 0) + data + bytes(4)
+    return tfrecord(message(1, entries))
+
+
+def tfrecord(data: bytes) -> bytes:
+    """Data as a record of a TFRecord file, with the checksums."""
+    length = struct.pack("<Q", len(data))
+    return length + checksum(length) + data + checksum(data)
+
+
+def checksum(data: bytes) -> bytes:
+    """TFRecord's masked CRC-32C, bit by bit."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ 0x82F63B78 * (crc & 1)
+    crc ^= 0xFFFFFFFF
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) % (1 << 32))
 
 
 def recordio(label: float | list[float], data: bytes) -> bytes:
