@@ -1,9 +1,10 @@
 """Open images as a Source: by name ("demo", "cifar10:ROOT"), path, list of files or array."""
 
 import logging
+import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -42,6 +43,8 @@ _TORCHVISION: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
     "svhn": ("SVHN", [{"split": "train"}], {"split": "test"}),
 }
 TORCHVISION = tuple(_TORCHVISION)
+# What the parts of a data set are called.
+_SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
 
 
 @overload
@@ -265,6 +268,18 @@ def _open_folder(folder: Path, account: Account, image_key: str | None, channels
     unreadable = {suffix: unread(suffix) for suffix in sorted(account.left_out)}
     if counted := [f"{account.left_out[k]} {k} ({pip})" for k, pip in unreadable.items() if pip]:
         warnings.warn(f"files in {folder} that are not read: {', '.join(counted)}", stacklevel=4)
+    archives = [] if found.paths else found.archives
+    if splits := _splits(found.classes) or _splits_of_archives(archives):
+        choice = os.path.join(folder, splits[0])
+        if archives:
+            first = next(path for path in archives if os.path.basename(path).startswith(splits[0]))
+            choice = f"{os.path.join(os.path.dirname(first), splits[0])}*"
+        warnings.warn(
+            f"{printable(folder)} holds several parts of a data set ({', '.join(splits)}), and all "
+            f"of them are used: choose one, such as '{printable(choice)}' (in eval: --data for the "
+            "training part, --test for another)",
+            stacklevel=4,
+        )
     if found.archives and not found.paths:
         return _open_files([Path(path) for path in found.archives], account, image_key, channels)
     if found.archives and not found.classes:
@@ -284,6 +299,23 @@ def _open_folder(folder: Path, account: Account, image_key: str | None, channels
     source = FileSource(found.paths, found.labels, found.classes, "folder names")
     source.scanned = account
     return source
+
+
+def _splits(names: Collection[str]) -> list[str]:
+    """The names if all are parts of a data set, the training part first; else []."""
+    parts = [name for name in names if name.lower() in _SPLITS]
+    return sorted(parts, key=_place) if parts and len(parts) == len(names) else []
+
+
+def _splits_of_archives(paths: Sequence[str]) -> list[str]:
+    """The first words of the archives' names if they are several parts of a data set."""
+    names = map(os.path.basename, paths)
+    parts = _splits({re.split(r"[-_.0-9]", name, maxsplit=1)[0] for name in names})
+    return parts if len(parts) > 1 else []
+
+
+def _place(name: str) -> int:
+    return _SPLITS.index(name.lower())
 
 
 def _open_files(

@@ -2,14 +2,16 @@
 
 import json
 import pickle
+import warnings
 
 import numpy as np
 import pytest
 import torchvision.datasets
+from odd_inputs import write, write_tar
 from PIL import Image
 from scipy.io import savemat
 
-from simclr_fast.data.datasets import TORCHVISION, named_source
+from simclr_fast.data.datasets import TORCHVISION, named_source, open_source
 from simclr_fast.evaluation.subsets import labelled_pair
 
 KINDS = ("boxer", "siamese")
@@ -189,3 +191,37 @@ def test_a_data_set_object_keeps_its_labels(tmp_path):
     assert source.labels.tolist() == [0, 0, 1, 1]
     assert source.classes == KINDS
     assert source.read(2).shape == (7, 9, 3)
+
+
+@pytest.mark.parametrize(
+    ("names", "warned"),
+    [
+        (["train/a/0.png", "val/a/1.png", "test/a/2.png"], "train, val, test"),
+        (["Train/0.png", "Test/1.png"], "Train, Test"),
+        (["train/a/0.png", "train/b/1.png"], "train"),
+        (["train-000.tar", "train-001.tar", "val-000.tar"], "train, val"),
+        (["x/train_0.tar", "x/test_0.tar.gz"], "train, test"),
+        (["train/0.png", "bus/1.png"], None),  # vehicles
+        (["a/train/0.png", "b/test/1.png"], None),
+        (["train-000.tar", "train-001.tar"], None),
+        (["testament/0.png", "trainer/0.png"], None),
+    ],
+)
+def test_several_parts_of_a_data_set_are_named(tmp_path, names, warned):
+    for name in names:
+        if ".tar" in name:
+            write_tar(tmp_path / name, [("0.png", 0)])
+        else:
+            write(tmp_path, {name: 0})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert len(open_source(tmp_path)) == len(names)
+    said = [str(one.message) for one in caught]
+    if warned is None:
+        assert not said
+        return
+    (text,) = said
+    assert f"({warned})" in text
+    choice = text.split("'")[1]
+    assert 0 < len(open_source(choice)) <= len(names)
+    assert warned.partition(",")[0] in choice
