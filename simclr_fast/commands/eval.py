@@ -15,6 +15,7 @@ import tyro
 from simclr_fast.commands.protocol import Options
 from simclr_fast.data.datasets import TORCHVISION
 from simclr_fast.data.sources import subset
+from simclr_fast.data.whole import whole_images
 from simclr_fast.evaluation import embed, knn, layers, linear, subsets
 from simclr_fast.evaluation.accuracy import Scores, score
 from simclr_fast.evaluation.classifier import Recipe
@@ -245,7 +246,7 @@ class Embed(Options):
     def lines(self) -> Iterator[str]:
         source = subsets.shown_source(self.data, self.test, **self.opening)
         ids = np.linspace(0, len(source) - 1, min(self.images, len(source))).astype(np.int64)
-        source = subset(source, ids)
+        source = whole_images(subset(source, ids), self.on_error, self.workers)
         weights = self.load()
         yield f"{weights}\nimages           {source.account.line()}"
         features = self.features(weights.encoder, weights.augmentation, source, "shown")

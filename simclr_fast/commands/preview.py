@@ -9,7 +9,7 @@ from simclr_fast.augment.preview import contact_sheet, save_sheet
 from simclr_fast.commands.run_options import RunOptions, parse_run
 from simclr_fast.data.account import printable
 from simclr_fast.data.decode import decode_some
-from simclr_fast.training.setup import open_data
+from simclr_fast.training.setup import images_to_evaluate
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def run(arguments: list[str]) -> int:
     if given.images < 1:
         raise ValueError(f"images must be at least 1, got {given.images}")
     config = given.config
-    source = open_data(config)
+    source = images_to_evaluate(config)
     if given.list:
         print("\n".join(source.account.lines()))
         return 0

@@ -42,8 +42,8 @@ class Options:
     """Which image of a sample to use if it has several: a field of tars (jpg), a feature of
     TFRecords, a column of Hugging Face data sets."""
     on_error: Literal["raise", "skip"] = "raise"
-    """What to do with a damaged archive. raise: end and name it. skip: go on without what it
-    lacks."""
+    """What to do with an image that cannot be decoded, or a damaged archive. raise: end and name
+    it. skip: leave it out of training and test images, name it and count it."""
     out: Path | None = None
     """Output folder. By default "eval" in the encoder's folder."""
     cache: Path | None = None

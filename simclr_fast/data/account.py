@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 OnError = Literal["raise", "skip"]
 # Names that are kept of each reason to leave something out.
-_EXAMPLES = 100
+EXAMPLES = 100
 
 
 class DamagedDataError(ValueError):
@@ -45,7 +45,7 @@ class Account:
     def leave_out(self, reason: str, name: str, count: int = 1) -> None:
         self.left_out[reason] += count
         names = self.examples.setdefault(reason, [])
-        if len(names) < _EXAMPLES:
+        if len(names) < EXAMPLES:
             names.append(printable(name))
 
     def damage(self, message: str) -> None:

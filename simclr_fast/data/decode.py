@@ -198,6 +198,13 @@ class FileReader:
             return channel_pixels(encoded, self.source.channels)
         return pillow_pixels(encoded)
 
+    def check(self, ids: np.ndarray) -> None:
+        """Raise CorruptImageError if one of the samples cannot be decoded."""
+        if self.source.channels == 3:
+            self.read(ids)
+        else:
+            self.finish(ids, self.start(ids, self.decoded))
+
     def check_again(self, ids: np.ndarray) -> None:
         """Try to decode the samples with Pillow again; raise CorruptImageError if one fails."""
         self._tried[ids] = False

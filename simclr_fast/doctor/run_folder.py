@@ -12,6 +12,7 @@ from torch import Tensor
 
 from simclr_fast.augment.params import Augmentation
 from simclr_fast.data.sources import Source, subset
+from simclr_fast.data.whole import whole_images
 from simclr_fast.doctor.report import Finding, Report
 from simclr_fast.doctor.rules import (
     NOTHING_LEARNT,
@@ -190,7 +191,8 @@ def _h_and_z(
     """Features of some images, evenly spaced in the data, without augmentation."""
     ids = np.unique(np.linspace(0, len(source) - 1, min(images, len(source))).astype(np.int64))
     taps = Taps(model)
-    both = features(taps, subset(source, ids), augmentation, device=device, batch_size=len(ids))
+    part = whole_images(subset(source, ids))
+    both = features(taps, part, augmentation, device=device, batch_size=len(ids))
     parts = both.split(taps.widths(both.size(1)), dim=1)
     named = dict(zip(taps.names, parts, strict=True))
     return {name: named[name] for name in ("h", "z") if name in named}

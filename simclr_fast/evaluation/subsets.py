@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from simclr_fast.data.account import OnError
 from simclr_fast.data.datasets import named_source
 from simclr_fast.data.labels import normal_path
 from simclr_fast.data.sources import Source
+from simclr_fast.data.whole import whole_images
 
 UNLABELLED_CLASS = "unlabelled"
 
@@ -80,20 +82,22 @@ def labelled_pair(data: str, test: str | None, **opening: Any) -> LabelledPair:
     data: the training images, as for `named_source`.
     test: the test images; by default the test split of `data`. If `test` itself has a test split,
         that split is used.
-    opening: `labels`, `image_key` and `on_error` of `named_source`, for both.
+    opening: `labels`, `image_key` and `on_error` of `named_source`, for both. With
+        on_error="skip", images that cannot be decoded are left out, and so are their labels.
     Images labelled -1 (STL-10's unlabelled ones) are left out.
 
     Raises:
         ValueError: there are no test images, they are the training images, labels are missing, or
             there are test images of a class without training images.
     """
-    train, labels = _labelled(named_source(data, **opening), data)
+    on_error = opening.get("on_error", "raise")
+    train, labels = _labelled(named_source(data, **opening), data, on_error)
     given = _test_source(test, opening) if test else named_source(data, "test", **opening)
     if given is None:
         raise ValueError(f"{data!r} has no test split: pass --test")
     if test and given.fingerprint() == train.fingerprint():
         raise ValueError(f"--test {test!r} holds the training images: give other images")
-    tested, test_labels = _labelled(given, test or data)
+    tested, test_labels = _labelled(given, test or data, on_error)
     if train.classes and tested.classes and train.classes != tested.classes:
         if only := sorted(set(tested.classes) - set(train.classes)):
             raise ValueError(
@@ -130,7 +134,7 @@ def _test_source(data: str, opening: dict[str, Any]) -> Source:
     return named_source(data, "test", **opening) or named_source(data, **opening)
 
 
-def _labelled(source: Source, name: str) -> tuple[Source, np.ndarray]:
-    known = source.labelled(f"{name!r} has no labels")
+def _labelled(source: Source, name: str, on_error: OnError) -> tuple[Source, np.ndarray]:
+    known = whole_images(source.labelled(f"{name!r} has no labels"), on_error)
     assert known.labels is not None
     return known, known.labels

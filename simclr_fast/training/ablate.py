@@ -25,7 +25,7 @@ from simclr_fast.evaluation.plots import HeatMap, plot_heat_maps
 from simclr_fast.models.weights import load_weights
 from simclr_fast.training.config import NOT_COMPARED, PretrainConfig, to_json
 from simclr_fast.training.pretrain import pretrain
-from simclr_fast.training.setup import build_model, open_data
+from simclr_fast.training.setup import build_model, images_to_evaluate
 from simclr_fast.utils import checkpoint
 from simclr_fast.utils.device import release_memory, resolve_device
 from simclr_fast.utils.extras import need
@@ -144,7 +144,7 @@ def ablate(
             `base`, or the data have no labelled test images. BlockingIOError: another process uses
             the folder.
     """
-    train, test = open_data(base), open_data(base, "test")
+    train, test = images_to_evaluate(base), images_to_evaluate(base, "test")
     if test is None or not train.has_labels or not test.has_labels:
         raise ValueError(
             f"an ablation needs labelled training and test images: data {base.data!r} has none"
@@ -261,7 +261,7 @@ def untrained_top1(base: PretrainConfig, folder: Path) -> float:
     """Top-1 of the probe on the untrained encoder; saved in untrained.json."""
     kept = folder / "untrained.json"
     if not kept.exists():
-        train, test = open_data(base), open_data(base, "test")
+        train, test = images_to_evaluate(base), images_to_evaluate(base, "test")
         assert test is not None
         torch.manual_seed(base.seed)
         encoder, device = build_model(base).encoder, resolve_device(base.device)

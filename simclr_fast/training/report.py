@@ -31,7 +31,7 @@ from simclr_fast.evaluation.subsets import labels_or_none
 from simclr_fast.models.encoders import RESNETS, build_encoder, default_stem
 from simclr_fast.training.config import PretrainConfig
 from simclr_fast.training.page import PAGE, Pictures, write_report
-from simclr_fast.training.setup import open_data
+from simclr_fast.training.setup import images_to_evaluate, open_data
 from simclr_fast.utils import checkpoint
 from simclr_fast.utils.device import resolve_device
 
@@ -52,7 +52,7 @@ def run_report(config: PretrainConfig, out: Path, to: Path | None = None) -> Ite
     to: the page, by default report.html in `out`.
     """
     plot_loss(out / "metrics.jsonl", out / "loss.png", config.batch_size, config.chance_loss)
-    train, test = open_data(config), open_data(config, "test")
+    train, test = images_to_evaluate(config), images_to_evaluate(config, "test")
     aug, device = config.augmentation, resolve_device(config.device)
     torch.manual_seed(config.seed)
     encoder, _ = build_encoder(
@@ -153,6 +153,7 @@ def next_steps(config: PretrainConfig, out: Path) -> Iterator[str]:
         "data": config.data if config.data != "demo" else None,
         "labels": config.labels,
         "image-key": config.image_key,
+        "on-error": config.on_error if config.on_error == "skip" else None,
     }
     data = "".join(f" --{name} {shlex.quote(str(v))}" for name, v in options.items() if v)
     # `eval linear` needs test images. `eval embed` does not.

@@ -18,6 +18,7 @@ from torch import nn
 from simclr_fast.data.account import Account
 from simclr_fast.data.datasets import named_source
 from simclr_fast.data.sources import Source
+from simclr_fast.data.whole import whole_images
 from simclr_fast.large_batch import planner
 from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector
 from simclr_fast.models.weights import about_encoder
@@ -55,6 +56,18 @@ def open_data(config: PretrainConfig, split: Literal["train", "test"] = "train")
         on_error=config.on_error,
         channels=config.augmentation.channels,
     )
+
+
+@overload
+def images_to_evaluate(config: PretrainConfig, split: Literal["train"] = "train") -> Source: ...
+@overload
+def images_to_evaluate(config: PretrainConfig, split: Literal["test"]) -> Source | None: ...
+def images_to_evaluate(
+    config: PretrainConfig, split: Literal["train", "test"] = "train"
+) -> Source | None:
+    """`open_data`, with on_error="skip" without the images that cannot be decoded."""
+    source = open_data(config, split)
+    return None if source is None else whole_images(source, config.on_error, config.workers)
 
 
 def build_model(config: PretrainConfig) -> SimCLR:

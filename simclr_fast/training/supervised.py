@@ -17,7 +17,7 @@ from simclr_fast.evaluation.accuracy import Scores, score, true_class_rank
 from simclr_fast.models.encoders import SimCLR, build_encoder
 from simclr_fast.training.config import PretrainConfig
 from simclr_fast.training.loop import Task, train
-from simclr_fast.training.setup import loader_options, open_data
+from simclr_fast.training.setup import images_to_evaluate, loader_options, open_data
 from simclr_fast.utils.checkpoint import write_atomic
 from simclr_fast.utils.distributed import join_world
 
@@ -53,8 +53,8 @@ def supervise(config: PretrainConfig) -> tuple[Path, Scores | None]:
             return value, {"loss": sums[0], "accuracy": sums[1]}
 
         out = train(config, world, Task("supervised", model, loader, loss))
-        test = open_data(config, "test")
-        if world.rank != 0 or test is None or not test.has_labels:
+        test = images_to_evaluate(config, "test") if world.rank == 0 else None
+        if test is None or not test.has_labels:
             return out, None
         scores = score_classifier(model, test.labelled("test images"), config, world.device)
         text = json.dumps(scores.to_json(), indent=2) + "\n"

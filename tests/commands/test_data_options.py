@@ -5,12 +5,14 @@ import os
 from dataclasses import replace
 
 import pytest
-from odd_inputs import write, write_tar
+from odd_inputs import picture, write, write_tar
 from tiny_runs import TINY
 
 from simclr_fast.commands.cli import run
+from simclr_fast.data.account import printable
 from simclr_fast.training.config import from_json, to_json
 from simclr_fast.training.pretrain import pretrain
+from simclr_fast.training.report import next_steps, run_report
 
 LATIN = os.fsdecode("caf\xe9".encode("latin-1"))
 COUNT = 16
@@ -115,6 +117,20 @@ def test_a_damaged_archive_ends_a_run_unless_skipped(tmp_path, caplog, capsys):
         out, _ = trained(path, on_error="skip")
     assert f"12 images; LOST: {path} ends within" in caplog.text
     assert len(json.loads((out / "config.json").read_text())["images"]["lost"]) == 1
+
+
+def test_a_run_and_its_report_without_corrupt_images(photos, caplog):
+    """Training replaces a corrupt image, the online probe takes the other one's label, and the
+    report leaves it out."""
+    broken = write(photos, {"x/99.png": picture(99)[:50]}) / "x/99.png"
+    out, config = trained(photos, on_error="skip", probe_every=1)
+    lines = list(run_report(config, out))
+    assert f"skipping {printable(broken)}: " in caplog.text
+    page = (out / "report.html").read_text()
+    assert "x/99.png" not in page
+    assert "x/1.png" in page
+    assert any("--on-error skip" in line for line in next_steps(config, out))
+    assert lines
 
 
 def test_pretraining_ignores_labels_that_it_does_not_use(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -97,6 +98,64 @@ def test_eval_finetune_trains_on_a_subset(home, tmp_path):
     listing.write_text("bag_4800.png\ndress_1801.png\n")
     assert evaluate(home, "finetune", "--epochs", "1", "--subset", str(listing)) == 0
     assert results(home, "finetune")["mine"]["images"] == 2
+
+
+@pytest.fixture
+def damaged(home, tmp_path):
+    """The training and test images, some of them not decodable; without them; their names.
+
+    A file cut off, an empty one, bytes that are no image, a wrong checksum.
+    """
+    changes = (lambda b: b[:-30], lambda b: b"", lambda b: b"x" * 99, lambda b: b[:50] + b"?" * 9)
+    names = []
+    for split in ("train", "test"):
+        for kind in ("damaged", "rest"):
+            shutil.copytree(home / split, tmp_path / kind / split)
+        files = sorted((tmp_path / "damaged" / split).rglob("*.png"))[3::11][:4]
+        for path, change in zip(files, changes, strict=True):
+            path.write_bytes(change(path.read_bytes()))
+            (tmp_path / "rest" / split / path.relative_to(tmp_path / "damaged" / split)).unlink()
+            names.append(str(path))
+    return tmp_path, names
+
+
+@pytest.mark.parametrize("protocol", ["knn", "linear", "finetune"])
+def test_eval_without_corrupt_images_is_eval_of_the_others(home, damaged, protocol, caplog, capsys):
+    """--on-error skip: scores equal those of the same folders without the corrupt images, so
+    features and labels are still aligned; every one is named and counted."""
+    folder, names = damaged
+    short = {"linear": ["--no-sgd"], "finetune": ["--epochs", "1", "--shares", "1"]}
+    found = {}
+    for kind in ("damaged", "rest"):
+        given = ["--data", f"{folder}/{kind}/train"]
+        given += ["--test", f"{folder}/{kind}/test", "--out", f"{folder}/{kind}/out"]
+        given += ["--encoder", str(home / "run"), "--cache", str(folder / "cache")]
+        given += ["--device", "cpu", *short.get(protocol, [])]
+        if kind == "damaged":
+            assert run(["eval", protocol, *given]) == 1
+            assert "corrupt images: " in capsys.readouterr().err
+            given += ["--on-error", "skip"]
+        assert run(["eval", protocol, *given]) == 0
+        written = json.loads((folder / kind / "out" / f"{protocol}.json").read_text())
+        found[kind] = written["results"]
+        if kind == "damaged":
+            assert all(f"skipping {name}: " in caplog.text for name in names)
+            for part, images in (("train", 116), ("test", 46)):
+                assert written["images"][part]["used"] == images
+                assert written["images"][part]["left_out"] == {"corrupt": 4}
+            assert capsys.readouterr().out.count("4 corrupt") == 2
+    assert found["damaged"] == found["rest"]
+
+
+def test_eval_embed_leaves_out_corrupt_images(home, damaged):
+    """The page shows the images that can be decoded, and names each."""
+    folder, names = damaged
+    given = ["--data", f"{folder}/damaged/test", "--on-error", "skip", "--methods", "pca"]
+    given += ["--encoder", str(home / "run"), "--cache", str(folder / "cache")]
+    assert run(["eval", "embed", *given, "--device", "cpu", "--out", str(folder / "out")]) == 0
+    page = (folder / "out" / "embed.html").read_text()
+    assert not any("/".join(name.split("/")[-2:]) in page for name in names[4:])
+    assert json.loads((folder / "out" / "embed.json").read_text())["results"]["images"] == 46
 
 
 def test_eval_layers_probes_every_layer(home, capsys):

@@ -264,9 +264,10 @@ def test_the_report_shrinks_large_images(config, monkeypatch):
         return fit(of_train, *rest, **options)
 
     monkeypatch.setattr(module, "open_data", lambda config: ArraySource(images))
-    monkeypatch.setattr(
-        report, "open_data", lambda config, split="train": ArraySource(images, np.arange(24) % 3)
-    )
+    for name in ("open_data", "images_to_evaluate"):
+        monkeypatch.setattr(
+            report, name, lambda config, split="train": ArraySource(images, np.arange(24) % 3)
+        )
     monkeypatch.setattr(report, "confusion_probe", noted)
     config = replace(config, augmentation=replace(config.augmentation, size=48), steps=1)
     lines = list(report.run_report(config, pretrain(config)))
