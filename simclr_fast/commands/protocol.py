@@ -59,9 +59,9 @@ class Options:
     """What stands before the names of the encoder's weights, if the file has several encoders, such
     as encoder_k. (with its dot)."""
     mean: tuple[float, ...] | None = None
-    """Mean of the pixels in [0, 1] that the encoder was trained with. For weights of
-    google-research/simclr pass --mean 0 0 0 --std 1 1 1. By default what its file says, or
-    ImageNet's."""
+    """Mean of the pixels in [0, 1] that the encoder was trained with. By default what its file
+    says. If it does not: ImageNet's, or none for a ResNet whose first batch norm shows that it saw
+    pixels in [0, 1], as google-research/simclr's did."""
     std: tuple[float, ...] | None = None
     """Their standard deviation."""
     device: str = "auto"
@@ -111,7 +111,7 @@ class Options:
         weights = load_weights(self.encoder, **given, prefix=self.prefix)
         if self.mean is not None:
             normal = replace(weights.augmentation, mean=self.mean, std=self.std)
-            weights = replace(weights, augmentation=normal)
+            weights = replace(weights, augmentation=normal, input_known_from="")
         weights.encoder.to(self.torch_device)
         return weights
 

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -47,6 +47,7 @@ class Weights:
     model, width, stem: as in `build_encoder`.
     augmentation: the size and normalisation of the training images; for our own runs the whole
         augmentation.
+    input_known_from: how the normalisation was found if the file does not say it.
     """
 
     path: Path
@@ -60,6 +61,7 @@ class Weights:
     unused: tuple[str, ...]
     prefix: str = ""
     others: tuple[str, ...] = ()
+    input_known_from: str = ""
 
     def build(self) -> nn.Module:
         """The same encoder with new random weights, from torch's current random state."""
@@ -78,6 +80,8 @@ class Weights:
         if self.augmentation.mean is not None:
             mean, std = self.augmentation.mean, self.augmentation.std
             inputs += f", minus {_numbers(mean)}, divided by {_numbers(std or ())}"
+        if self.input_known_from:
+            inputs += f" ({self.input_known_from}; else --mean and --std)"
         heads = f"; not used: {', '.join(_first_parts(self.unused))}" if self.unused else ""
         others = f"; also there: {', '.join(self.others)} (--prefix)" if self.others else ""
         return (
@@ -109,8 +113,8 @@ def load_weights(
         "cifar-pad2" for solo-learn.
     augmentation: its `channels` are those of the encoder's images. By default read from our own
         files. For other files it has the mean and standard deviation of ImageNet, at 224 pixels, or
-        at 32 for a 3×3 first layer. Weights converted from google-research/simclr need pixels in
-        [0, 1] instead: mean=None. Their names do not tell.
+        at 32 for a 3×3 first layer. A ResNet that was trained on pixels in [0, 1], such as those
+        of google-research/simclr, shows it in its first batch norm: then mean and std are None.
     prefix: the end of what stands before the encoder's names, if the file has several encoders,
         such as "encoder_k.".
 
@@ -164,6 +168,14 @@ def load_weights(
     checkpoint.load_strictly(
         encoder, {key: t for key, t in state.items() if key not in heads}, path
     )
+    known_from = ""
+    if augmentation is None:
+        augmentation = _augmentation(about, stem, encoder, channels)
+        if augmentation.mean is not None and "augmentation" not in about:
+            known_from = "assumed"
+            if model in RESNETS and _sees_plain_pixels(state):
+                augmentation = replace(augmentation, mean=None, std=None)
+                known_from = "as its first batch norm shows"
     return Weights(
         path=path,
         layout=_library(model) if layout == "torchvision" else layout,
@@ -172,10 +184,11 @@ def load_weights(
         model=model,
         width=width,
         stem=stem,
-        augmentation=augmentation or _augmentation(about, stem, encoder, channels),
+        augmentation=augmentation,
         unused=(*_siblings(tensors, [start, *others]), *sorted(heads)),
         prefix=start,
         others=tuple(others),
+        input_known_from=known_from,
     )
 
 
@@ -383,6 +396,24 @@ def _augmentation(
         mean=tuple(given.get("mean", IMAGENET_MEAN)),
         std=tuple(given.get("std", IMAGENET_STD)),
     )
+
+
+def _sees_plain_pixels(state: dict[str, Tensor]) -> bool:
+    """Whether a ResNet was trained on pixels in [0, 1].
+
+    Its first batch norm has the means and variances of the first convolution's outputs. Of constant
+    colours they follow from the colours' mean and deviation, which least squares find again.
+    Photographs have about 0.45 and 0.25. Normalised by ImageNet's numbers they have 0 and 1.
+    """
+    weight, mean = state["conv1.weight"].double(), state["bn1.running_mean"].double()
+    variance = state["bn1.running_var"].double()
+    per_colour = weight.sum((2, 3))
+    found = torch.linalg.lstsq(per_colour, mean[:, None]).solution[:, 0]
+    gray = per_colour.sum(1).square()
+    deviation = ((variance * gray).sum() / gray.square().sum()).sqrt()
+    unexplained = (per_colour @ found - mean).square().sum() / mean.square().sum()
+    usual = bool((found > 0.15).all() and (found < 0.85).all())
+    return usual and bool(deviation < 0.35) and bool(unexplained < 0.3)
 
 
 def _library(model: str) -> Layout:

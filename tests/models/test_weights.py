@@ -9,6 +9,7 @@ import torchvision
 from torch import nn
 
 from simclr_fast.augment.params import Augmentation
+from simclr_fast.models.encoders import build_encoder
 from simclr_fast.models.weights import IMAGENET_MEAN, _resnet_of, load_weights
 from simclr_fast.training.config import PretrainConfig
 from simclr_fast.training.setup import build_model, describe
@@ -328,3 +329,38 @@ def test_unreadable_files_are_named(resnet18, tmp_path):
         load_weights(tmp_path / "absent.pth")
     with pytest.raises(FileNotFoundError, match=r"encoder\.safetensors"):
         load_weights(tmp_path)
+
+
+def pictures(count=32, side=40):
+    """Smooth colours of the mean and deviation of photographs, clipped to [0, 1]: [N, 3, H, W]."""
+    noise = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
+    noise += noise.mean(1, keepdim=True) * 3
+    rows = torch.fft.fftfreq(side).square()
+    far = (rows[:, None] + rows + 1 / side**2).rsqrt()
+    smooth = torch.fft.ifft2(torch.fft.fft2(noise) * far).real
+    return (0.45 + 0.25 * smooth / smooth.std()).clamp(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("width", "mean", "std", "found"),
+    [
+        (2, 0.0, 1.0, None),
+        (1, 0.0, 1.0, None),
+        (1, 0.45, 0.225, IMAGENET_MEAN),
+        (1, 0.5, 0.5, IMAGENET_MEAN),
+        (1, 0.0, 1 / 255, IMAGENET_MEAN),
+    ],
+)
+def test_the_first_batch_norm_shows_pixels_in_0_1(tmp_path, width, mean, std, found):
+    """As in conversions of google-research/simclr: torchvision's names, and no word on the input.
+    width 2: theirs are also twice as wide."""
+    torch.manual_seed(0)
+    encoder, _ = build_encoder("resnet18", width=width, stem="imagenet")
+    encoder.bn1.momentum = 1.0
+    with torch.no_grad():
+        encoder.bn1(encoder.conv1((pictures() - mean) / std))
+    torch.save({"state_dict": encoder.state_dict()}, tmp_path / "resnet.pth")
+    loaded = load_weights(tmp_path / "resnet.pth")
+    assert loaded.augmentation.mean == found
+    assert ("as its first batch norm shows" in str(loaded)) == (found is None)
+    assert ("(assumed; else --mean and --std)" in str(loaded)) == (found is not None)
