@@ -16,7 +16,7 @@ install: .venv/.installed
 # torch first, so that the extension builds against the torch that is used.
 .venv/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
 	test -x $(RUN) || $(PYTHON) -m venv .venv
-	$(PIP) "torch>=2.10" "torchvision>=0.25" "setuptools>=77" wheel
+	$(PIP) "torch>=2.10" "torchvision>=0.25" "setuptools>=64" wheel
 	$(PIP) --no-build-isolation --editable ".[dev,bench]"
 	touch $@
 

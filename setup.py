@@ -1,4 +1,5 @@
-"""Builds the native extension, simclr_fast/_C.abi3.so. Everything else is in pyproject.toml.
+"""Builds the native extension: simclr_fast/_C.abi3.so, and with nvcc simclr_fast/_C_cuda.abi3.so.
+Everything else is in pyproject.toml.
 
 Environment variables:
 
@@ -12,19 +13,23 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from glob import glob
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 # The stable ABIs of torch 2.10 and Python 3.10: one binary for these and all later versions.
 ABI_MACROS = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030A0000"]
 # Those that nvcc knows are compiled. CUDA 13 dropped older ones, CUDA 12.8 added the last two.
 CUDA_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+LINKED = {("simclr_fast", "kernels"), ("simclr_fast", "benchmarks")}
 USER_FLAGS = shlex.split(os.environ.get("CXXFLAGS", ""))
 KERNEL_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast"]
 
@@ -55,7 +60,7 @@ def find_cuda() -> bool:
     if wanted == "0" or not glob("csrc/*.cu"):
         return False
     try:
-        check_cuda()
+        check_cuda(wanted)
     except NoCuda as reason:
         if wanted == "1":
             raise SystemExit(f"SIMCLR_FAST_CUDA=1, but {reason}") from None
@@ -65,20 +70,27 @@ def find_cuda() -> bool:
     return True
 
 
-def check_cuda() -> None:
-    """Raises NoCuda unless nvcc fits torch, knows the architectures, and compiles."""
+def check_cuda(wanted: str) -> None:
+    """Raises NoCuda unless there is an nvcc that knows the architectures and compiles.
+
+    wanted: with "auto", torch must have CUDA too, not older than nvcc's: its driver may be too old
+    for the code. With "1" any torch will do, as the binary depends on none's CUDA.
+    """
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
-    if not torch.version.cuda:
+    if wanted == "auto" and not torch.version.cuda:
         raise NoCuda("this torch has no CUDA (torch.version.cuda is None)")
     nvcc = CUDA_HOME and Path(CUDA_HOME, "bin", "nvcc")
     if not nvcc or not nvcc.exists():
         raise NoCuda(f"there is no nvcc (CUDA_HOME is {CUDA_HOME})")
     release = re.search(r"release (\d+)\.", run_nvcc(nvcc, "--version"))
-    if not release or release[1] != torch.version.cuda.split(".")[0]:
-        found = f"CUDA {release[1]}" if release else "an unknown CUDA"
-        raise NoCuda(f"{nvcc} is from {found}, but torch is built for CUDA {torch.version.cuda}")
+    if not release:
+        raise NoCuda(f"{nvcc} is from an unknown CUDA")
+    if wanted == "auto" and int(release[1]) > int(torch.version.cuda.split(".")[0]):
+        raise NoCuda(
+            f"{nvcc} is from CUDA {release[1]}, but torch is built for CUDA {torch.version.cuda}"
+        )
     known = set(re.findall(r"sm_\d+", run_nvcc(nvcc, "--list-gpu-code")))
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         usable = [a for a in CUDA_ARCHITECTURES if "sm_" + a.replace(".", "") in known]
@@ -110,12 +122,6 @@ def run_nvcc(nvcc: Path, *arguments: str) -> str:
         raise NoCuda(f"`{' '.join(command)}` failed: {' '.join(said[:3])}") from None
 
 
-def wheel_cuda_headers() -> list[str]:
-    """Folders of CUDA headers from pip. torch's headers include cusparse.h and others, which a
-    minimal toolkit lacks."""
-    return [p for root in sys.path for p in glob(f"{root}/nvidia/cu*/include")]
-
-
 def toolkit_libraries() -> list[str]:
     """The toolkit's folders of libraries, as nvcc reports them. CUDA_HOME may be wrong if nvcc is a
     link or a wrapper script."""
@@ -128,76 +134,174 @@ def toolkit_libraries() -> list[str]:
     return [str(folder) for folder in folders if folder.is_dir()]
 
 
-def compiled_architectures() -> list[str]:
-    """Names of the code that nvcc will be asked for, such as sm_80 and compute_120 (PTX)."""
+def architecture_flags() -> list[str]:
+    """nvcc's options for TORCH_CUDA_ARCH_LIST."""
     from torch.utils.cpp_extension import _get_cuda_arch_flags
 
-    return sorted({flag.rpartition("code=")[2] for flag in _get_cuda_arch_flags()})
+    return list(dict.fromkeys(_get_cuda_arch_flags()))
+
+
+def compiled_architectures() -> list[str]:
+    """Names of the code that nvcc will be asked for, such as sm_80 and compute_120 (PTX)."""
+    return sorted({flag.rpartition("code=")[2] for flag in architecture_flags()})
+
+
+def check_compiler() -> None:
+    """End with what to do if there is no C++ compiler. MSVC is found by setuptools itself."""
+    if sys.platform == "win32":
+        return
+    compiler = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")[0]
+    if shutil.which(compiler) is None and shutil.which("c++") is None:
+        raise SystemExit(
+            f"simclr_fast: the C++ compiler {compiler!r} is missing. Install one (on Debian and "
+            "Ubuntu: apt install g++), or set SIMCLR_FAST_BUILD_EXT=0 to install without the C++ "
+            "kernels: plain torch computes then, slower"
+        )
 
 
 def extension_options() -> dict:
-    if os.environ.get("SIMCLR_FAST_BUILD_EXT", "1") == "0":
-        return {}
+    commands = {"sdist": SourceDistribution}
+    # The kernels are written for GCC and Clang. Windows gets plain torch.
+    default = "0" if sys.platform == "win32" else "1"
+    if os.environ.get("SIMCLR_FAST_BUILD_EXT", default) == "0":
+        return {"cmdclass": commands}
+    check_compiler()
     from torch.utils import cpp_extension
 
-    with_cuda = find_cuda()
     kernels = sorted(glob("csrc/*_kernel.cpp"))
-    sources = sorted(set(glob("csrc/*.cpp")) - set(kernels))
+    cuda_sources = sorted(glob("csrc/*cuda*.cpp"))
+    sources = sorted(set(glob("csrc/*.cpp")) - {*kernels, *cuda_sources})
+    debug = any(flag.startswith("-g") for flag in USER_FLAGS)
     options = {
         "include_dirs": [str(ROOT / "csrc")],
-        "extra_compile_args": {
-            "cxx": ["-std=c++17", "-O3", "-fvisibility=hidden", *ABI_MACROS, *USER_FLAGS]
-        },
+        "extra_compile_args": [
+            "-std=c++17",
+            "-O3",
+            "-fvisibility=hidden",
+            *ABI_MACROS,
+            *USER_FLAGS,
+        ],
+        # Python's own flags have -g, and debug symbols are most of the binary.
+        "extra_link_args": ["-Wl,-s"] if sys.platform == "linux" and not debug else [],
         "py_limited_api": True,
-        "depends": [*kernels, *glob("csrc/*.h")],
+        "depends": [*kernels, *glob("csrc/*.h"), *glob("csrc/*.cu")],
     }
-    if with_cuda:
-        sources += sorted(glob("csrc/*.cu"))
-        options["include_dirs"] += wheel_cuda_headers()
-        options["library_dirs"] = toolkit_libraries()
-        options["extra_compile_args"]["cxx"] += [
-            "-DSIMCLR_WITH_CUDA",
+    extensions = [cpp_extension.CppExtension("simclr_fast._C", sources, **options)]
+    if find_cuda():
+        architectures = ",".join(compiled_architectures())
+        options["extra_compile_args"] = [
+            *options["extra_compile_args"],
             "-DUSE_CUDA",
-            f"-DSIMCLR_CUDA_ARCHITECTURES={','.join(compiled_architectures())}",
+            f"-DSIMCLR_CUDA_ARCHITECTURES={architectures}",
         ]
-        options["extra_compile_args"]["nvcc"] = ["-O3", *ABI_MACROS, "-DSIMCLR_WITH_CUDA"]
-        extension = cpp_extension.CUDAExtension("simclr_fast._C", sources, **options)
-    else:
-        extension = cpp_extension.CppExtension("simclr_fast._C", sources, **options)
+        # Linked statically and hidden: torch loads a runtime of its own, maybe of another version.
+        options["extra_link_args"] = [*options["extra_link_args"], "-Wl,--exclude-libs,ALL"]
+        options["library_dirs"] = toolkit_libraries()
+        options["libraries"] = ["cudart_static", "rt", "dl", "pthread"]
+        extensions.append(
+            cpp_extension.CppExtension("simclr_fast._C_cuda", cuda_sources, **options)
+        )
 
     class Build(cpp_extension.BuildExtension):
         def build_extension(self, ext):
-            for isa, flags in instruction_sets().items():
-                ext.extra_objects += self.compiler.compile(
-                    kernels,
-                    output_dir=os.path.join(self.build_temp, isa),
-                    include_dirs=["csrc"],
-                    macros=[("SIMCLR_ISA", isa)],
-                    extra_postargs=KERNEL_FLAGS + flags + USER_FLAGS,
-                    depends=glob("csrc/*.h"),
-                )
+            if ext.name.endswith("_cuda"):
+                ext.extra_objects += self.compile_cuda()
+            else:
+                for isa, flags in instruction_sets().items():
+                    ext.extra_objects += self.compiler.compile(
+                        kernels,
+                        output_dir=os.path.join(self.build_temp, isa),
+                        include_dirs=["csrc"],
+                        macros=[("SIMCLR_ISA", isa)],
+                        extra_postargs=KERNEL_FLAGS + flags + USER_FLAGS,
+                        depends=glob("csrc/*.h"),
+                    )
             super().build_extension(ext)
 
+        def compile_cuda(self):
+            """csrc/*.cu know nothing of torch. nvcc is called here, as BuildExtension refuses an
+            nvcc of another CUDA than torch's."""
+            nvcc = Path(cpp_extension.CUDA_HOME, "bin", "nvcc")
+            flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+            if "compress-mode" in run_nvcc(nvcc, "--help"):
+                flags.append("--compress-mode=size")
+            objects = []
+            for source in sorted(glob("csrc/*.cu")):
+                objects.append(os.path.join(self.build_temp, f"{Path(source).stem}.cu.o"))
+                Path(objects[-1]).parent.mkdir(parents=True, exist_ok=True)
+                command = [str(nvcc), *flags, *architecture_flags(), "-Icsrc", "-c", source]
+                subprocess.run([*command, "-o", objects[-1]], check=True)
+            return objects
+
     return {
-        "ext_modules": [extension],
-        "cmdclass": {"build_ext": Build.with_options(use_ninja=False)},
+        "ext_modules": extensions,
+        "cmdclass": commands | {"build_ext": Build.with_options(use_ninja=False)},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
 
+def link_packages() -> None:
+    """Make simclr_fast/kernels and simclr_fast/benchmarks, links to the folders at the top.
+
+    A clone has them. A source distribution holds the files once, and so no links.
+    """
+    for package, name in LINKED:
+        link = ROOT / package / name
+        if link.is_dir():
+            continue
+        # On Windows git may write a link as a file that holds the path.
+        link.unlink(missing_ok=True)
+        try:
+            link.symlink_to(Path("..", name), target_is_directory=True)
+        except OSError:
+            shutil.copytree(ROOT / name, link)
+
+
+class SourceDistribution(sdist):
+    """Keeps links to files: pages of docs/ are links to files at the top, and link from there.
+    Leaves out the folders that `link_packages` makes."""
+
+    def make_release_tree(self, base_dir, files):
+        files = [f for f in files if Path(f).parts[:2] not in LINKED]
+        super().make_release_tree(base_dir, files)
+        for source in filter(os.path.islink, files):
+            copy = Path(base_dir, source)
+            copy.unlink()
+            copy.symlink_to(os.readlink(source))
+
+
+def project_urls() -> dict[str, str]:
+    """The addresses in the metadata. GitHub's workflows name the repository that they build."""
+    urls = {"Method": "https://arxiv.org/abs/2002.05709"}
+    if repository := os.environ.get("GITHUB_REPOSITORY"):
+        home = f"{os.environ.get('GITHUB_SERVER_URL', 'https://github.com')}/{repository}"
+        urls |= {"Source": home, "Issues": f"{home}/issues"}
+        urls |= {"Documentation": f"{home}/tree/HEAD/docs"}
+        urls |= {"Changelog": f"{home}/blob/HEAD/CHANGELOG.md"}
+    return urls
+
+
+link_packages()
 packages = [
     "simclr_fast",
     *(f"simclr_fast.{p.parent.name}" for p in sorted(ROOT.glob("simclr_fast/*/__init__.py"))),
+    "simclr_fast.assets",
     "simclr_fast.kernels",
     "simclr_fast.benchmarks",
 ]
 setup(
     packages=packages,
-    package_dir={
-        "simclr_fast": "simclr_fast",
-        "simclr_fast.kernels": "kernels",
-        "simclr_fast.benchmarks": "benchmarks",
+    # So an editable install puts this folder on Python's path, where type checkers look as well.
+    package_dir={"": "."},
+    include_package_data=False,
+    package_data={
+        "simclr_fast": ["py.typed"],
+        # Not the licence of the images, which is among the metadata.
+        "simclr_fast.assets": ["*.html", "*.xz"],
+        "simclr_fast.kernels": ["*.md"],
     },
-    package_data={"simclr_fast": ["py.typed", "assets/*"], "simclr_fast.kernels": ["*.md"]},
+    license="MIT",
+    license_files=["LICENSE", "simclr_fast/assets/LICENSE.fashion-mnist"],
+    project_urls=project_urls(),
     **extension_options(),
 )

@@ -1,5 +1,6 @@
 // The Python module itself. Each op registers its schema and CPU kernel in csrc/<op>_cpu.cpp
-// (STABLE_TORCH_LIBRARY_FRAGMENT), so importing simclr_fast._C is all that loading takes.
+// (STABLE_TORCH_LIBRARY_FRAGMENT), so importing simclr_fast._C is all that loading takes. The CUDA
+// kernels are in a module of their own, cuda_bindings.cpp.
 #include <Python.h>
 
 #include <stdexcept>
@@ -17,20 +18,8 @@ PyObject* instruction_set(PyObject*, PyObject*) {
   }
 }
 
-// The -D option holds commas, so the text is made here: "sm_80,compute_120"; "" without CUDA.
-#define SIMCLR_TEXT_OF(...) #__VA_ARGS__
-#define SIMCLR_TEXT(...) SIMCLR_TEXT_OF(__VA_ARGS__)
-#ifndef SIMCLR_CUDA_ARCHITECTURES
-#define SIMCLR_CUDA_ARCHITECTURES
-#endif
-
-PyObject* cuda_architectures(PyObject*, PyObject*) {
-  return PyUnicode_FromString(SIMCLR_TEXT(SIMCLR_CUDA_ARCHITECTURES));
-}
-
 PyMethodDef methods[] = {
     {"instruction_set", instruction_set, METH_NOARGS, "The set that the CPU kernels use."},
-    {"cuda_architectures", cuda_architectures, METH_NOARGS, "GPU code in this binary."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -1,5 +1,5 @@
 // simclr_fast::lars_ on CUDA: from tensors to lars_cuda_step, on the current stream.
-#ifdef SIMCLR_WITH_CUDA
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include "lars_binding.h"
@@ -8,6 +8,19 @@
 
 namespace simclr {
 namespace {
+
+// torch's function that gives its current stream, from the library that torch has loaded. To link
+// libtorch_cuda.so would need a torch with CUDA wherever this file is built.
+using CurrentStream = AOTITorchError (*)(int32_t device, void** stream);
+
+CurrentStream current_stream_function() {
+  void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  void* function = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+  STD_TORCH_CHECK(function,
+                  "lars_: this torch has no libtorch_cuda.so with "
+                  "aoti_torch_get_current_cuda_stream");
+  return reinterpret_cast<CurrentStream>(function);
+}
 
 const void* device_value(const Tensor& t, int32_t device, torch::headeronly::ScalarType type) {
   STD_TORCH_CHECK(
@@ -44,8 +57,9 @@ void lars_cuda(const TensorList& params, const TensorList& grads, const TensorLi
   };
   const std::vector<int64_t> size = {lars_cuda_workspace(arguments.tensors.data(), count)};
   const Tensor workspace = torch::stable::new_empty(owned(params[0]), size, ScalarType::Double);
+  static const CurrentStream current_stream = current_stream_function();
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  STABLE_TORCH_ERROR_CODE_CHECK(current_stream(device, &stream));
   const int error = lars_cuda_step(arguments.tensors.data(), count, arguments.groups.data(),
                                    static_cast<int64_t>(arguments.groups.size()),
                                    rate_pointers.data(), flag(grad_scale), flag(found_inf),
@@ -63,4 +77,3 @@ STABLE_TORCH_LIBRARY_IMPL(simclr_fast, CUDA, m) {
 STABLE_TORCH_LIBRARY_IMPL(simclr_fast, SparseCUDA, m) {
   m.impl("lars_", &simclr::boxed_lars<simclr::lars_cuda>);
 }
-#endif  // SIMCLR_WITH_CUDA

@@ -171,6 +171,8 @@ def devices(device: torch.device) -> str:
 
 
 def extension(_: torch.device) -> str:
+    if isinstance(ops.EXTENSION_ERROR, ModuleNotFoundError):
+        raise Skip(f"plain torch computes, slower: {ops.why_plain(torch.device('cpu'))}")
     if not ops.has_extension():
         raise RuntimeError(f"not loaded: {ops.EXTENSION_ERROR}")
     return f"instruction set {import_module('simclr_fast._C').instruction_set()}"

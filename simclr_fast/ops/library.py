@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from simclr_fast.utils.install import build_command, hidden_copy
+
 # The ops that the extension has CPU kernels for.
 NATIVE_OPS = (
     "augment_views",
@@ -185,10 +187,13 @@ def why_plain(
 def _extension_missing() -> str | None:
     if EXTENSION_ERROR is None:
         return None
-    return (
-        f"the native extension is not loaded ({EXTENSION_ERROR}). `pip install .` with a C++17 "
-        "compiler builds it."
-    )
+    advice = f"`{build_command()}` with a C++17 compiler builds it."
+    if (other := hidden_copy()) is not None:
+        advice = (
+            f"The simclr_fast of the current folder hides the installed one, {other}: use the "
+            f"command simclr-fast, or start Python in another folder. {advice}"
+        )
+    return f"the native extension is not loaded ({EXTENSION_ERROR}). {advice}"
 
 
 def _capability(device: torch.device) -> tuple[int, int] | None:
@@ -232,19 +237,34 @@ def _triton_unusable(initialized: bool) -> str | None:
     return None
 
 
+@cache
+def _cuda_kernels() -> tuple[str, str]:
+    """The GPU code in simclr_fast._C_cuda, such as "sm_80,sm_90", and why there is none, or "".
+
+    Loaded on the first call. A fault in it leaves the CPU kernels as they are.
+    """
+    try:
+        module = import_module("simclr_fast._C_cuda")
+        if not torch._C._dispatch_has_kernel_for_dispatch_key("simclr_fast::lars_", "CUDA"):
+            raise ImportError("it was built from another version's sources: no kernel of lars_")
+    except ImportError as error:
+        return "", str(error)
+    return module.architectures(), ""
+
+
 def _no_cuda_code(capability: tuple[int, int] | None) -> str | None:
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("simclr_fast::lars_", "CUDA"):
+    architectures, error = _cuda_kernels()
+    if error:
         return (
-            "the native extension was built without CUDA kernels. "
-            "`SIMCLR_FAST_CUDA=1 pip install .` with CUDA's compiler nvcc builds them."
+            f"the extension's CUDA kernels are not loaded ({error}). "
+            f"`{build_command('SIMCLR_FAST_CUDA=1')}` with CUDA's compiler nvcc builds them."
         )
-    architectures = EXTENSION.cuda_architectures()
     if capability is None or has_code(architectures, capability):
         return None
+    command = build_command(f"TORCH_CUDA_ARCH_LIST={_dotted(capability)}")
     return (
         f"the native extension holds CUDA code for {architectures}, and this GPU has compute "
-        f"capability {_dotted(capability)}. `TORCH_CUDA_ARCH_LIST={_dotted(capability)} pip "
-        "install .` builds code for it."
+        f"capability {_dotted(capability)}. `{command}` builds code for it."
     )
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 import warnings
 
 import pytest
@@ -33,12 +34,8 @@ def pretend_gpu(monkeypatch, capability, count=1):
 
 
 def pretend_cuda_build(monkeypatch, architectures):
-    class Extension:
-        cuda_architectures = staticmethod(lambda: architectures)
-
-    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda op, key: True)
-    monkeypatch.setattr(library, "EXTENSION", Extension)
     monkeypatch.setattr(library, "EXTENSION_ERROR", None)
+    monkeypatch.setattr(library, "_cuda_kernels", lambda: (architectures, ""))
 
 
 def said(device, dtype=torch.float32, on_cuda=Implementation.TRITON):
@@ -63,7 +60,7 @@ def test_the_cpu_runs_native_kernels_or_says_why_not(monkeypatch):
     for dtype in (torch.float64, torch.bfloat16):
         assert said(torch.device("cpu"), dtype) == (Implementation.NATIVE, [])
     monkeypatch.setattr(library, "EXTENSION_ERROR", ImportError("no such file"))
-    assert_plain(said(torch.device("cpu")), "no such file", "pip install .")
+    assert_plain(said(torch.device("cpu")), "no such file", "pip install --no-build")
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (12, 1)])
@@ -117,13 +114,40 @@ def test_a_triton_that_cannot_reach_the_gpu(monkeypatch):
     assert_plain(said(CUDA), "Failed to find C compiler", "C compiler")
 
 
-def test_an_extension_without_cuda_kernels_is_named(monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "cause"),
+    [
+        (None, "simclr_fast._C_cuda"),
+        (ImportError("libfoo.so.1: cannot open"), "libfoo.so.1"),
+        (types.SimpleNamespace(architectures=lambda: "sm_80"), "another version's sources"),
+    ],
+)
+def test_cuda_kernels_that_cannot_be_loaded_are_named_and_the_cpu_keeps_its_own(
+    monkeypatch, module, cause
+):
     pretend_gpu(monkeypatch, (8, 0))
-    pretend_cuda_build(monkeypatch, "")
-    lacking = lambda op, key: False  # noqa: E731
-    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lacking)
+    library._cuda_kernels.cache_clear()
+    real = library.import_module
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+
+    def load(name):
+        if name != "simclr_fast._C_cuda":
+            return real(name)
+        if isinstance(module, Exception):
+            raise module
+        return module or real("simclr_fast._C_cuda_that_is_missing")
+
+    monkeypatch.setattr(library, "import_module", load)
+    monkeypatch.setattr(
+        torch._C,
+        "_dispatch_has_kernel_for_dispatch_key",
+        lambda op, key: key != "CUDA" and has_kernel(op, key),
+    )
     answer = said(CUDA, on_cuda=Implementation.CUDA)
-    assert_plain(answer, "without CUDA", "SIMCLR_FAST_CUDA=1 pip install")
+    assert_plain(answer, "CUDA kernels are not loaded", cause, "SIMCLR_FAST_CUDA=1 pip install")
+    library._cuda_kernels.cache_clear()
+    if ops.has_extension():
+        assert said(torch.device("cpu")) == (Implementation.NATIVE, [])
 
 
 @pytest.mark.parametrize(
@@ -153,7 +177,7 @@ def test_cuda_code_runs_on_the_gpus_it_is_for(monkeypatch, architectures, capabi
         assert answer == (Implementation.CUDA, [])
     else:
         dotted = f"{capability[0]}.{capability[1]}"
-        assert_plain(answer, architectures, f"TORCH_CUDA_ARCH_LIST={dotted} pip install .")
+        assert_plain(answer, architectures, f"TORCH_CUDA_ARCH_LIST={dotted} pip install")
         with FakeTensorMode():
             p = torch.empty(2, device="cuda")
         with pytest.raises(RuntimeError, match=r"fused=True needs .*TORCH_CUDA_ARCH_LIST"):

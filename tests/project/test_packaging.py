@@ -70,12 +70,61 @@ assert torch.isfinite(simclr_fast.nt_xent_loss(torch.randn(8, 16), torch.randn(8
     assert done.returncode == 0, done.stderr
 
 
-def test_sdist_holds_the_native_sources(dist):
+def test_the_wheel_holds_each_file_once_and_is_stripped(dist, tmp_path):
+    with zipfile.ZipFile(dist[0]) as archive:
+        names = archive.namelist()
+        archive.extract("simclr_fast/_C.abi3.so", tmp_path)
+        metadata = archive.read(next(n for n in names if n.endswith("METADATA"))).decode()
+    licences = [name for name in names if "LICENSE" in name]
+    assert sorted(Path(name).name for name in licences) == ["LICENSE", "LICENSE.fashion-mnist"]
+    library = (tmp_path / "simclr_fast" / "_C.abi3.so").read_bytes()
+    assert library.startswith(b"\x7fELF")
+    assert b".debug_info" not in library
+    for field in ("Author:", "License:", "Project-URL:", "Classifier: Typing :: Typed"):
+        assert f"\n{field}" in metadata
+
+
+def tracked():
+    """The files of the source tree, as git has them; None outside a clone."""
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    return set(done.stdout.split()) if done.returncode == 0 else None
+
+
+def test_the_sdist_holds_all_that_a_clone_holds(dist):
     with tarfile.open(dist[1]) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    for path in ("csrc/isa.h", "csrc/nt_xent_kernel.cpp", "kernels/nt_xent.py", "LICENSE"):
-        assert path in names
-    assert {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h")} <= names
+        links = [member.name for member in archive.getmembers() if member.issym()]
+    files = tracked()
+    if files is None:
+        pytest.skip("not a clone")
+    # Links to folders, which setup.py makes again.
+    made = {"simclr_fast/kernels", "simclr_fast/benchmarks"}
+    there = {file for file in files - made if (ROOT / file).exists()}
+    assert there - names == set()
+    assert not [name for name in names if name.startswith(tuple(f"{link}/" for link in made))]
+    assert {Path(link).name for link in links} >= {"changelog.md", "contributing.md"}
+
+
+def test_an_editable_install_of_the_sdist_is_whole_and_seen_by_type_checkers(dist, tmp_path):
+    with tarfile.open(dist[1]) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (tree,) = tmp_path.glob("simclr_fast-*")
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    (site,) = venv.glob("lib/python*/site-packages")
+    # torch and setuptools from this environment.
+    own = [path for path in sys.path if path.endswith("-packages")]
+    (site / "own.pth").write_text("\n".join(own))
+    command = [sys.executable, "-m", "pip", "--python", str(venv / "bin" / "python"), "install"]
+    command += ["-q", "--no-deps", "--no-build-isolation", "--ignore-installed", "-e", str(tree)]
+    environment = {**os.environ, "SIMCLR_FAST_BUILD_EXT": "0", "PYTHONPATH": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    # A plain path, which type checkers follow, and not a hook of the import system.
+    paths = [path.read_text().strip() for path in site.glob("__editable__*.pth")]
+    assert [Path(path) for path in paths] == [tree]
+    assert (tree / "simclr_fast" / "kernels" / "nt_xent.py").is_file()
+    assert (tree / "simclr_fast" / "benchmarks" / "harness.py").is_file()
 
 
 def test_without_the_extension_everything_still_works():

@@ -68,7 +68,6 @@ def test_the_users_architectures_are_kept(setup_py, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("options", "asked", "words"),
     [
-        ({"release": "12.9"}, "", "is from CUDA 12, but torch is built for CUDA 13.0"),
         ({"release": "nothing"}, "", "is from an unknown CUDA"),
         ({"codes": "sm_35 sm_50"}, "", "knows none of 7.5, 8.0"),
         (
@@ -79,7 +78,6 @@ def test_the_users_architectures_are_kept(setup_py, monkeypatch, tmp_path):
         ({"codes": CODES_12_4}, "10.0+PTX", "does not know"),
         ({}, "eleven", "torch does not read TORCH_CUDA_ARCH_LIST=eleven"),
         ({"compiles": False}, "", "failed: unsupported GNU version!"),
-        ({"torch_cuda": None}, "", "this torch has no CUDA"),
     ],
 )
 def test_without_a_usable_nvcc_the_reason_is_printed(
@@ -94,6 +92,66 @@ def test_without_a_usable_nvcc_the_reason_is_printed(
     monkeypatch.setenv("SIMCLR_FAST_CUDA", "1")
     with pytest.raises(SystemExit, match="SIMCLR_FAST_CUDA=1, but"):
         setup_py.find_cuda()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"torch_cuda": "12.8"}, "is from CUDA 13, but torch is built for CUDA 12.8"),
+        ({"torch_cuda": None}, "this torch has no CUDA"),
+    ],
+)
+def test_torchs_cuda_matters_only_when_not_asked(
+    setup_py, monkeypatch, tmp_path, capsys, options, words
+):
+    """The binary depends on no torch's CUDA, but its code may need a newer driver."""
+    pretend(monkeypatch, tmp_path, **options)
+    assert not setup_py.find_cuda()
+    assert words in capsys.readouterr().err
+    monkeypatch.setenv("SIMCLR_FAST_CUDA", "1")
+    assert setup_py.find_cuda()
+
+
+def test_an_nvcc_older_than_torch_is_taken(setup_py, monkeypatch, tmp_path):
+    pretend(monkeypatch, tmp_path, "12.8", CODES_13, torch_cuda="13.0")
+    assert setup_py.find_cuda()
+
+
+def test_without_a_compiler_the_message_names_the_way_out(setup_py, monkeypatch):
+    monkeypatch.setattr(setup_py.sys, "platform", "linux")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("SIMCLR_FAST_BUILD_EXT", "1")
+    with pytest.raises(SystemExit, match=r"compiler .* is missing.*SIMCLR_FAST_BUILD_EXT=0"):
+        setup_py.extension_options()
+
+
+def test_windows_gets_plain_torch_by_default(setup_py, monkeypatch):
+    monkeypatch.setattr(setup_py.sys, "platform", "win32")
+    monkeypatch.delenv("SIMCLR_FAST_BUILD_EXT")
+    assert "ext_modules" not in setup_py.extension_options()
+
+
+def test_a_source_tree_without_links_gets_them(setup_py, monkeypatch, tmp_path):
+    """As of a source distribution, and as git writes a link on Windows."""
+    monkeypatch.setattr(setup_py, "ROOT", tmp_path)
+    for name in ("kernels", "benchmarks"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.py").write_text("x = 1")
+    (tmp_path / "simclr_fast").mkdir()
+    (tmp_path / "simclr_fast" / "kernels").write_text("../kernels")
+    setup_py.link_packages()
+    for name in ("kernels", "benchmarks"):
+        assert (tmp_path / "simclr_fast" / name).is_symlink()
+        assert (tmp_path / "simclr_fast" / name / "a.py").read_text() == "x = 1"
+
+
+def test_the_addresses_are_those_of_the_repository_that_builds(setup_py, monkeypatch):
+    monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
+    assert set(setup_py.project_urls()) == {"Method"}
+    monkeypatch.setenv("GITHUB_REPOSITORY", "someone/simclr_fast")
+    monkeypatch.delenv("GITHUB_SERVER_URL", raising=False)
+    assert setup_py.project_urls()["Source"] == "https://github.com/someone/simclr_fast"
 
 
 def test_without_nvcc(setup_py, monkeypatch, tmp_path, capsys):
