@@ -173,6 +173,16 @@ def sup_con(z: Tensor, labels: Tensor, temperature: float | Tensor = 0.1) -> Ten
     return torch.where(count > 0, -mean, 0)
 
 
+def queue(z: Tensor, keys: Tensor, others: Tensor, temperature: float | Tensor = 0.2) -> Tensor:
+    """The loss of each row of z against its own key and a queue, [R] (He et al. 2020, equation 1).
+
+    z, keys: [R, D]; others: the queue, [K, D]. All are normalised here. O(R·K) memory.
+    """
+    u, k, n = (torch.nn.functional.normalize(x, dim=1) for x in (z, keys, others))
+    positive = (u * k).sum(1) / temperature
+    return torch.logaddexp(z.new_zeros(()), (u @ n.T / temperature).logsumexp(1) - positive)
+
+
 LARS_SEMANTICS = ("google", "moco", "lightly", "timm", "solo_learn", "larc")
 
 

@@ -13,6 +13,7 @@ from simclr_fast import (
     reference,
     sup_con_loss,
 )
+from simclr_fast.losses import KeyQueue, queue_loss
 from simclr_fast.utils.distributed import all_gather_rows
 
 D, TAU = 12, 0.2
@@ -132,12 +133,37 @@ def check_sup_con(group, rank, pairs):
     torch.testing.assert_close(loss, multi_view_nt_xent_loss(crops))
 
 
+def check_queue(group, rank, pairs):
+    """The loss against a queue, and a queue that all ranks push to."""
+    z, keys = whole_batch(pairs, torch.float64)
+    own = slice(sum(pairs[:rank]), sum(pairs[: rank + 1]))
+    torch.manual_seed(0)
+    queue = KeyQueue(sum(pairs) + 4, D)
+    leaves = z[own].clone().requires_grad_(), torch.tensor(TAU, dtype=z.dtype, requires_grad=True)
+    loss = queue_loss(leaves[0], keys[own], queue, leaves[1], group=group, row_counts=pairs)
+    grads = torch.autograd.grad(loss * 3, leaves)
+    whole = z.clone().requires_grad_(), torch.tensor(TAU, dtype=z.dtype, requires_grad=True)
+    wanted = reference.queue(whole[0], keys, queue.keys.double(), whole[1]).mean()
+    exact = torch.autograd.grad(wanted * 3, whole)
+    dist.all_reduce(grads[1], group=group)
+    # The queue has unit vectors in float32.
+    close = {"rtol": 1e-6, "atol": 1e-7}
+    torch.testing.assert_close(loss, wanted, **close)
+    torch.testing.assert_close(grads[0], exact[0][own] * len(pairs), **close)
+    torch.testing.assert_close(grads[1] / len(pairs), exact[1], **close)
+    oldest = queue.keys[sum(pairs) :].clone()
+    queue.push(keys[own], group)
+    wanted = torch.nn.functional.normalize(keys.float())
+    assert torch.equal(queue.keys, torch.cat([wanted, oldest]))
+
+
 def check(group, rank, pairs):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         check_loss(group, rank, pairs, dtype, "mean", two=True)
     check_loss(group, rank, pairs, torch.float64, "sum", two=False)
     check_loss(group, rank, pairs, torch.float32, "mean", two=False, decoupled=True)
     check_sup_con(group, rank, pairs)
+    check_queue(group, rank, pairs)
     check_ddp(group, rank, pairs)
     check_no_communication_in_backward(group, rank, pairs)
     check_double_backward_is_refused(group, rank, pairs)
