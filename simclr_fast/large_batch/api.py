@@ -16,6 +16,7 @@ from simclr_fast.large_batch.batch_norms import batch_norms
 from simclr_fast.large_batch.global_batch_norm import WholeBatch
 from simclr_fast.large_batch.graph import Graph
 from simclr_fast.large_batch.lockstep import Lockstep
+from simclr_fast.large_batch.outputs import rebuild, refuse_other_rows, tensors
 from simclr_fast.large_batch.refusals import (
     refusal,
     refuse_grad_cache,
@@ -174,7 +175,10 @@ class LargeBatch:
         """Add the gradients of loss_fn(model(views)) to .grad; return the result of loss_fn.
 
         views: this rank's rows, [N, ...], N ≥ 0; or parts of them in order, such as (view1, view2).
-            Parts save memory: modes with micro-batches do not concatenate them.
+            Parts save memory: modes with micro-batches do not concatenate them. Parts may have
+            several shapes, such as small crops of their own size, except in lockstep. Each shape
+            then goes through the model by itself, with batch statistics of its own, and all parts
+            need the same number of rows.
         loss_fn: gets the result of model(views) for all N rows. It returns a 0-dim loss, or a tuple
             that begins with one. It is called once. The loss is returned detached.
         row_counts: the number of rows of `views` on every rank of the group, in rank order, if
@@ -227,14 +231,70 @@ class LargeBatch:
                     compare,
                 )
             else:
-                with self._norms(parts[0].device):
-                    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+                with self._norms(self.model, parts[0].device):
                     with autocast(True):
-                        outputs = self.model(joined)
+                        outputs = self._run_by_shape(self.model, parts)
                     result = loss_of(outputs)
             if self._sync and self.group is not None:
                 average_gradients(self.model, self.group)
             return result
+
+    @torch.no_grad()
+    def forward(
+        self,
+        model: nn.Module,
+        views: Tensor | Sequence[Tensor],
+        row_counts: Sequence[int] | None = None,
+    ) -> Any:
+        """The result of model(views) without a graph, as `backward` would compute it.
+
+        It is for a second model of the same kind, such as a momentum encoder: batch statistics are
+        over all ranks, and grad-cache runs micro-batches. Not for lockstep.
+
+        views, row_counts: as in `backward`.
+        """
+        parts = (views,) if isinstance(views, Tensor) else tuple(views)
+        if self.memory == "lockstep":
+            raise ValueError(
+                "memory='lockstep' runs one model, the one it was made for; memory='plain', "
+                "memory='replay' and memory='grad-cache' can run a second one"
+            )
+        rows = sum(map(len, parts))
+        if self.group is None:
+            self.batch.begin([rows])
+        else:
+            self.batch.begin(row_counts_of(rows, parts[0].device, self.group, row_counts))
+        device = parts[0].device.type
+        dtype = self.autocast
+        if dtype is None and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        with (
+            torch.autocast(device, dtype, dtype is not None),
+            self._norms(model, parts[0].device, recompute=False),
+        ):
+            if self.memory != "grad-cache":
+                return self._run_by_shape(model, parts)
+            split = _split(parts, self.micro_batch or _MICRO_BATCH)
+            return _joined([model(part) for part in split])
+
+    def _run_by_shape(self, model: nn.Module, parts: Sequence[Tensor]) -> Any:
+        """model(all parts), once for each shape; inside of `_norms`."""
+        shapes = [part.shape[1:] for part in parts]
+        if len(set(shapes)) == 1:
+            return model(parts[0] if len(parts) == 1 else torch.cat(tuple(parts)))
+        counts, outputs, first = self.batch.rows, [], 0
+        while first < len(parts):
+            last = first + 1
+            while last < len(parts) and shapes[last] == shapes[first]:
+                last += 1
+            # Every view has a row of every image, so this share is that of all ranks.
+            self.batch.rows = [count * (last - first) // len(parts) for count in counts]
+            rows = torch.cat(tuple(parts[first:last]))
+            outputs.append(model(rows))
+            refuse_other_rows(outputs[-1], len(rows), self.memory)
+            first = last
+        self.batch.rows = counts
+        return _joined(outputs)
 
     def _device(self, views: Tensor) -> torch.device:
         """The device of the model. Lockstep takes views that lie in host memory."""
@@ -319,18 +379,30 @@ class LargeBatch:
 
         return checked
 
-    def _norms(self, device: torch.device) -> AbstractContextManager[Any]:
-        if self.memory == "replay":
-            compare = self._comparing.next_step(self.model, device)
-            return global_norms(self.model, self.batch, recompute=True, compare=compare)
-        if self.group is None or not batch_norms(self.model):
+    def _norms(
+        self, model: nn.Module, device: torch.device, recompute: bool = True
+    ) -> AbstractContextManager[Any]:
+        """A context in which the batch norms of `model` do as this mode needs it.
+
+        recompute: also recompute blocks, in replay.
+        """
+        if self.memory == "replay" and recompute:
+            compare = self._comparing.next_step(model, device)
+            return global_norms(model, self.batch, recompute=True, compare=compare)
+        if self.memory == "grad-cache" or self.group is None or not batch_norms(model):
             return nullcontext()
-        return global_norms(self.model, self.batch, recompute=False)
+        return global_norms(model, self.batch, recompute=False)
 
     def _refuse_model(self) -> None:
         refuse_model(self.model, self.memory, ranks=self.group is not None)
         if self.memory == "grad-cache":
             refuse_grad_cache(self.model, self.allow_ghost_bn)
+
+
+def _joined(outputs: Sequence[Any]) -> Any:
+    """The outputs of several calls of a model as that of one: the rows of one after the other."""
+    columns = zip(*(tensors(o) for o in outputs), strict=True)
+    return rebuild(outputs[0], iter([torch.cat(column) for column in columns]))
 
 
 def _split(parts: Sequence[Tensor], micro_batch: int) -> list[Tensor]:

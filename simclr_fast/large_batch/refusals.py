@@ -144,6 +144,19 @@ def refuse_views(memory: str, parts: Sequence[Tensor]) -> None:
             "memory='lockstep' computes no gradient of the views, which require one; "
             "memory='replay' can"
         )
+    shapes = {tuple(part.shape[1:]) for part in parts}
+    if len(shapes) == 1:
+        return
+    if memory == "lockstep":
+        raise ValueError(
+            f"memory='lockstep' needs views of one shape, got {sorted(shapes)}; memory='plain', "
+            "memory='replay' and memory='grad-cache' can run several"
+        )
+    if len({len(part) for part in parts}) > 1:
+        raise ValueError(
+            "views of several shapes must have the same number of rows in every part, got shapes "
+            f"{[list(part.shape) for part in parts]}"
+        )
 
 
 def computed_attribute(hook: object) -> str | None:

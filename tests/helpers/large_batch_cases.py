@@ -7,6 +7,7 @@ from simclr_fast.large_batch import LargeBatch
 from simclr_fast.large_batch.graph import Graph
 from simclr_fast.large_batch.schedule import Schedule, Stage
 from simclr_fast.losses.nt_xent import nt_xent_loss
+from simclr_fast.losses.sup_con import multi_view_nt_xent_loss
 from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector
 from simclr_fast.optim.lars import LARS, lars_param_groups
 
@@ -49,6 +50,27 @@ def views(first=0, last=PAIRS, size=16):
     generator = torch.Generator().manual_seed(3)
     both = torch.randn(2, PAIRS, 3, size, size, generator=generator, dtype=torch.float64)
     return both[:, first:last].flatten(0, 1)
+
+
+def crops(first=0, last=PAIRS):
+    """Two views of 16×16 and three of 10×10 of images first to last, [last - first, ...] each."""
+    generator = torch.Generator().manual_seed(5)
+    small = torch.randn(3, PAIRS, 3, 10, 10, generator=generator, dtype=torch.float64)
+    return [*views(first, last).chunk(2), *small[:, first:last]]
+
+
+def crop_loss(outputs, group=None):
+    z = outputs[1] if isinstance(outputs, tuple) else outputs
+    return multi_view_nt_xent_loss(z, 5, 0.3, group=group)
+
+
+def plain_autograd_of_crops(model):
+    """Each size by itself, as in SwAV."""
+    first, *more = crops()
+    outputs = [model(torch.cat([first, more[0]])), model(torch.cat(more[1:]))]
+    loss = crop_loss(torch.cat([o[1] if isinstance(o, tuple) else o for o in outputs]))
+    loss.backward()
+    return loss.detach()
 
 
 def lively(model):

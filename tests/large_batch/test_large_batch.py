@@ -10,11 +10,14 @@ from cuda_batch_norm import cuda_batch_norm
 from large_batch_cases import (
     MODES,
     assert_equal,
+    crop_loss,
+    crops,
     large_batch,
     lively,
     loss_fn,
     mode_name,
     plain_autograd,
+    plain_autograd_of_crops,
     simclr,
     step,
     views,
@@ -49,6 +52,49 @@ def run(model, x=None, loss=loss_fn, **mode):
 def test_equals_plain_autograd(model, mode):
     found = step(simclr(model), lambda m: run(m, **mode))
     assert_equal(found, reference(model))
+
+
+def any_size():
+    """A model without batch norm that takes images of any size."""
+    torch.manual_seed(1)
+    layers = nn.Conv2d(3, 8, 3), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 8)
+    return nn.Sequential(*layers).double()
+
+
+@pytest.mark.parametrize(
+    ("model", "mode"),
+    [
+        (partial(simclr, "resnet18"), {"memory": "plain"}),
+        (partial(simclr, "resnet18"), {"memory": "replay"}),
+        (any_size, {"memory": "grad-cache", "micro_batch": 3}),
+    ],
+    ids=["plain", "replay", "grad-cache"],
+)
+def test_views_of_two_sizes(model, mode):
+    found = step(model(), lambda m: run(m, crops(), crop_loss, **mode))
+    assert_equal(found, step(model(), plain_autograd_of_crops))
+
+
+def test_views_of_two_sizes_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"'lockstep' needs views of one shape, got"):
+        run(simclr("resnet18"), crops(), crop_loss, **LOCKSTEP)
+    uneven = [torch.zeros(3, 3, 16, 16), torch.zeros(2, 3, 10, 10)]
+    with pytest.raises(ValueError, match="the same number of rows in every part"):
+        run(simclr("resnet18"), uneven, crop_loss, memory="plain")
+
+
+@pytest.mark.parametrize("memory", ["plain", "replay", "grad-cache"])
+def test_a_second_model_runs_without_a_graph(memory):
+    model, other = any_size(), any_size().requires_grad_(False)
+    mode = {"micro_batch": 3} if memory == "grad-cache" else {}
+    large = large_batch(model if memory != "replay" else simclr("resnet18"), memory=memory, **mode)
+    found = large.forward(other, views().chunk(2))
+    assert not found.requires_grad
+    torch.testing.assert_close(found, other(views()))
+    half = LargeBatch(model, memory="plain", autocast=torch.bfloat16)
+    assert half.forward(other.float(), views().float()).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="'lockstep' runs one model"):
+        large_batch(simclr("resnet18"), **LOCKSTEP).forward(other, views())
 
 
 @pytest.mark.parametrize("mode", MODES[1:6], ids=mode_name)

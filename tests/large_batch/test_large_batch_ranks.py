@@ -10,11 +10,14 @@ from large_batch_cases import (
     MODES,
     PAIRS,
     assert_equal,
+    crop_loss,
+    crops,
     expanding,
     large_batch,
     loss_fn,
     mode_name,
     plain_autograd,
+    plain_autograd_of_crops,
     simclr,
     step,
     views,
@@ -75,6 +78,9 @@ def worker(rank, folder):
         if rank < ranks:
             result = step(build(name), one_step(rank, ranks, groups[ranks], mode))
             torch.save(result, f"{folder}/{case_name(case)}-{rank}.pt")
+    for memory in ("plain", "replay"):
+        result = step(simclr("resnet18"), crops_step(rank, groups[4], memory))
+        torch.save(result, f"{folder}/crops-{memory}-{rank}.pt")
     if rank < 2:
         for mode in COUNTED:
             found = count_collectives(rank, groups[2], mode)
@@ -97,6 +103,25 @@ def one_step(rank, ranks, group, mode):
     def backward(model):
         engine = large_batch(model, group=group, **mode)
         return engine.backward(share(rank, ranks), lambda o: loss_fn(o, group))
+
+    return backward
+
+
+def crops_step(rank, group, memory):
+    first = sum(SHARES[4][:rank])
+    own = crops(first, first + SHARES[4][rank])
+    rows = [5 * images for images in SHARES[4]]
+
+    def backward(model):
+        engine = large_batch(model, group=group, memory=memory)
+        # A second model, whose batch statistics are also those of all ranks.
+        again = simclr("resnet18").requires_grad_(False)
+        outputs = engine.forward(again, own, rows)
+        loss = engine.backward(own, lambda o: crop_loss(o, group), rows)
+        assert torch.equal(crop_loss(outputs, group), loss)
+        for mine, other in zip(again.buffers(), model.buffers(), strict=True):
+            assert torch.equal(mine, other)
+        return loss
 
     return backward
 
@@ -188,6 +213,14 @@ def expected():
 def test_equals_one_process(ranks, expected, case):
     for rank in range(case[0]):
         assert_equal(torch.load(ranks / f"{case_name(case)}-{rank}.pt"), expected[case[1]])
+
+
+@pytest.mark.parametrize("memory", ["plain", "replay"])
+def test_views_of_two_sizes(ranks, memory):
+    expected = step(simclr("resnet18"), plain_autograd_of_crops)
+    for rank in range(4):
+        found = torch.load(ranks / f"crops-{memory}-{rank}.pt")
+        assert_equal(found, expected)
 
 
 @pytest.mark.parametrize("mode", COUNTED, ids=mode_name)
