@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -64,6 +65,8 @@ class _Loader:
         num_threads: int | None = None,
         prefetch: bool | None = None,
         views_on_host: bool = False,
+        small_crops: int = 0,
+        small: Augmentation | None = None,
     ) -> None:
         given = locals()
         apart = ("self", "source", "augmentation", "labels", "image_key")
@@ -98,6 +101,9 @@ class _Loader:
             raise TypeError(f"dtype must be {', '.join(map(str, _DTYPES))}, got {dtype}")
         self.device = _with_index(torch.device(device))
         self.batch_size, self.augmentation = batch_size, augmentation
+        # Of every view. The small crops come last.
+        self.augmentations = [augmentation] * (self.n_views - small_crops)
+        self.augmentations += [small or augmentation] * small_crops
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
         self.rank, self.world_size = rank, world_size
         self.dtype, self.channels_last = dtype, channels_last
@@ -112,10 +118,9 @@ class _Loader:
             self.source,
             self.rows,
             num_threads or min(8, usable_cores()),
-            augmentation,
+            self.augmentations,
             lambda ids, sizes: self._draw(ids, sizes),
             self.device,
-            self.n_views,
             backend,
             dtype=dtype,
             channels_last=channels_last,
@@ -316,15 +321,17 @@ class _Loader:
 
     def _new_views(self, rows: int, device: torch.device) -> list[Tensor]:
         """Uninitialised views. CPU memory is pinned if the loader's device is a GPU."""
-        size = self.augmentation.size
-        shape = (rows, self.augmentation.channels, size, size)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         pinned = device.type == "cpu" and self.device.type == "cuda"
         return [
             torch.empty(
-                shape, dtype=self.dtype, device=device, memory_format=layout, pin_memory=pinned
+                (rows, aug.channels, aug.size, aug.size),
+                dtype=self.dtype,
+                device=device,
+                memory_format=layout,
+                pin_memory=pinned,
             )
-            for _ in range(self.n_views)
+            for aug in self.augmentations
         ]
 
 
@@ -406,7 +413,12 @@ class TwoViewLoader(_Loader):
         super().__init__(source, batch_size, augmentation, **options)
 
     def _draw(self, ids: np.ndarray, sizes: np.ndarray) -> list[ViewParams]:
-        return draw_views(self.augmentation, self.seed, self.epoch, ids, sizes, self.n_views)
+        full = self.n_views - self._options["small_crops"]
+        views = draw_views(self.augmentation, self.seed, self.epoch, ids, sizes, full)
+        for view in range(full, self.n_views):
+            aug = self.augmentations[view]
+            views.append(draw_params(aug, self.seed, self.epoch, ids, view, sizes))
+        return views
 
 
 class MultiViewLoader(TwoViewLoader):
@@ -414,13 +426,35 @@ class MultiViewLoader(TwoViewLoader):
 
     The first two views are those of `TwoViewLoader`. The loss for more than two is
     `multi_view_nt_xent_loss`.
+
+    small_crops: the number of further views, which come last and are made as `small` says, such as
+        `replace(augmentation, size=96, area=(0.05, 0.14))` (multi-crop, arXiv:2006.09882). Only
+        size and area may differ from `augmentation`.
     """
 
     def __init__(
-        self, source: Any, batch_size: int, size: int | None = None, *, n_views: int, **options: Any
+        self,
+        source: Any,
+        batch_size: int,
+        size: int | None = None,
+        *,
+        n_views: int,
+        small_crops: int = 0,
+        small: Augmentation | None = None,
+        **options: Any,
     ) -> None:
-        self.n_views = as_int("n_views", n_views, 2)
-        super().__init__(source, batch_size, size, **options)
+        small_crops = as_int("small_crops", small_crops, 0)
+        if (small is None) != (small_crops == 0):
+            raise ValueError(
+                f"small_crops and small go together, got small_crops={small_crops}, small={small}"
+            )
+        self.n_views = as_int("n_views", n_views, 2) + small_crops
+        aug = options.get("augmentation") or Augmentation(size=224 if size is None else size)
+        if small is not None and replace(small, size=aug.size, area=aug.area) != aug:
+            raise ValueError(
+                f"small must be the augmentation with another size and area, got {small} and {aug}"
+            )
+        super().__init__(source, batch_size, size, small_crops=small_crops, small=small, **options)
 
 
 class OneViewLoader(_Loader):

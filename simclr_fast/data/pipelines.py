@@ -65,10 +65,9 @@ def make_pipeline(
     source: Source,
     rows: int,
     num_threads: int,
-    augmentation: Augmentation,
+    augmentations: list[Augmentation],
     draw: Draw,
     device: torch.device,
-    n_views: int,
     backend: Backend | None,
     *,
     dtype: torch.dtype,
@@ -76,24 +75,25 @@ def make_pipeline(
 ) -> Pipeline:
     """Choose the pipeline for a device and a source.
 
-    rows: the largest number of images per batch on this rank.
+    rows: the largest number of images per batch on this rank. augmentations: of every view. They
+    differ in size and area only.
     backend: as for `TwoViewLoader`. With None, an NVIDIA GPU with DALI runs DaliViews for files and
         views of at least 64 pixels; otherwise "fused" is chosen. "fused" means DaliCrops if DALI
         and Triton can run on the GPU, else HostViews.
     """
-    size = augmentation.size
+    size, channels = augmentations[0].size, augmentations[0].channels
     dali_on_gpu = _dali_on_gpu(source, device)
     if backend is None:
         backend = "dali" if dali_on_gpu and size >= _SMALLEST_IN_DALI else "fused"
     if backend == "fused" and not (dali_on_gpu and ops.why_plain(device) is None):
-        return HostViews(source, min(rows, PART), num_threads, augmentation, draw)
-    if augmentation.channels != 3:
-        raise ValueError(f'backend="dali" needs RGB images, got channels={augmentation.channels}')
+        return HostViews(source, min(rows, PART), num_threads, augmentations, draw)
+    if channels != 3:
+        raise ValueError(f'backend="dali" needs RGB images, got channels={channels}')
     if device.type not in ("cpu", "cuda") or torch.version.hip:
         raise ValueError(f'backend="dali" needs the CPU or an NVIDIA GPU, got device {device}')
     import_dali()
     reader = (FileReader if source.encoded else PixelReader)(source, num_threads)
-    where = (reader, min(rows, dali_part(reader, size)), augmentation, draw, device, n_views)
+    where = (reader, min(rows, dali_part(reader, size)), augmentations, draw, device)
     if backend == "fused":
         return DaliCrops(*where)
     return DaliViews(*where, dtype=dtype, channels_last=channels_last)
@@ -131,24 +131,25 @@ class HostViews:
         source: Source,
         part_size: int,
         num_threads: int,
-        augmentation: Augmentation,
+        augmentations: list[Augmentation],
         draw: Draw,
     ) -> None:
-        self.part_size, self.augmentation, self.draw = part_size, augmentation, draw
+        self.part_size, self.augmentations, self.draw = part_size, augmentations, draw
+        self.channels = augmentations[0].channels
         self.decoder = image_decoder(source, part_size, num_threads)
 
     def describe(self) -> str:
-        how = "the fused op" if self.augmentation.channels == 3 else "plain torch"
+        how = "the fused op" if self.channels == 3 else "plain torch"
         return f"{self.decoder.describe()}; views by {how} on the CPU"
 
     def run(self, parts: Iterable[Part]) -> Iterator[tuple[Part, list[Any]]]:
         return self.decoder.run(parts)
 
     def write(self, part: Part, outputs: list[Any], views: list[Tensor]) -> None:
-        images = as_tensors(_one_dtype(outputs), self.augmentation.channels)
+        images = as_tensors(_one_dtype(outputs), self.channels)
         params_of_views = self.draw(part.ids, image_sizes(images))
-        for params, view in zip(params_of_views, views, strict=True):
-            fill_views(images, params, self.augmentation, view)
+        for params, aug, view in zip(params_of_views, self.augmentations, views, strict=True):
+            fill_views(images, params, aug, view)
 
 
 def _one_dtype(images: list[Any]) -> list[Any]:
@@ -171,18 +172,16 @@ class DaliViews(DaliRunner):
         self,
         reader: FileReader | PixelReader,
         part_size: int,
-        augmentation: Augmentation,
+        augmentations: list[Augmentation],
         draw: Draw,
         device: torch.device,
-        n_views: int,
         *,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
     ) -> None:
         super().__init__(reader, part_size)
         self.part_size = part_size
-        self.augmentation, self.draw = augmentation, draw
-        self.device, self.n_views = device, n_views
+        self.augmentations, self.draw, self.device = augmentations, draw, device
         self.dtype, self.channels_last = dtype, channels_last
 
     def describe(self) -> str:
@@ -194,27 +193,28 @@ class DaliViews(DaliRunner):
 
     def feed(self, part: Part) -> list[Any]:
         samples, sizes = self.reader.read(part.ids)
-        return [samples, *(f for p in self.draw(part.ids, sizes) for f in self.view_feeds(p))]
+        views = zip(self.draw(part.ids, sizes), self.augmentations, strict=True)
+        return [samples, *(f for params, aug in views for f in self.view_feeds(params, aug))]
 
-    def view_feeds(self, params: ViewParams) -> list[np.ndarray]:
+    def view_feeds(self, params: ViewParams, aug: Augmentation) -> list[np.ndarray]:
         """The inputs of DALI's graph for one view. `view_types` gives their DALI types."""
         from simclr_fast.augment.dali import feeds
 
-        return feeds(params, self.augmentation)
+        return feeds(params, aug)
 
     def view_types(self) -> list[Any]:
         from simclr_fast.augment.dali import param_types
 
-        return param_types(self.augmentation)
+        return param_types(self.augmentations[0])
 
-    def graph(self, pixels: Any, nodes: list[Any], device: str) -> list[Any]:
-        """Decoded pixels and the nodes of `view_feeds` → the pipeline's outputs."""
+    def graph(self, pixels: Any, nodes: list[Any], aug: Augmentation, device: str) -> list[Any]:
+        """Decoded pixels and the nodes of `view_feeds` of one view → its outputs."""
         from simclr_fast.augment.dali import make_views
 
         return make_views(
             pixels,
             nodes,
-            self.augmentation,
+            aug,
             device,
             half=self.dtype == torch.float16,
             channels_last=self.channels_last,
@@ -233,7 +233,8 @@ class DaliViews(DaliRunner):
         dali = import_dali()
         fn, types = dali.fn, dali.types
         device = "gpu" if self.device.type == "cuda" else "cpu"
-        kinds = [types.UINT8, *self.view_types() * self.n_views]
+        view_types = self.view_types()
+        kinds = [types.UINT8, *view_types * len(self.augmentations)]
 
         @dali.pipeline_def(enable_conditionals=True)
         def views() -> Any:
@@ -254,7 +255,11 @@ class DaliViews(DaliRunner):
                 )
             elif device == "gpu":
                 pixels = pixels.gpu()
-            return tuple(self.graph(pixels, nodes, device))
+            outputs = []
+            for i, aug in enumerate(self.augmentations):
+                own = nodes[i * len(view_types) : (i + 1) * len(view_types)]
+                outputs += self.graph(pixels, own, aug, device)
+            return tuple(outputs)
 
         return views(
             batch_size=self.batch_size,
@@ -289,31 +294,27 @@ class DaliCrops(DaliViews):
         )
 
     def write(self, part: Part, outputs: list[Any], views: list[Tensor]) -> None:
-        for (crops, ints, floats), view in zip(outputs, views, strict=True):
-            finish_crops(crops, ints, floats, self.augmentation, view)
+        for crops, aug, view in zip(outputs, self.augmentations, views, strict=True):
+            finish_crops(*crops, aug, view)
 
-    def view_feeds(self, params: ViewParams) -> list[np.ndarray]:
+    def view_feeds(self, params: ViewParams, aug: Augmentation) -> list[np.ndarray]:
         from simclr_fast.augment.dali import crop_feeds
 
         no_flip = np.zeros(len(params), bool)
-        return [*crop_feeds(params, self.augmentation, no_flip), *pack_params(params)]
+        return [*crop_feeds(params, aug, no_flip), *pack_params(params)]
 
     def view_types(self) -> list[Any]:
         from simclr_fast.augment.dali import CROP_NAMES, param_types
 
         types = import_dali().types
-        crop_types = param_types(self.augmentation)[: len(CROP_NAMES)]
+        crop_types = param_types(self.augmentations[0])[: len(CROP_NAMES)]
         return [*crop_types, types.INT32, types.FLOAT]
 
-    def graph(self, pixels: Any, nodes: list[Any], device: str) -> list[Any]:
+    def graph(self, pixels: Any, nodes: list[Any], aug: Augmentation, device: str) -> list[Any]:
         from simclr_fast.augment.dali import make_crops
 
-        outputs = []
-        count = len(self.view_types())
-        for first in range(0, len(nodes), count):
-            *crop, ints, floats = nodes[first : first + count]
-            (crops,) = make_crops(pixels, crop, self.augmentation, device)
-            outputs += [crops, ints, floats]
+        *crop, ints, floats = nodes
+        outputs = [*make_crops(pixels, crop, aug, device), ints, floats]
         return [node.gpu() for node in outputs] if device == "gpu" else outputs
 
     def unpack(self, outputs: Any) -> list[Any]:

@@ -36,7 +36,7 @@ class OnlineProbe:
     A report has:
     linear: top-1 of a linear classifier on the first views of all steps since the last report. Each
         batch is classified before the classifier learns from it. The classifier takes one Nesterov
-        step per batch, on the features of both views, standardised over the batch.
+        step per batch, on the features of all views, standardised over the batch.
     knn: top-1 of weighted 20-NN. The queries are the first views of this step (at most 512), the
         bank those of earlier steps (at most 4,096). An image is not its own neighbour.
     percent_of_time: the probe's share of the time since the last report.
@@ -60,7 +60,7 @@ class OnlineProbe:
         self.path = path
 
     def take(self, h: Tensor) -> None:
-        """Keep the features of a step's views: [2n, D], first views first."""
+        """Keep the features of a step's views: [views · n, D], first views first."""
         self.h = h.detach()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -128,7 +128,7 @@ class OnlineProbe:
         state = self.state
         x = (h - h.mean(0)) / (h.std(0, correction=0) + 1e-6) / h.shape[1] ** 0.5
         x = torch.cat([x, x.new_ones(len(x), 1)], 1)
-        targets = self.labels[ids].repeat(2)
+        targets = self.labels[ids].repeat(len(h) // max(len(ids), 1))
         known = targets >= 0
         logits = x @ state["weight"].T
         right = (true_class_rank(logits, targets.clamp_min(0)) == 0) & known

@@ -15,7 +15,7 @@ overlap with the operations of their own pass only. No time here was measured on
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -132,9 +132,10 @@ class Workload:
     """A run to plan.
 
     make: builds the model (encoder and projector). shape: of a view. batch_size: images over all
-    `ranks`. dtype: that of autocast. state: optimizer tensors per parameter. cuda: whether the run
-    is on a GPU, with its operations and overheads. loader: whether our loader makes the views; it
-    needs memory, and lockstep lets it keep them on the host.
+    `ranks`. dtype: that of autocast. state: tensors per parameter beside it, such as the
+    optimizer's. cuda: whether the run is on a GPU, with its operations and overheads. loader:
+    whether our loader makes the views; it needs memory, and lockstep lets it keep them on the host.
+    refused: modes that the run cannot use, and why.
     """
 
     make: Callable[[], nn.Module]
@@ -146,6 +147,7 @@ class Workload:
     cuda: bool = True
     gpu: Gpu = _GPUS[-1][1]
     loader: bool = True
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.ranks < 1:
@@ -180,6 +182,7 @@ class Workload:
     def setting(self, memory: Memory, micro_batch: int | None = None) -> Setting:
         """Predict plain, replay or grad-cache. If it cannot run, `refusal` says why."""
         try:
+            self._refuse(memory)
             phases = self._phases(memory, micro_batch)
         except ValueError as error:
             return _refused(memory, error)
@@ -200,6 +203,7 @@ class Workload:
         says why.
         """
         try:
+            self._refuse("lockstep")
             search = _search(self, micro_batch or self._micro_batch(memory))
         except ValueError as error:
             return _refused("lockstep", error)
@@ -215,6 +219,10 @@ class Workload:
         if found:
             return min(found, key=self._cost_of)
         return self._least(search)
+
+    def _refuse(self, memory: Memory) -> None:
+        if memory in self.refused:
+            raise ValueError(self.refused[memory])
 
     def simulated(self, setting: Setting) -> Setting:
         """A setting of lockstep with bytes and compute as a whole step on tensors without data.

@@ -66,6 +66,23 @@ class PretrainConfig:
     """Temperature of the loss."""
     views: int = 2
     """Views of each image. With more than two, every other view of the image is a positive."""
+    small_crops: int = 0
+    """More views of each image, which are smaller and cheaper (multi-crop, arXiv:2006.09882). Every
+    other view of the image is a positive, as with more views. Not for memory lockstep."""
+    small_size: int = 96
+    """Height and width of the small crops in pixels."""
+    small_area: tuple[float, float] = (0.05, 0.14)
+    """Range of the small crops' share of the image. All else is as in augmentation, whose area is
+    usually set to begin where this range ends."""
+    queue: int | None = None
+    """Keys of past batches that are the negatives, instead of the other images of the batch (MoCo,
+    arXiv:1911.05722). A momentum encoder makes the keys. For small batches. By default no queue.
+    Not for memory lockstep."""
+    queue_momentum: float = 0.999
+    """The share of its old weights that the momentum encoder keeps in a step."""
+    ema: float | None = None
+    """Also keep an exponential moving average of the encoder's weights with this decay, such as
+    0.999, for the file encoder-ema.safetensors."""
     optimizer: Literal["lars", "sgd", "adamw", "adam"] = "lars"
     """LARS is the paper's, for large batches. SGD has Nesterov momentum 0.9."""
     lr: float | None = None
@@ -144,6 +161,8 @@ class PretrainConfig:
             "projector_dim",
             "projector_depth",
             "projector_hidden",
+            "small_size",
+            "queue",
             "micro_batch",
             "workers",
             "log_every",
@@ -153,6 +172,7 @@ class PretrainConfig:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, as_int(name, value, 1))
         object.__setattr__(self, "seed", as_int("seed", self.seed))
+        object.__setattr__(self, "small_crops", as_int("small_crops", self.small_crops, 0))
         # Comparisons that are false for NaN. Larger numbers overflow in float32.
         for name in (
             "width",
@@ -171,6 +191,11 @@ class PretrainConfig:
             object.__setattr__(self, name, value := as_float(name, getattr(self, name)))
             if not 0 <= value < _LARGEST:
                 raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+        for name in ("queue_momentum", "ema"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, value := as_float(name, value))
+                if not 0 <= value < 1:
+                    raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
         for name in ("gpu_memory", "host_memory"):
             if (size := getattr(self, name)) is not None:
                 parse_size(size)
@@ -185,20 +210,57 @@ class PretrainConfig:
                 raise ValueError(f"{name} is for memory {' or '.join(modes)}, got {self.memory!r}")
         if self.views < 2:
             raise ValueError(f"views must be at least 2, got {self.views}")
-        if self.views > 2 and self.loss == "decoupled":
-            raise ValueError(f"loss decoupled is for two views, got views={self.views}")
+        if self.loss == "decoupled" and self.all_views > 2:
+            raise ValueError(
+                f"loss decoupled is for two views, got views={self.views} and "
+                f"small_crops={self.small_crops}"
+            )
+        if self.queue is not None and (self.loss != "nt-xent" or self.all_views > 2):
+            raise ValueError(
+                f"queue is for loss nt-xent and two views, got loss={self.loss!r}, "
+                f"views={self.views}, small_crops={self.small_crops}"
+            )
+        if self.memory in self.refused_memory:
+            raise ValueError(self.refused_memory[self.memory])
+        if self.small_crops:
+            # Its own message if a value is out of range.
+            object.__setattr__(self, "small_area", self.small_augmentation.area)
         if self.optimizer == "sgd" and self.lr is None:
             raise ValueError("lr must be given for optimizer sgd, such as --lr 0.05")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other")
 
     @property
+    def all_views(self) -> int:
+        """Views of each image, the small crops among them."""
+        return self.views + self.small_crops
+
+    @property
+    def small_augmentation(self) -> Augmentation:
+        """The distribution of the small crops."""
+        return replace(self.augmentation, size=self.small_size, area=self.small_area)
+
+    @property
+    def refused_memory(self) -> dict[str, str]:
+        """Memory modes that other settings exclude, and why."""
+        others = "use memory plain, replay or grad-cache"
+        if self.queue is not None:
+            return {"lockstep": f"queue cannot be used with memory lockstep, got both: {others}"}
+        if self.small_crops:
+            return {
+                "lockstep": f"small_crops cannot be used with memory lockstep, got both: {others}"
+            }
+        return {}
+
+    @property
     def chance_loss(self) -> float:
         """The loss if all similarities were equal: log of the number of terms in a denominator.
 
-        The other rows of the batch; for the decoupled loss without the positive.
+        The other rows of the batch, or the queue; for the decoupled loss without the positive.
         """
-        return math.log(self.views * self.batch_size - 1 - (self.loss == "decoupled"))
+        if self.queue is not None:
+            return math.log(self.queue + 1)
+        return math.log(self.all_views * self.batch_size - 1 - (self.loss == "decoupled"))
 
 
 # Mean and standard deviation of the pixels, as the peers' recipes use them.
@@ -230,8 +292,7 @@ def simclr_v2() -> PretrainConfig:
     """ResNet-50 with SimCLR v2's projector of three layers, batch 4096, 800 epochs.
 
     Source: arXiv:2006.10029, section 2 and table 1, which reports a linear probe of 71.7 for
-    ResNet-50 without selective kernels. Its memory (a queue with a momentum encoder) and selective
-    kernels are not here.
+    ResNet-50 without selective kernels, which are not here. The paper's memory is --queue 65536.
     """
     return PretrainConfig(
         data="imagenet/train",
@@ -363,6 +424,8 @@ FIXED = (
     "batch_size",
     "optimizer",
     "lars_variant",
+    "queue",
+    "ema",
     "seed",
     "image_key",
 )
@@ -376,6 +439,10 @@ MAY_CHANGE = (
     "epochs",
     "steps",
     "views",
+    "small_crops",
+    "small_size",
+    "small_area",
+    "queue_momentum",
     "loss",
     "temperature",
     "lr",
@@ -439,6 +506,8 @@ def from_json(text: str) -> PretrainConfig:
     values = json.loads(text)
     augmentation = augmentation_from(values.pop("augmentation"))
     values.pop(IMAGES, None)
+    if "small_area" in values:
+        values["small_area"] = tuple(values["small_area"])
     out, labels = values.pop("out"), values.pop("labels", None)
     return PretrainConfig(
         **values,

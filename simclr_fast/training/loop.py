@@ -5,20 +5,21 @@
 
 import logging
 import time
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from simclr_fast import __version__
 from simclr_fast.data.account import printable
 from simclr_fast.data.loader import OneViewLoader, TwoViewLoader
 from simclr_fast.evaluation.online import OnlineProbe
 from simclr_fast.large_batch import LargeBatch, planner
+from simclr_fast.models.average import WeightAverage
 from simclr_fast.models.encoders import SimCLR
 from simclr_fast.optim.schedule import warmup_cosine
 from simclr_fast.training.config import PretrainConfig
@@ -39,6 +40,12 @@ from simclr_fast.utils.distributed import World
 from simclr_fast.utils.interrupts import Interrupted, catch_signals
 
 log = logging.getLogger(__name__)
+# The weights that a run leaves: the last ones, and with `ema` their moving average.
+ENCODER, AVERAGED = "encoder.safetensors", "encoder-ema.safetensors"
+
+
+def _nothing(large_batch: LargeBatch, views: Sequence[Tensor]) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -49,12 +56,18 @@ class Task:
         the images, int64 [n] on the CPU. It returns the loss of this rank and the values for
         metrics.jsonl. Gradients of the loss are averaged over ranks. The values are detached 0-dim
         tensors, equal on all ranks, with the loss and an accuracy among them.
+    parts: further modules, which checkpoints hold as well.
+    around_backward: called with the views; its context is around the backward of each step.
     """
 
     name: str
     model: SimCLR
     loader: TwoViewLoader | OneViewLoader
     loss: Callable[[Any, Tensor], tuple[Tensor, dict[str, Tensor]]]
+    parts: dict[str, nn.Module] = field(default_factory=dict)
+    around_backward: Callable[[LargeBatch, Sequence[Tensor]], AbstractContextManager[None]] = (
+        _nothing
+    )
 
 
 def train(config: PretrainConfig, world: World, task: Task) -> Path:
@@ -65,9 +78,14 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
             the run. OutOfMemory: the message says which flags to try next. FloatingPointError: the
             loss or a weight is no longer finite; the last checkpoint was written before that.
     """
-    model, loader = task.model.to(world.device), task.loader
-    if config.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+    model, loader, average = task.model, task.loader, None
+    more: dict[str, nn.Module] = dict(task.parts)
+    if config.ema is not None:
+        more["ema"] = average = WeightAverage(model.encoder, config.ema, warm_up=True, buffers=True)
+    for part in (model, *more.values()):
+        part.to(world.device)
+        if config.channels_last:
+            part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     dtype = autocast_dtype(config.precision, world.device)
     work = workload(config, world, loader.n_views)
     setting, options = choose_memory(config, world, work)
@@ -99,6 +117,7 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
             "optimizer": optimizer,
             "scheduler": scheduler,
             "scaler": scaler,
+            **more,
         }
         if config.resume:
             world.share(lambda: refuse_changes(config, out))
@@ -145,7 +164,8 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
                 return scaler.scale(loss), shown
 
             optimizer.zero_grad(set_to_none=True)
-            _, shown = large_batch.backward(views, loss_fn, loader.row_counts())
+            with task.around_backward(large_batch, views):
+                _, shown = large_batch.backward(views, loss_fn, loader.row_counts())
             if line is not None:
                 line.measure_gradients(model, scaler.get_scale())
             lr = optimizer.param_groups[0]["lr"]
@@ -153,6 +173,8 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
             scaler.step(optimizer)
             scaler.update()
             scheduler.step()
+            if average is not None:
+                average.update(model.encoder)
             step += 1
 
             if metrics is not None:
@@ -181,7 +203,9 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
         if loader.skipped:
             log.warning("%d corrupt images were replaced by others", len(loader.skipped))
         if world.rank == 0:
-            checkpoint.save_encoder(out / "encoder.safetensors", model.encoder, describe(config))
+            checkpoint.save_encoder(out / ENCODER, model.encoder, describe(config))
+            if average is not None:
+                checkpoint.save_encoder(out / AVERAGED, average.module, describe(config))
         if caught:
             # The signal came in the last step. Raise, so that no report follows.
             world.leave()

@@ -1,5 +1,6 @@
 """Pretraining: images → views → encoder → projector → NT-Xent → LARS → checkpoint."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,15 +12,17 @@ from simclr_fast.losses.nt_xent import nt_xent_loss
 from simclr_fast.losses.sup_con import multi_view_nt_xent_loss, sup_con_loss
 from simclr_fast.training.config import PretrainConfig
 from simclr_fast.training.loop import Task, train
-from simclr_fast.training.setup import build_model, loader_options, open_data
+from simclr_fast.training.momentum import MomentumKeys
+from simclr_fast.training.setup import build_model, embedding_dim, loader_options, open_data
 from simclr_fast.utils.distributed import join_world
 
 
 def pretrain(config: PretrainConfig) -> Path:
     """Run `config` to its end and return the output folder.
 
-    The folder holds config.json, metrics.jsonl, checkpoints/ and encoder.safetensors. Under a
-    launcher every rank calls this. Batch size, loss and batch normalisation are over all ranks.
+    The folder holds config.json, metrics.jsonl, checkpoints/, encoder.safetensors, and with `ema`
+    encoder-ema.safetensors. Under a launcher every rank calls this. Batch size, loss and batch
+    normalisation are over all ranks.
 
     Raises:
         FileExistsError: the output folder is not empty, without resume or overwrite.
@@ -38,38 +41,53 @@ def pretrain(config: PretrainConfig) -> Path:
         torch.manual_seed(config.seed)
         source = open_data(config)
         options = loader_options(config, world)
-        loader = MultiViewLoader(source, config.batch_size, n_views=config.views, **options)
+        loader = MultiViewLoader(
+            source,
+            config.batch_size,
+            n_views=config.views,
+            small_crops=config.small_crops,
+            small=config.small_augmentation if config.small_crops else None,
+            **options,
+        )
         model = build_model(config)
-        classes = None
+        classes = momentum = None
         if config.loss == "sup-con":
             classes = positive_classes(source, world.device)
+        if config.queue is not None:
+            momentum = MomentumKeys(config, world, model, loader, embedding_dim(config))
+        # The statistics in the log are those of the loss of two views.
+        is_pair = classes is None and momentum is None and loader.n_views == 2
 
         def loss(outputs: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             _, z = outputs
-            # The loss of two views. Other losses only take the statistics from here.
             pair = z[: 2 * len(index)]
             value, statistics = nt_xent_loss(
-                pair if classes is None and config.views == 2 else pair.detach(),
+                pair if is_pair else pair.detach(),
                 temperature=config.temperature,
                 decoupled=config.loss == "decoupled",
                 group=world.group,
                 return_stats=True,
-                row_counts=[2 * rows // config.views for rows in loader.row_counts()],
+                row_counts=[2 * rows // loader.n_views for rows in loader.row_counts()],
             )
-            if classes is None and config.views > 2:
-                value = multi_view_nt_xent_loss(
-                    z, config.views, config.temperature, group=world.group
-                )
+            if momentum is not None:
+                value = momentum.loss(z)
             elif classes is not None:
                 rows = classes[index.to(world.device, non_blocking=True)].repeat(loader.n_views)
                 value = sup_con_loss(z, rows, config.temperature, group=world.group)
+            elif not is_pair:
+                value = multi_view_nt_xent_loss(
+                    z, loader.n_views, config.temperature, group=world.group
+                )
             return value, {
                 "loss": value.detach(),
                 "contrastive_accuracy": statistics.contrastive_accuracy,
                 "contrastive_entropy": statistics.contrastive_entropy,
             }
 
-        return train(config, world, Task("pretrain", model, loader, loss))
+        task = Task("pretrain", model, loader, loss)
+        if momentum is not None:
+            task = replace(task, parts=momentum.parts, around_backward=momentum.around_backward)
+        return train(config, world, task)
 
 
 def positive_classes(source: Source, device: torch.device) -> Tensor:

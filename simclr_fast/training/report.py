@@ -30,6 +30,7 @@ from simclr_fast.evaluation.plots import plot_embedding, plot_loss
 from simclr_fast.evaluation.subsets import labels_or_none
 from simclr_fast.models.encoders import RESNETS, build_encoder, default_stem
 from simclr_fast.training.config import PretrainConfig
+from simclr_fast.training.loop import AVERAGED, ENCODER
 from simclr_fast.training.page import PAGE, Pictures, write_report
 from simclr_fast.training.setup import images_to_evaluate, open_data
 from simclr_fast.utils import checkpoint
@@ -67,7 +68,8 @@ def run_report(config: PretrainConfig, out: Path, to: Path | None = None) -> Ite
     def h(source: Source) -> Tensor:
         return features(encoder, source, aug, device=device)
 
-    weights, _ = checkpoint.load_encoder(out / "encoder.safetensors")
+    weights, _ = checkpoint.load_encoder(out / ENCODER)
+    averaged = out / AVERAGED
     confusion: np.ndarray | None = None
     if test is not None and train.has_labels and test.has_labels:
         small = replace(aug, size=min(aug.size, _PIXELS))
@@ -86,6 +88,12 @@ def run_report(config: PretrainConfig, out: Path, to: Path | None = None) -> Ite
         yield probe("same encoder, untrained", h(train), h(test))
         encoder.load_state_dict(weights)
         yield probe("pretrained encoder", h(train), h(test))
+        if averaged.exists():
+            shown = confusion
+            encoder.load_state_dict(checkpoint.load_encoder(averaged)[0])
+            yield probe("average of its weights", h(train), h(test))
+            encoder.load_state_dict(weights)
+            confusion = shown
         summary = {name: vars(accuracy) for name, accuracy in results.items()}
         text = json.dumps(summary, indent=2) + "\n"
         checkpoint.write_atomic(out / "probe.json", lambda part: part.write_text(text))
@@ -108,7 +116,9 @@ def run_report(config: PretrainConfig, out: Path, to: Path | None = None) -> Ite
     to = to or out / PAGE
     write_report([out], to, pictures)
     yield f"loss curve     {out / 'loss.png'}"
-    yield f"encoder        {out / 'encoder.safetensors'}"
+    yield f"encoder        {out / ENCODER}"
+    if averaged.exists():
+        yield f"its average    {averaged}"
     yield f"all of this    {to} (open it in a browser)"
 
 

@@ -72,14 +72,7 @@ def images_to_evaluate(
 
 def build_model(config: PretrainConfig) -> SimCLR:
     """The untrained encoder and projector of `config`, from torch's current random state."""
-    encoder, dim = build_encoder(
-        config.model,
-        width=config.width,
-        image_size=config.augmentation.size,
-        stem=config.stem,
-        zero_gamma=config.zero_gamma,
-        channels=config.augmentation.channels,
-    )
+    encoder, dim = _build_encoder(config)
     projector = build_projector(
         config.projector,
         dim,
@@ -89,6 +82,25 @@ def build_model(config: PretrainConfig) -> SimCLR:
         batch_norm=config.projector_batch_norm,
     )
     return SimCLR(encoder, projector)
+
+
+def embedding_dim(config: PretrainConfig) -> int:
+    """The width of the projector's output, or of h without one."""
+    if config.projector != "none":
+        return config.projector_dim
+    with torch.device("meta"):
+        return _build_encoder(config)[1]
+
+
+def _build_encoder(config: PretrainConfig) -> tuple[nn.Module, int]:
+    return build_encoder(
+        config.model,
+        width=config.width,
+        image_size=config.augmentation.size,
+        stem=config.stem,
+        zero_gamma=config.zero_gamma,
+        channels=config.augmentation.channels,
+    )
 
 
 def build_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.Optimizer:
@@ -130,16 +142,23 @@ def loader_options(config: PretrainConfig, world: World) -> dict[str, Any]:
 
 
 def workload(config: PretrainConfig, world: World, n_views: int) -> planner.Workload:
-    """Describe a run with `n_views` views per image to the planner, which always counts two."""
-    images = max(world.size, -(-config.batch_size * n_views // 2))
+    """Describe a run with `n_views` views per image to the planner.
+
+    It always counts two views of one size, so other numbers count as more or fewer images with as
+    many pixels.
+    """
     size = config.augmentation.size
+    views = n_views - config.small_crops * (1 - (config.small_size / size) ** 2)
+    images = max(world.size, math.ceil(config.batch_size * views / 2))
+    followers = (config.queue is not None) + (config.ema is not None)
     return planner.Workload(
         partial(build_model, config),
         (config.augmentation.channels, size, size),
         images,
         world.size,
         autocast_dtype(config.precision, world.device),
-        2 if config.optimizer in ("adam", "adamw") else 1,
+        (2 if config.optimizer in ("adam", "adamw") else 1) + followers,
+        refused=config.refused_memory,
         cuda=world.device.type == "cuda",
     )
 

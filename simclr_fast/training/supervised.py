@@ -32,6 +32,9 @@ def supervise(config: PretrainConfig) -> tuple[Path, Scores | None]:
     Raises:
         ValueError: the data have no labels. All errors of `pretrain`.
     """
+    for name in ("queue", "small_crops"):
+        if getattr(config, name):
+            raise ValueError(f"{name} is for pretrain, got {getattr(config, name)}")
     with join_world(config.device, config.timeout) as world:
         torch.manual_seed(config.seed)
         source = open_data(config).labelled(f"data {config.data!r} have no labels")

@@ -1,6 +1,7 @@
 """The DALI graph against apply_views on the CPU; its GPU form against the operators' schemas."""
 
 import io
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -18,7 +19,7 @@ from nvidia.dali import backend, fn, pipeline_def, types  # noqa: E402
 from simclr_fast.augment import dali as dali_views  # noqa: E402
 from simclr_fast.data import decode, pipelines  # noqa: E402
 from simclr_fast.data.datasets import open_source  # noqa: E402
-from simclr_fast.data.loader import TwoViewLoader  # noqa: E402
+from simclr_fast.data.loader import MultiViewLoader, TwoViewLoader  # noqa: E402
 from simclr_fast.data.sources import Source  # noqa: E402
 
 CHINA, FLOWER = (load_sample_image(f"{name}.jpg").copy() for name in ("china", "flower"))
@@ -138,7 +139,7 @@ def crop_loader(aug, **options):
     """The loader that backend="fused" makes on the GPU, with its graph and its op on the CPU."""
     loader = TwoViewLoader(ENCODED, 6, augmentation=aug, shuffle=False, **options)
     loader._pipeline = pipelines.DaliCrops(
-        decode.FileReader(ENCODED, 2), 6, aug, loader._draw, torch.device("cpu"), 2
+        decode.FileReader(ENCODED, 2), 6, loader.augmentations, loader._draw, torch.device("cpu")
     )
     return loader
 
@@ -180,6 +181,25 @@ def test_crops_stay_with_their_images():
             assert (one - two).abs().mean() < 0.01
 
 
+def test_small_crops_equal_those_of_the_fused_op():
+    """Through both of DALI's graphs, on the CPU."""
+    aug = Augmentation(48, p_blur=0)
+    options = {"augmentation": aug, "n_views": 2, "small_crops": 2, "shuffle": False}
+    options["small"] = replace(aug, size=20, area=(0.05, 0.14))
+    exact = MultiViewLoader(ENCODED, 6, **options)
+    crops = MultiViewLoader(ENCODED, 6, **options)
+    crops._pipeline = pipelines.DaliCrops(
+        decode.FileReader(ENCODED, 2), 6, crops.augmentations, crops._draw, torch.device("cpu")
+    )
+    dali = MultiViewLoader(ENCODED, 6, backend="dali", **options)
+    for expected, one, two in zip(exact, crops, dali, strict=True):
+        assert [view.shape[-1] for view in expected[:4]] == [48, 48, 20, 20]
+        assert not torch.equal(expected[2], expected[3])
+        for view, rounded, same in zip(expected[:4], one, two, strict=False):
+            assert ((rounded - view).abs() * 255).mean() < 0.3
+            assert ((same - view).abs() * 255).mean() < 0.05
+
+
 def test_all_images_go_to_the_same_decoder(monkeypatch):
     """With a share between 0 and 1, an image's place in its part would choose the decoder."""
     fn, given = pipelines.import_dali().fn, []
@@ -187,7 +207,9 @@ def test_all_images_go_to_the_same_decoder(monkeypatch):
     monkeypatch.setattr(fn.decoders, "image", lambda *a, **k: (given.append(k), image(*a, **k))[1])
     reader = decode.FileReader(ENCODED, 1)
     for kind in (pipelines.DaliViews, pipelines.DaliCrops):
-        kind(reader, 2, Augmentation(64), lambda ids, sizes: [], torch.device("cuda:0"), 2).define()
+        kind(
+            reader, 2, [Augmentation(64)] * 2, lambda ids, sizes: [], torch.device("cuda:0")
+        ).define()
     assert [options["hw_decoder_load"] in (0.0, 1.0) for options in given] == [True, True]
 
 
@@ -199,7 +221,7 @@ def test_the_gpu_graph_satisfies_the_operator_schemas(kind, spec, source):
     arguments and the devices of its inputs."""
     reader = (decode.FileReader if source.encoded else decode.PixelReader)(source, 1)
     aug, device = Augmentation(224, spec), torch.device("cuda:0")
-    pipe = kind(reader, 2, aug, lambda ids, sizes: [], device, 2).define()
+    pipe = kind(reader, 2, [aug] * 2, lambda ids, sizes: [], device).define()
     pipe._build_graph()
     registered = {
         "cpu": backend.RegisteredCPUOps(),

@@ -1,5 +1,6 @@
 """The presets' numbers, and a peer's training loop beside ours: same weights, views and steps."""
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -53,6 +54,14 @@ def textbook_sup_con(z, labels, temperature):
     return per_row.mean()
 
 
+def textbook_moco(z, keys, queue, temperature):
+    """The positive of a view is the key of the image's other view."""
+    z = nn.functional.normalize(z)
+    keys = nn.functional.normalize(torch.cat(keys.chunk(2)[::-1]))
+    logits = torch.cat([(z * keys).sum(1, keepdim=True), z @ queue.T], 1) / temperature
+    return nn.functional.cross_entropy(logits, torch.zeros(len(z), dtype=torch.long))
+
+
 class PeerLARS:
     """LARS as solo-learn writes it, one tensor at a time."""
 
@@ -84,28 +93,46 @@ def peer_run(config):
         torch.manual_seed(config.seed)
         source = module.open_data(config)
         options = loader_options(config, world)
+        small = {"small_crops": config.small_crops, "small": config.small_augmentation}
+        options |= small if config.small_crops else {}
         loader = MultiViewLoader(source, config.batch_size, n_views=config.views, **options)
         model = build_model(config).to(memory_format=torch.channels_last).train()
+        momentum = copy.deepcopy(model)
+        queue = nn.functional.normalize(torch.randn(config.queue or 1, config.projector_dim))
         optimizer = PeerLARS(
             model, config.trust_coefficient, config.weight_decay, config.trust_clip
         )
         warmup, losses, step = config.warmup_epochs * len(loader), [], 0
         while step < STEPS:
             for *views, index in loader:
-                _, z = model(torch.cat(views))
+                by_size = views[: config.views], views[config.views :]
+                z = torch.cat([model(torch.cat(same))[1] for same in by_size if same])
+                if config.queue:
+                    with torch.no_grad():
+                        for p, follower in zip(
+                            model.parameters(), momentum.parameters(), strict=True
+                        ):
+                            follower.mul_(config.queue_momentum)
+                            follower.add_((1 - config.queue_momentum) * p)
+                        keys = momentum(torch.cat(views))[1]
                 labels = torch.from_numpy(LABELS)[index]
                 # An image without a label is a class of its own.
-                rows = torch.where(labels < 0, 100 + index, labels).repeat(config.views)
-                images = index.repeat(config.views)
+                rows = torch.where(labels < 0, 100 + index, labels).repeat(config.all_views)
+                images = index.repeat(config.all_views)
                 loss = {
                     "nt-xent": lambda z=z, images=images: (
                         textbook_nt_xent(z, config.temperature)
-                        if config.views == 2
+                        if config.all_views == 2
                         else textbook_sup_con(z, images, config.temperature)
                     ),
                     "decoupled": lambda z=z: textbook_nt_xent(z, config.temperature, True),
                     "sup-con": lambda z=z, rows=rows: textbook_sup_con(z, rows, config.temperature),
                 }[config.loss]()
+                if config.queue:
+                    loss = textbook_moco(z, keys, queue, config.temperature)
+                    # Image after image.
+                    keys = torch.stack(keys.chunk(2), 1).flatten(0, 1)
+                    queue = torch.cat([queue, nn.functional.normalize(keys)])[-config.queue :]
                 model.zero_grad()
                 loss.backward()
                 losses.append(loss.item())
@@ -118,11 +145,24 @@ def peer_run(config):
         return dict(model.encoder.state_dict()), losses
 
 
+CROPS = {"small_crops": 2, "small_size": 12}
+
+
 @pytest.mark.parametrize(
-    ("loss", "views"),
-    [("nt-xent", 2), ("decoupled", 2), ("sup-con", 2), ("nt-xent", 3), ("sup-con", 4)],
+    "options",
+    [
+        {"loss": "nt-xent"},
+        {"loss": "decoupled"},
+        {"loss": "sup-con"},
+        {"views": 3},
+        {"loss": "sup-con", "views": 4},
+        {"queue": 21, "queue_momentum": 0.9},
+        CROPS,
+        CROPS | {"memory": "replay"},
+    ],
+    ids=str,
 )
-def test_a_peers_loop_trains_the_same_encoder(config, loss, views):
+def test_a_peers_loop_trains_the_same_encoder(config, options):
     solo_learn = {
         "trust_coefficient": 0.02,
         "trust_clip": True,
@@ -133,7 +173,7 @@ def test_a_peers_loop_trains_the_same_encoder(config, loss, views):
         "zero_gamma": True,
         "temperature": 0.2,
     }
-    config = replace(config, loss=loss, views=views, **solo_learn)
+    config = replace(config, **{**solo_learn, **options})
     start = dict(build_model(config).encoder.state_dict())
     expected, losses = peer_run(config)
     out = pretrain(config)
@@ -191,8 +231,21 @@ def test_options_reach_the_optimizer():
         PretrainConfig(optimizer="sgd")
     with pytest.raises(ValueError, match="views must be at least 2, got 1"):
         PretrainConfig(views=1)
-    with pytest.raises(ValueError, match="decoupled is for two views, got views=3"):
-        PretrainConfig(views=3, loss="decoupled")
+    for options, says in (
+        ({"views": 3, "loss": "decoupled"}, "decoupled is for two views, got views=3"),
+        ({"small_crops": 1, "loss": "decoupled"}, "two views, got views=2 and small_crops=1"),
+        ({"queue": 8, "views": 3}, "queue is for loss nt-xent and two views, .* views=3"),
+        ({"queue": 8, "loss": "sup-con"}, "queue is for loss nt-xent .* loss='sup-con'"),
+        ({"queue": 0}, "queue must be at least 1, got 0"),
+        ({"queue": 8, "memory": "lockstep"}, "queue cannot be used with memory lockstep"),
+        ({"small_crops": 2, "memory": "lockstep"}, "small_crops cannot be used with memory lock"),
+        ({"small_crops": -1}, "small_crops must be at least 0, got -1"),
+        ({"small_crops": 2, "small_area": (0.5, 0.1)}, "area must be .* got"),
+        ({"queue_momentum": 1.0}, "queue_momentum must be at least 0 and below 1, got 1.0"),
+        ({"ema": -0.5}, "ema must be at least 0 and below 1, got -0.5"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            PretrainConfig(**options)
 
 
 def test_zero_gamma_makes_every_block_the_identity_at_first():
@@ -242,6 +295,8 @@ def test_every_preset_builds_its_model():
 
 @pytest.mark.parametrize(("loss", "views"), [("nt-xent", 2), ("decoupled", 2), ("sup-con", 3)])
 def test_the_chance_level_is_the_loss_of_equal_embeddings(loss, views):
+    assert PretrainConfig(queue=7).chance_loss == pytest.approx(math.log(8))
+    assert PretrainConfig(batch_size=6, small_crops=3).chance_loss == pytest.approx(math.log(29))
     z = torch.ones(views * 6, 4, dtype=torch.float64)
     found = {
         "nt-xent": lambda: textbook_nt_xent(z, 0.2),

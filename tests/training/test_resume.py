@@ -57,6 +57,8 @@ OTHER = {
     "batch_size": 6,
     "optimizer": "adam",
     "lars_variant": "lightly",
+    "queue": 8,
+    "ema": 0.9,
     "seed": 7,
     "image_key": "png",
 }
