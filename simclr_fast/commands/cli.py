@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from simclr_fast import __version__
-from simclr_fast.utils.extras import require
+from simclr_fast.utils.extras import explain, missing, require
 from simclr_fast.utils.interrupts import Interrupted, exit_status, raise_sigterm
 from simclr_fast.utils.rank_watch import RankFailure
 
@@ -78,6 +78,7 @@ COMMANDS = {
         "write an encoder for torchvision, timm, torch.export or ONNX",
         ("tyro", "torchvision", "safetensors"),
     ),
+    "completion": Command("print a script that completes commands and options in a shell"),
     "bench": Command("time each part and other libraries on this machine", ("tyro",)),
     "selfcheck": Command("check every part on this machine against float64", ("tyro",)),
 }
@@ -121,6 +122,9 @@ def run(arguments: list[str]) -> int:
     if name not in COMMANDS:
         print(f"simclr-fast: no command {name!r}\n\n{usage()}", end="", file=sys.stderr)
         return 2
+    # https://no-color.org: tyro writes no colours to such a terminal.
+    if os.environ.get("NO_COLOR"):
+        os.environ["TERM"] = "dumb"
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # Names of files may have characters that the terminal's encoding lacks.
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -132,7 +136,12 @@ def run(arguments: list[str]) -> int:
 def _run(name: str, arguments: list[str]) -> int:
     command = COMMANDS[name]
     try:
-        require(command.needs, command.also)
+        if {"-h", "--help"} & set(arguments):
+            if missing(["tyro"]):
+                print(_short_help(name, command), end="")
+                return 0
+        else:
+            require(command.needs, command.also)
         module = import_module(f"simclr_fast.commands.{name}")
         # Pretraining handles signals itself, between two steps.
         with contextlib.nullcontext() if name == "pretrain" else raise_sigterm():
@@ -159,6 +168,14 @@ def _run(name: str, arguments: list[str]) -> int:
         if isinstance(error, RankFailure):
             _leave_lost_ranks()
         return 1
+
+
+def _short_help(name: str, command: Command) -> str:
+    """The help of a command where tyro, which lists its options, is missing."""
+    return (
+        f"usage: simclr-fast {name} [OPTIONS]\n\n{command.about}\n\n"
+        f"The list of options needs a package: {explain(['tyro'])}\n"
+    )
 
 
 def _complain(name: str, message: str) -> None:

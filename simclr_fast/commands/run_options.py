@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal, TypeVar, cast
 
 import tyro
 
-from simclr_fast.training.config import PRESETS, PretrainConfig
+from simclr_fast.training.config import PRESETS, PretrainConfig, read_config, with_settings
 
 Preset = Literal[
     "demo",
@@ -30,15 +31,22 @@ class RunOptions:
     preset: Preset = "demo"
     """The recipe that all other options start from. By default: demo for the demo data, imagenet
     for other data."""
+    settings: Annotated[Path | None, tyro.conf.arg(name="config")] = None
+    """A file of settings (YAML or JSON), such as the config.json of a run. Other options replace
+    those of the file."""
 
 
 T = TypeVar("T", bound=RunOptions)
 
 
 def parse_run(kind: type[T], arguments: Sequence[str], command: str) -> T:
-    """Parse options that change a preset: --preset, else demo for the demo data, else imagenet."""
-    given = _value(arguments, "--preset")
-    data = _value(arguments, "--data") or "demo"
+    """Parse options that change a preset: --preset, else demo for the demo data, else imagenet.
+
+    The settings of a file (--config) stand between the two."""
+    path = _value(arguments, "--config")
+    named, settings = read_config(Path(path)) if path else (None, {})
+    given = _value(arguments, "--preset") or named
+    data = _value(arguments, "--data") or settings.get("data") or "demo"
     preset = given if given in PRESETS else "demo" if data in DEMO_DATA else "imagenet"
     own = "\n\n".join(" ".join(part.split()) for part in (kind.__doc__ or "").split("\n\n"))
     about = (
@@ -50,7 +58,7 @@ def parse_run(kind: type[T], arguments: Sequence[str], command: str) -> T:
     return tyro.cli(
         kind,
         args=arguments,
-        default=kind(PRESETS[preset](), cast(Preset, preset)),
+        default=kind(with_settings(PRESETS[preset](), settings), cast(Preset, preset)),
         prog=f"simclr-fast {command}",
         description=about,
     )

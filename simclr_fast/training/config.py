@@ -1,8 +1,11 @@
 """The settings of a run. Presets are functions that return a PretrainConfig."""
 
 import dataclasses
+import difflib
 import json
 import math
+import types
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any, Literal
 
 from simclr_fast.augment.params import Augmentation, augmentation_from
 from simclr_fast.data.account import Account
+from simclr_fast.utils.extras import need
 from simclr_fast.utils.numbers import as_float, as_int
 from simclr_fast.utils.sizes import parse_size
 
@@ -515,6 +519,86 @@ def from_json(text: str) -> PretrainConfig:
         out=Path(out) if out else None,
         labels=Path(labels) if labels else None,
     )
+
+
+def read_config(path: Path) -> tuple[str | None, dict[str, Any]]:
+    """The preset that a file of settings names, if any, and its settings.
+
+    The file is YAML or JSON: names of PretrainConfig and values, and `preset`. A run's config.json
+    is one. Where it was written to, and whether that run resumed, are left out of it: they belong
+    to that run.
+
+    Raises:
+        ValueError: it is no mapping, or a name or value is none of PretrainConfig's. ImportError:
+            it is YAML, and pyyaml is missing.
+    """
+    text = path.read_text()
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        if path.suffix == ".json":
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        yaml = need("yaml")
+        try:
+            values = yaml.safe_load(text)
+        except yaml.YAMLError as reason:
+            raise ValueError(f"{path} is neither YAML nor JSON: {reason}") from reason
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold names and values, such as temperature: 0.2")
+    if IMAGES in values:
+        for name in (IMAGES, "out", "resume", "overwrite"):
+            values.pop(name, None)
+    preset = values.pop("preset", None)
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"preset in {path} must be one of {', '.join(PRESETS)}, got {preset!r}")
+    known = typing.get_type_hints(PretrainConfig)
+    for name, value in values.items():
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, 1)
+            hint = f"; do you mean {close[0]}?" if close else ""
+            raise ValueError(f"{path} has the unknown setting {name!r}{hint}")
+        if name != "augmentation":
+            values[name] = _typed(f"{name} in {path}", known[name], value)
+    if "augmentation" in values and not isinstance(values["augmentation"], dict):
+        raise ValueError(f"augmentation in {path} must hold names and values")
+    return preset, values
+
+
+def with_settings(config: PretrainConfig, values: dict[str, Any]) -> PretrainConfig:
+    """`config` with the settings of `read_config`. Those of `augmentation` may be some of them."""
+    values = dict(values)
+    if "augmentation" in values:
+        given = {**dataclasses.asdict(config.augmentation), **values["augmentation"]}
+        try:
+            values["augmentation"] = augmentation_from(given)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"augmentation has other settings: {error}") from error
+    return replace(config, **values)
+
+
+def _typed(name: str, hint: Any, value: Any) -> Any:
+    """`value` from JSON as the type of a field. Numbers are checked by PretrainConfig itself."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    kind = options[0]
+    if typing.get_origin(kind) is Literal:
+        allowed = typing.get_args(kind)
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    elif kind in (str, Path):
+        if not isinstance(value, str):
+            raise ValueError(f"{name} must be text, got {value!r}")
+        return kind(value)
+    elif kind is bool and not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}")
+    elif kind in (int, float) and isinstance(value, str):
+        # YAML reads 1e-4 as text.
+        try:
+            return kind(value)
+        except ValueError:
+            raise ValueError(f"{name} must be a number, got {value!r}") from None
+    return value
 
 
 def differences(before: str, after: str, names: Sequence[str]) -> list[str]:

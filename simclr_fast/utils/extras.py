@@ -22,6 +22,7 @@ _PACKAGES = {
     "safetensors": ("safetensors", "reads and writes encoder weights"),
     "sklearn": ("scikit-learn", "brings t-SNE, and photographs for the benchmarks"),
     "datasets": ("datasets", "reads Hugging Face's data sets"),
+    "yaml": ("pyyaml", "reads files of settings"),
     "umap": ("umap-learn", "computes UMAP"),
     "timm": ("timm", "brings more models and is compared with"),
     "lightly": ("lightly", "is compared with"),
