@@ -205,6 +205,22 @@ def plot_layers(accuracies: dict[str, Accuracy], path: Path) -> None:
     _save(figure, path)
 
 
+def plot_pairs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """A picture of points [n, 2] and their partners [n, 2], joined by lines: uint8 [H, W, 3]."""
+    figure, (axis,) = _figure(1, (5, 5))
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.collections import LineCollection
+
+    axis.add_collection(LineCollection(list(np.stack((first, second), 1)), colors="0.75", lw=0.7))
+    axis.scatter(*first.T, s=12, color=BLUE, label="view 1")
+    axis.scatter(*second.T, s=12, color="#D55E00", label="view 2")
+    axis.set_title("h of a batch, first two principal components", fontsize=10)
+    axis.legend(loc="best", fontsize=8)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
 @dataclass(frozen=True)
 class HeatMap:
     """One table to draw. values: [len(rows), len(columns)] in percent, NaN where unknown."""

@@ -142,6 +142,9 @@ class PretrainConfig:
     """Threads that decode images. By default the cores that this process may use, at most 8."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
+    log: tuple[Literal["tensorboard", "wandb", "trackio", "csv"], ...] = ()
+    """Where the numbers of metrics.jsonl go as well, with pictures of views and features at every
+    checkpoint: tensorboard (files in the output folder), wandb, trackio, csv (metrics.csv)."""
     probe_every: int | None = None
     """Steps between reports of a linear and a k-NN probe on the features that training computes.
     Needs labels; they train only the probe."""
@@ -475,6 +478,7 @@ NOT_COMPARED = (
     "workers",
     "timeout",
     "log_every",
+    "log",
     "probe_every",
     "checkpoint_every",
     "checkpoint_minutes",
@@ -513,6 +517,7 @@ def from_json(text: str) -> PretrainConfig:
     if "small_area" in values:
         values["small_area"] = tuple(values["small_area"])
     out, labels = values.pop("out"), values.pop("labels", None)
+    values["log"] = tuple(values.get("log", ()))
     return PretrainConfig(
         **values,
         augmentation=augmentation,
@@ -582,6 +587,9 @@ def _typed(name: str, hint: Any, value: Any) -> Any:
     if value is None and type(None) in options:
         return None
     kind = options[0]
+    if typing.get_origin(kind) is tuple:
+        many = value if isinstance(value, list) else [value]
+        return tuple(_typed(name, typing.get_args(kind)[0], one) for one in many)
     if typing.get_origin(kind) is Literal:
         allowed = typing.get_args(kind)
         if value not in allowed:

@@ -23,6 +23,7 @@ from simclr_fast.models.average import WeightAverage
 from simclr_fast.models.encoders import SimCLR
 from simclr_fast.optim.schedule import warmup_cosine
 from simclr_fast.training.config import PretrainConfig
+from simclr_fast.training.loggers import require_loggers
 from simclr_fast.training.metrics import Metrics
 from simclr_fast.training.page import write_machine
 from simclr_fast.training.setup import (
@@ -78,6 +79,7 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
             the run. OutOfMemory: the message says which flags to try next. FloatingPointError: the
             loss or a weight is no longer finite; the last checkpoint was written before that.
     """
+    require_loggers(config.log)
     model, loader, average = task.model, task.loader, None
     more: dict[str, nn.Module] = dict(task.parts)
     if config.ema is not None:
@@ -180,7 +182,10 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
             if metrics is not None:
                 metrics.after_step(step, shown, lr)
             if probe is not None:
-                probe.after_step(step, index)
+                found = probe.after_step(step, index)
+                if found is not None and metrics is not None:
+                    found.pop("step")
+                    metrics.log(step, found, "probe_")
 
             last = step == total_steps
             stop = None if last else world.stop_signal(step, caught)
@@ -193,6 +198,8 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
                 state["probe"] = None if probe is None else probe.state
                 state["encoder"] = describe(config)
                 checkpoint.save_checkpoint(folder, step, state)
+                if metrics is not None:
+                    metrics.pictures(step, views)
                 saved_at = time.monotonic()
             if stop is not None:
                 # Wait for rank 0, which is saving: a launcher kills all ranks when one ends.

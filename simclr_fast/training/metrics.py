@@ -5,6 +5,7 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from simclr_fast.evaluation.geometry import alignment, effective_rank, uniformity
-from simclr_fast.training.config import PretrainConfig
+from simclr_fast.training.config import PretrainConfig, to_json
+from simclr_fast.training.loggers import (
+    Csv,
+    Logger,
+    embedding_picture,
+    open_loggers,
+    views_picture,
+)
 from simclr_fast.utils.extras import need
 from simclr_fast.utils.lines import keep_until
 
@@ -33,6 +41,8 @@ _COLLAPSED = 1.5
 class Metrics:
     """The progress bar, and a line of metrics.jsonl every `log_every` steps; for rank 0.
 
+    The loggers of `config.log` get the same numbers, and pictures.
+
     first: the step at which this run resumes, 0 for a new run. total: all steps of the run.
     """
 
@@ -41,12 +51,14 @@ class Metrics:
     ) -> None:
         self.name, self.path, self.config = name, path, config
         self.first, self.total = first, total
+        self._loggers: list[Logger] = []
         # Seconds that were spent waiting for data since the last line.
         self.waited = 0.0
         self._advice_given: set[str] = set()
         # Rows of h and z, view after view of the same number of images.
         self._rows: list[Tensor] = []
         self._looked_at = 0
+        self._kept: Tensor | None = None
         self._grad_norms: dict[str, Tensor] = {}
 
     def __enter__(self) -> "Metrics":
@@ -64,12 +76,37 @@ class Metrics:
             mininterval=0.5 if sys.stderr.isatty() else 20,
             dynamic_ncols=True,
         )
+        shown = json.loads(to_json(self.config))
+        self._loggers = open_loggers(self.config.log, self.path.parent, shown, self.first)
         self._since, self._logged = time.perf_counter(), self.first
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
         self._file.close()
+        for logger in self._loggers:
+            logger.close()
+
+    def log(self, step: int, values: dict[str, Any], group: str = "") -> None:
+        """Give numbers to the loggers; those of a group get its name before them."""
+        found = {f"{group}{name}": v for name, v in values.items() if v is not None}
+        for logger in self._loggers:
+            logger.numbers(step, found)
+
+    def pictures(self, step: int, views: Sequence[Tensor]) -> None:
+        """Give pictures of a batch's views and features to the loggers.
+
+        views: those of this step, [N, C, S, S] each.
+        """
+        if not self._loggers or all(isinstance(logger, Csv) for logger in self._loggers):
+            return
+        aug = self.config.augmentation
+        pictures = {"views": views_picture(views, aug.mean or (), aug.std or ())}
+        if self._kept is not None:
+            pictures["features"] = embedding_picture(self._kept, self._looked_at)
+        for name, picture in pictures.items():
+            for logger in self._loggers if picture is not None else ():
+                logger.picture(step, name, picture)
 
     def wants(self, step: int) -> bool:
         """Whether a line is written after `step`."""
@@ -82,6 +119,7 @@ class Metrics:
         if first > 1:
             starts = range(0, n_views * n, n)
             self._rows = [torch.cat([x.detach()[i : i + first] for i in starts]) for x in (h, z)]
+            self._kept = self._rows[0]
 
     def measure_gradients(self, model: nn.Module, scale: float) -> None:
         """Norms of the gradients of the encoder and of the projector, which are `scale` times
@@ -119,6 +157,7 @@ class Metrics:
         }
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+        self.log(step, {name: value for name, value in row.items() if name != "step"})
         self._bar.set_postfix(
             loss=f"{row['loss']:.3f}",
             acc=f"{next(row[name] for name in row if name.endswith('accuracy')):.0%}",
