@@ -20,9 +20,11 @@ import sysconfig
 import tempfile
 from glob import glob
 from pathlib import Path
+from typing import Any
 
 from setuptools import setup
 from setuptools.command.sdist import sdist
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 # The stable ABIs of torch 2.10 and Python 3.10: one binary for these and all later versions.
@@ -34,18 +36,39 @@ USER_FLAGS = shlex.split(os.environ.get("CXXFLAGS", ""))
 KERNEL_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast"]
 
 
-def instruction_sets() -> dict[str, list[str]]:
-    """Each csrc/*_kernel.cpp is compiled once per entry; csrc/isa.h picks one at run time."""
+AVX512 = [
+    *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")),
+    *("-mfma", "-mf16c", "-mprefer-vector-width=512"),
+]
+# Each csrc/*_kernel.cpp is compiled once per entry; csrc/isa.h picks one at run time.
+INSTRUCTION_SETS = {"base": [], "avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": AVX512}
+# The same for csrc/nt_xent*_kernel.cpp and bfloat16 inputs.
+BF16_FLAGS = [*AVX512, "-mavx512bf16", "-DSIMCLR_BF16"]
+BF16_INSTRUCTION_SETS = {"avx512_bf16": BF16_FLAGS, "amx": [*BF16_FLAGS, "-DSIMCLR_AMX"]}
+
+
+def compile_units(compiler: Any, folder: str, kernels: list[str]) -> dict[str, tuple]:
+    """Instruction set → its flags and the kernels to compile for it."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        return {"base": []}
-    return {
-        "base": [],
-        "avx2": ["-mavx2", "-mfma", "-mf16c"],
-        "avx512": [
-            *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")),
-            *("-mfma", "-mf16c", "-mprefer-vector-width=512"),
-        ],
-    }
+        return {"base": ([], kernels)}
+    units = {isa: (flags, kernels) for isa, flags in INSTRUCTION_SETS.items()}
+    if knows_bf16(compiler, folder):
+        half = [kernel for kernel in kernels if "nt_xent" in kernel]
+        units |= {isa: (flags, half) for isa, flags in BF16_INSTRUCTION_SETS.items()}
+    return units
+
+
+def knows_bf16(compiler: Any, folder: str) -> bool:
+    """Whether compiler and assembler know AVX512_BF16 and AMX: GCC from 11 on, clang from 12 on."""
+    trial = Path(folder, "bf16_trial.cpp")
+    trial.parent.mkdir(parents=True, exist_ok=True)
+    trial.write_text('void trial() { __asm__ volatile("tdpbf16ps %tmm2, %tmm1, %tmm0"); }\n')
+    try:
+        compiler.compile([str(trial)], output_dir=folder, extra_postargs=BF16_FLAGS)
+    except CompileError:
+        print("simclr_fast: no bfloat16 kernels: this compiler lacks them", file=sys.stderr)
+        return False
+    return True
 
 
 class NoCuda(Exception):
@@ -207,9 +230,12 @@ def extension_options() -> dict:
             if ext.name.endswith("_cuda"):
                 ext.extra_objects += self.compile_cuda()
             else:
-                for isa, flags in instruction_sets().items():
+                units = compile_units(self.compiler, self.build_temp, kernels)
+                if "amx" in units:
+                    ext.define_macros.append(("SIMCLR_WITH_BF16", None))
+                for isa, (flags, sources_of_isa) in units.items():
                     ext.extra_objects += self.compiler.compile(
-                        kernels,
+                        sources_of_isa,
                         output_dir=os.path.join(self.build_temp, isa),
                         include_dirs=["csrc"],
                         macros=[("SIMCLR_ISA", isa)],

@@ -12,7 +12,7 @@ import time
 from functools import cache
 from pathlib import Path
 
-_BYTES = {"avx512": 64, "avx2": 32}
+_BYTES = {"avx2": 32, "avx512": 64, "avx512_bf16": 64, "amx": 64}
 _SOURCE = """
 typedef float V __attribute__((vector_size(BYTES)));
 #define STEP(v) v = v * x + y; __asm__ volatile("" : REGISTER(v));

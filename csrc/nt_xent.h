@@ -9,6 +9,10 @@
 
 namespace simclr {
 
+struct Bf16 {
+  uint16_t bits;  // the upper half of a float
+};
+
 // Rows of several classes, in any order and number. A row's positives are the others of its class.
 template <class T>
 struct Classes {
@@ -28,10 +32,11 @@ struct Workspace {
   void* (*allocate)(void* owner, int64_t bytes);
 };
 
-template <class T>
+// Z: what the embeddings and their gradients are; Bf16 if the arithmetic is bfloat16's.
+template <class T, class Z = T>
 struct NtXentNormalize {
-  const T* z1;  // [rows 0, 2, .., dim]
-  const T* z2;  // [rows 1, 3, .., dim]
+  const Z* z1;  // [rows 0, 2, .., dim]
+  const Z* z2;  // [rows 1, 3, .., dim]
   int64_t stride, rows, dim;
   double temperature;
   T* u;         // [rows, dim], a row with NaN or infinity is NaN
@@ -61,9 +66,13 @@ struct NtXentForward {
   Workspace workspace;
   Classes<T> classes{};
   T* kept = nullptr;  // [kept_size] or null
+  // The rows that u was made of, if the arithmetic is bfloat16's. Then rows = total, no classes.
+  const Bf16* z1 = nullptr;     // [total / 2, dim]
+  const Bf16* z2 = nullptr;     // [total / 2, dim]
+  const T* inv_norm = nullptr;  // [total]
 };
 
-template <class T>
+template <class T, class Z = T>
 struct NtXentBackward {
   const T* grad;  // [total], stride grad_stride (0: one value for all rows)
   int64_t grad_stride;
@@ -74,15 +83,16 @@ struct NtXentBackward {
   int64_t row_offset, rows;
   bool decoupled;
   const T* loss;  // [rows]
-  const T* z1;    // [rows / 2, dim], or [rows, dim] of classes
-  const T* z2;    // [rows / 2, dim]
+  const Z* z1;    // [rows / 2, dim], or [rows, dim] of classes
+  const Z* z2;    // [rows / 2, dim]
   double temperature;
-  T* grad_z;            // [2, rows / 2, dim], or [rows, dim] of classes
+  Z* grad_z;            // [2, rows / 2, dim], or [rows, dim] of classes
   T* grad_temperature;  // []
   Workers workers;
   Workspace workspace;
   Classes<T> classes{};
-  const T* kept = nullptr;  // what the forward pass kept, or null
+  const T* kept = nullptr;      // what the forward pass kept, or null
+  const T* inv_norm = nullptr;  // [total], if the arithmetic is bfloat16's. Then rows = total
 };
 
 }  // namespace simclr
@@ -93,3 +103,9 @@ SIMCLR_DECLARE_ISAS(void, nt_xent_forward_f32, (const NtXentForward<float>& p))
 SIMCLR_DECLARE_ISAS(void, nt_xent_forward_f64, (const NtXentForward<double>& p))
 SIMCLR_DECLARE_ISAS(void, nt_xent_backward_f32, (const NtXentBackward<float>& p))
 SIMCLR_DECLARE_ISAS(void, nt_xent_backward_f64, (const NtXentBackward<double>& p))
+
+#if defined(SIMCLR_DECLARE_BF16)
+SIMCLR_DECLARE_BF16(void, nt_xent_normalize_bf16, (const NtXentNormalize<float, Bf16>& p))
+SIMCLR_DECLARE_BF16(void, nt_xent_forward_bf16, (const NtXentForward<float>& p))
+SIMCLR_DECLARE_BF16(void, nt_xent_backward_bf16, (const NtXentBackward<float, Bf16>& p))
+#endif

@@ -27,8 +27,8 @@ struct Factors {
   double scale;
 };
 
-template <class T>
-Factors<T> make_factors(const NtXentBackward<T>& p) {
+template <class T, class Z>
+Factors<T> make_factors(const NtXentBackward<T, Z>& p) {
   const int64_t padded = p.total + kPanel<T>;
   Factors<T> f{allocate<T>(p.workspace, padded), nullptr, nullptr, 0};
   if (!in_range<T>(p.temperature, p.total)) f.lse = allocate<T>(p.workspace, padded);
@@ -57,6 +57,7 @@ Factors<T> make_factors(const NtXentBackward<T>& p) {
   return f;
 }
 
+#if !defined(SIMCLR_BF16)
 // g [rows, padded_dim] = Σ_j W_ij u_j.
 template <class T>
 void weighted_sums(const NtXentBackward<T>& p, const Factors<T>& f, T* g, int64_t padded_dim) {
@@ -99,7 +100,7 @@ void weighted_sums(const NtXentBackward<T>& p, const Factors<T>& f, T* g, int64_
                                  block};
         if (kept) weigh_kept(I, J, kept + number * block * block, weights);
         for (int64_t j = 0; !kept && j < J.padded; j += kPanel<T>) {
-          weigh_panel(I, J, j, p.dim, weights);
+          weigh_panel(I, J, j, weights);
           if (f.share) subtract_shares(I, J, j, p.classes.ids, f.share, w, block);
         }
         add_product(w, block, int64_t(1), I.padded, J.count, sliced + c * block * sliced_dim, block,
@@ -109,22 +110,127 @@ void weighted_sums(const NtXentBackward<T>& p, const Factors<T>& f, T* g, int64_
                       block, g + c * block * padded_dim, padded_dim);
       });
 }
+#else
+// What the products with W read of z: pairs of rows, feature by feature.
+struct RowPairs {
+  // [block][slice][row pair][kProductVecs·kLanes features]
+  float* sliced;
+  // For AMX: [block][feature][row pair].
+  float* by_feature;
+};
+
+// Rows `row` and `row + 1` of the padded rows.
+inline void pair_rows(const Packed<float>& z, int64_t row, int64_t padded_dim, int64_t sliced_dim,
+                      const RowPairs& out) {
+  constexpr int64_t width = kProductVecs * kLanes<float>;
+  const int64_t block = z.block / 2, b = row / z.block, r = row % z.block / 2;
+  using Pair = uint32_t __attribute__((may_alias));
+  const auto* even = reinterpret_cast<const Pair*>(z.by_row + row * z.depth);
+  const auto* odd = even + z.depth;
+  for (int64_t d = 0; d < padded_dim; d += width) {
+    auto* slice = reinterpret_cast<Pair*>(out.sliced + (b * sliced_dim + d) * block + r * width);
+    const int64_t count = smaller(width / 2, z.depth - d / 2);
+    for (int64_t k = 0; k < count; ++k) {
+      const uint32_t first = even[d / 2 + k], second = odd[d / 2 + k];
+      slice[2 * k] = (first & 0xffff) | second << 16;
+      slice[2 * k + 1] = first >> 16 | (second & 0xffff0000u);
+    }
+    for (int64_t k = 2 * count; k < width; ++k) slice[k] = 0;
+    auto* column = reinterpret_cast<Pair*>(out.by_feature) + (b * padded_dim + d) * block + r;
+    for (int64_t k = 0; out.by_feature && k < smaller(width, padded_dim - d); ++k)
+      column[k * block] = slice[k];
+  }
+}
+
+// g [rows, padded_dim] = Σ_j W_ij u_j.
+inline void weighted_sums(const NtXentBackward<float, Bf16>& p, const Factors<float>& f, float* g,
+                          int64_t padded_dim) {
+  const int64_t block = block_rows<float>(p.total), padded = round_up(p.total, kPanel<float>);
+  bool finite = true;
+  const Packed<float> z = pack_views(p.z1, p.z2, p.inv_norm, p.total, p.dim, block, p.temperature,
+                                     p.workers, p.workspace, &finite);
+  constexpr int64_t width = kProductVecs * kLanes<float>;
+  const int64_t sliced_dim = round_up(padded_dim, width), blocks = z.blocks();
+  RowPairs pairs{allocate<float>(p.workspace, blocks * block / 2 * sliced_dim), nullptr};
+  // The products with the mirrored W: of AMX features by rows, otherwise they go to g.
+  float* mirrored = nullptr;
+#if defined(SIMCLR_AMX)
+  pairs.by_feature = allocate<float>(p.workspace, blocks * block / 2 * padded_dim);
+  mirrored = allocate<float>(p.workspace, blocks * block * padded_dim);
+#endif
+  parallel_rows(p.workers, padded / 2, [&](int64_t pair) {
+    const int64_t row = 2 * pair;
+    __builtin_memset(g + row * padded_dim, 0, size_t(2 * padded_dim) * sizeof(float));
+    // Here a block ends after `block` rows, also the last one.
+    const int64_t end = row + 2 < padded ? row + 2 : blocks * block;
+    if (mirrored)
+      __builtin_memset(mirrored + row * padded_dim, 0,
+                       size_t((end - row) * padded_dim) * sizeof(float));
+    pair_rows(z, row, padded_dim, sliced_dim, pairs);
+  });
+  const float* kept = f.lse ? nullptr : p.kept;
+  // W twice, in bfloat16: in pairs of columns and in pairs of rows.
+  float* scratch = allocate<float>(p.workspace, p.workers.count * block * block);
+  for_block_pairs(
+      z, z, p.workers, p.workspace, [&](int64_t b, int64_t c, int64_t worker, int64_t number) {
+        const TileRegisters tiles;
+        const Block<float> I = z[b], J = z[c];
+        float *w = scratch + worker * block * block, *across = w + block * block / 2;
+        const Weights<float> weights{f.factor + I.first,
+                                     f.factor + J.first,
+                                     f.lse ? f.lse + I.first : nullptr,
+                                     f.lse ? f.lse + J.first : nullptr,
+                                     w,
+                                     block,
+                                     across,
+                                     I.scale,
+                                     J.scale};
+        if (kept) weigh_kept(I, J, kept + number * block * block, weights);
+        for (int64_t j = 0; !kept && j < J.padded; j += kPanel<float>)
+          weigh_panel(I, J, j, weights);
+        const float *z_rows = pairs.sliced + b * block / 2 * sliced_dim,
+                    *z_columns = pairs.sliced + c * block / 2 * sliced_dim;
+        float *g_rows = g + b * block * padded_dim, *g_columns = g + c * block * padded_dim;
+#if defined(SIMCLR_AMX)
+        for (int64_t d = 0; d < padded_dim; d += width)
+          add_matrix_product(w, block / 2, z_columns + d * block / 2, width, J.padded / 2,
+                             g_rows + d, padded_dim, I.padded, smaller(width, padded_dim - d));
+        if (b != c)
+          add_matrix_product(pairs.by_feature + b * block / 2 * padded_dim, block / 2, across,
+                             block, I.padded / 2, mirrored + c * block * padded_dim, block,
+                             padded_dim, J.padded);
+        (void)z_rows, (void)g_columns;
+#else
+        add_product(w, block / 2, int64_t(1), I.padded, J.count / 2, z_columns, block / 2, g_rows,
+                    padded_dim);
+        if (b != c)
+          add_product(across, int64_t(1), block, J.padded, I.count / 2, z_rows, block / 2,
+                      g_columns, padded_dim);
+#endif
+      });
+  if (!mirrored) return;
+  parallel_rows(p.workers, p.total, [&](int64_t row) {
+    const float* from = mirrored + row / block * block * padded_dim + row % block;
+    for (int64_t d = 0; d < padded_dim; ++d) g[row * padded_dim + d] += from[d * block];
+  });
+}
+#endif
 
 // The two views of a pair, and where their gradients go.
-template <class T>
+template <class T, class Z>
 struct Pair {
-  const T* z[2];          // [dim]
+  const Z* z[2];          // [dim]
   const T* negatives[2];  // [dim], Σ_j W_ij u_j; times scale: dL/du without the positive's term
   double scale;
   double q;    // weight of the positive, over temperature
-  T* grad[2];  // [dim]
+  Z* grad[2];  // [dim]
 };
 
 // dL/du has the term q·positive. The projection removes multiples of u, so the term may be
 // q·(positive - u) instead, which keeps its digits for aligned views.
 // Returns Σ <u, dL/du> over both views.
-template <class T>
-double finish_pair(const Pair<T>& p, int64_t dim) {
+template <class T, class Z>
+double finish_pair(const Pair<T, Z>& p, int64_t dim) {
   double inverse[2];
   bool clamped[2];
   for (int v = 0; v < 2; ++v) {
@@ -157,8 +263,8 @@ double finish_pair(const Pair<T>& p, int64_t dim) {
   return along[0] + along[1] + p.q * sum_lanes(squares);
 }
 
-template <class T>
-void finish(const NtXentBackward<T>& p, const Factors<T>& f, const T* g, int64_t padded_dim) {
+template <class T, class Z>
+void finish(const NtXentBackward<T, Z>& p, const Factors<T>& f, const T* g, int64_t padded_dim) {
   const int64_t pairs = p.rows / 2;
   double* radial = allocate<double>(p.workspace, pairs);
   const double g_scale = f.scale / __builtin_sqrt(p.temperature * kLog2E);
@@ -168,35 +274,46 @@ void finish(const NtXentBackward<T>& p, const Factors<T>& f, const T* g, int64_t
       q += (p.decoupled ? -1 : __builtin_expm1(-double(p.loss[row]))) *
            double(p.grad[(p.row_offset + row) * p.grad_stride]);
     const T* row = g + 2 * pair * padded_dim;
-    T* out = p.grad_z + pair * p.dim;
-    radial[pair] = finish_pair<T>({{p.z1 + pair * p.dim, p.z2 + pair * p.dim},
-                                   {row, row + padded_dim},
-                                   g_scale,
-                                   q * p.grad_scale / p.temperature,
-                                   {out, out + pairs * p.dim}},
-                                  p.dim);
+    Z* out = p.grad_z + pair * p.dim;
+    radial[pair] = finish_pair<T, Z>({{p.z1 + pair * p.dim, p.z2 + pair * p.dim},
+                                      {row, row + padded_dim},
+                                      g_scale,
+                                      q * p.grad_scale / p.temperature,
+                                      {out, out + pairs * p.dim}},
+                                     p.dim);
   });
   double sum = 0;
   for (int64_t pair = 0; pair < pairs; ++pair) sum += radial[pair];
   *p.grad_temperature = T(sum / (-2 * p.temperature));
 }
 
-template <class T>
-void backward(const NtXentBackward<T>& p) {
+template <class T, class Z>
+void backward(const NtXentBackward<T, Z>& p) {
+#if defined(SIMCLR_AMX)
+  const int64_t padded_dim = round_up(p.dim, 16);
+#else
   const int64_t padded_dim = round_up(p.dim, kLanes<T>);
+#endif
   const Factors<T> factors = make_factors(p);
   T* g = allocate<T>(p.workspace, round_up(p.rows, kPanel<T>) * padded_dim);
   weighted_sums(p, factors, g, padded_dim);
-  if (p.classes.ids)
+#if !defined(SIMCLR_BF16)
+  if (p.classes.ids) {
     finish_class_gradients(p, factors.scale / __builtin_sqrt(p.temperature * kLog2E), g,
                            padded_dim);
-  else
-    finish(p, factors, g, padded_dim);
+    return;
+  }
+#endif
+  finish(p, factors, g, padded_dim);
 }
 
 }  // namespace
 
+#if defined(SIMCLR_BF16)
+void nt_xent_backward_bf16(const NtXentBackward<float, Bf16>& p) { backward(p); }
+#else
 void nt_xent_backward_f32(const NtXentBackward<float>& p) { backward(p); }
 void nt_xent_backward_f64(const NtXentBackward<double>& p) { backward(p); }
+#endif
 
 }  // namespace simclr::SIMCLR_ISA

@@ -94,9 +94,17 @@ T* mutable_data(Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-template <class T>
-void run(const NtXentNormalize<T>& p) {
-  if constexpr (sizeof(T) == 8)
+#if defined(SIMCLR_WITH_BF16)
+#define SIMCLR_RUN_BF16(name, p) SIMCLR_DISPATCH_BF16(name)(p)
+#else
+#define SIMCLR_RUN_BF16(name, p) STD_TORCH_CHECK(false, "no bfloat16 kernels were compiled")
+#endif
+
+template <class T, class Z>
+void run(const NtXentNormalize<T, Z>& p) {
+  if constexpr (sizeof(Z) == 2)
+    SIMCLR_RUN_BF16(nt_xent_normalize_bf16, p);
+  else if constexpr (sizeof(T) == 8)
     SIMCLR_DISPATCH(nt_xent_normalize_f64)(p);
   else
     SIMCLR_DISPATCH(nt_xent_normalize_f32)(p);
@@ -104,15 +112,21 @@ void run(const NtXentNormalize<T>& p) {
 
 template <class T>
 void run(const NtXentForward<T>& p) {
-  if constexpr (sizeof(T) == 8)
+  if constexpr (sizeof(T) == 8) {
     SIMCLR_DISPATCH(nt_xent_forward_f64)(p);
-  else
-    SIMCLR_DISPATCH(nt_xent_forward_f32)(p);
+  } else {
+    if (p.z1)
+      SIMCLR_RUN_BF16(nt_xent_forward_bf16, p);
+    else
+      SIMCLR_DISPATCH(nt_xent_forward_f32)(p);
+  }
 }
 
-template <class T>
-void run(const NtXentBackward<T>& p) {
-  if constexpr (sizeof(T) == 8)
+template <class T, class Z>
+void run(const NtXentBackward<T, Z>& p) {
+  if constexpr (sizeof(Z) == 2)
+    SIMCLR_RUN_BF16(nt_xent_backward_bf16, p);
+  else if constexpr (sizeof(T) == 8)
     SIMCLR_DISPATCH(nt_xent_backward_f64)(p);
   else
     SIMCLR_DISPATCH(nt_xent_backward_f32)(p);

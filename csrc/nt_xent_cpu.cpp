@@ -5,7 +5,10 @@
 namespace simclr {
 namespace {
 
-// Both views, contiguous, in the dtype of the arithmetic.
+// Whether this CPU multiplies such embeddings as they are.
+bool in_bf16(const Tensor& z) { return z.scalar_type() == ScalarType::BFloat16 && has_bf16(); }
+
+// Both views, contiguous, in the dtype of the arithmetic, or bfloat16 if in_bf16.
 struct Views {
   Tensor first, second;
   int64_t pairs, dim;
@@ -22,7 +25,7 @@ struct Views {
 
 Views make_views(const Tensor& z1, const std::optional<Tensor>& z2) {
   STD_TORCH_CHECK(z1.dim() == 2 && z1.size(1) > 0, "z1 must be [rows, features]");
-  const ScalarType dtype = statistics_dtype(z1);
+  const ScalarType dtype = in_bf16(z1) ? ScalarType::BFloat16 : statistics_dtype(z1);
   const Tensor first = dense(z1, dtype);
   if (!z2) {
     STD_TORCH_CHECK(z1.size(0) % 2 == 0, "z1 alone needs an even number of rows");
@@ -36,11 +39,16 @@ Views make_views(const Tensor& z1, const std::optional<Tensor>& z2) {
 
 std::tuple<Tensor, Tensor> normalize_views(const Views& z, ScalarType dtype, double temperature) {
   Tensor u = empty({2 * z.pairs, z.dim}, dtype), inv_norm = empty({2 * z.pairs}, dtype);
-  with_type(dtype, [&](auto type) {
+  const auto normalize_as = [&](auto type, auto element) {
     using T = decltype(type);
-    run(NtXentNormalize<T>{z.z1<T>(), z.z2<T>(), z.dim, 2 * z.pairs, z.dim, temperature,
-                           mutable_data<T>(u), mutable_data<T>(inv_norm), workers()});
-  });
+    using Z = decltype(element);
+    run(NtXentNormalize<T, Z>{z.z1<Z>(), z.z2<Z>(), z.dim, 2 * z.pairs, z.dim, temperature,
+                              mutable_data<T>(u), mutable_data<T>(inv_norm), workers()});
+  };
+  if (z.first.scalar_type() == ScalarType::BFloat16)
+    normalize_as(float(), Bf16());
+  else
+    with_type(dtype, [&](auto type) { normalize_as(type, type); });
   return {u, inv_norm};
 }
 
@@ -49,10 +57,13 @@ std::tuple<Tensor, Tensor> normalize(const Tensor& z1, std::optional<Tensor> z2,
   return normalize_views(make_views(z1, z2), statistics_dtype(z1), value(temperature));
 }
 
-// kept: [kept_size] or empty.
+// kept: [kept_size] or empty. views, inv_norm: of which u_all was made, if its products may be
+// computed from them; otherwise null.
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& u_all, const Tensor& temperature,
                                            int64_t row_offset, int64_t num_rows, bool decoupled,
-                                           bool statistics, Tensor kept) {
+                                           bool statistics, Tensor kept,
+                                           const Views* views = nullptr,
+                                           const Tensor* inv_norm = nullptr) {
   const int64_t total = u_all.size(0);
   STD_TORCH_CHECK(row_offset >= 0 && row_offset % 2 == 0 && num_rows >= 0 && num_rows % 2 == 0 &&
                       row_offset + num_rows <= total,
@@ -65,20 +76,25 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& u_all, const Tensor& te
   Memory memory;
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    run(NtXentForward<T>{data<T>(u),
-                         total,
-                         u.size(1),
-                         row_offset,
-                         num_rows,
-                         value(temperature),
-                         decoupled,
-                         mutable_data<T>(row_loss),
-                         mutable_data<double>(lse),
-                         statistics ? mutable_data<T>(stats) : nullptr,
-                         workers(),
-                         memory.workspace(),
-                         {},
-                         kept.numel() ? mutable_data<T>(kept) : nullptr});
+    NtXentForward<T> p{data<T>(u),
+                       total,
+                       u.size(1),
+                       row_offset,
+                       num_rows,
+                       value(temperature),
+                       decoupled,
+                       mutable_data<T>(row_loss),
+                       mutable_data<double>(lse),
+                       statistics ? mutable_data<T>(stats) : nullptr,
+                       workers(),
+                       memory.workspace(),
+                       {},
+                       kept.numel() ? mutable_data<T>(kept) : nullptr};
+    if (views) {
+      p.z1 = views->z1<Bf16>(), p.z2 = views->z2<Bf16>();
+      p.inv_norm = data<T>(*inv_norm);
+    }
+    run(p);
   });
   return {row_loss, lse, stats};
 }
@@ -114,10 +130,12 @@ Tensor reduce(const Tensor& row_loss, int64_t reduction) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> nt_xent(
     const Tensor& z1, std::optional<Tensor> z2, const Tensor& temperature, int64_t reduction,
     bool decoupled, bool statistics, bool keep) {
-  auto [u, inv_norm] = normalize(z1, z2, temperature);
+  const Views views = make_views(z1, z2);
+  auto [u, inv_norm] = normalize_views(views, statistics_dtype(z1), value(temperature));
   const int64_t num_rows = u.size(0);
   Tensor kept = empty({keep ? kept_size(num_rows, u.size(1)) : 0}, u.scalar_type());
-  auto [row_loss, lse, stats] = forward(u, temperature, 0, num_rows, decoupled, statistics, kept);
+  auto [row_loss, lse, stats] = forward(u, temperature, 0, num_rows, decoupled, statistics, kept,
+                                        in_bf16(z1) ? &views : nullptr, &inv_norm);
   Tensor loss;
   with_type(u.scalar_type(),
             [&](auto type) { loss = reduce<decltype(type)>(row_loss, reduction); });
@@ -130,9 +148,12 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, bool mean, const Tensor&
                                     std::optional<Tensor> z2, const Tensor& temperature,
                                     int64_t row_offset, bool decoupled,
                                     std::optional<Tensor> kept) {
-  const Views z = make_views(z1, z2);
-  const int64_t num_rows = 2 * z.pairs, total = u_all.size(0);
   const ScalarType dtype = u_all.scalar_type();
+  Views z = make_views(z1, z2);
+  const int64_t num_rows = 2 * z.pairs, total = u_all.size(0);
+  // With the rows of other ranks, of which only u is here, the arithmetic is float32.
+  const bool bf16 = in_bf16(z1) && num_rows == total;
+  if (in_bf16(z1) && !bf16) z.first = dense(z.first, dtype), z.second = dense(z.second, dtype);
   STD_TORCH_CHECK(dtype == statistics_dtype(z1) && u_all.size(1) == z.dim && row_offset >= 0 &&
                       row_offset + num_rows <= total &&
                       (grad.dim() == 0 || grad.numel() == total) && lse_all.numel() == total &&
@@ -143,37 +164,44 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, bool mean, const Tensor&
                                 kept->numel() == kept_size(total, z.dim)),
                   "kept does not belong to these rows");
   const Tensor u = dense(u_all, dtype), own_loss = dense(row_loss, dtype);
-  const Tensor lse = dense(lse_all, ScalarType::Double);
+  const Tensor lse = dense(lse_all, ScalarType::Double), norms = dense(inv_norm, dtype);
   const Tensor g = grad.scalar_type() == dtype ? grad : torch::stable::to(grad, dtype);
-  Tensor grad_z = empty({num_rows, z.dim}, dtype), grad_temperature = empty({}, dtype);
+  Tensor grad_z = empty({num_rows, z.dim}, z.first.scalar_type());
+  Tensor grad_temperature = empty({}, dtype);
   Memory memory;
-  with_type(dtype, [&](auto type) {
+  const auto backward_as = [&](auto type, auto element) {
     using T = decltype(type);
+    using Z = decltype(element);
     *mutable_data<T>(grad_temperature) = 0;
     if (num_rows == 0) return;
-    run(NtXentBackward<T>{data<T>(g),
-                          g.dim() ? g.stride(0) : 0,
-                          mean ? 1 / double(total) : 1.0,
-                          data<T>(u),
-                          total,
-                          z.dim,
-                          data<double>(lse),
-                          row_offset,
-                          num_rows,
-                          decoupled,
-                          data<T>(own_loss),
-                          z.z1<T>(),
-                          z.z2<T>(),
-                          value(temperature),
-                          mutable_data<T>(grad_z),
-                          mutable_data<T>(grad_temperature),
-                          workers(),
-                          memory.workspace(),
-                          {},
-                          has_kept ? data<T>(*kept) : nullptr});
-  });
+    run(NtXentBackward<T, Z>{data<T>(g),
+                             g.dim() ? g.stride(0) : 0,
+                             mean ? 1 / double(total) : 1.0,
+                             data<T>(u),
+                             total,
+                             z.dim,
+                             data<double>(lse),
+                             row_offset,
+                             num_rows,
+                             decoupled,
+                             data<T>(own_loss),
+                             z.z1<Z>(),
+                             z.z2<Z>(),
+                             value(temperature),
+                             mutable_data<Z>(grad_z),
+                             mutable_data<T>(grad_temperature),
+                             workers(),
+                             memory.workspace(),
+                             {},
+                             has_kept ? data<T>(*kept) : nullptr,
+                             data<T>(norms)});
+  };
+  if (bf16)
+    backward_as(float(), Bf16());
+  else
+    with_type(dtype, [&](auto type) { backward_as(type, type); });
   const ScalarType out = z1.scalar_type();
-  return {out == dtype ? grad_z : torch::stable::to(grad_z, out),
+  return {out == grad_z.scalar_type() ? grad_z : torch::stable::to(grad_z, out),
           temperature.scalar_type() == dtype
               ? grad_temperature
               : torch::stable::to(grad_temperature, temperature.scalar_type())};

@@ -6,12 +6,12 @@
 namespace simclr::SIMCLR_ISA {
 namespace {
 
-template <class T>
-void normalize(const NtXentNormalize<T>& p) {
+template <class T, class Z>
+void normalize(const NtXentNormalize<T, Z>& p) {
   const double scale = __builtin_sqrt(kLog2E / p.temperature);
   parallel_rows(p.workers, (p.rows + 1) / 2, [&](int64_t pair) {
     for (int64_t row = 2 * pair; row < smaller(2 * pair + 2, p.rows); ++row) {
-      const T* z = (row % 2 ? p.z2 : p.z1) + pair * p.stride;
+      const Z* z = (row % 2 ? p.z2 : p.z1) + pair * p.stride;
       const double length = norm(z, p.dim);
       const double inverse = 1 / (length > kNormEps ? length : kNormEps);
       // 0, or NaN when the row holds NaN or infinity.
@@ -105,8 +105,7 @@ void column_references(const T* references, int64_t first_row, int64_t count, T*
 // rows collect over I's columns. first_row, first_column: the blocks' first rows in sums.
 template <class T, Pass pass>
 void collect_pair(const Block<T>& I, int64_t first_row, const Block<T>& J, int64_t first_column,
-                  bool symmetric, int64_t dim, const T* references, RowPartials<T>& rows,
-                  const Sums& sums) {
+                  bool symmetric, const T* references, RowPartials<T>& rows, const Sums& sums) {
   const bool diagonal = symmetric && I.first == J.first;
   clear(rows, I.padded);
   for (int64_t j = 0; j < J.padded; j += kPanel<T>) {
@@ -122,8 +121,8 @@ void collect_pair(const Block<T>& I, int64_t first_row, const Block<T>& J, int64
     // the rows before the panel are mirrored, those after it are left out.
     const int64_t mirrored = !symmetric ? 0 : diagonal ? j : I.padded;
     const int64_t end = diagonal ? j + kPanel<T> : I.padded;
-    collect_panel<T, pass, true>(I, 0, mirrored, J, j, dim, rows, columns, reference);
-    collect_panel<T, pass, false>(I, mirrored, end, J, j, dim, rows, columns, reference);
+    collect_panel<T, pass, true>(I, 0, mirrored, J, j, rows, columns, reference);
+    collect_panel<T, pass, false>(I, mirrored, end, J, j, rows, columns, reference);
     if (mirrored) add_columns<T, pass>(columns, first_column + j, count, sums);
   }
   add_rows<T, pass>(rows, first_row, I.count, sums);
@@ -137,6 +136,9 @@ void collect_blocks(const Packed<T>& rows, const Packed<T>& columns, const Sums&
   const int64_t block = rows.block;
   for_block_pairs(rows, columns, p.workers, p.workspace,
                   [&](int64_t b, int64_t c, int64_t worker, int64_t number) {
+#if defined(SIMCLR_BF16)
+                    const TileRegisters tiles;
+#endif
                     const Block<T> I = rows[b], J = columns[c];
                     Vec<T>* own = scratch + worker * 3 * block;
                     RowPartials<T> partials{own, own + block, own + 2 * block, nullptr, block};
@@ -144,8 +146,34 @@ void collect_blocks(const Packed<T>& rows, const Packed<T>& columns, const Sums&
                     if (p.kept && (pass == Pass::sum || pass == Pass::stats))
                       partials.kept = p.kept + number * block * block;
                     collect_pair<T, pass>(I, I.first - rows.first, J, J.first - columns.first,
-                                          symmetric, p.dim, references, partials, sums);
+                                          symmetric, references, partials, sums);
                   });
+}
+
+// The x of every pair, [rows / 2], with the same bits as for negatives: it is compared with them,
+// and equal rows must tie.
+template <class T>
+T* positive_logits(const Packed<T>& rows, const Packed<T>& columns, const NtXentForward<T>& p) {
+  T* out = allocate<T>(p.workspace, p.rows / 2);
+  parallel(p.workers, round_up(p.rows, kTileRows<T>) / kTileRows<T>, [&](int64_t task, int64_t) {
+#if defined(SIMCLR_BF16)
+    const TileRegisters tiles;
+#endif
+    const int64_t first = task * kTileRows<T>;
+    int64_t panel = -1;
+    Tile<T> x;
+    for (int64_t row = first; row < smaller(p.rows, first + kTileRows<T>); row += 2) {
+      const int64_t column = p.row_offset + row + 1, in_block = column % columns.block;
+      if (column / kPanel<T> != panel) {
+        panel = column / kPanel<T>;
+        similarities(rows[first / rows.block], first % rows.block, columns[column / columns.block],
+                     in_block / kPanel<T> * kPanel<T>, x);
+      }
+      const int64_t lane = in_block % kPanel<T>;
+      out[row / 2] = x[row - first][lane / kLanes<T>][lane % kLanes<T>];
+    }
+  });
+  return out;
 }
 
 // log2 Σ 2^x, mean of x under the softmax and maximum of x over a set of columns.
@@ -163,8 +191,8 @@ Negatives both(const Negatives& a, const Negatives& b) {
           more.highest > less.highest ? more.highest : less.highest};
 }
 
-// compared: the positive's x, rounded as that of the negatives, with whose maximum it is compared.
-// positive: the same in double precision, for the entropy.
+// compared: the positive's x as positive_logits has it. positive: the same in double precision, for
+// the entropy.
 template <class T>
 void top1_and_entropy(const Negatives& negatives, double positive, T compared, T* out) {
   const Negatives all = both(negatives, {positive, positive, positive});
@@ -216,8 +244,13 @@ void forward(const NtXentForward<T>& p) {
   const int64_t block = block_rows<T>(p.total);
   const int pair_bits = p.classes.ids ? 0 : 1;
   bool finite = true;
+#if defined(SIMCLR_BF16)
+  const Packed<T> columns = pack_views(p.z1, p.z2, p.inv_norm, p.total, p.dim, block, p.temperature,
+                                       p.workers, p.workspace, &finite);
+#else
   const Packed<T> columns = pack(p.u, 0, p.total, p.dim, block, pair_bits, p.workers, p.workspace,
                                  &finite, [](int64_t) {});
+#endif
   const bool symmetric = p.rows == p.total;
   const Packed<T> rows = symmetric ? columns
                                    : pack(p.u, p.row_offset, p.rows, p.dim, block, pair_bits,
@@ -249,20 +282,25 @@ void forward(const NtXentForward<T>& p) {
   }
   ClassSums<T> classes{};
   if (p.classes.ids) classes = sum_classes(p);
+  const T* compared = p.stats ? positive_logits(rows, columns, p) : nullptr;
   parallel_rows(p.workers, (p.rows + 1) / 2, [&](int64_t pair) {
     const T* u = p.u + (p.row_offset + 2 * pair) * p.dim;
     const double positive = p.classes.ids ? 0 : dot(u, u + p.dim, p.dim);
-    const T compared = p.stats ? similarity(u, u + p.dim, p.dim) : T(0);
     for (int64_t row = 2 * pair; row < smaller(2 * pair + 2, p.rows); ++row)
-      finish_row(p, sums, references, &classes, positive, compared, row);
+      finish_row(p, sums, references, &classes, positive, compared ? compared[pair] : T(0), row);
   });
 }
 
 }  // namespace
 
+#if defined(SIMCLR_BF16)
+void nt_xent_normalize_bf16(const NtXentNormalize<float, Bf16>& p) { normalize(p); }
+void nt_xent_forward_bf16(const NtXentForward<float>& p) { forward(p); }
+#else
 void nt_xent_normalize_f32(const NtXentNormalize<float>& p) { normalize(p); }
 void nt_xent_normalize_f64(const NtXentNormalize<double>& p) { normalize(p); }
 void nt_xent_forward_f32(const NtXentForward<float>& p) { forward(p); }
 void nt_xent_forward_f64(const NtXentForward<double>& p) { forward(p); }
+#endif
 
 }  // namespace simclr::SIMCLR_ISA

@@ -73,6 +73,10 @@ struct Block {
   int64_t count;   // rows
   int64_t padded;  // rows, with the zero rows that fill up the last panel
   int pair_bits;   // 1: no row meets itself or its pair's other row; 0: no row meets itself
+  int64_t depth;   // elements of a row in the panels
+  // Of bfloat16 operands (csrc/nt_xent_bf16.h), otherwise null.
+  const T* by_row;  // [padded, depth]
+  const T* scale;   // [padded]
 };
 
 // Rows [first, first + count) of u in panels of kPanel rows, feature-major: panel[k][r]. `block`
@@ -80,14 +84,21 @@ struct Block {
 template <class T>
 struct Packed {
   const T* panels;
-  int64_t first, count, dim, block;
+  int64_t first, count, depth, block;
   int pair_bits;
+  const T *by_row = nullptr, *scale = nullptr;  // as in Block
 
   int64_t blocks() const { return (count + block - 1) / block; }
   Block<T> operator[](int64_t b) const {
     const int64_t rows = smaller(block, count - b * block);
-    return {panels + b * block * dim, first + b * block, rows, round_up(rows, kPanel<T>),
-            pair_bits};
+    return {panels + b * block * depth,
+            first + b * block,
+            rows,
+            round_up(rows, kPanel<T>),
+            pair_bits,
+            depth,
+            by_row + (by_row ? b * block * depth : 0),
+            scale + (scale ? b * block : 0)};
   }
 };
 
@@ -209,6 +220,13 @@ struct Eight {
   typedef T Type __attribute__((vector_size(8 * sizeof(T)), aligned(sizeof(T))));
 };
 
+SIMCLR_INLINE float to_float(Bf16 value) {
+  const uint32_t bits = uint32_t(value.bits) << 16;
+  float result;
+  __builtin_memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
 // The first `count` elements, at most eight; lanes beyond are zero.
 template <class T>
 SIMCLR_INLINE Doubles load_doubles(const T* p, int64_t count) {
@@ -228,20 +246,42 @@ SIMCLR_INLINE void store_doubles(T* p, int64_t count, Doubles v) {
     for (int64_t l = 0; l < count; ++l) p[l] = T(v[l]);
 }
 
+SIMCLR_INLINE Doubles load_doubles(const Bf16* p, int64_t count) {
+  Doubles v{};
+  if (count < kDoubles) {
+    for (int64_t l = 0; l < count; ++l) v[l] = double(to_float(p[l]));
+    return v;
+  }
+  Eight<uint16_t>::Type halves;
+  __builtin_memcpy(&halves, p, sizeof(halves));
+  const Eight<uint32_t>::Type bits = __builtin_convertvector(halves, Eight<uint32_t>::Type) << 16;
+  return __builtin_convertvector((Eight<float>::Type)bits, Doubles);
+}
+
+// Rounds to the nearest, ties to even. NaN stays NaN.
+SIMCLR_INLINE void store_doubles(Bf16* p, int64_t count, Doubles v) {
+  const auto floats = __builtin_convertvector(v, Eight<float>::Type);
+  const auto bits = (Eight<uint32_t>::Type)floats;
+  const Eight<uint32_t>::Type rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const auto halves = __builtin_convertvector(floats == floats ? rounded : (bits >> 16) | 0x40,
+                                              Eight<uint16_t>::Type);
+  __builtin_memcpy(p, &halves, size_t(smaller(count, kDoubles)) * sizeof(Bf16));
+}
+
 SIMCLR_INLINE double sum_lanes(Doubles v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
-template <class T>
-double dot(const T* a, const T* b, int64_t dim) {
+template <class Z>
+double dot(const Z* a, const Z* b, int64_t dim) {
   Doubles sum{};
   for (int64_t k = 0; k < dim; k += kDoubles)
     sum += load_doubles(a + k, dim - k) * load_doubles(b + k, dim - k);
   return sum_lanes(sum);
 }
 
-template <class T>
-double norm(const T* z, int64_t dim) {
+template <class Z>
+double norm(const Z* z, int64_t dim) {
   return __builtin_sqrt(dot(z, z, dim));
 }
 

@@ -4,6 +4,9 @@
 #pragma once
 
 #include "nt_xent_schedule.h"
+#if defined(SIMCLR_BF16)
+#include "nt_xent_bf16.h"
+#endif
 
 namespace simclr::SIMCLR_ISA {
 namespace {
@@ -11,36 +14,53 @@ namespace {
 template <class T>
 using Tile = Vec<T>[kTileRows<T>][kTileVecs];
 
+#if !defined(SIMCLR_BF16)
+
 template <class T>
-SIMCLR_INLINE void similarities(const T* rows, const T* columns, int64_t dim, Tile<T>& x) {
+SIMCLR_INLINE Vec<T> broadcast_operand(const T& value) {
+  return broadcast<T>(value);
+}
+
+template <class T>
+SIMCLR_INLINE Vec<T> multiply_add(Vec<T> sum, Vec<T> a, Vec<T> b) {
+  return sum + a * b;
+}
+
+#endif
+
+#if !defined(SIMCLR_AMX)
+// The products of rows [i, i + kTileRows) of block I and the panel of block J that starts at j.
+template <class T>
+SIMCLR_INLINE void multiply_panel(const Block<T>& I, int64_t i, const Block<T>& J, int64_t j,
+                                  Tile<T>& x) {
+  const int64_t start = i / kPanel<T> * kPanel<T>;
+  const T *rows = I.panels + start * I.depth + (i - start), *columns = J.panels + j * J.depth;
 #pragma GCC unroll 8
   for (int r = 0; r < kTileRows<T>; ++r)
 #pragma GCC unroll 3
     for (int v = 0; v < kTileVecs; ++v) x[r][v] = Vec<T>{};
-  for (int64_t k = 0; k < dim; ++k, rows += kPanel<T>, columns += kPanel<T>) {
+  for (int64_t k = 0; k < I.depth; ++k, rows += kPanel<T>, columns += kPanel<T>) {
     Vec<T> c[kTileVecs];
 #pragma GCC unroll 3
     for (int v = 0; v < kTileVecs; ++v) c[v] = load(columns + v * kLanes<T>);
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows<T>; ++r) {
-      const Vec<T> row = in_register<T>(broadcast<T>(rows[r]));
+      const Vec<T> row = in_register<T>(broadcast_operand(rows[r]));
 #pragma GCC unroll 3
-      for (int v = 0; v < kTileVecs; ++v) x[r][v] = in_register<T>(x[r][v] + row * c[v]);
+      for (int v = 0; v < kTileVecs; ++v)
+        x[r][v] = in_register<T>(multiply_add<T>(x[r][v], row, c[v]));
     }
   }
 }
+#endif
 
-// A single x, with the same bits as `similarities` computes: the positive is compared with the
-// negatives, and equal rows must tie. In vectors, because a compiler may round the products of
-// scalars before it adds them.
 template <class T>
-T similarity(const T* row, const T* column, int64_t dim) {
-  Vec<T> x{};
-  for (int64_t k = 0; k < dim; ++k) {
-    const Vec<T> factor = in_register<T>(broadcast<T>(row[k]));
-    x = in_register<T>(x + factor * broadcast<T>(column[k]));
-  }
-  return x[0];
+SIMCLR_INLINE void similarities(const Block<T>& I, int64_t i, const Block<T>& J, int64_t j,
+                                Tile<T>& x) {
+  multiply_panel(I, i, J, j, x);
+#if defined(SIMCLR_BF16)
+  multiply_scales(I, i, J, j, x);
+#endif
 }
 
 // Whether a register tile holds a pair (self or positive) or rows that only fill up a panel.
@@ -174,13 +194,11 @@ SIMCLR_INLINE void collect(Tile<T>& x, const Mask<T>& keep, int64_t i, RowPartia
 // Rows [begin, end) of block I against one panel of block J.
 template <class T, Pass pass, bool mirror>
 void collect_panel(const Block<T>& I, int64_t begin, int64_t end, const Block<T>& J, int64_t j,
-                   int64_t dim, RowPartials<T>& rows, ColumnPartials<T>& columns,
+                   RowPartials<T>& rows, ColumnPartials<T>& columns,
                    const References<T>& references) {
-  const T* panel = J.panels + j * dim;
   for (int64_t i = begin; i < end; i += kTileRows<T>) {
-    const int64_t start = i / kPanel<T> * kPanel<T>;
     Tile<T> x;
-    similarities<T>(I.panels + start * dim + (i - start), panel, dim, x);
+    similarities(I, i, J, j, x);
     if (needs_mask(I, i, J, j)) {
       Mask<T> keep;
       make_mask(I, i, J, j, keep);
@@ -203,47 +221,75 @@ template <class T>
 struct Weights {
   const T *row_factor, *column_factor;  // a, or g: of the blocks' rows, 0 for filling
   const T *row_lse, *column_lse;        // in bits; null: a is meant
-  T* w;
-  int64_t stride;
+  T* w;                                 // of bfloat16: pairs of columns, times the column's scale
+  int64_t stride;                       // values between rows
+  // Of bfloat16: the same in pairs of rows, times the row's scale; and these scales.
+  T* across = nullptr;  // [block rows / 2, stride]
+  const T *row_scale = nullptr, *column_scale = nullptr;
 };
+
+// Stores the weights of an even row and of the next one.
+template <class T>
+SIMCLR_INLINE void store_weights(const Weights<T>& p, int64_t row, int64_t column, Vec<T> even,
+                                 Vec<T> odd) {
+#if defined(SIMCLR_BF16)
+  const Vec<T> scale = load(p.column_scale + column);
+  uint16_t* halves = reinterpret_cast<uint16_t*>(p.w) + row * p.stride + column;
+  store_rounded(halves, even * scale);
+  store_rounded(halves + p.stride, odd * scale);
+  store(p.across + row / 2 * p.stride + column,
+        (Vec<T>)(round_to_bf16(even * p.row_scale[row]) |
+                 (round_to_bf16(odd * p.row_scale[row + 1]) << 16)));
+#else
+  store(p.w + row * p.stride + column, even);
+  store(p.w + (row + 1) * p.stride + column, odd);
+#endif
+}
 
 template <class T, bool masked>
 SIMCLR_INLINE void weigh(const Tile<T>& x, const Mask<T>& keep, int64_t i, int64_t j,
                          const Weights<T>& p) {
-#pragma GCC unroll 8
-  for (int r = 0; r < kTileRows<T>; ++r)
+#pragma GCC unroll 4
+  for (int r = 0; r < kTileRows<T>; r += 2)
 #pragma GCC unroll 3
     for (int v = 0; v < kTileVecs; ++v) {
       const int64_t column = j + v * kLanes<T>;
-      Vec<T> w = exp2_in_range<T>(x[r][v]) * (p.row_factor[i + r] + load(p.column_factor + column));
-      if constexpr (masked) w = keep[r][v] ? w : Vec<T>{};
-      store(p.w + (i + r) * p.stride + column, w);
+      const Vec<T> factor = load(p.column_factor + column);
+      Vec<T> w[2];
+#pragma GCC unroll 2
+      for (int o = 0; o < 2; ++o) {
+        w[o] = exp2_in_range<T>(x[r + o][v]) * (p.row_factor[i + r + o] + factor);
+        if constexpr (masked) w[o] = keep[r + o][v] ? w[o] : Vec<T>{};
+      }
+      store_weights(p, i + r, column, w[0], w[1]);
     }
 }
 
 template <class T>
 void weigh_by_lse(const Tile<T>& x, const Mask<T>& keep, int64_t i, int64_t j,
                   const Weights<T>& p) {
-  for (int r = 0; r < kTileRows<T>; ++r)
+  for (int r = 0; r < kTileRows<T>; r += 2)
     for (int v = 0; v < kTileVecs; ++v) {
       const int64_t column = j + v * kLanes<T>;
-      const Vec<T> row = exp2_or_zero<T>(x[r][v] - p.row_lse[i + r]) * p.row_factor[i + r];
-      const Vec<T> mirrored =
-          exp2_or_zero<T>(x[r][v] - load(p.column_lse + column)) * load(p.column_factor + column);
-      const Vec<T> w = keep[r][v] ? row + mirrored : Vec<T>{};
-      store(p.w + (i + r) * p.stride + column, w);
+      Vec<T> w[2];
+      for (int o = 0; o < 2; ++o) {
+        const int64_t at = i + r + o;
+        const Vec<T> logit = x[r + o][v];
+        const Vec<T> row = exp2_or_zero<T>(logit - p.row_lse[at]) * p.row_factor[at];
+        const Vec<T> mirrored =
+            exp2_or_zero<T>(logit - load(p.column_lse + column)) * load(p.column_factor + column);
+        w[o] = keep[r + o][v] ? row + mirrored : Vec<T>{};
+      }
+      store_weights(p, i + r, column, w[0], w[1]);
     }
 }
 
 template <class T>
-void weigh_panel(const Block<T>& I, const Block<T>& J, int64_t j, int64_t dim,
-                 const Weights<T>& p) {
-  const T* panel = J.panels + j * dim;
+void weigh_panel(const Block<T>& I, const Block<T>& J, int64_t j, const Weights<T>& p) {
   for (int64_t i = 0; i < I.padded; i += kTileRows<T>) {
-    const int64_t start = i / kPanel<T> * kPanel<T>;
     Tile<T> x;
     Mask<T> keep;
-    similarities<T>(I.panels + start * dim + (i - start), panel, dim, x);
+    similarities(I, i, J, j, x);
     const bool masked = needs_mask(I, i, J, j);
     if (masked || p.row_lse) make_mask(I, i, J, j, keep);
     if (p.row_lse)
@@ -260,12 +306,20 @@ void weigh_panel(const Block<T>& I, const Block<T>& J, int64_t j, int64_t dim,
 template <class T>
 void weigh_kept(const Block<T>& I, const Block<T>& J, const T* kept, const Weights<T>& p) {
   const bool diagonal = I.first == J.first;
-  for (int64_t i = 0; i < I.padded; ++i) {
+  for (int64_t i = 0; i < I.padded; i += 2) {
     const int64_t begin = diagonal ? i / kPanel<T> * kPanel<T> : 0;
-    T* w = p.w + i * p.stride;
-    for (int64_t j = begin; j < J.padded; j += kLanes<T>)
-      store(w + j, load(kept + i * p.stride + j) * (p.row_factor[i] + load(p.column_factor + j)));
-    for (int64_t j = 0; j < begin; ++j) w[j] = p.w[j * p.stride + i];
+    const T* rows = kept + i * p.stride;
+    for (int64_t j = 0; j < J.padded; j += kLanes<T>) {
+      Vec<T> e[2] = {};
+      if (j < begin)
+        for (int l = 0; l < kLanes<T>; ++l)
+          for (int o = 0; o < 2; ++o) e[o][l] = kept[(j + l) * p.stride + i + o];
+      else
+        for (int o = 0; o < 2; ++o) e[o] = load(rows + o * p.stride + j);
+      const Vec<T> factor = load(p.column_factor + j);
+      store_weights(p, i, j, e[0] * (p.row_factor[i] + factor),
+                    e[1] * (p.row_factor[i + 1] + factor));
+    }
   }
 }
 
@@ -284,9 +338,10 @@ SIMCLR_INLINE void product_tile(const T* w, int64_t rows, int64_t steps, int64_t
     for (int v = 0; v < vecs; ++v) column[v] = load(u + v * kLanes<T>);
 #pragma GCC unroll 6
     for (int r = 0; r < kProductRows; ++r) {
-      const Vec<T> weight = in_register<T>(broadcast<T>(w[r * rows]));
+      const Vec<T> weight = in_register<T>(broadcast_operand(w[r * rows]));
 #pragma GCC unroll 4
-      for (int v = 0; v < vecs; ++v) sum[r][v] = in_register<T>(sum[r][v] + weight * column[v]);
+      for (int v = 0; v < vecs; ++v)
+        sum[r][v] = in_register<T>(multiply_add<T>(sum[r][v], weight, column[v]));
     }
   }
 #pragma GCC unroll 6

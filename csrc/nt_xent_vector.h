@@ -61,7 +61,12 @@ constexpr int kLanes = SIMCLR_VECTOR_BYTES / sizeof(T);
 // Register tiles. Similarities: kTileRows rows × kTileVecs vectors; products with W: kProductRows ×
 // kProductVecs. The accumulators, one row of operands and a broadcast fit the registers, of which
 // AVX-512 and arm64 have 32, the others 16.
-#if defined(__AVX512F__)
+#if defined(SIMCLR_AMX)
+// Four tiles of 16 × 16, which come from memory.
+template <class T>
+constexpr int kTileRows = 32;
+constexpr int kProductVecs = 256 / SIMCLR_VECTOR_BYTES;
+#elif defined(__AVX512F__)
 template <class T>
 constexpr int kTileRows = 8;
 constexpr int kProductVecs = 4;
@@ -74,7 +79,11 @@ template <class T>
 constexpr int kTileRows = kLanes<T> > 2 ? 4 : 2;
 constexpr int kProductVecs = 2;
 #endif
+#if defined(SIMCLR_AMX)
+constexpr int kTileVecs = 128 / SIMCLR_VECTOR_BYTES;
+#else
 constexpr int kTileVecs = 3;
+#endif
 constexpr int kProductRows = 6;
 
 // Rows that are packed together: the columns of a register tile.

@@ -2,7 +2,13 @@
 
 from pathlib import Path
 
-_FLAGS = {"base": "", "avx2": "avx2", "avx512": "avx512dq"}
+_FLAGS = {
+    "base": "",
+    "avx2": "avx2",
+    "avx512": "avx512dq",
+    "avx512_bf16": "avx512_bf16",
+    "amx": "amx_bf16",
+}
 
 
 def has_isa(isa):

@@ -38,6 +38,49 @@ for n, d in ((3, 5), (70, 33), (260, 40), (260, 150)):
 print("right")
 """
 
+# The same for bfloat16 inputs, whose error must be at most twice that of the textbook's formula in
+# bfloat16, and little more than that of rounding the result.
+CHECK_BF16 = """
+import torch
+from simclr_fast import nt_xent_loss, reference
+
+def error(a, b):
+    return ((a.double() - b).norm() / b.norm()).item()
+
+torch.manual_seed(0)
+for n, d in ((3, 5), (70, 33), (260, 40), (260, 150)):
+    for tau in (0.1, 0.005):
+        for noise, length in ((1, 1), (0.05, 1e-4)):
+            z1 = torch.randn(n, d) + 3 * (noise < 1) * torch.randn(d)
+            z2 = z1 + noise * torch.randn(n, d)
+            z = [(length * t).bfloat16().requires_grad_() for t in (z1, z2)]
+            exact = [t.detach().double().requires_grad_() for t in z]
+            grad = torch.rand(2 * n)
+            out, stats = nt_xent_loss(*z, tau, reduction="none", return_stats=True)
+            wanted = reference.nt_xent(*exact, tau)
+            u = torch.nn.functional.normalize(torch.cat(z), dim=1)
+            s = (u @ u.T / tau).masked_fill(torch.eye(2 * n, dtype=torch.bool), -torch.inf)
+            other = (torch.arange(2 * n) + n) % (2 * n)
+            textbook = torch.nn.functional.cross_entropy(s, other, reduction="none")
+            case = (n, d, tau, noise)
+            assert out.dtype == torch.float32
+            assert error(out, wanted) <= max(2 * error(textbook, wanted), 1e-6), case
+            expected = torch.autograd.grad((wanted * grad).sum(), exact)
+            actual = torch.autograd.grad((out * grad).sum(), z)
+            plain = torch.autograd.grad((textbook * grad).sum(), z)
+            for a, b, p in zip(actual, expected, plain):
+                assert a.dtype == torch.bfloat16
+                assert error(a, b) <= 2 * error(p, b), case
+                assert error(a, b) <= 4e-3, case
+            assert 0 <= stats.accuracy <= 1
+z = torch.randn(40, 20).bfloat16().requires_grad_()
+z.data[3, 4] = torch.inf
+assert nt_xent_loss(z, z, 0.1, reduction="none").isnan().all()
+loss, stats = nt_xent_loss(torch.ones(6, 20).bfloat16(), None, 0.1, return_stats=True)
+assert stats.accuracy == 0, "equal rows must tie"
+print("right")
+"""
+
 # Peak memory of a step beyond what was resident before it, in MB.
 MEMORY = """
 import re, torch
@@ -76,6 +119,16 @@ def test_every_instruction_set_equals_the_reference(isa):
 
 
 @needs_extension
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set off x86-64")
+@pytest.mark.parametrize("isa", ["avx512_bf16", "amx"])
+def test_bfloat16_under_every_instruction_set(isa):
+    if not has_isa(isa):
+        pytest.skip(f"this CPU has no {isa}")
+    result = run(CHECK_BF16, SIMCLR_FAST_ISA=isa)
+    assert result.stdout.strip() == "right", result.stderr
+
+
+@needs_extension
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
 def test_memory_grows_linearly_with_the_batch():
     result = run(MEMORY)
@@ -86,7 +139,7 @@ def test_memory_grows_linearly_with_the_batch():
 
 
 @needs_extension
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("temperature", [0.1, 0.005])
 @pytest.mark.parametrize("n", [70, 700])
 def test_same_bits_for_any_number_of_threads(dtype, temperature, n):
