@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from simclr_fast.large_batch import grad_cache
-from simclr_fast.large_batch.averaging import average_gradients, share_weights
+from simclr_fast.large_batch.averaging import Average, agree, host_group, share_weights
 from simclr_fast.large_batch.batch_norms import batch_norms
 from simclr_fast.large_batch.global_batch_norm import WholeBatch
 from simclr_fast.large_batch.graph import Graph
@@ -145,8 +145,10 @@ class LargeBatch:
         self.allow_ghost_bn = allow_ghost_bn
         self._sync = True
         self._refuse_model()
+        self._host: dist.ProcessGroup | None = None
         if self.group is not None:
             share_weights(model, self.group)
+            self._host = host_group(self.group)
         if memory == "lockstep":
             self.lockstep = Lockstep(model, self.batch, self._current_schedule, compile)
         if memory == "replay":
@@ -204,13 +206,23 @@ class LargeBatch:
             # No cache: a cast that was cached under no_grad would lose the gradient.
             return torch.autocast(device, dtype, dtype is not None, cache)
 
+        average: Average | None = None
+
         def loss_of(outputs: Any) -> Any:
+            nonlocal average
             with torch.autocast(device, ambient, ambient is not None):
                 result = loss_fn(outputs)
             loss = result[0] if isinstance(result, tuple) else result
             if not isinstance(loss, Tensor) or loss.dim():
                 raise TypeError(f"loss_fn must return a 0-dim loss first, got {loss!r}")
-            loss.backward()
+            at_once = False
+            if self._sync and self.group is not None:
+                if self._host is not None:
+                    at_once = agree(self.model, loss, self._host) and self.memory != "grad-cache"
+                if self.memory != "lockstep":
+                    average = Average(self.model, self.group)
+            with average.during_backward() if average and at_once else nullcontext():
+                loss.backward()
             if isinstance(result, tuple):
                 return (loss.detach(), *result[1:])
             return loss.detach()
@@ -229,14 +241,15 @@ class LargeBatch:
                     loss_of,
                     autocast,
                     compare,
+                    lambda: average.during_backward() if average else nullcontext(),
                 )
             else:
                 with self._norms(self.model, parts[0].device):
                     with autocast(True):
                         outputs = self._run_by_shape(self.model, parts)
                     result = loss_of(outputs)
-            if self._sync and self.group is not None:
-                average_gradients(self.model, self.group)
+            if average is not None:
+                average.finish()
             return result
 
     @torch.no_grad()

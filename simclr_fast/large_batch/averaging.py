@@ -1,13 +1,13 @@
-"""Gradients averaged over ranks after the backward, and equal weights at the start.
+"""Gradients averaged over ranks during the backward, and equal weights at the start.
 
 Nothing is remembered from one step to the next: which parameters are trained and which have a
-gradient may change at any time. Averaging does not overlap with the backward. Per step that costs
-the time to send all gradients once: for a ResNet-50 100 MB in float32, against a step that lasts
-hundreds of milliseconds with the batches that need several GPUs.
+gradient may change at any time.
 """
 
+import threading
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -17,45 +17,144 @@ from torch import Tensor, nn
 _BUCKET = 32 << 20
 
 
-@torch.no_grad()
-def average_gradients(model: nn.Module, group: dist.ProcessGroup) -> None:
-    """Average .grad of every trained parameter over the ranks of `group`.
+def host_group(group: dist.ProcessGroup) -> dist.ProcessGroup | None:
+    """A group of the same ranks for messages in host memory; None if torch has none.
 
-    A parameter without a gradient on some ranks counts as zero there, and gets the average too.
-    Without a gradient on any rank, it keeps none. The host waits for the device only where this
-    rank lacks a gradient.
+    All ranks of `group` call this together.
+    """
+    try:
+        group._get_backend(torch.device("cpu"))
+    except RuntimeError:
+        if not dist.is_gloo_available():
+            return None
+        ranks = dist.get_process_group_ranks(group)
+        return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    return group
+
+
+def agree(model: nn.Module, loss: Tensor, host: dist.ProcessGroup) -> bool:
+    """Whether the backward of `loss` has the same operations on all ranks, in the same order.
+
+    Only then may the ranks send gradients during the backward: batch norms send there too, and all
+    ranks must send in one order. The ranks compare numbers in host memory. No device waits.
 
     Raises:
-        ValueError: a gradient is sparse; or, on CPUs, the ranks train different parameters. On
-            other devices the host would wait for this check.
+        ValueError: on every rank, if the ranks train different parameters, so that their buckets
+            would not fit together. The message names the first ones.
     """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for name, p in trained.items():
-        if p.grad is not None and p.grad.layout is not torch.strided:
-            raise ValueError(
-                f"the gradient of {name} has layout {p.grad.layout}, and only dense ones are "
-                "averaged over ranks: build its layer with sparse=False"
-            )
-    _refuse_different(trained, group)
-    started = [_Bucket(parameters, group) for parameters in _buckets(list(trained.values()))]
-    for bucket in started:
-        bucket.finish()
-
-
-def _refuse_different(trained: dict[str, nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Refuse ranks whose buckets would not fit together. Only on CPUs."""
-    if any(p.device.type != "cpu" for p in trained.values()):
-        return
-    names = "\n".join(f"{name} {list(p.shape)} {p.dtype}" for name, p in trained.items())
-    own = zlib.crc32(names.encode())
+    names = {p: name for name, p in model.named_parameters()}
+    trained = [f"{n} {list(p.shape)} {p.dtype}" for p, n in names.items() if p.requires_grad]
+    numbers = [zlib.crc32("\n".join(text).encode()) for text in (trained, _operations(loss, names))]
     # The maximum of a number and that of its negative are its own only if all ranks have it.
-    extremes = torch.tensor([own, -own], device="cpu")
-    dist.all_reduce(extremes, dist.ReduceOp.MAX, group)
-    if extremes.tolist() != [own, -own]:
-        raise ValueError(
-            f"the ranks train different parameters (this one {len(trained)}): modules and "
-            "requires_grad must be the same on all ranks"
-        )
+    own = torch.tensor([numbers, [-n for n in numbers]], device="cpu")
+    extremes = own.clone()
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, host)
+    same_parameters, same_operations = (own == extremes).all(0).tolist()
+    if same_parameters:
+        return same_operations
+    every: list[list[str]] = [[] for _ in range(dist.get_world_size(host))]
+    dist.all_gather_object(every, trained, host)
+    found: dict[str, list[str]] = {}
+    for rank, one in enumerate(every):
+        for text in one:
+            found.setdefault(text, []).append(str(rank))
+    some = [f"{t} on rank {', '.join(r)}" for t, r in found.items() if len(r) < len(every)]
+    more = f" and {len(some) - 3} more" if len(some) > 3 else ""
+    what = f"only {'; '.join(some[:3])}{more}" if some else "the same ones in another order"
+    raise ValueError(
+        f"the ranks train different parameters: {what}. Modules and requires_grad must be the same "
+        "on all ranks"
+    )
+
+
+def _operations(loss: Tensor, names: dict[nn.Parameter, str]) -> list[str]:
+    """The names of the operations of a backward and of the parameters that it reaches."""
+    found: list[str] = []
+    waiting, seen = [loss.grad_fn], {None}
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        assert node is not None
+        variable = getattr(node, "variable", None)
+        found.append(node.name() if variable is None else names.get(variable, "another tensor"))
+        waiting += [following for following, _ in node.next_functions]
+    return found
+
+
+class Average:
+    """Average .grad of every trained parameter of `model` over the ranks of `group`.
+
+    Gradients are gathered in buckets, the last layers first. A bucket is sent as soon as all of its
+    gradients are there, while the backward goes on. All ranks send the buckets in one order. A
+    parameter without a gradient on some ranks counts as zero there, and gets the average too.
+    Without a gradient on any rank, it keeps none. The host waits for the device only where this
+    rank lacks a gradient.
+    """
+
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        self.buckets = list(_buckets(list(self.names)[::-1]))
+        self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
+        self.missing = [set(bucket) for bucket in self.buckets]
+        self.started: list[_Bucket] = []
+        self.streams: set[torch.cuda.Stream] = set()
+        # The backward has a thread for every device.
+        self.lock = threading.Lock()
+
+    @contextmanager
+    def during_backward(self) -> Iterator[None]:
+        """A context for the last backward of a step: buckets are sent when they are complete."""
+        hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in self.names]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def finish(self) -> None:
+        """Send what is left, wait, and store the averages in .grad.
+
+        Raises:
+            ValueError: a gradient is sparse.
+        """
+        while len(self.started) < len(self.buckets):
+            self._start()
+        for bucket in self.started:
+            bucket.finish()
+
+    def _arrived(self, parameter: Tensor) -> None:
+        with self.lock:
+            number = self.bucket_of[parameter]
+            if number < len(self.started):
+                raise ValueError(
+                    f"the gradient of {self.names[parameter]} grew after it was averaged over "
+                    "ranks: the layer is used several times under torch.utils.checkpoint with "
+                    "use_reentrant=True; pass use_reentrant=False"
+                )
+            self.missing[number].discard(parameter)
+            if parameter.is_cuda:
+                self.streams.add(torch.cuda.current_stream(parameter.device))
+            while len(self.started) < len(self.buckets) and not self.missing[len(self.started)]:
+                self._start()
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        bucket = self.buckets[len(self.started)]
+        for p in bucket:
+            if p.grad is not None and p.grad.layout is not torch.strided:
+                raise ValueError(
+                    f"the gradient of {self.names[p]} has layout {p.grad.layout}, and only dense "
+                    "ones are averaged over ranks: build its layer with sparse=False"
+                )
+        # The gradients may have been made on other streams than the one that is current now.
+        device = bucket[0].device
+        for stream in self.streams:
+            if stream.device == device:
+                torch.cuda.current_stream(device).wait_stream(stream)
+        self.started.append(_Bucket(bucket, self.group))
 
 
 class _Bucket:
@@ -82,6 +181,7 @@ class _Bucket:
         flat.div_(dist.get_world_size(group))
         self.work = dist.all_reduce(flat, group=group, async_op=True)
 
+    @torch.no_grad()
     def finish(self) -> None:
         if self.work is not None:
             self.work.wait()

@@ -7,7 +7,7 @@ with its part of that gradient.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,10 +30,12 @@ def backward(
     loss_of: Callable[[Any], Any],
     autocast: Callable[[], AbstractContextManager[Any]],
     compare: bool,
+    last_backward: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Any:
     """See `LargeBatch.backward`. parts: the micro-batches.
 
     compare: raise ValueError if a micro-batch runs differently the second time.
+    last_backward: makes the context for the backward of the last micro-batch.
     """
     devices = {parts[0].device, *(p.device for p in model.parameters())}
     norms = set(batch_norms(model).values())
@@ -82,7 +84,8 @@ def backward(
                 if s is not None and m.requires_grad
             ]
             if ends:
-                torch.autograd.backward([m for m, _ in ends], [g for _, g in ends])
+                with last_backward() if i == len(parts) - 1 else nullcontext():
+                    torch.autograd.backward([m for m, _ in ends], [g for _, g in ends])
     finally:
         after.restore()
     return result

@@ -9,7 +9,7 @@ from rank_runs import on_ranks
 from torch import nn
 from torch.nn import functional as F
 
-from simclr_fast.large_batch import LargeBatch
+from simclr_fast.large_batch import LargeBatch, averaging
 from simclr_fast.losses.nt_xent import nt_xent_loss
 
 MODES = ["plain", "replay", "grad-cache", "lockstep"]
@@ -167,8 +167,60 @@ def unused_expected():
     return {n: p.grad for n, p in model.named_parameters()}
 
 
+class Normed(nn.Module):
+    """Batch norms between layers of which some are used on one rank only."""
+
+    def __init__(self):
+        super().__init__()
+        blocks = [nn.Sequential(Block(), nn.BatchNorm1d(6)) for _ in range(3)]
+        self.blocks, self.side = nn.Sequential(*blocks), nn.Linear(6, 6)
+        self.last = nn.Linear(6, 6)
+        self.uses_side = True
+
+    def forward(self, x):
+        x = self.blocks(x)
+        return self.last(x + self.side(x) if self.uses_side else x)
+
+
+def normed():
+    torch.manual_seed(4)
+    return Normed().double()
+
+
+def normed_expected(sides):
+    """Gradients of one process that has the rows of both ranks."""
+    model = normed()
+    h = model.blocks(views()).unflatten(0, (2, RANKS, -1))
+    each = []
+    for rank in range(RANKS):
+        x = h[:, rank].flatten(0, 1)
+        z = model.last(x + model.side(x) if sides[rank] else x)
+        each.append(F.mse_loss(z, views(rank)))
+    (sum(each) / RANKS).backward()
+    return {n: p.grad for n, p in model.named_parameters()}
+
+
+def sent_during_backward(step, run):
+    """How many buckets were sent during run(), before the end of its backward, and of how many."""
+    counts = []
+    finish = averaging.Average.finish
+
+    def counting(self):
+        counts.append((len(self.started), len(self.buckets)))
+        finish(self)
+
+    averaging.Average.finish = counting
+    try:
+        run()
+    finally:
+        averaging.Average.finish = finish
+    return counts
+
+
 def on_rank(rank, folder):
     torch.set_num_threads(1)
+    # A bucket for each parameter.
+    averaging._BUCKET = 1
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     group = dist.group.WORLD
     found = {}
@@ -202,13 +254,33 @@ def on_rank(rank, folder):
         )
     except ValueError as error:
         found["sparse"] = str(error)
-    model = build()
-    step = LargeBatch(model, memory="plain", group=group)
-    model[1][rank].requires_grad_(False)
-    try:
+    for memory in MODES:
+        model = build()
+        step = LargeBatch(model, memory=memory, micro_batch=3, group=group)
+        model[1][rank].requires_grad_(False)
+        try:
+            step.backward(views(rank), lambda z: loss_fn(z, group))
+        except ValueError as error:
+            found["different", memory] = str(error)
+        model.requires_grad_(True)
         step.backward(views(rank), lambda z: loss_fn(z, group))
-    except ValueError as error:
-        found["different"] = str(error)
+    for memory in MODES[:3]:
+        model = build()
+        step = LargeBatch(model, memory=memory, micro_batch=3, group=group)
+        found["sent", memory] = sent_during_backward(
+            step, lambda s=step: s.backward(views(rank), lambda z: loss_fn(z, group))
+        )
+    for memory in ("plain", "replay"):
+        for sides in ((True, True), (True, False), (False, True), (False, False)):
+            model = normed()
+            step = LargeBatch(model, memory=memory, group=group)
+            model.uses_side = sides[rank]
+            sent = sent_during_backward(
+                step,
+                lambda s=step: s.backward(views(rank), lambda z: F.mse_loss(z, views(rank))),
+            )
+            gradients = {n: p.grad for n, p in model.named_parameters()}
+            found["normed", memory, sides] = sent, gradients
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -246,8 +318,34 @@ def test_sparse_gradients_are_refused_by_name(ranks):
     assert all("0.weight has layout torch.sparse_coo" in found["sparse"] for found in ranks)
 
 
-def test_ranks_that_train_different_parameters_are_refused(ranks):
-    assert all("requires_grad must be the same on all ranks" in f["different"] for f in ranks)
+@pytest.mark.parametrize("memory", MODES)
+def test_ranks_that_train_different_parameters_are_refused(ranks, memory):
+    said = {found["different", memory] for found in ranks}
+    assert len(said) == 1
+    (text,) = said
+    assert "different parameters: only 1.1.first.weight [6, 6] torch.float64 on rank 0; " in text
+    assert "and 5 more. Modules and requires_grad must be the same on all ranks" in text
+
+
+@pytest.mark.parametrize("memory", MODES[:3])
+def test_gradients_are_sent_during_the_backward(ranks, memory):
+    """All of them: each parameter has a bucket, and the last one arrives before the end."""
+    assert all(found["sent", memory] == [(16, 16)] for found in ranks)
+
+
+@pytest.mark.parametrize("memory", ["plain", "replay"])
+@pytest.mark.parametrize("sides", [(True, True), (True, False), (False, True), (False, False)])
+def test_batch_norms_and_buckets_send_in_one_order(ranks, memory, sides):
+    """Ranks that use different layers would send buckets and batch statistics in different orders.
+    Then gradients are sent after the backward."""
+    for found in ranks:
+        ((sent, buckets),), gradients = found["normed", memory, sides]
+        assert_equal(gradients, normed_expected(sides))
+        if sides[0] != sides[1]:
+            assert sent == 0
+        else:
+            # Without the side branch, its buckets and those behind them wait.
+            assert sent == (buckets if sides[0] else 2)
 
 
 def test_gradients_of_a_copy_do_not_mix():
