@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from simclr_fast import reference
 from simclr_fast.compat import lightly, solo_learn, timm
+from simclr_fast.compat.states import library_state
 from simclr_fast.optim import LARS
 
 KWARGS = {"lr": 2.0, "momentum": 0.9, "weight_decay": 1e-2}
@@ -435,3 +436,37 @@ def test_bad_values_are_named_as_the_peer_names_them():
     with pytest.raises(TypeError, match=re.escape("trust_coeff must be a number, got None")):
         optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["trust_coeff"] == 0.001
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_a_state_of_lars_goes_to_the_peers_own_class(peer):
+    """Their classes raise KeyError at the step for a state without their options. Through the
+    drop-in it has them, and biases and norms stay excluded."""
+    a, b, c = (model_parameters() for _ in range(3))
+    weights, rest = ([i for i, p in enumerate(a) if (p.ndim > 1) is many] for many in (True, False))
+
+    def split(params):
+        return [{"params": [params[i] for i in part]} for part in (weights, rest)]
+
+    base = LARS(split(a), **KWARGS)
+    base.param_groups[1] |= {"weight_decay": 0.0, "adapt": False}
+    names = SOLO_NAMES[int(peer[-1])] if peer.startswith("solo") else ()
+    ours = ours_of(peer)(split(b), lr=9.0, **dict.fromkeys(names, False))
+    theirs = theirs_of(peer)(split(c), lr=9.0)
+    keys = [set(group) for group in theirs.param_groups]
+    train([(a, base)], 3)
+    for group in base.param_groups:
+        group["when_zero"] = "decay" if peer == "timm" else "skip"
+    ours.load_state_dict(through_file(base.state_dict()))
+    theirs.load_state_dict(through_file(library_state(ours)))
+    assert [set(group) for group in theirs.param_groups] == keys
+    copied(c, a)
+    train([(a, base), (c, theirs)], 3, start=3)
+    assert_close(c, a)
+    for option, value in (("momentum_order", "tf"), ("norm", "joint"), ("adapt", False)):
+        before = base.param_groups[0][option]
+        base.param_groups[0][option] = value
+        ours.load_state_dict(base.state_dict())
+        with pytest.raises(ValueError, match=f"group 0 has {option}="):
+            library_state(ours)
+        base.param_groups[0][option] = before
