@@ -1,4 +1,4 @@
-"""The state of an optimizer for the library's own class, where a run goes on without simclr_fast."""
+"""The state of a drop-in for the library's own class, so that a run goes on without simclr_fast."""
 
 from typing import Any
 
