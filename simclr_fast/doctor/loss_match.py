@@ -10,7 +10,7 @@ The temperature is found by a search for the best agreement.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import islice, product
 from typing import Any, Literal
 
 import torch
@@ -30,6 +30,8 @@ _NOISE, _HALF_NOISE = 1e-6, 1e-3
 _EQUAL, _HALF_EQUAL = 2e-3, 3e-2
 _COARSE = [0.004 * 1.5**k for k in range(20)]
 _REFINEMENTS = 18
+# After so many refinements, a loss farther away than this is none that matches.
+_FIRST_REFINEMENTS, _NEAR = 6, 0.1
 
 Pairing = Literal["concatenated", "interleaved"]
 Scope = Literal["all ranks", "own anchors", "detached keys", "own rank"]
@@ -183,21 +185,27 @@ def _search(seen: Observed, hints: Sequence[float]) -> Iterator[Match]:
 def _best(seen: Observed, loss: Loss, hints: Sequence[float]) -> Match:
     """The best temperature for this loss."""
 
-    def at(temperature: float) -> Match:
-        return measure(seen, replace(loss, temperature=temperature))
+    def at(temperature: float, dtype: torch.dtype = torch.float64) -> Match:
+        return measure(seen, replace(loss, temperature=temperature), dtype)
 
     tried = []
     for hint in hints:
         tried.append(at(hint))
         if tried[-1].mismatch < _CERTAIN and _consistent(seen, tried[-1]):
             return tried[-1]
-    # The search for the valley needs no float64.
-    coarse = [measure(seen, replace(loss, temperature=t), torch.float32).mismatch for t in _COARSE]
-    k = min(range(1, len(coarse) - 1), key=coarse.__getitem__)
-    tried.append(at(_COARSE[k]))
-    # Refining what is far from a match would change nothing.
-    if tried[-1].mismatch < 0.7:
-        tried += _refined(at, _COARSE[k - 1 : k + 2])
+    # The search for the valley needs no float64. First every second temperature is tried.
+    coarse = {k: at(_COARSE[k], torch.float32) for k in range(1, len(_COARSE), 2)}
+    k = min(coarse, key=lambda k: coarse[k].mismatch)
+    coarse |= {i: at(_COARSE[i], torch.float32) for i in (k - 1, k + 1) if i < len(_COARSE)}
+    k = min(coarse, key=lambda k: coarse[k].mismatch)
+    k = min(max(k, 1), len(_COARSE) - 2)
+    tried.append(coarse[k])
+    # Refining what is far from a match would change nothing. A few steps tell.
+    around = _COARSE[k - 1 : k + 2]
+    if coarse[k].mismatch < 0.5:
+        tried += islice(_refined(lambda t: at(t, torch.float32), around), _FIRST_REFINEMENTS)
+        if min(match.mismatch for match in tried) < _NEAR:
+            tried += _refined(at, around)
     return min(tried, key=lambda match: match.mismatch)
 
 

@@ -29,6 +29,7 @@ from simclr_fast.doctor.loss_graph import (
 )
 from simclr_fast.doctor.snapshot import Snapshot
 from simclr_fast.doctor.views import Pictures, describe, prints
+from simclr_fast.large_batch import LargeBatch
 
 # Steps whose backward passes are recorded in full.
 _FULL = 2
@@ -151,6 +152,9 @@ class Observer:
         self._outputs: list[Output] = []
         self._edges: dict[Edge, Output] = {}
         self._images = ImageCalls()
+        # What LargeBatch.backward was given. In some modes it runs the model in parts and gives the
+        # loss new tensors, so that no call of a module shows whose images its rows are of.
+        self._batch: list[Tensor] = []
         self._h: list[Tensor] = []
         self._consumed = False
         self._deep = False
@@ -187,6 +191,17 @@ class Observer:
 
             torch.autograd.backward = backward
             stack.callback(setattr, torch.autograd, "backward", original)
+            of_large_batch = LargeBatch.backward
+
+            def backward_of(step: LargeBatch, views: Any, *args: Any, **kwargs: Any) -> Any:
+                self._batch = [part.detach() for part in tensors_in(views)]
+                try:
+                    return of_large_batch(step, views, *args, **kwargs)
+                finally:
+                    self._batch = []
+
+            LargeBatch.backward = backward_of  # type: ignore[method-assign]
+            stack.callback(setattr, LargeBatch, "backward", of_large_batch)
             yield
         self.end_step()
 
@@ -305,7 +320,8 @@ class Observer:
         if full and self.ranks > 1 and self.steps == 0:
             handles += self._sample()
         pictures = None
-        images = self._images_of(heads)
+        called = self._images_of(heads)
+        images = called or self._batch
         if full and images and images[0].dim() == 4:
             pictures = describe(images)
         seen = Backward(
@@ -313,7 +329,7 @@ class Observer:
             value,
             heads,
             graph,
-            [len(part) for part in images],
+            [len(part) for part in called],
             torch.cat([prints(part) for part in images]) if full and images else None,
             pictures,
             [h for h in self._h if not any(h is output.value for output in graph.outputs)],

@@ -67,7 +67,7 @@ LOSSES = {
 }
 
 
-def case(rank, loss="ours", norm=nn.GroupNorm, wrap=True, same=False, large=False):
+def case(rank, loss="ours", norm=nn.GroupNorm, wrap=True, same=False, large=False, check=False):
     """The report of one case on this rank."""
     torch.manual_seed(0)
     model = small_model(norm)
@@ -76,6 +76,11 @@ def case(rank, loss="ours", norm=nn.GroupNorm, wrap=True, same=False, large=Fals
     run = DistributedDataParallel(model) if wrap else model
     steps = Steps(model=model, batch=views(16, 0 if same else rank), loss=LOSSES[loss])
     steps.forward = lambda _, batch: both_at_once(run, batch)
+    if check:
+        before = [p.detach().clone() for p in model.parameters()]
+        report = doctor.check(steps, model, steps.batch)
+        assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+        return report
     with doctor.watch(model) as report:
         for _ in range(2):
             if large:
@@ -100,6 +105,9 @@ CASES = {
     "not wrapped": ({"wrap": False}, ["ranks-not-averaged"]),
     "same batch": ({"same": True}, ["same-batch-on-ranks"]),
     "batch norm": ({"norm": nn.BatchNorm2d}, ["batch-norm-per-rank"]),
+    "checked": ({"check": True}, []),
+    "checked, own slot": ({"loss": "own slot", "check": True}, ["gradient-off-by-ranks"]),
+    "checked, same batch": ({"same": True, "check": True}, ["same-batch-on-ranks"]),
 }
 
 
