@@ -76,10 +76,11 @@ class Graph:
         self.root = _Call(model)
         self.modules = dict(self.root.named_modules())
         try:
-            with traced_once(model):
-                graph = _Tracer().trace(self.root)
-                again = _Call(model)
-                same = _equal(graph, self.root, _Tracer().trace(again), again)
+            graph = traced_once(model, lambda: _Tracer().trace(self.root))
+            again = _Call(model)
+            same = _equal(
+                graph, self.root, traced_once(model, lambda: _Tracer().trace(again)), again
+            )
         except RefusedModel:
             raise
         except Exception as error:

@@ -7,22 +7,27 @@ buffers before and after a run, and outputs of both runs.
 """
 
 import random
+import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Proxy
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from simclr_fast.large_batch.refusals import computed_attribute, refusal
 
 _OWN = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "training"}
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
+# How often a model is traced if random numbers are drawn meanwhile.
+_TRACES = 3
+T = TypeVar("T")
 # Larger differences, relative to the largest value, are no rounding errors.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 0.01, torch.bfloat16: 0.05, torch.float16: 0.05}
 
@@ -99,22 +104,41 @@ def _where(device: torch.device) -> tuple[torch.device, ...]:
     return () if device.type == "mps" else (device,)
 
 
-@contextmanager
-def traced_once(model: nn.Module) -> Iterator[None]:
-    """A context in which `model` is traced.
+class _Draws(TorchDispatchMode):
+    """Notes whether this thread lets torch draw random numbers."""
+
+    drawn = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.drawn = self.drawn or torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+def traced_once(model: nn.Module, trace: Callable[[], T]) -> T:
+    """Call trace(), which runs the forward of `model`, and return what it returns.
+
+    Other threads may draw random numbers meanwhile. From Python's and numpy's generators they
+    cannot be told from this one, so then it is traced again.
 
     Raises:
-        ValueError: its forward draws random numbers or changes its attributes. Both would happen
+        ValueError: the forward draws random numbers or changes its attributes. Both would happen
             while it is traced, and never again.
     """
-    host, numbers, before = HostNumbers(), torch.get_rng_state(), State(dict(model.named_modules()))
-    yield
-    # In a mode, as under FakeTensorMode, the states cannot be compared.
-    plain = torch._C._len_torch_dispatch_stack() == 0
-    if host.drawn() or (plain and not torch.equal(numbers, torch.get_rng_state())):
-        host.restore()
+    before = State(dict(model.named_modules()))
+    for _ in range(_TRACES):
+        host, numbers = HostNumbers(), torch.get_rng_state()
+        with _Draws() as draws:
+            made = trace()
+        if draws.drawn or not host.drawn():
+            break
+    if draws.drawn:
         torch.set_rng_state(numbers)
-        raise refusal("its forward draws random numbers, and only once, when it is traced")
+    if draws.drawn or host.drawn():
+        host.restore()
+        threads = "" if threading.active_count() == 1 else " (or other threads drew meanwhile)"
+        raise refusal(
+            f"its forward draws random numbers{threads}, and only once, when it is traced"
+        )
     if what := before.changed(State(dict(model.named_modules())), filled=False):
         raise refusal(f"its forward changes {what}, and only once, when it is traced")
     for name, module in model.named_modules():
@@ -123,6 +147,7 @@ def traced_once(model: nn.Module) -> Iterator[None]:
                 setattr(module, key, None)
                 what = f"{name}.{key}" if name else key
                 raise refusal(f"its forward stores a value in {what}, which is traced once")
+    return made
 
 
 class State:

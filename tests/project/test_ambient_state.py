@@ -434,3 +434,28 @@ def test_modules_that_another_thread_calls_during_a_trace():
     thread.join()
     assert isinstance(made[0], LargeBatch)
     assert torch.equal(other(x), expected)
+
+
+def test_random_numbers_that_another_thread_draws_during_a_trace():
+    """As a thread that makes batches does. They are not the model's."""
+    stop = threading.Event()
+
+    def draw():
+        while not stop.is_set():
+            torch.rand(3)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        step = LargeBatch(net(), memory="lockstep", micro_batch=4)
+        step.backward(torch.from_numpy(numbers(8, 3, 8, 8)), lambda z: z.square().mean())
+    finally:
+        stop.set()
+        thread.join()
+    with pytest.raises(ValueError, match="draws random numbers"):
+        LargeBatch(nn.Sequential(Drawing(), nn.Linear(4, 4)), memory="lockstep")
+
+
+class Drawing(nn.Module):
+    def forward(self, x):
+        return x * 2 if torch.rand(()).item() < 2 else x
