@@ -10,9 +10,12 @@ import torch
 from tiny_runs import TINY
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from simclr_fast import nt_xent_loss
 from simclr_fast.evaluation import geometry
 from simclr_fast.training.metrics import Metrics
+from simclr_fast.training.setup import build_model, build_optimizer
 
 
 def orthogonal(n, dim, seed=0):
@@ -29,6 +32,17 @@ def test_effective_rank():
     assert geometry.effective_rank(basis[:2] * torch.tensor([[3], [1]])) == pytest.approx(
         expected, rel=1e-4
     )
+
+
+@pytest.mark.parametrize(("n", "dim"), [(40, 70), (70, 40), (512, 96)])
+def test_effective_rank_is_that_of_the_singular_values(n, dim):
+    generator = torch.Generator().manual_seed(0)
+    # Singular values over nine orders of magnitude.
+    x = torch.randn(n, dim, dtype=torch.float64, generator=generator) * torch.logspace(0, -9, dim)
+    values = torch.linalg.svdvals(x)
+    p = values / values.sum() + 1e-7
+    expected = (-(p * p.log()).sum()).exp().item()
+    assert geometry.effective_rank(x) == pytest.approx(expected, rel=1e-4)
 
 
 def test_alignment_and_uniformity_are_those_of_the_paper():
@@ -96,6 +110,44 @@ def test_a_stalled_run_is_told_once_what_to_try(metrics, caplog):
     (said,) = caplog.messages
     assert "1.93, is still near its chance level, 1.95, at step 302" in said
     assert "--temperature" in said
+
+
+class Counted(TorchDispatchMode):
+    """The number of operations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_metrics_add_less_than_two_percent_of_a_steps_operations(tmp_path):
+    """At the default of a line in 20 steps, beside a ResNet-18."""
+    config = replace(TINY, model="resnet18", batch_size=4, log_every=20)
+    model = build_model(config)
+    optimizer = build_optimizer(model, config)
+    views = torch.rand(8, 3, 16, 16)
+    with Metrics("pretrain", tmp_path / "metrics.jsonl", config, 0, 2000) as metrics:
+        with Counted() as step:
+            h, z = model(views)
+            loss = nt_xent_loss(z)
+            loss.backward()
+            optimizer.step()
+        values = shown(loss.item())
+        with Counted() as silent:
+            assert not metrics.wants(19)
+            metrics.after_step(19, values, 0.1)
+        with Counted() as line:
+            assert metrics.wants(20)
+            metrics.look(h, z, 2)
+            metrics.measure_gradients(model, 1.0)
+            metrics.after_step(20, values, 0.1)
+    assert silent.count == 0
+    assert line.count < 0.02 * 20 * step.count
+    assert {"rank_h", "rank_z", "alignment", "uniformity", "grad_norm_encoder"} < lines(metrics)[
+        0
+    ].keys()
 
 
 def test_a_collapse_is_named(metrics, caplog):
