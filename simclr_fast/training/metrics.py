@@ -34,8 +34,9 @@ _LOOKED_AT = 256
 # A run is said to stall if its loss is above this share of the chance level after this many steps
 # and this share of the run.
 _STALLED, _STALL_STEPS, _STALL_SHARE = 0.98, 300, 0.15
-# An effective rank below this is a collapse: all rows have nearly one direction.
-_COLLAPSED = 1.5
+# An effective rank below this is a collapse, and so is a uniformity above this: all rows have
+# nearly one direction. The cosine of two unrelated images is then 0.92 or more.
+_COLLAPSED, _NARROW = 1.5, -0.3
 
 
 class Metrics:
@@ -192,12 +193,18 @@ class Metrics:
         return found
 
     def _advise_on_learning(self, step: int, row: dict[str, Any]) -> None:
-        begun = step >= max(_STALL_STEPS, _STALL_SHARE * self.total)
-        chance = row["chance_loss"]
-        stalled = begun and self.config.loss == "nt-xent" and row["loss"] > _STALLED * chance
-        self._advise(stalled, _STALL, f"{row['loss']:.2f}", f"{chance:.2f}", str(step))
+        if step < max(_STALL_STEPS, _STALL_SHARE * self.total):
+            return
         rank = min(row.get("rank_h", math.inf), row.get("rank_z", math.inf))
-        self._advise(begun and rank < _COLLAPSED, _COLLAPSE, f"{rank:.2f}", str(step))
+        spread = row.get("uniformity", -math.inf)
+        collapsed = rank < _COLLAPSED or spread > _NARROW
+        self._advise(collapsed, _COLLAPSE, f"{rank:.1f}", f"{spread:.2f}", str(step))
+        # A collapsed run is at its chance level too.
+        chance = row["chance_loss"]
+        stalled = self.config.loss == "nt-xent" and row["loss"] > _STALLED * chance
+        self._advise(
+            stalled and not collapsed, _STALL, f"{row['loss']:.2f}", f"{chance:.2f}", str(step)
+        )
 
     def _advise(self, needed: bool, text: str, *values: str) -> None:
         """Log `text` as a warning if it is needed, once in a run."""
@@ -217,6 +224,7 @@ _STALL = (
     "the views with simclr-fast preview: can you tell that they belong together?"
 )
 _COLLAPSE = (
-    "the embeddings have collapsed: their effective rank is %s at step %s, so all images are "
-    "mapped to nearly one direction. Lower --lr and start again, or from an older checkpoint."
+    "the embeddings have collapsed: their effective rank is %s and their uniformity %s at step %s, "
+    "so all images are mapped to nearly one direction. Lower --lr and start again, or from an "
+    "older checkpoint."
 )

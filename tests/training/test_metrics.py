@@ -3,8 +3,10 @@
 import json
 import logging
 import math
+import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import TINY
@@ -13,8 +15,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from simclr_fast import nt_xent_loss
+from simclr_fast.data.sources import ArraySource
 from simclr_fast.evaluation import geometry
+from simclr_fast.training import metrics as module
+from simclr_fast.training import pretrain as training
 from simclr_fast.training.metrics import Metrics
+from simclr_fast.training.pretrain import pretrain
 from simclr_fast.training.setup import build_model, build_optimizer
 
 
@@ -160,4 +166,49 @@ def test_a_collapse_is_named(metrics, caplog):
         metrics.look(spread, line, 2)
         metrics.after_step(402, shown(1.0), 0.1)
     (said,) = caplog.messages
-    assert "have collapsed: their effective rank is 1.00 at step 402" in said
+    assert "have collapsed: their effective rank is 1.0 and their uniformity -0.00" in said
+    assert "at step 402" in said
+
+
+class Slow(ArraySource):
+    """A slow disk."""
+
+    def read(self, i):
+        time.sleep(0.02)
+        return super().read(i)
+
+
+# One colour per image: easy to tell apart without colour distortion.
+COLOURS = np.random.default_rng(0).integers(0, 255, (24, 1, 1, 3), dtype=np.uint8)
+COLOURS = np.broadcast_to(COLOURS, (24, 16, 16, 3)).copy()
+# Images that only their random colours differ in, which say nothing about the image.
+EQUAL = np.tile(COLOURS[:1], (24, 1, 1, 1))
+NO_BATCH_NORM = {"optimizer": "sgd", "projector_batch_norm": False}
+
+
+@pytest.mark.parametrize(
+    ("source", "p_jitter", "options", "says"),
+    [
+        (ArraySource(COLOURS), 0, {}, ""),
+        (ArraySource(COLOURS), 0, NO_BATCH_NORM | {"lr": 50.0}, "the embeddings have collapsed"),
+        (ArraySource(EQUAL), 1, {}, "still near its chance level"),
+        (Slow(COLOURS), 0, {"steps": 8}, "of the time is spent waiting for data"),
+    ],
+    ids=["good", "collapsed", "stalled", "starved"],
+)
+def test_bad_runs_are_told_so_and_a_good_one_is_not(
+    tmp_path, monkeypatch, caplog, source, p_jitter, options, says
+):
+    monkeypatch.setattr(training, "open_data", lambda config: source)
+    monkeypatch.setattr(module, "_STALL_STEPS", 30)
+    # Two lines' time. A machine that is busy with other things makes a good run wait as well.
+    monkeypatch.setattr(module, "_MEASURED", 0.0)
+    monkeypatch.setattr(module, "_SLOW_DATA", 60.0)
+    config = replace(TINY, data="colours", out=tmp_path / "run", memory="plain", temperature=0.2)
+    augmentation = replace(config.augmentation, p_jitter=p_jitter, p_gray=0)
+    config = replace(config, augmentation=augmentation, steps=40, log_every=2)
+    with caplog.at_level(logging.WARNING, logger="simclr_fast"):
+        pretrain(replace(config, **options))
+    messages = [m for m in caplog.messages if "slower than its kernels" not in m]
+    assert len(messages) == bool(says), messages
+    assert says in "".join(messages)
