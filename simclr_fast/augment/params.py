@@ -21,8 +21,8 @@ _PHILOX_ROUNDS = 10
 # A block of the counter gives 4 numbers. One block is for the switches, one for order and sigma,
 # one for the factors, and then one for each attempt at a crop.
 _SWITCHES, _ORDER, _FACTORS, _FIRST_CROP = 0, 1, 2, 3
-# The arguments with which google-research/simclr calls sample_distorted_bounding_box.
-_SIMCLR_ATTEMPTS, _SIMCLR_MIN_COVERED = 100, 0.1
+# The attempts at a crop of google-research/simclr's call of sample_distorted_bounding_box.
+_SIMCLR_ATTEMPTS = 100
 # Blocks between two pairs of views, more than one view can use; and the most views of an image.
 _PAIR, _MOST_VIEWS = 1 << 16, 1 << 17
 _TORCHVISION_ATTEMPTS = 10
@@ -35,10 +35,11 @@ class Augmentation:
 
     spec="simclr" follows data_util.py of google-research/simclr (TensorFlow 2), with which the
     papers' results were obtained, and is therefore the default. The crop's aspect is uniform in
-    `ratio`, its height is uniform given the aspect, and it covers at least 0.1 of the image. The
-    resize is bicubic without antialiasing. Contrast is changed around each channel's mean,
-    saturation in HSV. The blur pads with zeros. There is one deliberate difference: the blur's
-    sigma is drawn per sample, as the paper says, while the code draws it per replica.
+    `ratio`, its height is uniform given the aspect, and it covers at least `min_covered` of the
+    image, which is 0.1 in that code. The resize is bicubic without antialiasing. Contrast is
+    changed around each channel's mean, saturation in HSV. The blur pads with zeros. There is one
+    deliberate difference: the blur's sigma is drawn per sample, as the paper says, while the code
+    draws it per replica.
 
     spec="torchvision" follows torchvision's RandomResizedCrop, ColorJitter, RandomGrayscale and
     GaussianBlur. The crop's area is uniform, its aspect log-uniform. The resize is antialiased.
@@ -53,6 +54,8 @@ class Augmentation:
         size: output height and width in pixels.
         s: strength of the colour jitter (1 for ImageNet, 0.5 for CIFAR-10 in the paper).
         area: range of the crop's share of the image, within (0, 1].
+        min_covered: with spec="simclr", crops with a smaller share are drawn again; below the end
+            of `area`.
         ratio: range of the crop's width / height.
         hue: largest hue shift in turns, at most 0.5; None means 0.2 s.
         brightness: "multiplicative" (SimCLR v2, torchvision) or "additive" (SimCLR v1: U(± 0.8 s)
@@ -87,6 +90,7 @@ class Augmentation:
     std: tuple[float, ...] | None = None
     saturation: float | None = None
     channels: int = 3
+    min_covered: float = 0.1
 
     def __post_init__(self) -> None:
         # Plain numbers, so that the settings can be written as JSON.
@@ -114,6 +118,13 @@ class Augmentation:
             _check_number(name, getattr(self, name), 0, 1)
         self._check_colours()
         _check_range("area", self.area, 0, 1)
+        object.__setattr__(self, "min_covered", as_float("min_covered", self.min_covered))
+        _check_number("min_covered", self.min_covered, 0, 1)
+        if self.spec == "simclr" and self.crop and not self.min_covered < self.area[1]:
+            raise ValueError(
+                f"min_covered must be below the end of area {self.area}, got {self.min_covered}: "
+                "no crop would be large enough, so all would be the whole image"
+            )
         _check_range("ratio", self.ratio, 0, np.inf)
         _check_range("sigma", self.sigma, 0, 16)
         if (self.mean is None) != (self.std is None):
@@ -379,7 +390,7 @@ def _propose_simclr(
     h = h - (h * np.rint(h * aspect) > most)
     w = np.rint(h * aspect)
     accepted = (least <= h * w) & (h * w <= most) & (h <= height) & (w <= width) & (h * w > 0)
-    accepted &= h * w >= _SIMCLR_MIN_COVERED * pixels
+    accepted &= h * w >= aug.min_covered * pixels
     # TensorFlow draws from [0, n), so the last offset is never drawn.
     y = np.floor(u[..., 2] * (height - h))
     x = np.floor(u[..., 3] * (width - w))

@@ -428,8 +428,8 @@ class MultiViewLoader(TwoViewLoader):
     `multi_view_nt_xent_loss`.
 
     small_crops: the number of further views, which come last and are made as `small` says, such as
-        `replace(augmentation, size=96, area=(0.05, 0.14))` (multi-crop, arXiv:2006.09882). Only
-        size and area may differ from `augmentation`.
+        `replace(augmentation, size=96, area=(0.05, 0.14), min_covered=0)` (multi-crop,
+        arXiv:2006.09882). Nothing else may differ from `augmentation`.
     """
 
     def __init__(
@@ -450,9 +450,11 @@ class MultiViewLoader(TwoViewLoader):
             )
         self.n_views = as_int("n_views", n_views, 2) + small_crops
         aug = options.get("augmentation") or Augmentation(size=224 if size is None else size)
-        if small is not None and replace(small, size=aug.size, area=aug.area) != aug:
+        own = {"size": aug.size, "area": aug.area, "min_covered": aug.min_covered}
+        if small is not None and replace(small, **own) != aug:
             raise ValueError(
-                f"small must be the augmentation with another size and area, got {small} and {aug}"
+                "small may differ from the augmentation in size, area and min_covered, got "
+                f"{small} and {aug}"
             )
         super().__init__(source, batch_size, size, small_crops=small_crops, small=small, **options)
 

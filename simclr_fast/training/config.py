@@ -105,7 +105,9 @@ class PretrainConfig:
     norm of gradient plus decay. lightly, also solo-learn's: the learning rate is applied after the
     buffer, and the trust ratio has the sum of the two norms."""
     weight_decay: float = 1e-6
-    """Weight decay of all weights except biases and norm layers."""
+    """Weight decay of all weights, except biases and norm layers unless decay_norms."""
+    decay_norms: bool = False
+    """Biases and norm layers are decayed, and adapted by LARS, as all weights; VISSL's recipe."""
     warmup_epochs: float = 10
     """Epochs during which the learning rate rises to its peak."""
     seed: int = 0
@@ -245,7 +247,8 @@ class PretrainConfig:
     @property
     def small_augmentation(self) -> Augmentation:
         """The distribution of the small crops."""
-        return replace(self.augmentation, size=self.small_size, area=self.small_area)
+        own: dict[str, Any] = {"size": self.small_size, "area": self.small_area, "min_covered": 0.0}
+        return replace(self.augmentation, **own)
 
     @property
     def refused_memory(self) -> dict[str, str]:
@@ -431,6 +434,7 @@ FIXED = (
     "batch_size",
     "optimizer",
     "lars_variant",
+    "decay_norms",
     "queue",
     "ema",
     "seed",

@@ -105,8 +105,11 @@ def _build_encoder(config: PretrainConfig) -> tuple[nn.Module, int]:
 
 def build_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.Optimizer:
     """LARS as in the paper, SGD, AdamW or Adam. Biases and norm layers are neither decayed nor
-    adapted."""
+    adapted, unless `decay_norms`."""
     groups = lars_param_groups(model, config.weight_decay)
+    if config.decay_norms:
+        weights = [p for p in model.parameters() if p.requires_grad]
+        groups = [{"params": weights, "weight_decay": config.weight_decay}]
     if config.optimizer == "lars":
         return LARS(
             groups,

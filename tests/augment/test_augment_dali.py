@@ -185,7 +185,7 @@ def test_small_crops_equal_those_of_the_fused_op():
     """Through both of DALI's graphs, on the CPU."""
     aug = Augmentation(48, p_blur=0)
     options = {"augmentation": aug, "n_views": 2, "small_crops": 2, "shuffle": False}
-    options["small"] = replace(aug, size=20, area=(0.05, 0.14))
+    options["small"] = replace(aug, size=20, area=(0.05, 0.14), min_covered=0)
     exact = MultiViewLoader(ENCODED, 6, **options)
     crops = MultiViewLoader(ENCODED, 6, **options)
     crops._pipeline = pipelines.DaliCrops(

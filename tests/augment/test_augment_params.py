@@ -4,6 +4,7 @@ import json
 import math
 import random
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -185,6 +186,21 @@ def test_boxes_lie_inside_any_image(spec, shape):
     assert box[:, :2].min() >= 0
     assert box[:, 2:].min() >= 1
     assert np.all(box[:, :2] + box[:, 2:] <= sizes)
+
+
+def test_small_crops_cover_their_whole_range():
+    """TensorFlow's least coverage of 0.1 would cut it."""
+    aug = Augmentation(area=(0.02, 0.14), min_covered=0)
+    box = draw_params(aug, 0, 0, np.arange(N), 0, SIZES).box.astype(float)
+    share = box[:, 2] * box[:, 3] / (375 * 500)
+    assert share.min() == pytest.approx(0.02, rel=0.02)
+    assert share.max() == pytest.approx(0.14, rel=0.02)
+    least = replace(aug, min_covered=0.1)
+    box = draw_params(least, 0, 0, np.arange(N), 0, SIZES).box.astype(float)
+    assert (box[:, 2] * box[:, 3]).min() >= 0.1 * 375 * 500
+    with pytest.raises(ValueError, match=r"min_covered must be below the end of area .* got 0\.1"):
+        Augmentation(area=(0.02, 0.1))
+    assert Augmentation(area=(0.02, 0.1), spec="torchvision").min_covered == 0.1
 
 
 def test_a_step_of_probability_0_never_happens():

@@ -473,23 +473,26 @@ def test_more_views_begin_with_those_of_the_two_view_loader():
 def test_small_crops_are_further_views_of_their_own_size():
     images = np.random.default_rng(0).integers(0, 255, (10, 40, 40, 3), dtype=np.uint8)
     aug = Augmentation(16)
-    small = replace(aug, size=8, area=(0.05, 0.14))
+    small = replace(aug, size=8, area=(0.05, 0.14), min_covered=0)
     options = {"seed": 3, "augmentation": aug, "channels_last": True}
     two = TwoViewLoader(images, 4, **options)
     crops = MultiViewLoader(images, 4, n_views=2, small_crops=3, small=small, **options)
-    sizes = np.full((4, 2), 40)
+    sizes, found = np.full((4, 2), 40), []
     for (*pair, index), (*views, same_index) in zip(two, copy.deepcopy(crops), strict=True):
         assert torch.equal(index, same_index)
         assert all(torch.equal(a, b) for a, b in zip(pair, views[:2], strict=True))
         for number, view in enumerate(views[2:], start=2):
             params = draw_params(small, 3, 0, index.numpy(), number, sizes)
             area = params.box[:, 2] * params.box[:, 3] / 40**2
-            assert ((area > 0.04) & (area < 0.15)).all()
+            assert ((area >= 0.05) & (area <= 0.14)).all()
+            found.append(area)
             expected = apply_views(images[index.numpy()], params, small)
             assert torch.equal(view, expected)
             assert view.is_contiguous(memory_format=torch.channels_last)
+    assert np.min(found) < 0.07
+    assert np.max(found) > 0.12
     assert crops.row_counts() == [20]
-    with pytest.raises(ValueError, match="small must be the augmentation with another size"):
+    with pytest.raises(ValueError, match="small may differ from the augmentation in size, area"):
         MultiViewLoader(
             images, 4, n_views=2, small_crops=1, small=replace(small, p_gray=0), **options
         )

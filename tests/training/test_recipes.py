@@ -212,6 +212,11 @@ def test_options_reach_the_optimizer():
         "eps": 1e-8,
     }.items():
         assert made.param_groups[0][name] == value
+    (whole,) = build_optimizer(
+        model, replace(TINY, decay_norms=True, weight_decay=0.1)
+    ).param_groups
+    assert sum(p.numel() for p in whole["params"]) == 28
+    assert (whole["weight_decay"], whole["adapt"]) == (0.1, True)
     for name, kind in {
         "sgd": torch.optim.SGD,
         "adam": torch.optim.Adam,

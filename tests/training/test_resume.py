@@ -57,6 +57,7 @@ OTHER = {
     "batch_size": 6,
     "optimizer": "adam",
     "lars_variant": "lightly",
+    "decay_norms": True,
     "queue": 8,
     "ema": 0.9,
     "seed": 7,
