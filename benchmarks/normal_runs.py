@@ -5,8 +5,8 @@
     python -m benchmarks.normal_runs --only none       draw
 
 Each run takes less than a minute of one CPU core. Their lines of metrics.jsonl, their warnings, and
-the accuracy of k-NN on held-out training images go to benchmarks/results/normal_runs.json, and
-docs/normal.png is drawn from it.
+the accuracy of k-NN on held-out training images go to benchmarks/results/normal_runs.json. The
+picture docs/normal.png and the table in docs/normal.md are made from it.
 """
 
 import json
@@ -34,7 +34,8 @@ from simclr_fast.training.setup import open_data
 from simclr_fast.utils.checkpoint import write_atomic
 from simclr_fast.utils.extras import need
 
-FILE, PICTURE = "normal_runs.json", "normal.png"
+FILE, PICTURE, PAGE = "normal_runs.json", "normal.png", "normal.md"
+_BEGIN, _END = "<!-- runs -->\n", "<!-- end of runs -->"
 DOCS = RESULTS.parents[1] / "docs"
 _STEPS, _NEIGHBOURS = 320, 20
 # The images of the starved run: their number, and their side in pixels.
@@ -55,6 +56,9 @@ COLOURS = {
     "no-colour": "#009E73",
     "starved": "#CC79A7",
 }
+
+# Values of the table, and their digits after the point.
+_DIGITS = {"rank_z": 1, "alignment": 2, "uniformity": 2}
 
 Name = Literal["good", "stalled", "collapsed", "no-colour", "starved"]
 
@@ -183,6 +187,44 @@ def draw(runs: dict[str, Any], path: Path) -> None:
     write_atomic(path, lambda part: figure.savefig(part, format="png", dpi=110))
 
 
+def table(runs: dict[str, Any]) -> str:
+    """The last line of every run, as Markdown."""
+    lines = [
+        "| run | options | loss | chance | accuracy | rank of z | alignment | uniformity | waiting "
+        "| k-NN |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    common = config_of("good", runs["good"]["rows"][-1]["step"])[1] if "good" in runs else ""
+    for name in COLOURS:
+        if name not in runs:
+            continue
+        run = runs[name]
+        last = run["rows"][-1]
+        own = run["options"].removeprefix(common).strip()
+        knn = "" if run["knn"] is None else f"{100 * run['knn']:.1f}%"
+        values = [
+            name.replace("-", " "),
+            f"`{own}`" if own else f"`{common}`",
+            f"{last['loss']:.2f}",
+            f"{last['chance_loss']:.2f}",
+            f"{100 * last['contrastive_accuracy']:.0f}%",
+            *(f"{last[key]:.{digits}f}" for key, digits in _DIGITS.items()),
+            f"{last['data_wait_percent']:.0f}%",
+            knn,
+        ]
+        lines.append(f"| {' | '.join(values)} |")
+    where = next(iter(runs.values()))["environment"]
+    lines += ["", f"{where['when'][:10]}, {where['threads']} thread of {where['cpu']}."]
+    return "\n".join(lines) + "\n"
+
+
+def filled(page: str, runs: dict[str, Any]) -> str:
+    """The page with the table between its marks."""
+    before, _, rest = page.partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    return f"{before}{_BEGIN}{table(runs)}{_END}{after}"
+
+
 def main() -> None:
     given = harness.parse(CommandLine, "normal_runs", __doc__)
     path = given.results / FILE
@@ -194,6 +236,10 @@ def main() -> None:
             write_atomic(path, lambda part, text=text: part.write_text(text))
             print(f"trained        {name}: {runs[name]['core_seconds']} core-seconds")
     draw(runs, given.docs / PICTURE)
+    page = given.docs / PAGE
+    if page.exists():
+        text = filled(page.read_text(), runs)
+        write_atomic(page, lambda part: part.write_text(text))
     print(f"written        {given.docs / PICTURE}")
 
 
