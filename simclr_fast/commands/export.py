@@ -8,6 +8,7 @@ import tyro
 from simclr_fast.models.encoders import Stem
 from simclr_fast.models.export import Format, export_encoder
 from simclr_fast.models.weights import load_weights
+from simclr_fast.utils.extras import require
 from simclr_fast.utils.launch import require_one_process
 
 
@@ -35,12 +36,19 @@ class Export:
     """What stands before the names of the encoder's weights, if the file has several encoders."""
     image_size: int | None = None
     """Side of the images in pixels, for torch-export and onnx. By default that of the training."""
+    push: str | None = None
+    """For hub: upload the folder to this repository USER/NAME of the Hugging Face Hub. A new one is
+    private. Without it nothing is uploaded."""
 
 
 def run(arguments: list[str]) -> int:
     """Write an encoder in the format of another library, and print how to load it."""
     given = tyro.cli(Export, args=arguments, prog="simclr-fast export")
     require_one_process()
+    if given.push is not None and given.format != "hub":
+        raise ValueError(f"push is for format hub, got {given.format}")
+    if given.push is not None:
+        require(["huggingface_hub"])
     weights = load_weights(
         given.encoder,
         model=given.model,
@@ -57,4 +65,8 @@ def run(arguments: list[str]) -> int:
         f"written        {exported.path}, outputs within {exported.difference:.0e} of the largest"
     )
     print(f"load it by     {exported.usage}")
+    if given.push is not None:
+        from simclr_fast.models.hub import push
+
+        print(f"uploaded       {push(given.to, given.push)}")
     return 0

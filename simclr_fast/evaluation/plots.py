@@ -216,7 +216,7 @@ def plot_pairs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     axis.scatter(*second.T, s=12, color="#D55E00", label="view 2")
     axis.set_title("h of a batch, first two principal components", fontsize=10)
     axis.legend(loc="best", fontsize=8)
-    canvas = FigureCanvasAgg(figure)
+    canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 

@@ -10,12 +10,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from simclr_fast.models.card import write_card
 from simclr_fast.models.encoders import cut_classifier
 from simclr_fast.models.weights import Weights
 from simclr_fast.utils import checkpoint
 from simclr_fast.utils.extras import need
 
-Format = Literal["torchvision", "timm", "safetensors", "torch-export", "onnx"]
+Format = Literal["torchvision", "timm", "hub", "safetensors", "torch-export", "onnx"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 # Relative to the largest output. Other libraries pool and fuse in another order, so that float32
 # rounds differently.
@@ -42,6 +43,8 @@ def export_encoder(weights: Weights, folder: str | Path, form: Format) -> Export
         torchvision's detection and segmentation backbones load it too.
     timm: a folder for timm's "local-dir:".
         These two formats need width 1 and the ImageNet stem.
+    hub: a folder for a hub of models, with a model card: weights for `load_weights` and
+        `HubEncoder`, and for timm if it has such a model.
     safetensors: encoder.safetensors, for `load_weights`.
     torch-export: encoder.pt2. onnx: encoder.onnx.
         These two take any batch size, and images of `weights.augmentation.size` pixels.
@@ -55,6 +58,7 @@ def export_encoder(weights: Weights, folder: str | Path, form: Format) -> Export
     write = {
         "torchvision": _torchvision,
         "timm": _timm,
+        "hub": _hub,
         "safetensors": _safetensors,
         "torch-export": _torch_export,
         "onnx": _onnx,
@@ -78,13 +82,28 @@ def _torchvision(weights: Weights, folder: Path) -> Exported:
 
 
 def _timm(weights: Weights, folder: Path) -> Exported:
-    timm = need("timm")
     safetensors = need("safetensors.torch")
+    theirs, config = _for_timm(weights)
+    difference = _compare(weights, theirs)
+    path, state = folder / "model.safetensors", _plain_state(theirs)
+    packed = safetensors.save(state)
+    checkpoint.write_atomic(path, lambda part: part.write_bytes(packed))
+    _write_json(folder / "config.json", config)
+    usage = f'model = timm.create_model("local-dir:{folder}", pretrained=True)'
+    return Exported(path, difference, usage)
+
+
+def _for_timm(weights: Weights) -> tuple[nn.Module, dict[str, Any]]:
+    """timm's model with these weights, and its config.json.
+
+    Raises:
+        ValueError: timm has no such model.
+    """
     name = _plain_name(weights, "timm")
+    timm = need("timm")
     if not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}")
     theirs = timm.create_model(name, num_classes=0)
-    difference = _compare(weights, _loaded(theirs, weights))
     augmentation = weights.augmentation
     config = {
         "architecture": name,
@@ -100,13 +119,40 @@ def _timm(weights: Weights, folder: Path) -> Exported:
             "classifier": theirs.pretrained_cfg["classifier"],
         },
     }
-    path, state = folder / "model.safetensors", _plain_state(theirs)
-    packed = safetensors.save(state)
-    checkpoint.write_atomic(path, lambda part: part.write_bytes(packed))
-    text = json.dumps(config, indent=2) + "\n"
-    checkpoint.write_atomic(folder / "config.json", lambda part: part.write_text(text))
-    usage = f'model = timm.create_model("local-dir:{folder}", pretrained=True)'
-    return Exported(path, difference, usage)
+    return _loaded(theirs, weights), config
+
+
+def _hub(weights: Weights, folder: Path) -> Exported:
+    about = weights.about()
+    try:
+        theirs, config = _for_timm(weights)
+    except ValueError:
+        # An encoder of ours that timm lacks, such as a narrow one.
+        theirs, config = _loaded(weights.build(), weights), {"library": "simclr_fast"}
+    difference = _compare(weights, theirs)
+    path = folder / "model.safetensors"
+    # With our metadata, which timm ignores: `load_weights` rebuilds the encoder from it.
+    checkpoint.save_encoder(path, theirs, about)
+    _write_json(folder / "config.json", config | {"simclr_fast": about})
+    ours = (
+        "from simclr_fast.models.hub import HubEncoder\n\n"
+        'encoder = HubEncoder.from_pretrained("USER/NAME")  # images → features'
+    )
+    by_timm = "architecture" in config
+    timms = 'import timm\n\nmodel = timm.create_model("hf-hub:USER/NAME", pretrained=True).eval()'
+    usage = f"{timms}\n\n# or\n{ours}" if by_timm else ours
+    write_card(weights, folder, usage, ["timm"] if by_timm else [])
+    local = (
+        f'timm.create_model("local-dir:{folder}", pretrained=True)'
+        if by_timm
+        else f'HubEncoder.from_pretrained("{folder}")'
+    )
+    return Exported(path, difference, f"model = {local}")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=2) + "\n"
+    checkpoint.write_atomic(path, lambda part: part.write_text(text))
 
 
 def _safetensors(weights: Weights, folder: Path) -> Exported:

@@ -102,11 +102,12 @@ def load_weights(
     """Read an encoder from a checkpoint. No code in the file is run.
 
     path: a .safetensors file; a file that torch.save wrote (.pth, .pt, .ckpt) with a state_dict or
-        dicts that hold one, at any depth; or the output folder of a run. The names of the weights
-        may be ours (encoder.safetensors, checkpoints/step-*.pt), those of torchvision and timm, or
-        those of lightly (a ResNet, or the Sequential of its children), with any prefix before them:
-        solo-learn's "backbone." and "encoder.", MoCo's "module.encoder_q.", "base_encoder.",
-        "model.backbone.", "teacher.", VISSL's "_feature_blocks.". "_orig_mod." is removed.
+        dicts that hold one, at any depth; or the folder of a run or of `export --format hub`. The
+        names of the weights may be ours (encoder.safetensors, checkpoints/step-*.pt), those of
+        torchvision and timm, or those of lightly (a ResNet, or the Sequential of its children),
+        with any prefix before them: solo-learn's "backbone." and "encoder.", MoCo's
+        "module.encoder_q.", "base_encoder.", "model.backbone.", "teacher.", VISSL's
+        "_feature_blocks.". "_orig_mod." is removed.
     model, width, stem: the encoder's architecture, as in `build_encoder`. By default it is read
         from our own files, and for other files of ResNets inferred from the shapes of the weights.
         Shapes do not tell the stride and padding of a 3×3 first layer: stem is then "cifar", or
@@ -125,7 +126,9 @@ def load_weights(
     """
     path = Path(path)
     if path.is_dir():
-        path = path / "encoder.safetensors"
+        # Of a run, or of an export for a hub.
+        exported, path = path / "model.safetensors", path / "encoder.safetensors"
+        path = exported if exported.exists() and not path.exists() else path
     content, about, start = _read(path)
     tensors = _tensors(content, path)
     layout: Layout = "simclr_fast"

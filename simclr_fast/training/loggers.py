@@ -4,7 +4,7 @@ import csv
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ def open_loggers(
     was logged after it is dropped where the library can do so.
     """
     require_loggers(names)
+    kinds: dict[str, Callable[[Path, dict[str, Any], int], Logger]]
     kinds = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio, "csv": Csv}
     return [kinds[name](out, config, first) for name in dict.fromkeys(names)]
 
