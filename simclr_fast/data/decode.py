@@ -3,6 +3,7 @@
 Every decoder has `run(parts)`, which yields each part with its images, in order, and reads ahead.
 """
 
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +24,12 @@ from simclr_fast.data.sources import Source
 from simclr_fast.utils.extras import need, require
 
 READ_AHEAD = 2
+# Where reading a file takes longer than _SLOW_READ seconds on average, as on a network file system,
+# _READERS files are read at once, up to _READ_IMAGES or _READ_BYTES before they are decoded.
+_SLOW_READ = 1e-3
+_READERS = 32
+_READ_IMAGES = 256
+_READ_BYTES = 1 << 28
 # If all decoded images of a data set take less than this, they are kept in memory.
 _KEPT_BYTES = 1 << 30
 Result = TypeVar("Result")
@@ -153,11 +160,80 @@ class PixelReader:
         return images, sizes.reshape(-1, 2)
 
 
+class ReadAhead:
+    """Reads the samples of coming parts before they are asked for, where reading is slow.
+
+    While a network file system answers, no core is busy, so more threads read than decode. Where a
+    read takes less than _SLOW_READ, they would only cost time, and nothing is read ahead.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._pool: ThreadPoolExecutor | None = None
+        self._coming: dict[int, Future[Any]] = {}
+        # Of the last reads. Threads add to them without a lock: a lost read does not matter.
+        self._reads, self._seconds, self._bytes = 0, 0.0, 0
+
+    def read(self, i: int) -> Any:
+        """What the source has for sample i."""
+        coming = self._coming.pop(i, None)
+        return self._timed(i) if coming is None else coming.result()
+
+    def parts(self, parts: Iterable[Part]) -> Iterator[Part]:
+        """Yield the parts, each after its samples and those of parts after it are being read."""
+        for i in list(self._coming):
+            self._drop(i)
+        waiting: deque[Part] = deque()
+        try:
+            for part in parts:
+                waiting.append(part)
+                if self._slow():
+                    self._start(part.ids)
+                while waiting and not (self._slow() and self._has_room(waiting)):
+                    yield waiting.popleft()
+            while waiting:
+                yield waiting.popleft()
+        finally:
+            for part in waiting:
+                for i in part.ids.tolist():
+                    self._drop(i)
+
+    def _timed(self, i: int) -> Any:
+        start = time.perf_counter()
+        encoded = self._source.read(i)
+        if self._reads >= 1000:
+            self._reads, self._seconds = self._reads // 2, self._seconds / 2
+            self._bytes //= 2
+        self._reads += 1
+        self._seconds += time.perf_counter() - start
+        self._bytes += len(encoded)
+        return encoded
+
+    def _slow(self) -> bool:
+        return self._seconds > _SLOW_READ * self._reads
+
+    def _has_room(self, waiting: Iterable[Part]) -> bool:
+        images = sum(len(part.ids) for part in waiting)
+        return images < _READ_IMAGES and images * self._bytes < _READ_BYTES * self._reads
+
+    def _start(self, ids: np.ndarray) -> None:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="read-ahead")
+        for i in ids.tolist():
+            if i not in self._coming:
+                self._coming[i] = self._pool.submit(self._timed, i)
+
+    def _drop(self, i: int) -> None:
+        if coming := self._coming.pop(i, None):
+            coming.cancel()
+
+
 class FileReader:
     """Encoded samples of a source, read and checked by several threads."""
 
     def __init__(self, source: Source, num_threads: int) -> None:
         self.source, self.num_threads = source, num_threads
+        self.ahead = ReadAhead(source)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="read-images")
         self._tried = np.zeros(len(source), dtype=bool)
 
@@ -193,7 +269,7 @@ class FileReader:
 
     def decoded(self, i: int) -> np.ndarray:
         """Sample i, decoded with Pillow: uint8 [H, W, 3]; or by `channel_pixels`."""
-        encoded = self.source.read(i)
+        encoded = self.ahead.read(i)
         if self.source.channels != 3:
             return channel_pixels(encoded, self.source.channels)
         return pillow_pixels(encoded)
@@ -226,7 +302,7 @@ class FileReader:
         return max(self._pool.map(pixels, ids.tolist()))
 
     def _checked_file(self, i: int) -> tuple[np.ndarray, tuple[int, int]]:
-        encoded, size = in_common_format(self.source.read(i))
+        encoded, size = in_common_format(self.ahead.read(i))
         if not self._tried[i]:
             try_decoding(encoded)
             self._tried[i] = True
@@ -251,7 +327,7 @@ class PillowDecoder:
     def run(self, parts: Iterable[Part]) -> Iterator[tuple[Part, list[np.ndarray]]]:
         ahead: deque[tuple[Part, list[Future[np.ndarray]]]] = deque()
         try:
-            for part in parts:
+            for part in self.reader.ahead.parts(parts):
                 ahead.append((part, self.reader.start(part.ids, self.reader.decoded)))
                 if len(ahead) > READ_AHEAD:
                     yield self._finish(*ahead.popleft())
@@ -291,6 +367,8 @@ class DaliRunner:
         raise NotImplementedError
 
     def run(self, parts: Iterable[Part]) -> Iterator[tuple[Part, list[Any]]]:
+        if isinstance(self.reader, FileReader):
+            parts = self.reader.ahead.parts(parts)
         self._parts, self._in_flight = iter(parts), deque()
         pipeline, self._pipeline = self._pipeline or self.build(), None
         while (outputs := self._next_outputs(pipeline)) is not None:

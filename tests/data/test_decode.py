@@ -1,6 +1,9 @@
 """What DALI's decoder makes of unusual files, beside Pillow, on a photograph."""
 
 import io
+import threading
+import time
+import warnings
 from importlib.util import find_spec
 from itertools import islice
 
@@ -16,6 +19,7 @@ from simclr_fast.data import decode
 from simclr_fast.data.datasets import open_source
 from simclr_fast.data.decode import decode_some
 from simclr_fast.data.loader import TwoViewLoader
+from simclr_fast.data.sources import FileSource
 
 HAS_DALI = find_spec("nvidia.dali") is not None
 needs_dali = pytest.mark.skipif(not HAS_DALI, reason="DALI is optional (Linux)")
@@ -134,3 +138,81 @@ def test_small_sets_are_decoded_once(tmp_path, monkeypatch, kept):
         assert len(found) == 3
         for batch, other in zip(found, wanted, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(batch, other, strict=True)), epoch
+
+
+class SlowFiles(FileSource):
+    """Takes 10 ms to read a file, as a network file system does, and counts the reads at once."""
+
+    def __init__(self, paths):
+        super().__init__(paths)
+        self.lock, self.now, self.most = threading.Lock(), 0, 0
+
+    def read(self, i):
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        time.sleep(0.01)
+        with self.lock:
+            self.now -= 1
+        return super().read(i)
+
+
+@pytest.mark.parametrize("dali", [pytest.param(True, marks=needs_dali), False])
+def test_slow_files_are_read_ahead_in_the_same_order(tmp_path, monkeypatch, dali):
+    if not dali:
+        monkeypatch.setattr(decode, "dali_import_error", lambda: ImportError("no DALI"))
+        decode._check_pillow.cache_clear()
+    monkeypatch.setattr(decode, "_KEPT_BYTES", 0)
+    for i in range(300):
+        Image.new("RGB", (8, 8), (i % 256, i // 256, 0)).save(tmp_path / f"{i:03}.png")
+    (tmp_path / "200.png").write_bytes(b"no image")
+    paths = sorted(tmp_path.iterdir())
+    options = {"augmentation": Augmentation(8), "batch_size": 20, "num_threads": 2}
+    options |= {"on_error": "skip"}
+    slow = SlowFiles(paths)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        plain, loader = (TwoViewLoader(files, **options) for files in (FileSource(paths), slow))
+        expected, found = (
+            [(a.clone(), b.clone(), i) for a, b, i in batches] for batches in (plain, loader)
+        )
+    assert loader.skipped == {200}
+    assert 2 < slow.most <= decode._READERS + 2
+    assert len(found) == len(expected) == 15
+    for batch, other in zip(found, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(batch, other, strict=True))
+
+
+@pytest.mark.parametrize(("images", "size", "most"), [(64, 1 << 20, 80), (256, 1, 20)])
+def test_reading_ahead_takes_a_bounded_memory(tmp_path, monkeypatch, images, size, most):
+    monkeypatch.setattr(decode, "_READ_IMAGES", images)
+    monkeypatch.setattr(decode, "_READ_BYTES", size)
+    (tmp_path / "a").write_bytes(bytes(100))
+    ahead = decode.ReadAhead(SlowFiles([tmp_path / "a"] * 400))
+    ahead.read(0)
+    numbers = np.arange(400).reshape(20, 20)
+    handed_out, reads = [], []
+    for part in ahead.parts(decode.Part(step, ids) for step, ids in enumerate(numbers)):
+        handed_out.append(part.step)
+        reads.append(len(ahead._coming))
+        assert all(len(ahead.read(i)) == 100 for i in part.ids.tolist())
+        if part.step == 15:
+            break
+    assert handed_out == list(range(16))
+    assert max(reads) == most
+    # The next run drops what the last one left.
+    assert len(list(ahead.parts([]))) == 0
+    assert not ahead._coming
+
+
+def test_fast_files_are_not_read_ahead(tmp_path):
+    CHINA.resize((8, 8)).save(tmp_path / "a.png")
+    ahead = decode.ReadAhead(FileSource([tmp_path / "a.png"]))
+    parts = [PART] * 40
+    handed_out = []
+    for part in ahead.parts(iter(parts)):
+        ahead.read(0)
+        handed_out.append(part)
+        assert not ahead._coming
+    assert handed_out == parts
+    assert ahead._pool is None
