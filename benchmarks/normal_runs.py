@@ -194,7 +194,7 @@ def table(runs: dict[str, Any]) -> str:
         "| k-NN |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    common = config_of("good", runs["good"]["rows"][-1]["step"])[1] if "good" in runs else ""
+    common = runs["good"]["options"] if "good" in runs else ""
     for name in COLOURS:
         if name not in runs:
             continue

@@ -193,11 +193,7 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
             due = late or last or stop is not None or step % config.checkpoint_every == 0
             if due and world.rank == 0:
                 world.mark(step, "saving a checkpoint")
-                state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
-                state |= {"step": step, "loss": shown["loss"], "version": __version__}
-                state["probe"] = None if probe is None else probe.state
-                state["encoder"] = describe(config)
-                checkpoint.save_checkpoint(folder, step, state)
+                save(folder, step, shown["loss"], config, parts, probe)
                 if metrics is not None:
                     metrics.pictures(step, views)
                 saved_at = time.monotonic()
@@ -224,6 +220,22 @@ def endless(loader: TwoViewLoader | OneViewLoader) -> Generator[tuple[Tensor, ..
     """The batches of all epochs, one after the other, without end."""
     while True:
         yield from loader
+
+
+def save(
+    folder: Path,
+    step: int,
+    loss: Tensor,
+    config: PretrainConfig,
+    parts: dict[str, Any],
+    probe: OnlineProbe | None,
+) -> None:
+    """Write a checkpoint from which `resume` continues and `load_weights` reads the encoder."""
+    state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
+    state |= {"step": step, "loss": loss, "version": __version__}
+    state["probe"] = None if probe is None else probe.state
+    state["encoder"] = describe(config)
+    checkpoint.save_checkpoint(folder, step, state)
 
 
 def resume(

@@ -97,12 +97,13 @@ class Metrics:
     def pictures(self, step: int, views: Sequence[Tensor]) -> None:
         """Give pictures of a batch's views and features to the loggers.
 
-        views: those of this step, [N, C, S, S] each.
+        views: those of this step, [N, C, S, S] each. Small crops are not shown.
         """
         if not self._loggers or all(isinstance(logger, Csv) for logger in self._loggers):
             return
         aug = self.config.augmentation
-        pictures = {"views": views_picture(views, aug.mean or (), aug.std or ())}
+        shown = views[: self.config.views]
+        pictures = {"views": views_picture(shown, aug.mean or (), aug.std or ())}
         if self._kept is not None:
             pictures["features"] = embedding_picture(self._kept, self._looked_at)
         for name, picture in pictures.items():

@@ -109,7 +109,7 @@ def test_the_average_is_of_the_encoder(config, monkeypatch):
 
 def test_the_report_probes_the_average(config, monkeypatch):
     labelled = ArraySource(pixels(), np.arange(30) % 3)
-    monkeypatch.setattr(report, "open_data", lambda config, split="train": labelled)
+    monkeypatch.setattr(report, "images_to_evaluate", lambda config, split="train": labelled)
     config = replace(config, ema=0.9)
     lines = list(report.run_report(config, pretrain(config)))
     assert any(line.startswith("average of its weights") for line in lines)

@@ -170,6 +170,23 @@ def test_a_collapse_is_named(metrics, caplog):
     assert "at step 402" in said
 
 
+def test_small_crops_do_not_disturb_the_pictures(metrics):
+    class Recorder:
+        def __init__(self):
+            self.shapes = []
+
+        def picture(self, step, name, pixels):
+            self.shapes.append((name, pixels.shape))
+
+        def close(self):
+            pass
+
+    recorder = Recorder()
+    metrics._loggers = [recorder]
+    metrics.pictures(2, [torch.rand(4, 3, size, size) for size in (16, 16, 8, 8)])
+    assert recorder.shapes == [("views", (4 * 16, 2 * 16, 3))]
+
+
 class Slow(ArraySource):
     """A slow disk."""
 
