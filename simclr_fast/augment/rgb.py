@@ -29,7 +29,11 @@ def rgb_array(picture: Any, *, upright: bool = True) -> np.ndarray:
     picture.load()
     mode = picture.mode
     if mode == "F" or mode.startswith("I"):
-        pixels = gray_levels(np.asarray(picture), f"mode {mode}")
+        values = np.asarray(picture)
+        if values.dtype.kind == "i":
+            _check_range(values, 65535, f"mode {mode}")
+            values = values.astype(np.uint16)
+        pixels = gray_levels(values, f"mode {mode}")
         pixels = np.repeat(pixels[..., None], 3, axis=2)
     else:
         if mode == "La":
@@ -44,7 +48,7 @@ def rgb_array(picture: Any, *, upright: bool = True) -> np.ndarray:
 def gray_levels(values: np.ndarray, kind: str) -> np.ndarray:
     """Scale grayscale or channels of more than 8 bits to uint8, by the rules above.
 
-    values: uint8, uint16, int32 (as 16-bit) or floating. kind: what they are, for the error.
+    values: uint8, bool, uint16 or floating. kind: what they are, for the error.
 
     Raises:
         ValueError: values are out of range or not finite. TypeError: another dtype.
@@ -53,20 +57,23 @@ def gray_levels(values: np.ndarray, kind: str) -> np.ndarray:
         return values
     if values.dtype == bool:
         return values * np.uint8(255)
-    kind_and_bytes = values.dtype.kind, values.dtype.itemsize
     if values.dtype.kind == "f":
-        highest, scale = 1, 255.0
-    elif kind_and_bytes in (("u", 2), ("i", 4)):
-        highest, scale = 65535, 1 / _LEVELS16
+        _check_range(values, 1, kind)
+        scale = 255.0
+    elif (values.dtype.kind, values.dtype.itemsize) == ("u", 2):
+        scale = 1 / _LEVELS16
     else:
         raise TypeError(f"pixels must be uint8, uint16 or floating in [0, 1], got {values.dtype}")
-    if kind_and_bytes != ("u", 2) and values.size:
+    return np.rint(values.astype(np.float64) * scale).astype(np.uint8)
+
+
+def _check_range(values: np.ndarray, highest: int, kind: str) -> None:
+    if values.size:
         low, high = float(values.min()), float(values.max())
         if not (low >= 0 and high <= highest):
             raise ValueError(
                 f"pixels of {kind} must lie in [0, {highest}], got {low:g} to {high:g}: scale them"
             )
-    return np.rint(values.astype(np.float64) * scale).astype(np.uint8)
 
 
 def orientation(picture: Any) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
@@ -43,6 +44,15 @@ _TORCHVISION: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
     "svhn": ("SVHN", [{"split": "train"}], {"split": "test"}),
 }
 TORCHVISION = tuple(_TORCHVISION)
+# What to do with files that hold images and are not read.
+_INSTEAD = {
+    ".npy": "pass np.load(file), or channels= for one array per image",
+    ".npz": "pass an array of np.load(file)",
+    ".csv": "of labels: pass the images, and this as labels",
+    ".txt": "of paths: pass them as a list",
+    ".parquet": "pass datasets.load_dataset('parquet', data_files=...)",
+    ".zip": "unpack it",
+}
 # What the parts of a data set are called.
 _SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
 
@@ -188,24 +198,38 @@ def _opened(data: Any, image_key: str | None, on_error: OnError, channels: int) 
     if isinstance(data, Source):
         return data
     if isinstance(data, Tensor):
-        data = data.numpy(force=True)
+        data = (data.float() if data.dtype == torch.bfloat16 else data).numpy(force=True)
+    if isinstance(data, np.ndarray) and data.dtype.kind in "OSU":
+        data = data.tolist()
     if isinstance(data, np.ndarray):
         return ArraySource(_channels_last(data, channels))
-    if isinstance(data, str | Path):
-        path = Path(data).expanduser()
+    if isinstance(data, str | os.PathLike):
+        path = Path(_local(os.fspath(data))).expanduser()
         if not path.is_dir():
             paths = [path] if path.exists() else _matching(str(path))
             return _open_files(paths, Account(on_error), image_key, channels)
         if is_saved(path):
             return _opened(load_saved(path, "train"), image_key, on_error, channels)
         return _open_folder(path, Account(on_error), image_key, channels)
-    if isinstance(data, Sequence) and len(data) and isinstance(data[0], str | Path):
-        return _open_files([Path(p) for p in data], Account(on_error), image_key, channels)
-    if isinstance(data, Sequence) and len(data) and isinstance(data[0], np.ndarray):
+    first = data[0] if isinstance(data, list | tuple) and data else None
+    if isinstance(first, str | os.PathLike):
+        paths = [Path(_local(os.fspath(p))) for p in data]
+        return _open_files(paths, Account(on_error), image_key, channels)
+    if isinstance(first, np.ndarray):
+        if first.ndim > 3:
+            raise ValueError(
+                f"a list must hold one image after the other, got {list(first.shape)} first: pass "
+                "labels by labels="
+            )
         return ArraySource(data)
     if isinstance(data, dict):
         names = ", ".join(map(str, list(data)[:5]))
         raise ValueError(f"data must be one data set, got a dict of {names}: pass one of them")
+    if hasattr(data, "iloc"):
+        raise ValueError(
+            f"data must be images or their paths, got {type(data).__name__}: pass a list of one "
+            "column, and labels="
+        )
     if isinstance(data, IterableDataset) or type(data).__name__ == "IterableDataset":
         raise ValueError(
             f"data must have a length and images by number; {type(data).__name__} streams them. "
@@ -213,12 +237,23 @@ def _opened(data: Any, image_key: str | None, on_error: OnError, channels: int) 
         )
     if is_dataset(data) and len(data):
         return HuggingFaceSource(data, Account(on_error), image_key)
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data):
+    is_sequence = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    if is_sequence and not isinstance(data, bytes) and len(data):
         return DatasetSource(data)
     raise ValueError(
         f"data must be a folder, files, an array or a data set of images, got {type(data).__name__}"
         + (" without elements" if hasattr(data, "__len__") and not len(data) else "")
     )
+
+
+def _local(name: str | bytes) -> str:
+    """The name of a path on this machine."""
+    text = os.fsdecode(name)
+    if not text:
+        raise ValueError("data must be a path, got an empty text")
+    if text.startswith("pipe:") or re.match(r"[a-z0-9]+://", text):
+        raise ValueError(f"data must be on this machine, got {printable(text)}: download it first")
+    return text
 
 
 def _matching(pattern: str) -> list[Path]:
@@ -249,6 +284,13 @@ def _braces(text: str) -> list[str]:
 
 def _channels_last(images: np.ndarray, channels: int) -> np.ndarray:
     allowed = (1, 3) if channels == 3 else (channels,)
+    if len(images) and 0 in images.shape:
+        raise ValueError(f"images must have pixels, got {images.shape}")
+    if images.ndim == 3 and channels == 3 and images.shape[2] in (3, 4):
+        raise ValueError(
+            f"images must be [n, H, W, C], got one image of {images.shape}: pass images[None], or "
+            "gray images of that width as [n, H, W, 1]"
+        )
     if images.ndim == 3 and 1 in allowed:
         return images[..., None]
     if images.ndim == 4 and images.shape[3] in allowed:
@@ -333,7 +375,8 @@ def _open_files(
             raise ValueError(f"all shards must have one suffix, got {', '.join(found)}")
         return ShardSource(paths, account, image_key)
     if unknown := {path.suffix.lower() for path in paths} - suffixes(channels):
-        named = (f"{s} ({pip})" if (pip := unread(s)) else s for s in sorted(unknown))
+        hints = {s: unread(s) or _INSTEAD.get(s) for s in sorted(unknown)}
+        named = (f"{s} ({hint})" if hint else s for s, hint in hints.items())
         known = ", ".join(sorted(suffixes(channels)))
         raise ValueError(f"files must have a suffix of {known}, got {', '.join(named)}")
     source = FileSource(paths)

@@ -88,6 +88,10 @@ def _reason(data: bytes) -> str:
     """Why a file is not read, from its first bytes."""
     if not data:
         return "an empty file"
+    if data.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, not the file: git lfs pull"
+    if data.lstrip()[:9].lower().startswith((b"<html", b"<!doctype")):
+        return "a web page, perhaps of a failed download"
     brand = data[8:12] if data[4:8] == b"ftyp" else b""
     for suffix, name, found in (
         (".heic", "HEIC", brand in _HEIC_BRANDS),

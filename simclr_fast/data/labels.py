@@ -3,10 +3,12 @@
 -1, None and the empty string mean "unlabelled".
 """
 
+import codecs
 import csv
 import io
 import re
 import unicodedata
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -18,8 +20,11 @@ from simclr_fast.data.account import printable
 
 UNLABELLED = -1
 _LARGEST = np.iinfo(np.int64).max
+_ANY = "surrogateescape"
 _INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+# What programs write among numbers where one is missing.
+_MISSING = ("nan", "na", "n/a", "none", "null")
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_id", "id", "name")
 _LABEL_COLUMNS = ("label", "class", "category", "target", "species", "breed")
 
@@ -50,6 +55,8 @@ def as_labels(values: Any, count: int) -> Labels:
             f"labels must be an array, a tensor or a list with one label per image, got "
             f"{type(values).__name__}"
         )
+    if isinstance(values, np.ma.MaskedArray):
+        values = values.filled(UNLABELLED)
     if isinstance(values, Tensor):
         values = (values.double() if values.is_floating_point() else values).numpy(force=True)
     shape: tuple[int, ...] = np.shape(values) if hasattr(values, "__array__") else (len(values),)
@@ -84,10 +91,16 @@ def from_text(texts: Sequence[str | None]) -> Labels:
     """Labels that were written as text: numbers if all of them are, else classes.
 
     Raises:
-        ValueError: all are numbers, and one is not whole.
+        ValueError: all are numbers, and one is not whole; or one is "nan" or the like.
     """
     texts = [text.strip() or None if text is not None else None for text in texts]
     known = [text for text in texts if text is not None]
+    missing = [text for text in known if text.lower() in _MISSING]
+    if missing and all(_NUMBER.fullmatch(text) or text.lower() in _MISSING for text in known):
+        raise ValueError(
+            f"labels must be all numbers or all names, got {missing[0]!r} among numbers: an image "
+            "without a label has an empty one"
+        )
     for pattern, number in ((_INTEGER, int), (_NUMBER, float)):
         if all(pattern.fullmatch(text) for text in known):
             return as_labels([None if t is None else number(t) for t in texts], len(texts))
@@ -146,7 +159,7 @@ def read_csv(path: Path, names: Iterable[str]) -> Labels:
             a name in it belongs to several images.
     """
     names = list(names)
-    rows = _rows(path)
+    rows = _rows(path, names)
     of_row: dict[str, int] = {}
     for number, (name, text) in enumerate(rows):
         before = rows[of_row.setdefault(name, number)][1]
@@ -166,19 +179,30 @@ def read_csv(path: Path, names: Iterable[str]) -> Labels:
             f"{path} names none of the images; its first name is {rows[0][0]!r}, the first image "
             f"is {printable(names[0])!r}"
         )
+    if (unlabelled := found.count(None)) and (unknown := len(of_row) - len(used)):
+        name = next(name for name, row in of_row.items() if row not in used)
+        warnings.warn(
+            f"{path}: {unknown} names are of no image, such as {name!r}, and {unlabelled} images "
+            f"have no label, such as {printable(names[found.index(None)])!r}",
+            stacklevel=4,
+        )
     try:
         every = from_text([text for _, text in rows])
     except ValueError as error:
-        raise ValueError(f"{path}: {error}, counted from 0 in the file") from error
+        raise ValueError(f"{path}: {error} (images counted from 0 in the file)") from error
     if every.numbers is None:
         raise ValueError(f"{path} has no labels")
     numbers = [UNLABELLED if row is None else every.numbers[row] for row in found]
     return every._replace(numbers=np.array(numbers, np.int64))
 
 
-def _rows(path: Path) -> list[tuple[str, str]]:
-    """The (name, label) of every line, without the header."""
-    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+def _rows(path: Path, names: Sequence[str]) -> list[tuple[str, str]]:
+    """The (name, label) of every line, without the header. names: of the images."""
+    content = path.read_bytes()
+    # Excel writes UTF-16 as "Unicode text".
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = content.decode("utf-16" if wide else "utf-8-sig", "replace" if wide else _ANY)
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     delimiter = next((d for d in ("\t", ";") if d in text.partition("\n")[0]), ",")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     rows = [row for row in reader if any(cell.strip() for cell in row)]
@@ -190,6 +214,11 @@ def _rows(path: Path) -> list[tuple[str, str]]:
         for wanted in (_PATH_COLUMNS, _LABEL_COLUMNS)
     ]
     has_header = len(first) != 2 or columns != [-1, -1] or _unlike_the_rest(rows)
+    if len(first) == 2 and has_header:
+        # A line whose label looks unlike the others may still be that of an image.
+        only = {normal_path(rows[0][0]): 0}
+        depth = [next(iter(only)).count("/") + 1]
+        has_header = all(_row_of(name, only, depth) is None for name in names)
     if len(first) == 2 and -1 in columns:
         columns = [0, 1]
     if len(first) < 2 or -1 in columns:

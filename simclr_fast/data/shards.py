@@ -106,8 +106,9 @@ class ShardSource(Source):
     def _check(self, data: np.ndarray, record: Record) -> None:
         assert record.checked is not None
         start, length = record.checked
-        (stored,) = struct.unpack_from("<I", data, start + length)
-        if masked_crc32c(data[start : start + length]) != stored:
+        end = start + length
+        stored = int.from_bytes(data[end : end + 4].tobytes(), "little")
+        if masked_crc32c(data[start:end]) != stored:
             raise ValueError("the record is damaged: its checksum is wrong")
 
     def name(self, i: int) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 from simclr_fast.augment.channels import as_channels, picture_channels
 from simclr_fast.augment.rgb import gray_levels, rgb_array
 from simclr_fast.data.account import Account, printable
+from simclr_fast.data.image_check import channel_pixels, pillow_pixels
 from simclr_fast.data.labels import Labels, as_labels, read_csv
 
 # What torchvision's data sets call their labels, and the usual keys of dicts.
@@ -219,19 +220,7 @@ class ArraySource(Source):
         return len(self.images)
 
     def read(self, i: int) -> np.ndarray:
-        image = self.images[i]
-        if self.channels != 3:
-            return as_channels(image, self.channels)
-        if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
-            return image
-        if image.ndim == 2:
-            image = image[..., None]
-        if image.ndim != 3 or image.shape[2] not in (1, 3):
-            raise TypeError(
-                f"image {i} must be [H, W], [H, W, 1] or [H, W, 3], got {list(image.shape)}"
-            )
-        pixels = gray_levels(image, str(image.dtype))
-        return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+        return _array_pixels(self.images[i], self.channels, f"image {i}")
 
     def name(self, i: int) -> str:
         return f"image {i} of the array"
@@ -263,16 +252,48 @@ class DatasetSource(Source):
 
     def read(self, i: int) -> np.ndarray:
         image = _image_of(self.dataset[int(i)])
-        if isinstance(image, Tensor):
-            raise TypeError("the data set must give PIL images: pass it without a transform")
-        if self.channels == 3:
-            return rgb_array(image)
+        # An image of Hugging Face that is not decoded.
+        if isinstance(image, dict):
+            image = image.get("bytes") or image.get("path")
+        if isinstance(image, str | os.PathLike):
+            image = np.fromfile(image, np.uint8).tobytes()
+        if image is None:
+            raise ValueError("a sample without an image")
+        if isinstance(image, bytes):
+            encoded = np.frombuffer(image, np.uint8)
+            if self.channels == 3:
+                return pillow_pixels(encoded)
+            return channel_pixels(encoded, self.channels)
         if isinstance(image, np.ndarray):
-            return as_channels(image, self.channels)
-        return picture_channels(image, self.channels)
+            return _array_pixels(image, self.channels, self.name(i))
+        if isinstance(image, Tensor):
+            raise TypeError(
+                "the data set must give PIL images, not tensors: pass it without a transform, or "
+                "pass all images as one tensor [n, 3, H, W]"
+            )
+        if not hasattr(image, "getbands"):
+            raise TypeError(
+                "the data set must give PIL images, arrays, paths or the bytes of image files, got "
+                f"{type(image).__name__}"
+            )
+        return rgb_array(image) if self.channels == 3 else picture_channels(image, self.channels)
 
     def name(self, i: int) -> str:
         return f"sample {i} of {type(self.dataset).__name__}"
+
+
+def _array_pixels(image: np.ndarray, channels: int, name: str) -> np.ndarray:
+    """The pixels of an array: uint8 [H, W, 3], or as `as_channels` gives them."""
+    if channels != 3:
+        return as_channels(image, channels)
+    if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        return image
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.ndim != 3 or image.shape[2] not in (1, 3):
+        raise TypeError(f"{name} must be [H, W], [H, W, 1] or [H, W, 3], got {list(image.shape)}")
+    pixels = gray_levels(image, str(image.dtype))
+    return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
 
 
 def _image_of(item: Any) -> Any:
@@ -309,7 +330,8 @@ def _dataset_labels(dataset: Any) -> tuple[Any, tuple[str, ...]]:
     for name in _LABEL_ATTRIBUTES:
         labels = getattr(dataset, name, None)
         if labels is not None and hasattr(labels, "__len__") and len(labels) == len(dataset):
-            return labels, classes
+            change = getattr(dataset, "target_transform", None)
+            return (labels, classes) if change is None else ([*map(change, labels)], ())
     if isinstance(dataset, list | tuple):
         return _labels_of_items(dataset), classes
     return None, ()

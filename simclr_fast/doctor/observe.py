@@ -200,7 +200,7 @@ class Observer:
                 finally:
                     self._batch = []
 
-            LargeBatch.backward = backward_of  # type: ignore[method-assign]
+            setattr(LargeBatch, "backward", backward_of)
             stack.callback(setattr, LargeBatch, "backward", of_large_batch)
             yield
         self.end_step()

@@ -8,6 +8,7 @@ import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,9 @@ def host_group(group: dist.ProcessGroup) -> dist.ProcessGroup | None:
         if not dist.is_gloo_available():
             return None
         ranks = dist.get_process_group_ranks(group)
-        return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        made = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        assert isinstance(made, dist.ProcessGroup)
+        return made
     return group
 
 
@@ -70,13 +73,13 @@ def agree(model: nn.Module, loss: Tensor, host: dist.ProcessGroup) -> bool:
 def _operations(loss: Tensor, names: dict[nn.Parameter, str]) -> list[str]:
     """The names of the operations of a backward and of the parameters that it reaches."""
     found: list[str] = []
-    waiting, seen = [loss.grad_fn], {None}
+    waiting: list[Any] = [loss.grad_fn]
+    seen = {None}
     while waiting:
         node = waiting.pop()
         if node in seen:
             continue
         seen.add(node)
-        assert node is not None
         variable = getattr(node, "variable", None)
         found.append(node.name() if variable is None else names.get(variable, "another tensor"))
         waiting += [following for following, _ in node.next_functions]
@@ -95,10 +98,13 @@ class Average:
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup) -> None:
         self.group = group
-        self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
-        self.buckets = list(_buckets(list(self.names)[::-1]))
-        self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
-        self.missing = [set(bucket) for bucket in self.buckets]
+        trained = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        self.names: dict[Tensor, str] = {**trained}
+        self.buckets = list(_buckets(list(trained)[::-1]))
+        self.bucket_of: dict[Tensor, int] = {
+            p: i for i, bucket in enumerate(self.buckets) for p in bucket
+        }
+        self.missing: list[set[Tensor]] = [set(bucket) for bucket in self.buckets]
         self.started: list[_Bucket] = []
         self.streams: set[torch.cuda.Stream] = set()
         # The backward has a thread for every device.

@@ -127,7 +127,7 @@ def traced_once(model: nn.Module, trace: Callable[[], T]) -> T:
     before = State(dict(model.named_modules()))
     for _ in range(_TRACES):
         host, numbers = HostNumbers(), torch.get_rng_state()
-        with _Draws() as draws:
+        with _Draws() as draws:  # type: ignore[no-untyped-call]
             made = trace()
         if draws.drawn or not host.drawn():
             break

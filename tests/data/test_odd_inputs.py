@@ -10,6 +10,7 @@ import json
 import lzma
 import os
 import pickle
+import socket
 import tarfile
 import unicodedata
 
@@ -27,6 +28,7 @@ from odd_inputs import (
     write_tar,
 )
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from simclr_fast.augment.params import Augmentation
 from simclr_fast.data.datasets import named_source, open_source
@@ -140,9 +142,55 @@ FOLDERS = [
          error=r"both images .1. and archives .*/\*.png' or '.*/\*.tar'$"),
     Case("pictures chosen beside archives",
          lambda f: f"{folder({'0.png': 0, '1.tar': 'x'})(f)}/*.png", [0]),
+    Case("hard links", folder(AB, lambda f: os.link(f / "a/0.png", f / "a/2.png")), [0, 0, 1],
+         [0, 0, 1], ("a", "b")),
+    Case("a socket", folder(AB, lambda f: socket_in(f)), [0, 1], [0, 1], ("a", "b"),
+         {"neither a file nor a folder": 1}),
+    Case("folders that are called like images", folder({"a.png/0.png": 0, "b.jpg/1.png": 1}),
+         [0, 1], [0, 1], ("a.png", "b.jpg")),
+    Case("names that end in a dot or ~", folder(AB | {"a/2.png.": 2, "b/3.png~": 3}), [0, 1],
+         [0, 1], ("a", "b"), {".": 1, ".png~": 1}),
+    Case("a suffix alone", folder(AB | {"a/.png": 9}), [0, 1], [0, 1], ("a", "b"),
+         {"hidden or system": 1}),
+    Case("a pointer of Git LFS", folder(AB | {"a/2.jpg": "version https://git-lfs.github.com/s"}),
+         error="git lfs pull"),
+    Case("a web page", folder(AB | {"a/2.jpg": "\n<!DOCTYPE html><html>404</html>"}),
+         error="a web page"),
+    Case("bytes behind the end of an image", folder({"0.png": picture(0) + b"more" * 99,
+         "1.bmp": picture(1, "BMP") + b"more"}), [0, 1]),
+    Case("bytes before an image", folder({"0.png": b"\0" + picture(0)}), error="damaged, or"),
+    Case("an image of a format that is not read", folder({"0.png": picture(0, "TGA")}),
+         error="damaged, or neither"),
+    Case("a camera's raw file", folder(AB | {"a/2.CR2": "II*"}), [0, 1], [0, 1], ("a", "b"),
+         {".cr2": 1}),
+    Case("no path", lambda f: "", error="empty text"),
+    Case("a path in bytes", lambda f: os.fsencode(folder(AB)(f)), error="got bytes"),
+    Case("a path of another library", lambda f: next(os.scandir(folder({"x/0.png": 0})(f))), [0]),
+    *(
+        Case(f"{url}", lambda f, url=url: url, error="must be on this machine, got")
+        for url in ("https://a.org/x.tar", "s3://a/{00..09}.tar", "pipe:cat x.tar", "hf://a/b")
+    ),
+    *(
+        Case(f"a {suffix} file", lambda f, s=suffix: write(f, {f"x{s}": "x"}) / f"x{s}",
+             error=hint)
+        for suffix, hint in ((".npy", "np.load"), (".npz", "np.load"), (".csv", "as labels"),
+                             (".txt", "as a list"), (".parquet", "load_dataset"),
+                             (".zip", "unpack it"), (".h5", "a suffix of"))
+    ),
+    Case("an array of paths", lambda f: np.array([str(folder(AB)(f) / "a/0.png")]), [0]),
+    Case("a generator of paths", lambda f: iter([f]), error="got list_iterator"),
+    Case("a table of paths", lambda f: type("DataFrame", (), {"iloc": 1})(), error="one column"),
     Case("no images", folder({"a/notes.txt": "x"}), error="no images in .* 1 .txt"),
     Case("only hidden images", folder({".a/0.png": 0}), error="no images in .* 1 hidden"),
 ]  # fmt: skip
+
+
+def socket_in(folder):
+    with socket.socket(socket.AF_UNIX) as one:
+        # The path of a socket is short.
+        at = os.open(folder / "a", os.O_RDONLY)
+        one.bind(f"/proc/self/fd/{at}/2.png")
+        os.close(at)
 
 
 def tar(members, name="x.tar", **options):
@@ -237,6 +285,15 @@ TARS = [
     Case("GNU names", tar([(f"{LONG}{NFC}.png", 0), (f"{LONG}{NFC}.cls", "1")], format=1), [0],
          [1]),
     Case("ustar names", tar([("d" * 90 + "/0.png", 0)], format=0), [0]),
+    Case("a global pax header", tar(TWO, format=2, pax_headers={"comment": "x" * 700}), [0, 1],
+         [5, 7]),
+    Case("absolute names", tar([("/d/0.png", 0), ("/d/0.cls", "1")]), [0], [1]),
+    Case("names above the archive", tar([("../0.png", 0), ("../0.cls", "1")]), [0], [1]),
+    Case("a sparse member", lambda f: sparse_tar(f), [1],
+         left_out={"sparse or special files": 1}),
+    Case("numbers and nan", tar([("0.png", 0), ("0.cls", "nan"), ("1.png", 1), ("1.cls", "2")]),
+         [0, 1]),
+    Case("compressed by lz4", lambda f: write(f, {"x.tar.lz4": "x"}) / "x.tar.lz4", error=".lz4"),
     Case("a member that is not UTF-8", tar([(f"{LATIN}.png", 0)], format=1), [0]),
     *(
         Case(f"compressed by {name}", changed(tar(TWO, suffix), pack), [0, 1], [5, 7])
@@ -292,6 +349,15 @@ def tar_of_a_folder(folder):
     with tarfile.open(folder / "x.tar", "w") as out:
         out.add(folder / "d", "d")
     return folder / "x.tar"
+
+
+def sparse_tar(folder):
+    """As GNU tar writes a file with holes."""
+    header = tarfile.TarInfo("0.png")
+    header.type, header.size = tarfile.GNUTYPE_SPARSE, 0
+    path = write_tar(folder / "x.tar", [("1.png", 1)])
+    path.write_bytes(header.tobuf(tarfile.GNU_FORMAT) + path.read_bytes())
+    return path
 
 
 def shards(folder, pattern):
@@ -465,6 +531,26 @@ LABELS = [
     Case("csv of a tar", **{**csv("d/0,4\nd/1,5\n"), "make": lambda f: (
          csv("d/0,4\nd/1,5\n")["make"](f), tar([("d/0.png", 0), ("d/1.png", 1)])(f))[1]},
          images=[0, 1], labels=[4, 5]),
+    Case("csv of pandas", **csv(",path,label\n0,0.png,c\n1,1.png,d\n2,2.png,c\n"),
+         images=[0, 1, 2], labels=[0, 1, 0], classes=("c", "d")),
+    Case("csv with a strange first label", **csv("0.png,NA\n1.png,c\n2.png,d\n"),
+         images=[0, 1, 2], labels=[0, 1, 2], classes=("NA", "c", "d")),
+    Case("csv with one name among numbers", **csv("0.png,x\n1.png,2\n2.png,1\n"),
+         images=[0, 1, 2], labels=[2, 1, 0], classes=("1", "2", "x")),
+    Case("csv with nan among numbers", **csv("0.png,nan\n1.png,2\n2.png,1\n"), error="'nan'"),
+    Case("csv in UTF-16", **csv("0.png\t1\r\n1.png\t2\r\n2.png\t1\r\n".encode("utf-16")),
+         images=[0, 1, 2], labels=[1, 2, 1]),
+    Case("csv with old line ends", **csv("0.png,1\r1.png,2\r2.png,1\r"), images=[0, 1, 2],
+         labels=[1, 2, 1]),
+    Case("csv with the same line twice", **csv("0.png,1\n0.png,1\n"), images=[0, 1, 2],
+         labels=[1, -1, -1]),
+    Case("csv with a comma in quotes", **csv('0.png,"a,b"\n1.png,c\n'), images=[0, 1, 2],
+         labels=[0, 1, -1], classes=("a,b", "c")),
+    Case("csv with spaces", **csv("0.png, c\n1.png, d\n"), images=[0, 1, 2], labels=[0, 1, -1],
+         classes=("c", "d")),
+    Case("csv with a comma too many", **csv("0.png,1,\n1.png,2,\n"), error="two columns"),
+    Case("masked", **array(np.ma.array([3, 4], mask=[True, False])), images=[0, 1],
+         labels=[-1, 4]),
     Case("csv with broken numbers", **csv("0.png,0.5\n1.png,1\n"), error="got 0.5 for image 0"),
     Case("csv with two labels for an image", **csv("0.png,1\n0.png,2\n"), error="0.png twice"),
     Case("csv with a name of two images", **csv("0.png,1\n", {"a/0.png": 0, "b/0.png": 1}),
@@ -491,6 +577,14 @@ def joined(*parts):
     return lambda folder: torch.utils.data.ConcatDataset(parts)
 
 
+def transformed(path):
+    return ImageFolder(write(path, AB), target_transform=ten_more)
+
+
+def ten_more(label):
+    return label + 10
+
+
 PAIRS = WithClasses([(image(0), 1), (image(1), 0)])
 DATA_SETS = [
     Case("pairs", lambda f: [(image(0), 4), (image(1), 2)], [0, 1], [4, 2]),
@@ -508,6 +602,25 @@ DATA_SETS = [
     Case("labels of a data set replaced", lambda f: PAIRS, [0, 1], [8, 9],
          options={"labels": [8, 9]}),
     Case("broken labels are not needed", lambda f: [(image(0), 0.5), (image(1), 1)], [0, 1]),
+    Case("paths and labels", lambda f: [(str(folder(AB)(f) / "a/0.png"), 3)], [0], [3]),
+    Case("dicts of paths", lambda f: [{"image": folder(AB)(f) / "a/0.png", "label": 3}], [0], [3]),
+    Case("dicts of bytes", lambda f: [{"img": picture(5), "label": 3}], [5], [3]),
+    Case("dicts in dicts", lambda f: [{"image": {"bytes": picture(5), "path": None}}], [5]),
+    Case("arrays and labels", lambda f: [(pixels(1)[0], 2)], [0], [2]),
+    Case("no image in a row", lambda f: [{"image": None, "label": 1}], error="without an image"),
+    Case("lists of numbers", lambda f: pixels(1).tolist(), error="got list"),
+    Case("tensors", lambda f: [torch.zeros(3, 5, 6)], error="not tensors"),
+    Case("images and labels", lambda f: (pixels(2), np.arange(2)), error="labels by labels="),
+    Case("one image", lambda f: pixels(1)[0], error=r"one image of .*images\[None\]"),
+    Case("images of no size", lambda f: np.zeros((2, 0, 5, 3), np.uint8), error="have pixels"),
+    Case("bfloat16", lambda f: (torch.from_numpy(pixels(3)) / 255).bfloat16(), [0, 1, 2]),
+    Case("arrays of several sizes", lambda f: np.array([pixels(1)[0], pixels(1)[0][:3]], object),
+         [0, 0]),
+    Case("negative strides", lambda f: pixels(3)[::-1, ::-1, ::-1], [2, 1, 0]),
+    Case("columns first", lambda f: np.asfortranarray(pixels(3)), [0, 1, 2]),
+    Case("big-endian", lambda f: (pixels(3) * 257.0).astype(">u2"), [0, 1, 2]),
+    Case("int32", lambda f: pixels(3).astype(np.int32), error="got int32"),
+    Case("a target_transform", lambda f: transformed(f), [0, 1], [10, 11]),
     Case("a stream", lambda f: type("IterableDataset", (), {})(), error="streams"),
     Case("a dict of data sets", lambda f: {"train": PAIRS}, error="dict of train"),
 ]  # fmt: skip
@@ -603,11 +716,11 @@ def test_commands_workers_and_evaluation_get_the_same(case, opened):
     options["on_error"] = "skip" if case.error else "raise"
     source = open_source(data, **options)
     if isinstance(data, str | os.PathLike):
-        named = named_source(str(data), **options)
+        named = named_source(os.fspath(data), **options)
         assert numbers(named) == case.images
         assert named.labels_fingerprint() == source.labels_fingerprint()
         assert named.fingerprint() == source.fingerprint()
-        assert named_source(str(data), "test", **options) is None
+        assert named_source(os.fspath(data), "test", **options) is None
     assert numbers(pickle.loads(pickle.dumps(source))) == case.images
     if not source.has_labels:
         with pytest.raises(ValueError, match=r"no labels: \w"):
