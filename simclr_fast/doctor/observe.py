@@ -200,7 +200,7 @@ class Observer:
                 finally:
                     self._batch = []
 
-            setattr(LargeBatch, "backward", backward_of)
+            LargeBatch.backward = backward_of  # type: ignore[method-assign, assignment]
             stack.callback(setattr, LargeBatch, "backward", of_large_batch)
             yield
         self.end_step()

@@ -98,12 +98,12 @@ class Average:
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup) -> None:
         self.group = group
-        trained = {p: name for name, p in model.named_parameters() if p.requires_grad}
-        self.names: dict[Tensor, str] = {**trained}
-        self.buckets = list(_buckets(list(trained)[::-1]))
-        self.bucket_of: dict[Tensor, int] = {
-            p: i for i, bucket in enumerate(self.buckets) for p in bucket
-        }
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.names: dict[Tensor, str] = {p: name for name, p in trained}
+        self.buckets = list(_buckets([p for _, p in reversed(trained)]))
+        self.bucket_of: dict[Tensor, int] = {}
+        for number, bucket in enumerate(self.buckets):
+            self.bucket_of |= dict.fromkeys(bucket, number)
         self.missing: list[set[Tensor]] = [set(bucket) for bucket in self.buckets]
         self.started: list[_Bucket] = []
         self.streams: set[torch.cuda.Stream] = set()
