@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from simclr_fast.kernels.normalize import (
-    finish_blocks,
+    half_blocks,
     normalize_kernel,
     padded_dim,
     row_blocks,
@@ -240,7 +240,8 @@ def row_kernel_static(kernel: str, arch: int, dtype: torch.dtype, dim: int) -> S
     z = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     types = argument_types(function, "fp32" if dtype == torch.float32 else "fp16", z)
     padded = padded_dim(dim)
-    blocks = finish_blocks(padded) if kernel.startswith("finish") else row_blocks(padded)
+    halved = kernel == "normalize" or kernel.startswith("finish")
+    blocks = half_blocks(padded) if halved else row_blocks(padded)
     constants = {
         "PADDED": padded,
         "BLOCK_P": blocks.rows,

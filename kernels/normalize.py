@@ -148,8 +148,11 @@ def row_blocks(padded: int) -> RowBlocks:
 
 
 @cache
-def finish_blocks(padded: int) -> RowBlocks:
-    """`row_blocks` with half the rows, for the kernels that finish a gradient: more would spill."""
+def half_blocks(padded: int) -> RowBlocks:
+    """`row_blocks` with half the rows, for the kernels that normalise rows or finish a gradient.
+
+    With more rows ptxas spills some of their variants.
+    """
     blocks = row_blocks(padded)
     return blocks._replace(rows=max(blocks.rows // 2, 1))
 
@@ -183,7 +186,7 @@ def _launch(z1: Tensor, z2: Tensor, temperature: Tensor, rows: int) -> tuple[Ten
     inv_norm = torch.empty(rows, dtype=torch.float32, device=z1.device)
     if pairs == 0:
         return u, inv_norm
-    blocks = row_blocks(padded)
+    blocks = half_blocks(padded)
     with torch.cuda.device_of(z1):
         normalize_kernel[(cdiv(pairs, blocks.rows),)](
             z1_ptr=z1,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .normalize import cdiv, finish_blocks, normalize, padded_dim, row_blocks
+from .normalize import cdiv, half_blocks, normalize, padded_dim, row_blocks
 from .nt_xent_autotune import tuned
 from .nt_xent_backward import (
     finish_gradient_kernel,
@@ -388,7 +388,7 @@ def backward(
     grad_z = torch.empty((rows, dim), dtype=z1.dtype, device=device)
     if rows == 0:
         return grad_z, torch.zeros((), dtype=torch.float32, device=device)
-    blocks = finish_blocks(padded)
+    blocks = half_blocks(padded)
     programs = cdiv(rows // 2, blocks.rows)
     counter, grad_temperature = make_counter(device), floats(temperature)
     with torch.cuda.device_of(u_all):
