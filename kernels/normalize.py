@@ -182,24 +182,22 @@ def _launch(z1: Tensor, z2: Tensor, temperature: Tensor, rows: int) -> tuple[Ten
     pairs, dim = z1.shape
     padded = padded_dim(dim)
     dtype = torch.float32 if z1.dtype == torch.float32 else torch.float16
-    u = torch.empty((rows, padded), dtype=dtype, device=z1.device)
-    inv_norm = torch.empty(rows, dtype=torch.float32, device=z1.device)
+    u = z1.new_empty((rows, padded), dtype=dtype)
+    inv_norm = temperature.new_empty(rows)
     if pairs == 0:
         return u, inv_norm
     blocks = half_blocks(padded)
     with torch.cuda.device_of(z1):
         normalize_kernel[(cdiv(pairs, blocks.rows),)](
-            z1_ptr=z1,
-            z2_ptr=z2,
-            temperature_ptr=temperature,
-            u_ptr=u,
-            inv_norm_ptr=inv_norm,
-            rows=rows,
-            dim=dim,
-            stride_1n=z1.stride(0),
-            stride_1d=z1.stride(1),
-            stride_2n=z2.stride(0),
-            stride_2d=z2.stride(1),
+            z1,
+            z2,
+            temperature,
+            u,
+            inv_norm,
+            rows,
+            dim,
+            *z1.stride(),
+            *z2.stride(),
             PADDED=padded,
             BLOCK_P=blocks.rows,
             BLOCK_D=blocks.columns,

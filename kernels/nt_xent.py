@@ -1,8 +1,11 @@
 """NT-Xent on the GPU: losses and gradients of normalised views, in O(M D) memory (Triton).
 
 The arrays over rows are interleaved: rows 2k and 2k+1 are the two views of pair k. Nothing here
-reads a value back to the host; every buffer is torch.empty and every float is summed in a fixed
+reads a value back to the host; every buffer begins empty and every float is summed in a fixed
 order, so results repeat bit for bit and the calls can be captured in a CUDA graph.
+
+The kernels of the usual step get their run-time arguments by position, as their signatures list
+them. Names would take the host two microseconds more per launch.
 """
 
 from functools import partial
@@ -71,13 +74,13 @@ class RowWeights(NamedTuple):
 
 
 def floats(temperature: Tensor, *shape: int) -> Tensor:
-    """Empty, float32, where the temperature is. torch.empty would take the host twice as long."""
-    return temperature.new_empty(*shape) if shape else torch.empty_like(temperature)
+    """Empty, float32, where the temperature is. torch.empty would take the host longer."""
+    return temperature.new_empty(shape)
 
 
-def make_counter(device: torch.device) -> Tensor:
+def make_counter(temperature: Tensor) -> Tensor:
     """The counter of `add_up`. The tile kernel before it sets it to 0."""
-    return torch.empty((), dtype=torch.int32, device=device)
+    return temperature.new_empty((), dtype=torch.int32)
 
 
 def forward(
@@ -123,7 +126,7 @@ def losses(
     reduced: [], float32, the sum of the rows' losses, or with `mean` their mean.
     factor: [rows], float32, for `backward` if all rows have the same upstream gradient.
     """
-    padded, device = u_all.size(1), u_all.device
+    padded = u_all.size(1)
     made = Losses(
         loss=floats(temperature, rows),
         lse=floats(temperature, rows),
@@ -136,29 +139,31 @@ def losses(
         return made
     blocks = row_blocks(padded)
     programs = cdiv(rows, blocks.rows)
-    counter = make_counter(device)
+    counter = make_counter(temperature)
     with torch.cuda.device_of(u_all):
         tiles = partial(_tile_sums, u_all, temperature, counter, row_offset, rows, statistics)
         kind = "moments" if statistics else "forward"
         plan = plan_for(kind, u_all, rows)
         sums, positive, other_slots = tiles(tuned(kind, plan, u_all, rows, tiles))
+        part = floats(temperature, programs)
+        loss_scale = 1.0 / rows if mean else 1.0
         losses_kernel[(programs,)](
-            u_ptr=u_all,
-            temperature_ptr=temperature,
-            partial_ptr=sums,
-            positive_ptr=positive,
-            loss_ptr=made.loss,
-            lse_ptr=made.lse,
-            factor_ptr=made.factor,
-            stats_ptr=made.stats,
-            part_ptr=floats(temperature, programs),
-            counter_ptr=counter,
-            reduced_ptr=made.reduced,
-            loss_scale=1.0 / rows if mean else 1.0,
-            row_offset=row_offset,
-            rows=rows,
-            slots=sums.size(1),
-            other_slots=other_slots,
+            u_all,
+            temperature,
+            sums,
+            positive,
+            made.loss,
+            made.lse,
+            made.factor,
+            made.stats,
+            part,
+            counter,
+            made.reduced,
+            loss_scale,
+            row_offset,
+            rows,
+            sums.size(1),
+            other_slots,
             PADDED=padded,
             DECOUPLED=decoupled,
             STATISTICS=statistics,
@@ -186,16 +191,15 @@ def mean_statistics(
     means = floats(temperature, 6)
     with torch.cuda.device_of(u):
         statistics_parts_kernel[(count,)](
-            u_ptr=u,
-            loss_ptr=loss,
-            lse_ptr=lse,
-            stats_ptr=stats,
-            parts_ptr=parts,
-            rows=rows,
-            loss_stride=loss.stride(0),
-            lse_stride=lse.stride(0),
-            stats_row_stride=stats.stride(0),
-            stats_stride=stats.stride(1),
+            u,
+            loss,
+            lse,
+            stats,
+            parts,
+            rows,
+            loss.stride(0),
+            lse.stride(0),
+            *stats.stride(),
             PADDED=padded,
             ROWS=PART_ROWS,
             BLOCK_R=blocks.rows,
@@ -203,11 +207,11 @@ def mean_statistics(
             num_warps=blocks.warps,
         )
         mean_statistics_kernel[(1,)](
-            parts_ptr=parts,
-            temperature_ptr=temperature,
-            out_ptr=means,
-            rows=rows,
-            parts=count,
+            parts,
+            temperature,
+            means,
+            rows,
+            count,
             PADDED=padded,
             BLOCK_D=blocks.columns,
             num_warps=blocks.warps,
@@ -228,7 +232,7 @@ def _tile_sums(
 
     Returns:
         The partial results: [2, slots, rows], or [3, slots, rows] with statistics.
-        The positives' x: [rows], or [0] without statistics.
+        The positives' x: [rows]; without statistics any tensor.
         The number of slots that are for the other view; without statistics, of all slots.
     """
     config, splits, symmetric = plan
@@ -240,22 +244,21 @@ def _tile_sums(
     else:
         slots, other_slots = 2 * splits, splits
     sums = floats(temperature, 3 if statistics else 2, slots, rows)
-    positive = floats(temperature, rows if statistics else 0)
-    arguments = {
-        "u_ptr": u_all,
-        "temperature_ptr": temperature,
-        "partial_ptr": sums,
-        "positive_ptr": positive,
-        "counter_ptr": counter,
-        "total": total,
-        "STATISTICS": statistics,
-        **config.options(padded, dot_precision(u_all.dtype)),
-    }
+    # Without statistics nothing reads or writes it.
+    positive = floats(temperature, rows) if statistics else sums
+    tensors = u_all, temperature, sums, positive, counter
+    options = config.options(padded, dot_precision(u_all.dtype))
     if symmetric:
-        symmetric_kernel[(2 * half, splits)](**arguments)
+        symmetric_kernel[(2 * half, splits)](*tensors, total, STATISTICS=statistics, **options)
     else:
         negatives_kernel[(cdiv(rows // 2, config.block_m), splits, 4)](
-            row_offset=row_offset, rows=rows, BLOCK_N=config.block_n, **arguments
+            *tensors,
+            row_offset,
+            rows,
+            total,
+            BLOCK_N=config.block_n,
+            STATISTICS=statistics,
+            **options,
         )
     return sums, positive, other_slots if statistics else slots
 
@@ -272,35 +275,36 @@ def weighted_sums(
     """Partial Σ_j W_ij û_j, [splits, rows, D_pad], float32."""
     config, splits, _ = plan
     total, padded = u_all.shape
-    arguments = {
-        "u_ptr": u_all,
-        "temperature_ptr": temperature,
-        "factor_ptr": weights.factor,
-        "weight_ptr": weights.weight,
-        "ids_ptr": weights.ids,
-        "share_ptr": weights.share,
-        "counter_ptr": counter,
-        "total": total,
-        "BLOCK_N": config.block_n,
-        **config.options(padded, dot_precision(u_all.dtype)),
-    }
+    tensors = u_all, temperature, *weights
+    options = config.options(padded, dot_precision(u_all.dtype))
     sums = floats(temperature, splits, rows, padded)
     if config.holds_gradient(padded):
         gradient_kernel[(cdiv(rows, config.block_m), splits)](
-            sums_ptr=sums,
-            row_offset=row_offset,
-            rows=rows,
+            *tensors,
+            sums,
+            counter,
+            row_offset,
+            rows,
+            total,
+            BLOCK_N=config.block_n,
             BLOCK_V=row_blocks(padded).columns,
-            **arguments,
+            **options,
         )
         return sums
     # W of some rows at a time, then a matrix product: no score is computed twice.
     for first in range(0, rows, chunk_rows(u_all)):
         out = sums[0, first : first + chunk_rows(u_all)]
-        tiles = torch.empty((len(out), total), dtype=u_all.dtype, device=u_all.device)
+        tiles = u_all.new_empty((len(out), total))
         grid = (cdiv(total, config.block_n), cdiv(len(out), config.block_m))
         weight_tiles_kernel[grid](
-            tiles_ptr=tiles, row_offset=row_offset + first, rows=len(out), **arguments
+            *tensors,
+            tiles,
+            counter,
+            row_offset + first,
+            len(out),
+            total,
+            BLOCK_N=config.block_n,
+            **options,
         )
         _product(tiles, u_all, out)
     return sums
@@ -384,13 +388,13 @@ def backward(
     if z2 is None:
         z1, z2 = z1.chunk(2)
     total, padded = u_all.shape
-    rows, dim, device = inv_norm.numel(), z1.size(1), u_all.device
-    grad_z = torch.empty((rows, dim), dtype=z1.dtype, device=device)
+    rows, dim = inv_norm.numel(), z1.size(1)
+    grad_z = z1.new_empty((rows, dim))
     if rows == 0:
-        return grad_z, torch.zeros((), dtype=torch.float32, device=device)
+        return grad_z, torch.zeros_like(temperature)
     blocks = half_blocks(padded)
     programs = cdiv(rows // 2, blocks.rows)
-    counter, grad_temperature = make_counter(device), floats(temperature)
+    counter, grad_temperature = make_counter(temperature), floats(temperature)
     with torch.cuda.device_of(u_all):
         if grad.dim() == 0 and factor is not None and factor.numel():
             weights, scale = RowWeights(factor), grad
@@ -398,29 +402,29 @@ def backward(
             weights, scale = row_weights(grad, lse_all, temperature)
         tiles = partial(weighted_sums, u_all, temperature, weights, counter, row_offset, rows)
         sums = tiles(tuned("gradient", plan_for("gradient", u_all, rows), u_all, rows, tiles))
+        part = floats(temperature, programs)
+        grad_scale = 1 / total if mean else 1.0
         finish_gradient_kernel[(programs,)](
-            sums_ptr=sums,
-            grad_ptr=grad,
-            scale_ptr=scale,
-            loss_ptr=loss,
-            inv_norm_ptr=inv_norm,
-            z1_ptr=z1,
-            z2_ptr=z2,
-            temperature_ptr=temperature,
-            grad_z_ptr=grad_z,
-            part_ptr=floats(temperature, programs),
-            counter_ptr=counter,
-            grad_temperature_ptr=grad_temperature,
-            grad_scale=1 / total if mean else 1.0,
-            row_offset=row_offset,
-            rows=rows,
-            dim=dim,
-            splits=len(sums),
-            grad_stride=grad.stride(0) if grad.dim() else 0,
-            stride_1n=z1.stride(0),
-            stride_1d=z1.stride(1),
-            stride_2n=z2.stride(0),
-            stride_2d=z2.stride(1),
+            sums,
+            grad,
+            scale,
+            loss,
+            inv_norm,
+            z1,
+            z2,
+            temperature,
+            grad_z,
+            part,
+            counter,
+            grad_temperature,
+            grad_scale,
+            row_offset,
+            rows,
+            dim,
+            len(sums),
+            grad.stride(0) if grad.dim() else 0,
+            *z1.stride(),
+            *z2.stride(),
             PADDED=padded,
             DECOUPLED=decoupled,
             BLOCK_P=blocks.rows,

@@ -15,8 +15,18 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from .nt_xent_configs import SYMMETRIC, TABLE, Plan, fits_symmetric, splits_of, table_config
+from .nt_xent_configs import (
+    SYMMETRIC,
+    TABLE,
+    Plan,
+    fits_symmetric,
+    gpu_of,
+    splits_of,
+    table_config,
+)
 
+# Read once: os.environ takes the host several microseconds in each launch.
+ENABLED = os.environ.get("SIMCLR_FAST_AUTOTUNE") == "1"
 _CHOICES: dict[tuple[object, ...], Plan] = {}
 
 
@@ -24,13 +34,13 @@ def tuned(
     kernel: str, made: Plan, u_all: Tensor, rows: int, launch: Callable[[Plan], object]
 ) -> Plan:
     """The fastest plan of a kernel. `made` without autotuning, and while a graph is captured."""
-    if os.environ.get("SIMCLR_FAST_AUTOTUNE") != "1" or not u_all.is_cuda:
+    if not ENABLED or not u_all.is_cuda:
         return made
     key = (kernel, made, u_all.device, u_all.dtype, *u_all.shape, rows)
     if key not in _CHOICES:
         if torch.cuda.is_current_stream_capturing():
             return made
-        processors = torch.cuda.get_device_properties(u_all.device).multi_processor_count
+        processors = gpu_of(u_all.device).processors
         plans = candidates(kernel, made, u_all.dtype, u_all.size(1), rows, len(u_all), processors)
         _CHOICES[key] = fastest(plans, launch)
     return _CHOICES[key]

@@ -1,6 +1,6 @@
 """Launch configurations of the NT-Xent tile kernels: a table per architecture, and the splits."""
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -371,12 +371,20 @@ def chunk_rows(u_all: Tensor) -> int:
     return 128 * cdiv(4 * u_all.size(1) // u_all.element_size(), 128)
 
 
+class Gpu(NamedTuple):
+    capability: tuple[int, int]
+    # Streaming multiprocessors.
+    processors: int
+
+
+@cache
+def gpu_of(device: torch.device) -> Gpu:
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu((properties.major, properties.minor), properties.multi_processor_count)
+
+
 def plan_for(kernel: str, u_all: Tensor, rows: int) -> Plan:
     """`plan` for the GPU that holds û. The interpreter's tensors count as on an unlisted GPU."""
     total, padded = u_all.shape
-    capability, processors = (0, 0), 4
-    if u_all.is_cuda:
-        properties = torch.cuda.get_device_properties(u_all.device)
-        capability = (properties.major, properties.minor)
-        processors = properties.multi_processor_count
+    capability, processors = gpu_of(u_all.device) if u_all.is_cuda else ((0, 0), 4)
     return plan(kernel, capability, processors, u_all.dtype, padded, rows, total)

@@ -201,13 +201,13 @@ def backward(
     grad: [M], float32, any stride; lse_all: [M]; inv_norm: [R]; temperature: []; all float32.
     """
     padded = u_all.size(1)
-    (rows, dim), device = z.shape, u_all.device
-    grad_z = torch.empty((rows, dim), dtype=z.dtype, device=device)
+    rows, dim = z.shape
+    grad_z = z.new_empty((rows, dim))
     if rows == 0:
-        return grad_z, torch.zeros((), dtype=torch.float32, device=device)
+        return grad_z, torch.zeros_like(temperature)
     blocks = half_blocks(padded)
     programs = cdiv(rows, blocks.rows)
-    counter, grad_temperature = make_counter(device), floats(temperature)
+    counter, grad_temperature = make_counter(temperature), floats(temperature)
     with torch.cuda.device_of(u_all):
         weights, scale = row_weights(grad, lse_all, temperature, ids, inverse_count)
         plan = plan_for("class_gradient", u_all, rows)

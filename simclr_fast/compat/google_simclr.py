@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from simclr_fast.losses.nt_xent import has_ambient_state, nt_xent_loss
+from simclr_fast.losses.nt_xent import nt_xent_loss
+from simclr_fast.ops.library import has_ambient_state
 
 # tf.math.l2_normalize divides by the norm, but by no less than this.
 _LEAST_NORM = 1e-6

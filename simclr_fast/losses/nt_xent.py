@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from simclr_fast.losses.ranks import RankRows
 from simclr_fast.ops import nt_xent
+from simclr_fast.ops.library import has_ambient_state
 from simclr_fast.ops.nt_xent_plain import statistics_dtype
 from simclr_fast.utils.numbers import as_float
 
@@ -121,11 +122,8 @@ def nt_xent_loss(
         return (loss, NTXentStats(*stats.unbind())) if return_stats else loss
     if decoupled and z1.size(0) == (2 if z2 is None else 1):
         raise ValueError(_NO_NEGATIVES)
-    out = nt_xent.LossOutput(*nt_xent.loss(z1, z2, tau, code, decoupled, return_stats))
-    if not return_stats:
-        return out.loss
-    stats = nt_xent.mean_stats(out.row_loss, out.lse, out.stats, out.u, tau.detach())
-    return out.loss, NTXentStats(*stats.unbind())
+    made = nt_xent.loss_and_stats(z1, z2, tau, code, decoupled, return_stats)
+    return (made[0], NTXentStats(*made[1].unbind())) if return_stats else made[0]
 
 
 class NTXentLoss(nn.Module):
@@ -289,6 +287,7 @@ def _reduction_code(reduction: str, group: dist.ProcessGroup | None) -> int:
 def _check_embeddings(z1: Tensor, z2: Tensor | None, group: dist.ProcessGroup | None) -> None:
     least = 1 if group is None else 0
     _check_matrix("z1", z1, least)
+    _refuse_gradient_transforms()
     if z2 is None:
         if z1.size(0) % 2:
             raise ValueError(
@@ -296,29 +295,37 @@ def _check_embeddings(z1: Tensor, z2: Tensor | None, group: dist.ProcessGroup | 
                 f"got {list(z1.shape)}"
             )
         return
-    _check_matrix("z2", z2, least)
-    for what in ("shape", "dtype", "device"):
-        first, second = getattr(z1, what), getattr(z2, what)
-        if first != second:
-            raise ValueError(f"z1 and z2 must have the same {what}, got {first} and {second}")
+    if not isinstance(z2, Tensor):
+        raise TypeError(f"z2 must be a tensor, got {type(z2).__name__}")
+    if z1.shape != z2.shape or z1.dtype != z2.dtype or z1.device != z2.device:
+        _check_matrix("z2", z2, least)
+        for what in ("shape", "dtype", "device"):
+            first, second = getattr(z1, what), getattr(z2, what)
+            if first != second:
+                raise ValueError(f"z1 and z2 must have the same {what}, got {first} and {second}")
 
 
 def _check_matrix(name: str, z: Tensor, least: int = 1) -> None:
     if not isinstance(z, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(z).__name__}")
-    if not torch.compiler.is_compiling():
-        transform = torch._C._functorch.peek_interpreter_stack()
-        if transform is not None and transform.key() == torch._C._functorch.TransformType.Grad:
-            raise RuntimeError(
-                "torch.func.grad and its kin cannot differentiate this loss: use .backward() or "
-                "torch.autograd.grad, or the plain-torch losses of simclr_fast.reference"
-            )
-    if z.dim() != 2 or z.size(0) < least or not z.size(1):
+    shape = z.shape
+    if len(shape) != 2 or shape[0] < least or not shape[1]:
         raise ValueError(
-            f"{name} must have shape [rows, features], both at least 1, got {list(z.shape)}"
+            f"{name} must have shape [rows, features], both at least 1, got {list(shape)}"
         )
     if z.dtype not in _DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {z.dtype}")
+
+
+def _refuse_gradient_transforms() -> None:
+    if torch.compiler.is_compiling():
+        return
+    transform = torch._C._functorch.peek_interpreter_stack()
+    if transform is not None and transform.key() == torch._C._functorch.TransformType.Grad:
+        raise RuntimeError(
+            "torch.func.grad and its kin cannot differentiate this loss: use .backward() or "
+            "torch.autograd.grad, or the plain-torch losses of simclr_fast.reference"
+        )
 
 
 def _check_temperature(temperature: Any) -> float:
@@ -354,20 +361,6 @@ def _temperature_tensor(temperature: float | Tensor, z: Tensor) -> Tensor:
     if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_temperature(temperature.item())
     return temperature.to(z.device, dtype)
-
-
-def has_ambient_state() -> bool:
-    """Whether a tensor that is created now may not be a plain one, and must not be cached.
-
-    While modes (FakeTensorMode, a default device), transforms of torch.func or torch.compile are
-    active, torch's functions may return other kinds of tensors.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
 
 
 @lru_cache(maxsize=64)

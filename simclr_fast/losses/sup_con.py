@@ -10,6 +10,7 @@ from torch import Tensor
 from simclr_fast.losses.nt_xent import (
     _check_matrix,
     _reduction_code,
+    _refuse_gradient_transforms,
     _temperature_tensor,
     nt_xent_loss,
 )
@@ -40,6 +41,7 @@ def sup_con_loss(
     reduction: "mean" or "sum" over the M rows, or "none": [M].
     """
     _check_matrix("z", z, least=1 if group is None else 0)
+    _refuse_gradient_transforms()
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
     if labels.shape != z.shape[:1]:

@@ -54,6 +54,7 @@ except ImportError as error:
     EXTENSION_ERROR = error
 
 _LIBRARY = torch.library.Library("simclr_fast", "FRAGMENT")
+_ORDINARY = (Tensor, torch.nn.Parameter)
 # Devices on which torch cannot make a float64 tensor.
 _WITHOUT_FLOAT64 = {"mps"}
 
@@ -126,6 +127,38 @@ def _no_double_backward(ctx: Any, *_: Any) -> NoReturn:
     )
 
 
+def has_ambient_state() -> bool:
+    """Whether a tensor that is created now may not be a plain one, and must not be cached.
+
+    While modes (FakeTensorMode, a default device), transforms of torch.func or torch.compile are
+    active, torch's functions may return other kinds of tensors.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def goes_straight_to_cuda(*tensors: Tensor | None) -> bool:
+    """Whether the dispatcher would only pass these tensors of an op on to its kernel for CUDA.
+
+    Then the kernel can be called without it. For a kernel in Python, the dispatcher takes the host
+    about 10 µs. It is needed where something watches or changes ops: a mode, a transform, a tracer,
+    a subclass of Tensor, or a tensor that is negated or filled with zeros only when it is read.
+    """
+    if has_ambient_state():
+        return False
+    for t in tensors:
+        if t is None:
+            continue
+        if not t.is_cuda or type(t) not in _ORDINARY or t.is_neg() or t._is_zerotensor():
+            return False
+    return True
+
+
 def widest_float(device: torch.device) -> torch.dtype:
     """float64, or float32 on devices that have no float64."""
     if device.type in _WITHOUT_FLOAT64:
@@ -155,11 +188,12 @@ def implementation_for(
     on_cuda: the kind of GPU kernels that the op has, TRITON or CUDA.
     """
     reason = why_plain(device, dtype, on_cuda=on_cuda)
+    kind = device.type
     if reason is not None:
-        if device.type != "meta":
-            _warn_once(device.type, reason)
+        if kind != "meta":
+            _warn_once(kind, reason)
         return Implementation.PLAIN
-    return Implementation.NATIVE if device.type == "cpu" else on_cuda
+    return Implementation.NATIVE if kind == "cpu" else on_cuda
 
 
 def why_plain(
@@ -169,12 +203,23 @@ def why_plain(
     on_cuda: Implementation = Implementation.TRITON,
 ) -> str | None:
     """Why plain torch runs for this device and dtype, and what to do; None if a kernel runs."""
-    if device.type == "meta":
+    kind = device.type
+    if kind == "meta":
         return "tensors of the meta device hold no values."
-    if device.type == "cpu":
+    if kind == "cpu":
         return _extension_missing()
-    if device.type != "cuda":
+    if kind != "cuda":
         return "the kernels are for the CPU and for NVIDIA GPUs."
+    if device.index is not None and torch.cuda.is_initialized():
+        return _why_plain_on_gpu(device, dtype, on_cuda)
+    return _why_plain_on_gpu.__wrapped__(device, dtype, on_cuda)
+
+
+@cache
+def _why_plain_on_gpu(
+    device: torch.device, dtype: torch.dtype, on_cuda: Implementation
+) -> str | None:
+    """Does not change in a process once CUDA is initialised, and takes the host a while to find."""
     if torch.version.hip is not None:
         return "the kernels are for NVIDIA GPUs and this torch is built for ROCm."
     if on_cuda is Implementation.CUDA:

@@ -6,7 +6,7 @@ kernels pad with zeros. The CPU's kernels are in csrc/nt_xent_cpu.cpp and the GP
 kernels/nt_xent.py. nt_xent_plain.py serves everything else and says what each value means.
 """
 
-from contextlib import nullcontext
+from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ from simclr_fast.ops import nt_xent_plain
 from simclr_fast.ops.library import (
     Implementation,
     define_op,
+    goes_straight_to_cuda,
+    has_ambient_state,
     has_extension,
     implementation_for,
     refuse_gradient_of,
@@ -59,7 +61,12 @@ def on_triton(tensor: Tensor) -> bool:
 
 def _kernels(tensor: Tensor) -> Any:
     """The module with the normalize, forward and backward for this tensor."""
-    return import_module("simclr_fast.kernels.nt_xent") if on_triton(tensor) else nt_xent_plain
+    return _triton_kernels() if on_triton(tensor) else nt_xent_plain
+
+
+@cache
+def _triton_kernels() -> Any:
+    return import_module("simclr_fast.kernels.nt_xent")
 
 
 def _normalize(z1: Tensor, z2: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,8 +125,10 @@ def _loss(
     decoupled: bool,
     statistics: bool,
     keep: bool = False,
+    kernels: Any = None,
 ) -> LossOutput:
-    kernels = _kernels(z1)
+    if kernels is None:
+        kernels = _kernels(z1)
     if z1.size(0):
         u, inv_norm = kernels.normalize(z1, z2, temperature)
     else:
@@ -175,10 +184,12 @@ def _backward(
     row_offset: int,
     decoupled: bool,
     kept: Tensor | None = None,
+    kernels: Any = None,
 ) -> tuple[Tensor, Tensor]:
     if not inv_norm.size(0):
         return z1.new_empty(0, z1.size(1)), torch.zeros_like(temperature)
-    kernels = _kernels(u_all)
+    if kernels is None:
+        kernels = _kernels(u_all)
     # Plain torch keeps nothing.
     rest = {} if kernels is nt_xent_plain else {"factor": kept}
     return kernels.backward(
@@ -242,7 +253,11 @@ def padded_dim(dim: int) -> int:
 
 
 class _NTXent(torch.autograd.Function):
-    """The op with its gradient. torch.library.register_autograd would double the cost of a call."""
+    """The op with its gradient. torch.library.register_autograd would double the cost of a call.
+
+    kernels: None, or the module to call instead of the ops. With it the results are the loss and,
+    with statistics, those of the op `mean_stats`.
+    """
 
     @staticmethod
     def forward(
@@ -253,48 +268,61 @@ class _NTXent(torch.autograd.Function):
         reduction: int,
         decoupled: bool,
         statistics: bool,
-    ) -> LossOutput:
-        with torch._C._AutoDispatchBelowAutograd():
-            out = LossOutput(
-                *loss(z1, z2, temperature, reduction, decoupled, statistics, keep=True)
-            )
-        ctx.reduction, ctx.decoupled = reduction, decoupled
+        kernels: Any,
+    ) -> tuple[Tensor, ...]:
+        options = reduction, decoupled, statistics
+        results: tuple[Tensor, ...]
+        if kernels is None:
+            with torch._C._AutoDispatchBelowAutograd():
+                out = LossOutput(*loss(z1, z2, temperature, *options, keep=True))
+            results = out._replace(kept=out.kept.new_empty(0))
+        else:
+            out = _loss(z1, z2, temperature, *options, keep=True, kernels=kernels)
+            results = _loss_and_stats(out, temperature, statistics, kernels)
+        ctx.reduction, ctx.decoupled, ctx.kernels = reduction, decoupled, kernels
         saved = _Saved(
             out.u, out.lse, out.row_loss, out.inv_norm, z1, z2, temperature, kept=out.kept
         )
         ctx.save_for_backward(*saved)
-        out = out._replace(kept=out.kept.new_empty(0))
-        _, *without_gradient = out
-        ctx.mark_non_differentiable(*without_gradient)
+        ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
-        return out
+        return results
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 6
+            return (None,) * 7
         if ctx.reduction == NONE:
             grad = grad.unflatten(0, (2, -1)).T.flatten()
         saved = _Saved(*ctx.saved_tensors)
-        # With create_graph=True autograd sees the op, which refuses a double backward.
-        seen = torch.is_grad_enabled()
-        with nullcontext() if seen else torch._C._AutoDispatchBelowAutograd():
-            grad_z, grad_temperature = backward(
-                grad,
-                ctx.reduction == MEAN,
-                saved.u,
-                saved.lse,
-                saved.row_loss,
-                saved.inv_norm,
-                saved.z1,
-                saved.z2,
-                saved.temperature,
-                0,
-                ctx.decoupled,
-                saved.kept,
-            )
-        grad_z1, grad_z2 = (grad_z, None) if saved.z2 is None else grad_z.chunk(2)
-        return grad_z1, grad_z2, grad_temperature, None, None, None
+        arguments = (
+            grad,
+            ctx.reduction == MEAN,
+            saved.u,
+            saved.lse,
+            saved.row_loss,
+            saved.inv_norm,
+            saved.z1,
+            saved.z2,
+            saved.temperature,
+            0,
+            ctx.decoupled,
+            saved.kept,
+        )
+        if torch.is_grad_enabled():
+            # create_graph=True: autograd sees the op, which refuses a double backward.
+            grad_z, grad_temperature = backward(*arguments)
+        elif ctx.kernels is not None and not has_ambient_state():
+            grad_z, grad_temperature = _backward(*arguments, kernels=ctx.kernels)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                grad_z, grad_temperature = backward(*arguments)
+        if saved.z2 is None:
+            return grad_z, None, grad_temperature, None, None, None, None
+        n = saved.z2.size(0)
+        # chunk(2) would take the host twice as long.
+        grad_z1, grad_z2 = grad_z.narrow(0, 0, n), grad_z.narrow(0, n, n)
+        return grad_z1, grad_z2, grad_temperature, None, None, None, None
 
 
 def _loss_autograd(
@@ -307,9 +335,42 @@ def _loss_autograd(
     keep: bool = False,
 ) -> tuple[Tensor, ...]:
     if torch.is_grad_enabled() and torch._C._any_requires_grad(z1, z2, temperature):
-        return _NTXent.apply(z1, z2, temperature, reduction, decoupled, statistics)
+        return _NTXent.apply(z1, z2, temperature, reduction, decoupled, statistics, None)
     with torch._C._AutoDispatchBelowAutograd():
         return loss(z1, z2, temperature, reduction, decoupled, statistics, keep)
+
+
+def _loss_and_stats(
+    out: LossOutput, temperature: Tensor, statistics: bool, kernels: Any
+) -> tuple[Tensor, ...]:
+    if not statistics:
+        return (out.loss,)
+    return out.loss, kernels.mean_statistics(out.row_loss, out.lse, out.stats, out.u, temperature)
+
+
+def loss_and_stats(
+    z1: Tensor,
+    z2: Tensor | None,
+    temperature: Tensor,
+    reduction: int,
+    decoupled: bool,
+    statistics: bool,
+) -> tuple[Tensor, ...]:
+    """The loss of the op `loss` and, with statistics, the result of the op `mean_stats`.
+
+    Their kernels are called without the dispatcher where it would only pass the calls on.
+    """
+    arguments = z1, z2, temperature, reduction, decoupled, statistics
+    if goes_straight_to_cuda(z1, z2, temperature):
+        kernels = _kernels(z1)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(z1, z2, temperature):
+            return _NTXent.apply(*arguments, kernels)
+        out = _loss(*arguments, kernels=kernels)
+        return _loss_and_stats(out, temperature, statistics, kernels)
+    out = LossOutput(*loss(*arguments))
+    if not statistics:
+        return (out.loss,)
+    return out.loss, mean_stats(out.row_loss, out.lse, out.stats, out.u, temperature.detach())
 
 
 # The loss of one process's rows, normalised here. keep: whether to fill LossOutput.kept.

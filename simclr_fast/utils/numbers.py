@@ -14,6 +14,8 @@ def as_float(name: str, value: Any) -> float:
     Raises:
         TypeError: it is no number. Booleans and text are none.
     """
+    if type(value) is float:
+        return value
     number = value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value
     if isinstance(number, bool | np.bool_) or not isinstance(number, Real | Decimal):
         raise TypeError(f"{name} must be a number, got {value!r}")

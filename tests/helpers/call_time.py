@@ -7,9 +7,7 @@ from collections.abc import Callable
 ROUNDS, TRIES = 60, 5
 
 
-def least_ratio(
-    step: Callable[[], object], other: Callable[[], object], extra: tuple[float, float] = (0, 0)
-) -> float:
+def least_ratio(step: Callable[[], object], other: Callable[[], object]) -> float:
     """The least time of `step` as a multiple of the least time of `other`. They take turns.
 
     Other processes only make a call slower, so the least time is that of the call itself. This is
@@ -23,19 +21,17 @@ def least_ratio(
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return min(_ratio(step, other, extra) for _ in range(TRIES))
+        return min(_ratio(step, other) for _ in range(TRIES))
     finally:
         if collecting:
             gc.enable()
 
 
-def _ratio(
-    step: Callable[[], object], other: Callable[[], object], extra: tuple[float, float]
-) -> float:
+def _ratio(step: Callable[[], object], other: Callable[[], object]) -> float:
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(ROUNDS):
         for call, taken in zip((step, other), times, strict=True):
             start = time.perf_counter()
             call()
             taken.append(time.perf_counter() - start)
-    return (min(times[0]) + extra[0]) / (min(times[1]) + extra[1])
+    return min(times[0]) / min(times[1])

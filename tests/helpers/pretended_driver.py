@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -23,6 +22,7 @@ from triton.compiler.compiler import ir, make_backend
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from simclr_fast.kernels import nt_xent_configs
 from simclr_fast.ops import library, nt_xent
 
 # Multiprocessors of one GPU of each architecture: A100, RTX 3090, Orin, RTX 4090, H100, B200, B300,
@@ -124,12 +124,7 @@ def _key(func) -> torch._C.DispatchKey:
 @contextmanager
 def cuda_route(arch: int) -> Iterator[None]:
     """CPU tensors take the route of CUDA tensors, planned for compute capability arch / 10."""
-    properties = SimpleNamespace(
-        major=arch // 10,
-        minor=arch % 10,
-        multi_processor_count=PROCESSORS.get(arch, 48),
-        name="pretended",
-    )
+    gpu = nt_xent_configs.Gpu(divmod(arch, 10), PROCESSORS.get(arch, 48))
 
     def same(tensor, *args, **kwargs):
         return tensor
@@ -145,7 +140,7 @@ def cuda_route(arch: int) -> Iterator[None]:
         (library, "_triton_unusable", lambda initialized: None),
         (torch.Tensor, "is_cuda", True),
         (torch.Tensor, "pin_memory", same),
-        (torch.cuda, "get_device_properties", lambda device=None: properties),
+        (nt_xent_configs, "gpu_of", lambda device: gpu),
         (torch.cuda, "get_device_capability", lambda device=None: divmod(arch, 10)),
         (torch.cuda, "current_device", lambda: 0),
         (torch.cuda, "device_of", lambda tensor: nullcontext()),
@@ -199,9 +194,7 @@ def empty_launches(arch: int) -> Iterator[None]:
     CPU tensors go through the dispatcher, the launchers and Triton's own launch as CUDA tensors
     would. Unlike `cuda_route`, this adds nothing to the path of a call.
     """
-    properties = SimpleNamespace(
-        major=arch // 10, minor=arch % 10, multi_processor_count=PROCESSORS[arch]
-    )
+    gpu = nt_xent_configs.Gpu(divmod(arch, 10), PROCESSORS[arch])
 
     def compile_nothing(self, key, *args):
         kernel = _Compiled()
@@ -223,7 +216,8 @@ def empty_launches(arch: int) -> Iterator[None]:
         (torch.cuda, "is_initialized", lambda: True),
         (torch.cuda, "device_count", lambda: 1),
         (torch.cuda, "current_device", lambda: 0),
-        (torch.cuda, "get_device_properties", lambda device=None: properties),
+        (torch.cuda, "get_device_capability", lambda device=None: divmod(arch, 10)),
+        (nt_xent_configs, "gpu_of", lambda device: gpu),
         (driver, "_active", _Driver(arch)),
         (JITFunction, "_do_compile", compile_nothing),
     ]
@@ -236,9 +230,11 @@ def empty_launches(arch: int) -> Iterator[None]:
             "nt_xent_backward": nt_xent._backward,
         }.items():
             overrides.impl(name, kernel, "CPU", allow_override=True)
+        library._why_plain_on_gpu.cache_clear()
         try:
             yield
         finally:
+            library._why_plain_on_gpu.cache_clear()
             overrides._destroy()
 
 

@@ -239,7 +239,7 @@ def test_autotune_takes_the_fastest_that_runs(monkeypatch):
     plans = nt_xent_autotune.candidates("gradient", gradient, SINGLE, 64, 100, 100, 108)
     assert not any(p.symmetric for p in plans)
     # Off by default, and never on the CPU.
-    monkeypatch.setenv("SIMCLR_FAST_AUTOTUNE", "1")
+    monkeypatch.setattr(nt_xent_autotune, "ENABLED", True)
     assert nt_xent_autotune.tuned("forward", made, torch.ones(4, 16), 4, None) == made
 
 

@@ -19,10 +19,12 @@ CUDA = torch.device("cuda")
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     monkeypatch.setattr(library, "_given_reasons", set())
-    check = library._triton_unusable
-    check.cache_clear()
+    checks = library._triton_unusable, library._why_plain_on_gpu
+    for check in checks:
+        check.cache_clear()
     yield
-    check.cache_clear()
+    for check in checks:
+        check.cache_clear()
 
 
 def pretend_gpu(monkeypatch, capability, count=1):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_memory import checked_memory, seeded
 
-from simclr_fast import ops
+from simclr_fast import nt_xent_loss, ops
 from simclr_fast.kernels import nt_xent, nt_xent_configs
 from simclr_fast.kernels.nt_xent_configs import Config, Plan
 from simclr_fast.ops import nt_xent_plain
@@ -17,13 +17,16 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 @pytest.fixture(autouse=True)
 def poison_empty(monkeypatch):
     """A buffer that a kernel fails to fill shows up as NaN."""
-    empty = torch.empty
 
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
+    def poison(empty):
+        def poisoned(*args, **kwargs):
+            tensor = empty(*args, **kwargs)
+            return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+        return poisoned
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
 
 
 def use_plan(monkeypatch, **changes):
@@ -365,6 +368,28 @@ def test_the_ops_call_the_kernels(joined, monkeypatch):
         assert made.shape == fake.shape
         assert made.dtype == fake.dtype
         assert made.stride() == fake.stride()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_public_loss_calls_the_kernels(reduction, monkeypatch):
+    """Without the dispatcher, as for CUDA tensors, which these are taken for."""
+    monkeypatch.setattr(ops.nt_xent, "on_triton", lambda tensor: True)
+    monkeypatch.setattr(ops.nt_xent, "goes_straight_to_cuda", lambda *tensors: True)
+    monkeypatch.setattr(ops.nt_xent, "has_ambient_state", lambda: False)
+    z1, z2 = (z.requires_grad_() for z in make_views(12, 20, torch.float16))
+    tau = torch.tensor(0.2, requires_grad=True)
+    with checked_memory() as launches:
+        loss, stats = nt_xent_loss(z1, z2, tau, reduction=reduction, return_stats=True)
+        loss.backward(torch.tensor(3.0))
+    assert {"losses_kernel", "mean_statistics_kernel", "finish_gradient_kernel"} <= set(launches)
+    scale = 1 / 24 if reduction == "mean" else 1
+    grad = torch.full((24,), 3.0 * scale)
+    ref_loss, _, ref_stats, ref_grad, ref_tau = reference(z1, z2, 0.2, grad)
+    assert relative(loss.detach(), ref_loss.sum() * scale) < 1e-3
+    assert relative(torch.cat((z1.grad, z2.grad)), ref_grad) < 1e-3
+    assert relative(tau.grad, ref_tau) < 1e-3
+    means = (ref_stats[::2, 0].mean(), ref_stats[::2, 1].mean(), *ref_stats[:, 2:].mean(0))
+    assert relative(torch.stack(stats[:4]), torch.stack(means)) < 1e-3
 
 
 def test_results_repeat_bit_for_bit():
