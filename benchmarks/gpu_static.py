@@ -95,9 +95,14 @@ def compile_kernel(kernel, signature: dict, constants: dict, arch: int, aligned=
     """
     names = kernel.arg_names
     types = {n: signature.get(n, "constexpr") for n in names}
-    aligned = [n for n in aligned if not kernel.params[names.index(n)].do_not_specialize]
-    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
-    values = {(names.index(n),): v for n, v in constants.items()}
+    attributes: dict[tuple[int, ...], list] = {}
+    for i, (n, parameter) in enumerate(zip(names, kernel.params, strict=True)):
+        if types[n] == "constexpr":
+            attributes[i,] = []
+        elif types[n] != "fp32" and not parameter.do_not_specialize:
+            attributes[i,] = [["tt.divisibility", 16]] if n in aligned else []
+    # As a launch orders and writes all this, so that Triton's cache sees the same kernel.
+    values = {(i,): constants[n] for i, n in enumerate(names) if n in constants}
     source = ASTSource(kernel, types, values, attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
