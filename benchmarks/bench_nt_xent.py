@@ -9,6 +9,7 @@ With MALLOC_TOP_PAD_=4294967296 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 bef
 malloc reuses memory. Losses that build 2N × 2N matrices then have no page faults.
 """
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -20,13 +21,15 @@ from statistics import median
 
 import torch
 
-from simclr_fast import multi_view_nt_xent_loss, nt_xent_loss, reference, sup_con_loss
+from simclr_fast import multi_view_nt_xent_loss, nt_xent_loss, ops, reference, sup_con_loss
 from simclr_fast.benchmarks import harness
-from simclr_fast.benchmarks.fma_peak import fma_per_second
+from simclr_fast.benchmarks.fma_peak import fma_per_second, multiply_add
 from simclr_fast.benchmarks.harness import Options, Table
 from simclr_fast.benchmarks.peers import nt_xent_peers, textbook_decoupled, textbook_sup_con
+from simclr_fast.ops.nt_xent import kept_size
 
 OURS, MATMUL = "simclr_fast", "torch.mm(Z, Z.T) alone"
+FMA = "floor: our multiply-adds on registers"
 TEMPERATURE = 0.1
 # Above this number of pairs, the matrices of the float64 reference are too large.
 LARGEST_CHECKED = 1024
@@ -53,10 +56,12 @@ def relatives(n: int) -> dict[str, Callable]:
     }
 
 
-def views(n: int, d: int, device: torch.device | str = "cpu") -> list[torch.Tensor]:
+def views(
+    n: int, d: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
     torch.manual_seed(0)
     z1 = torch.randn(n, d)
-    return [z.to(device).requires_grad_() for z in (z1, z1 + torch.randn(n, d))]
+    return [z.to(device, dtype).requires_grad_() for z in (z1, z1 + torch.randn(n, d))]
 
 
 def forward(loss, z1, z2) -> None:
@@ -105,10 +110,13 @@ def tables(
         z = torch.cat((z1, z2)).detach()
         notes: list[str] = []
         contenders = {OURS: nt_xent_loss, **relatives(n)} if others else losses(n, notes)
+        floors = multiply_adds(n, dim, options)
         times = {}
         for column, run in (("forward", forward), ("forward+backward", forward_backward)):
             steps = {k: partial(run, f, z1, z2) for k, f in contenders.items()}
             steps[MATMUL] = partial(torch.mm, z, z.T)
+            if column in floors:
+                steps[FMA] = floors[column]
             times[column] = harness.measure(steps, options.rounds, options.device, clock)
         facts = {}
         if memory and (options.quick or options.device.type == "cuda"):
@@ -124,7 +132,60 @@ def tables(
             f"NT-Xent, N = {n}, D = {dim}, float32, temperature {TEMPERATURE}, "
             f"{options.device.type}, threads {options.threads}"
         )
-        yield Table(title, OURS, times, facts, (MATMUL,), notes)
+        yield Table(title, OURS, times, facts, (MATMUL, FMA) if floors else (MATMUL,), notes)
+        if options.half is not None and not others:
+            yield _half_table(n, dim, options, clock)
+
+
+def multiply_adds(n: int, dim: int, options: Options) -> dict[str, Callable[[], None]]:
+    """Column → what computes, on registers, as many float32 multiply-adds as our kernels do.
+
+    Empty on a GPU, and without the extension or a C compiler.
+    """
+    if options.device.type != "cpu" or not ops.has_extension():
+        return {}
+    isa = import_module("simclr_fast._C").instruction_set()
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        multiply_add(0, options.threads, isa)
+        # The forward pass forms half of the 2N × 2N logits; the backward pass does it again, unless
+        # they were kept, and multiplies all of them.
+        square = (2 * n) ** 2 * dim
+        both = 2 * square - (square // 2 if kept_size(2 * n, dim) else 0)
+        counts = {"forward": square // 2, "forward+backward": both}
+        return {k: partial(multiply_add, v, options.threads, isa) for k, v in counts.items()}
+    return {}
+
+
+def _half_table(n: int, dim: int, options: Options, clock: Callable[[], float]) -> Table:
+    """The table of inputs in options.half. Peers convert them to float32 where that is faster."""
+    z1, z2 = views(n, dim, options.device, options.half)
+    name = str(options.half).removeprefix("torch.")
+    contenders: dict[str, Callable] = {OURS: nt_xent_loss}
+    for peer, loss in nt_xent_peers(n).items():
+
+        def converted(a, b, t, loss=loss):
+            return loss(a.float(), b.float(), t)
+
+        both = {name: loss, "float32": converted}
+        steps = {k: partial(forward_backward, f, z1, z2) for k, f in both.items()}
+        best = harness.fastest(steps, options.device)
+        contenders[f"{peer}, {best}"] = both[best]
+    z = torch.cat((z1, z2)).detach()
+    times = {}
+    for column, run in (("forward", forward), ("forward+backward", forward_backward)):
+        steps = {k: partial(run, f, z1, z2) for k, f in contenders.items()}
+        steps[MATMUL] = partial(torch.mm, z, z.T)
+        times[column] = harness.measure(steps, options.rounds, options.device, clock)
+    facts = {}
+    if n <= LARGEST_CHECKED:
+        facts["gradient error"] = {
+            k: f"{gradient_error(f, z1, z2):.0e}" for k, f in contenders.items()
+        }
+    title = (
+        f"NT-Xent, N = {n}, D = {dim}, {name} inputs, temperature {TEMPERATURE}, "
+        f"{options.device.type}, threads {options.threads}"
+    )
+    return Table(title, OURS, times, facts, (MATMUL,))
 
 
 def goals(options: Options, n: int, dim: int = 128) -> str:

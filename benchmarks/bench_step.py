@@ -105,8 +105,17 @@ class Clock:
         return 1e3 * (end - start) if isinstance(end, float) else start.elapsed_time(end)
 
 
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
 class Loop:
-    """A contender: `batches()` of an epoch, `forward(batch)` → z of both views, `criterion(z)`."""
+    """A contender: `batches()` of an epoch, `forward(batch)` → z of both views, `criterion(z)`.
+
+    half: the dtype of autocast for the forward pass and the loss, or None.
+    """
+
+    half: torch.dtype | None = None
 
     def __init__(
         self,
@@ -123,11 +132,14 @@ class Loop:
         clock.start()
         for batch in self.batches():
             clock.lap("data wait")
-            z = self.forward(batch)
+            with autocast(clock.device, self.half):
+                z = self.forward(batch)
             clock.lap("forward")
             self.optimizer.zero_grad(set_to_none=True)
             leaf = z.detach().requires_grad_()
-            self.criterion(leaf).backward()
+            with autocast(clock.device, self.half):
+                loss = self.criterion(leaf)
+            loss.backward()
             clock.lap("loss")
             z.backward(leaf.grad)
             clock.lap("backward")
@@ -208,7 +220,9 @@ CONTENDERS = {
 }
 
 
-def encoder_alone(case: Case, options: Options, ours: bool) -> Callable[[], None]:
+def encoder_alone(
+    case: Case, options: Options, ours: bool, half: torch.dtype | None = None
+) -> Callable[[], None]:
     """Forward and backward of both views of a batch that is already in memory."""
     layout = torch.channels_last if ours else torch.contiguous_format
     net = model(case.model).to(options.device, memory_format=layout)
@@ -219,7 +233,9 @@ def encoder_alone(case: Case, options: Options, ours: bool) -> Callable[[], None
     def step() -> None:
         net.zero_grad(set_to_none=True)
         calls = [views] if ours else views.chunk(2)
-        torch.cat([net(v)[1] for v in calls]).backward(upstream)
+        with autocast(options.device, half):
+            z = torch.cat([net(v)[1] for v in calls])
+        z.backward(upstream.to(z.dtype))
 
     return step
 
@@ -237,15 +253,21 @@ def tables(
     batch: int = 256,
     name: str = "resnet10",
 ) -> Iterator[Table]:
-    """A table per size of view; `batch` images a step, a quarter of them when quick."""
+    """A table per size of view; `batch` images a step, a quarter of them when quick.
+
+    With options.half a second one, where that is the dtype of autocast. The peers may keep float32.
+    """
     batch, steps = (max(batch // 4, 1), 3) if options.quick else (batch, 4)
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
             files = write_images(Path(folder) / str(size), size, batch * steps)
-            yield _table(Case(files, size, batch, steps, name), options)
+            case = Case(files, size, batch, steps, name)
+            yield _table(case, options)
+            if options.half is not None:
+                yield _table(case, options, options.half)
 
 
-def _table(case: Case, options: Options) -> Table:
+def _table(case: Case, options: Options, half: torch.dtype | None = None) -> Table:
     steps, batch = case.steps, case.batch
     loops: dict[str, Loop] = {}
     model_flops = 2 * batch * flops_per_view(case)
@@ -255,9 +277,13 @@ def _table(case: Case, options: Options) -> Table:
             loops[name] = build(case, options)
         except ImportError as error:
             notes.append(f"{name} left out: {error}")
+    for name, loop in loops.items():
+        loop.half = half if name == OURS else _faster_dtype(loop, half, options.device)
+        if half is not None:
+            notes.append(f"{name}: autocast to {_name(loop.half)}.")
     title = (
         f"pretraining step, {case.model}, width 1/4, batch {batch}, {case.size}×{case.size}, "
-        f"{options.device.type}, threads {options.threads}"
+        f"{_name(half)}, {options.device.type}, threads {options.threads}"
     )
     if OURS not in loops:
         return Table(title, OURS, notes=notes)
@@ -266,8 +292,8 @@ def _table(case: Case, options: Options) -> Table:
         name: partial(loop.epoch, clocks[name]) for name, loop in loops.items()
     }
     floors = {
-        FLOOR: partial(repeat, encoder_alone(case, options, True), steps),
-        PEERS_FLOOR: partial(repeat, encoder_alone(case, options, False), steps),
+        FLOOR: partial(repeat, encoder_alone(case, options, True, half), steps),
+        PEERS_FLOOR: partial(repeat, encoder_alone(case, options, False, half), steps),
     }
     times = harness.measure(epochs | floors, options.rounds, options.device)
     shares = {name: parts(clocks[name].epochs[-options.rounds :]) for name in loops}
@@ -294,6 +320,24 @@ def _table(case: Case, options: Options) -> Table:
     other = 1 - table.ratio("step", FLOOR)
     notes.append(f"Share of our step beyond the encoder alone: {other:.1%}.")
     return table
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype or torch.float32).removeprefix("torch.")
+
+
+def _faster_dtype(loop: Loop, half: torch.dtype | None, device: torch.device) -> torch.dtype | None:
+    """Whether a peer's epochs are faster with autocast to `half`, or without: half or None."""
+    if half is None:
+        return None
+
+    def epoch(dtype: torch.dtype | None) -> None:
+        loop.half = dtype
+        loop.epoch(Clock(device))
+
+    dtypes = {_name(dtype): dtype for dtype in (half, None)}
+    steps = {name: partial(epoch, dtype) for name, dtype in dtypes.items()}
+    return dtypes[harness.fastest(steps, device)]
 
 
 def repeat(step: Callable[[], object], times: int) -> None:

@@ -43,13 +43,21 @@ def _library(lanes_bytes: int) -> ctypes.CDLL:
 
 def fma_per_second(threads: int, instruction_set: str) -> float:
     """Float32 multiply-adds per second, summed over the threads."""
+    count = threads * _ROUNDS * _CHAINS * _BYTES.get(instruction_set, 16) // 4
+    start = time.perf_counter()
+    multiply_add(count, threads, instruction_set)
+    return count / (time.perf_counter() - start)
+
+
+def multiply_add(count: int, threads: int, instruction_set: str) -> None:
+    """Compute `count` float32 multiply-adds on registers, shared by the threads."""
     lanes_bytes = _BYTES.get(instruction_set, 16)
     run = _library(lanes_bytes).run
     run.restype = ctypes.c_float
-    workers = [threading.Thread(target=run, args=(ctypes.c_long(_ROUNDS),)) for _ in range(threads)]
-    start = time.perf_counter()
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return threads * _ROUNDS * _CHAINS * lanes_bytes / 4 / (time.perf_counter() - start)
+    rounds = ctypes.c_long(count // (threads * _CHAINS * lanes_bytes // 4))
+    others = [threading.Thread(target=run, args=(rounds,)) for _ in range(threads - 1)]
+    for thread in others:
+        thread.start()
+    run(rounds)
+    for thread in others:
+        thread.join()

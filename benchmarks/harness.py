@@ -14,14 +14,19 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
 import simclr_fast
 from simclr_fast import ops
 from simclr_fast.utils.checkpoint import write_atomic
-from simclr_fast.utils.device import processor_name, resolve_device, usable_cores
+from simclr_fast.utils.device import (
+    autocast_dtype,
+    processor_name,
+    resolve_device,
+    usable_cores,
+)
 from simclr_fast.utils.extras import installed_versions, need
 
 T = TypeVar("T")
@@ -29,12 +34,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Options:
-    """How a benchmark runs. threads: those of torch. rounds: the calls of each step."""
+    """How a benchmark runs. threads: those of torch. rounds: the calls of each step. half: the
+    dtype of further tables in lower precision, or None."""
 
     device: torch.device
     threads: int
     rounds: int
     quick: bool
+    half: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,9 @@ class CommandLine:
     """torch's threads on the CPU; by default as many as torch takes by itself."""
     rounds: int | None = None
     """How often every contender is timed, in turns; by default 9, or 3 with --quick."""
+    precision: Literal["float32", "auto"] = "float32"
+    """auto: loss and step get further tables in the dtype that pretraining's --precision auto
+    takes here. The others run there in that dtype or in float32, whichever is faster for them."""
 
     def __post_init__(self) -> None:
         for name in ("threads", "rounds"):
@@ -62,7 +72,8 @@ class CommandLine:
             raise ValueError(f"device must be cpu or cuda, got {device}")
         threads = self.threads or torch.get_num_threads()
         torch.set_num_threads(threads)
-        return Options(device, threads, self.rounds or (3 if self.quick else 9), self.quick)
+        half = autocast_dtype(self.precision, device)
+        return Options(device, threads, self.rounds or (3 if self.quick else 9), self.quick, half)
 
 
 def parse(kind: type[T], module: str, about: str | None) -> T:
@@ -118,7 +129,22 @@ class Table:
                 cells += [f"{self.median(column, name):.3g}", f"{self.ratio(column, name):.2f}"]
             cells += [fact.get(name, "") for fact in self.facts.values()]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        shares = [
+            f"{floor.removeprefix('floor: ')} {share:.0%}"
+            + (f" ({column})" if len(self.times) > 1 else "")
+            for column, floors in self.shares().items()
+            for floor, share in floors.items()
+        ]
+        if shares:
+            lines += ["", f"Lower bounds as shares of our time: {', '.join(shares)}."]
         return "\n".join([*lines, *(f"\n{note}" for note in self.notes)])
+
+    def shares(self) -> dict[str, dict[str, float]]:
+        """Column → floor → its share of our time. At 1, we are as fast as the floor."""
+        return {
+            column: {floor: self.ratio(column, floor) for floor in self.floors if floor in times}
+            for column, times in self.times.items()
+        }
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -127,6 +153,7 @@ class Table:
             "milliseconds": self.times,
             "ratios": {c: {n: self.ratio(c, n) for n in t} for c, t in self.times.items()},
             "floors": list(self.floors),
+            "shares": self.shares(),
             "facts": self.facts,
             "notes": self.notes,
         }
@@ -151,6 +178,12 @@ def measure(
         for name, step in steps.items():
             times[name].append(timed(step, clock))
     return times
+
+
+def fastest(steps: Mapping[str, Callable[[], object]], device: torch.device) -> str:
+    """The name of the step that takes the least time: the least of three calls in turns."""
+    times = measure(steps, 3, device)
+    return min(times, key=lambda name: min(times[name]))
 
 
 def _milliseconds(step: Callable[[], object], clock: Callable[[], float]) -> float:

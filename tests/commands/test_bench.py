@@ -7,10 +7,12 @@ import time
 import pytest
 import torch
 
+from simclr_fast import ops
 from simclr_fast.benchmarks import (
     augment_epochs,
     bench_augment,
     bench_lars,
+    bench_nt_xent,
     bench_step,
     harness,
     machine,
@@ -37,6 +39,27 @@ def test_ratios_are_medians_of_each_rounds_ratio():
     assert table.ratio("step", "peer") == 3
     assert "| peer | 6 | 3.00 |" in table.text()
     assert table.names() == ["ours", "peer"]
+    assert table.shares() == {"step": {}}
+
+
+def test_a_table_says_which_share_of_the_floor_is_reached():
+    times = {"step": {"ours": [4.0, 2.0], "floor: copy": [3.0, 1.5]}}
+    table = harness.Table("t", "ours", times, floors=("floor: copy",))
+    assert "Lower bounds as shares of our time: copy 75%." in table.text()
+    assert table.to_json()["shares"] == {"step": {"floor: copy": 0.75}}
+
+
+@pytest.mark.skipif(not ops.has_extension(), reason="no native extension")
+def test_the_loss_has_a_floor_and_a_table_in_half_precision(monkeypatch):
+    monkeypatch.setattr(
+        bench_nt_xent, "nt_xent_peers", lambda n, notes=None: {"textbook": peers.textbook}
+    )
+    options = harness.Options(torch.device("cpu"), 1, 1, True, torch.bfloat16)
+    full, half = bench_nt_xent.tables(options, (8,), 16, memory=False)
+    assert bench_nt_xent.FMA in full.shares()["forward"]
+    assert "bfloat16 inputs" in half.title
+    names = set(half.times["forward"]) - {bench_nt_xent.OURS, bench_nt_xent.MATMUL}
+    assert names in ({"textbook, bfloat16"}, {"textbook, float32"})
 
 
 def test_lars_side_by_side_from_the_command_line(tmp_path, capsys, monkeypatch):
@@ -97,8 +120,12 @@ def test_a_table_of_whole_steps_has_every_share_and_rate(monkeypatch):
     """The shares of the parts add up to 100%, and every rate is there."""
     pytest.importorskip("nvidia.dali", reason="decoding needs DALI (Linux)")
     pytest.importorskip("lightly")
-    options = harness.Options(torch.device("cpu"), 1, 1, True)
-    (table,) = bench_step.tables(options, (32,), 16)
+    options = harness.Options(torch.device("cpu"), 1, 1, True, torch.bfloat16)
+    table, half = bench_step.tables(options, (32,), 16)
+    assert ", float32, " in table.title
+    assert ", bfloat16, " in half.title
+    assert "simclr_fast: autocast to bfloat16." in half.notes
+    assert set(half.times["step"]) == set(table.times["step"])
     assert set(table.times["step"]) == {*bench_step.CONTENDERS, *table.floors}
     for name in bench_step.CONTENDERS:
         shares = [float(table.facts[part][name].rstrip("%")) for part in bench_step.PARTS]
