@@ -450,7 +450,7 @@ class MultiViewLoader(TwoViewLoader):
             )
         self.n_views = as_int("n_views", n_views, 2) + small_crops
         aug = options.get("augmentation") or Augmentation(size=224 if size is None else size)
-        own = {"size": aug.size, "area": aug.area, "min_covered": aug.min_covered}
+        own: dict[str, Any] = {"size": aug.size, "area": aug.area, "min_covered": aug.min_covered}
         if small is not None and replace(small, **own) != aug:
             raise ValueError(
                 "small may differ from the augmentation in size, area and min_covered, got "

@@ -294,8 +294,9 @@ class DaliCrops(DaliViews):
         )
 
     def write(self, part: Part, outputs: list[Any], views: list[Tensor]) -> None:
-        for crops, aug, view in zip(outputs, self.augmentations, views, strict=True):
-            finish_crops(*crops, aug, view)
+        for made, aug, view in zip(outputs, self.augmentations, views, strict=True):
+            crops, ints, floats = made
+            finish_crops(crops, ints, floats, aug, view)
 
     def view_feeds(self, params: ViewParams, aug: Augmentation) -> list[np.ndarray]:
         from simclr_fast.augment.dali import crop_feeds

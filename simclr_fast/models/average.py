@@ -43,7 +43,8 @@ class WeightAverage(nn.Module):
         decay = self.decay
         if self.warm_up:
             decay = min(decay, (1 + self.updates) / (10 + self.updates))
-        own, given = list(self.module.parameters()), list(model.parameters())
+        own: list[Tensor] = list(self.module.parameters())
+        given: list[Tensor] = list(model.parameters())
         if self.buffers_too:
             for mine, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
                 if mine.is_floating_point():

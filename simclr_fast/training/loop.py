@@ -87,7 +87,7 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
     for part in (model, *more.values()):
         part.to(world.device)
         if config.channels_last:
-            part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            part.to(memory_format=torch.channels_last)
     dtype = autocast_dtype(config.precision, world.device)
     work = workload(config, world, loader.n_views)
     setting, options = choose_memory(config, world, work)

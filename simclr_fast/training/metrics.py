@@ -25,8 +25,9 @@ from simclr_fast.utils.extras import need
 from simclr_fast.utils.lines import keep_until
 
 log = logging.getLogger(__name__)
-# If a larger percentage of the time is spent waiting for data, a run says what to try.
-_SLOW_DATA = 5.0
+# If a larger percentage of the time is spent waiting for data in as many lines one after the other,
+# a run says what to try. In its first steps a run may wait: files are read for the first time.
+_SLOW_DATA, _SLOW_LINES = 5.0, 5
 # Shorter measurements of the waiting time, in seconds, are not trusted.
 _MEASURED = 1.0
 # Images whose two views are looked at for the ranks of h and z.
@@ -56,6 +57,7 @@ class Metrics:
         # Seconds that were spent waiting for data since the last line.
         self.waited = 0.0
         self._advice_given: set[str] = set()
+        self._slow_lines = 0
         # Rows of h and z, view after view of the same number of images.
         self._rows: list[Tensor] = []
         self._looked_at = 0
@@ -173,7 +175,8 @@ class Metrics:
         # The first measurement includes the start of the run: give no advice on it.
         if self._logged != self.first and seconds > _MEASURED:
             waited = row["data_wait_percent"]
-            self._advise(waited > _SLOW_DATA, _SLOW, f"{waited:.0f}%")
+            self._slow_lines = self._slow_lines + 1 if waited > _SLOW_DATA else 0
+            self._advise(self._slow_lines == _SLOW_LINES, _SLOW, f"{waited:.0f}%")
         if contrastive:
             self._advise_on_learning(step, row)
         self._since, self._logged, self.waited = now, step, 0.0

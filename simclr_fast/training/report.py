@@ -89,11 +89,12 @@ def run_report(config: PretrainConfig, out: Path, to: Path | None = None) -> Ite
         encoder.load_state_dict(weights)
         yield probe("pretrained encoder", h(train), h(test))
         if averaged.exists():
-            shown = confusion
+            # The confusion of classes is that of the last weights.
+            kept = confusion
             encoder.load_state_dict(checkpoint.load_encoder(averaged)[0])
             yield probe("average of its weights", h(train), h(test))
             encoder.load_state_dict(weights)
-            confusion = shown
+            confusion = kept
         summary = {name: vars(accuracy) for name, accuracy in results.items()}
         text = json.dumps(summary, indent=2) + "\n"
         checkpoint.write_atomic(out / "probe.json", lambda part: part.write_text(text))

@@ -191,7 +191,7 @@ class Slow(ArraySource):
     """A slow disk."""
 
     def read(self, i):
-        time.sleep(0.02)
+        time.sleep(0.04)
         return super().read(i)
 
 
@@ -209,7 +209,7 @@ NO_BATCH_NORM = {"optimizer": "sgd", "projector_batch_norm": False}
         (ArraySource(COLOURS), 0, {}, ""),
         (ArraySource(COLOURS), 0, NO_BATCH_NORM | {"lr": 50.0}, "the embeddings have collapsed"),
         (ArraySource(EQUAL), 1, {}, "still near its chance level"),
-        (Slow(COLOURS), 0, {"steps": 8}, "of the time is spent waiting for data"),
+        (Slow(COLOURS), 0, {"steps": 14}, "of the time is spent waiting for data"),
     ],
     ids=["good", "collapsed", "stalled", "starved"],
 )
@@ -220,7 +220,7 @@ def test_bad_runs_are_told_so_and_a_good_one_is_not(
     monkeypatch.setattr(module, "_STALL_STEPS", 30)
     # Two lines' time. A machine that is busy with other things makes a good run wait as well.
     monkeypatch.setattr(module, "_MEASURED", 0.0)
-    monkeypatch.setattr(module, "_SLOW_DATA", 60.0)
+    monkeypatch.setattr(module, "_SLOW_DATA", 30.0)
     config = replace(TINY, data="colours", out=tmp_path / "run", memory="plain", temperature=0.2)
     augmentation = replace(config.augmentation, p_jitter=p_jitter, p_gray=0)
     config = replace(config, augmentation=augmentation, steps=40, log_every=2)
