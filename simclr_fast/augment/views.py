@@ -1,6 +1,7 @@
 """Two views of images: fused C++ on the CPU, a Triton kernel or plain torch on the GPU."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,8 @@ def apply_views(
     """Make one view of each image, given its parameters.
 
     images: [n, H, W, C], or n of [H, W, C] of any sizes; uint8, or float32 in [0, 1].
-        C: aug.channels. Other numbers than 3 are made in plain torch on every device.
+        C: aug.channels. Of other numbers than 3, the kernels make three channels at a time; with
+        the contrast of spec="torchvision" plain torch does it.
     out:    [n, C, size, size], contiguous or channels_last, float32, float16 or bfloat16. It is
             written and returned. By default a new tensor of `dtype`.
     channels_last: memory format of the new tensor.
@@ -70,7 +72,7 @@ def fill_views(
         return out
     kernels = ops.implementation_for(out.device)
     if aug.channels != 3:
-        return _apply_torch(images, params, aug, out)
+        return _apply_in_threes(images, params, aug, out, kernels)
     if kernels is ops.Implementation.NATIVE:
         return _apply_native(images, params, aug, out)
     if kernels is ops.Implementation.TRITON:
@@ -170,6 +172,61 @@ def _apply_triton(
         out,
     )
     return out
+
+
+def runs_in_threes(aug: Augmentation) -> bool:
+    """Whether the kernels for RGB make the views of images that are not RGB.
+
+    Contrast of torchvision is around the mean luma of RGB, and around each channel's mean here.
+    """
+    return aug.spec == "simclr" or not (aug.p_jitter and aug.s)
+
+
+def _apply_in_threes(
+    images: Tensor | list[Tensor],
+    params: ViewParams,
+    aug: Augmentation,
+    out: Tensor,
+    kernels: ops.Implementation,
+) -> Tensor:
+    """Views of images that are not RGB: three channels at a time are made as if they were."""
+    fused = {ops.Implementation.NATIVE: _apply_native, ops.Implementation.TRITON: _apply_triton}
+    if kernels not in fused or not runs_in_threes(aug):
+        return _apply_torch(images, params, aug, out)
+    apply = fused[kernels]
+    # Saturation and hue are off. At the end their steps do nothing, while at the start they would
+    # clip what the bicubic resize left outside of [0, 1].
+    last = np.argsort(params.order >= 2, axis=1, kind="stable")
+    params = replace(params, order=np.take_along_axis(params.order, last, axis=1))
+    if not isinstance(images, Tensor):
+        cut = [(slice(y, y + h), slice(x, x + w)) for y, x, h, w in params.box.tolist()]
+        images = [image[box] for image, box in zip(images, cut, strict=True)]
+        params = replace(params, box=params.box * np.array([0, 0, 1, 1], params.box.dtype))
+    channels = aug.channels
+    for start in range(0, channels, 3):
+        # The last three may begin with channels that are there already.
+        first = max(min(start, channels - 3), 0)
+        three = [min(first + i, channels - 1) for i in range(3)]
+        mean, std = (None if v is None else tuple(v[c] for c in three) for v in (aug.mean, aug.std))
+        rgb = replace(aug, channels=3, mean=mean, std=std)
+        if isinstance(images, Tensor):
+            parts: Tensor | list[Tensor] = _three_of(images, first)
+        else:
+            parts = [_three_of(image, first) for image in images]
+        if channels >= 3:
+            apply(parts, params, rgb, out[:, first : first + 3])
+        else:
+            made = out.new_empty(len(out), 3, aug.size, aug.size)
+            out.copy_(apply(parts, params, rgb, made)[:, :channels])
+    return out
+
+
+def _three_of(image: Tensor, first: int) -> Tensor:
+    """Three channels, contiguous, from number `first` on; of one or two, the last is repeated."""
+    part = image[..., first : first + 3]
+    if image.shape[-1] < 3:
+        part = torch.cat([part, *[part[..., -1:]] * (3 - image.shape[-1])], -1)
+    return part.contiguous()
 
 
 def _addresses(images: Tensor | list[Tensor]) -> np.ndarray:

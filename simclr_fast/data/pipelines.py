@@ -25,6 +25,7 @@ from simclr_fast.augment.views import (
     finish_crops,
     image_sizes,
     pack_params,
+    runs_in_threes,
 )
 from simclr_fast.data.decode import (
     READ_AHEAD,
@@ -136,10 +137,11 @@ class HostViews:
     ) -> None:
         self.part_size, self.augmentations, self.draw = part_size, augmentations, draw
         self.channels = augmentations[0].channels
+        self.fused = self.channels == 3 or runs_in_threes(augmentations[0])
         self.decoder = image_decoder(source, part_size, num_threads)
 
     def describe(self) -> str:
-        how = "the fused op" if self.channels == 3 else "plain torch"
+        how = "the fused op" if self.fused else "plain torch"
         return f"{self.decoder.describe()}; views by {how} on the CPU"
 
     def run(self, parts: Iterable[Part]) -> Iterator[tuple[Part, list[Any]]]:

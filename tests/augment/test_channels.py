@@ -240,7 +240,7 @@ def test_the_loader_makes_views_of_mixed_files(tmp_path):
         np.save(tmp_path / f"{i}.npy", array)
     loader = TwoViewLoader(tmp_path, 8, augmentation=aug, shuffle=False, num_threads=2)
     assert "files of 4 channels decoded on the CPU in 2 threads" in loader.describe()
-    assert "plain torch" in loader.describe()
+    assert "views by the fused op on the CPU" in loader.describe()
     floats = [as_channels(a, 4) / (1 if a.dtype == np.uint16 else np.float32(255)) for a in arrays]
     sizes = np.array([array.shape[:2] for array in arrays])
     # The second pass takes kept images.

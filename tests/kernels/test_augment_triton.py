@@ -15,7 +15,9 @@ INTERPRETED = """
 import numpy as np, torch
 from kernel_memory import checked_memory
 from triton.runtime import interpreter
-from simclr_fast.augment.views import apply_views, pack_params, _apply_triton
+from simclr_fast.augment.views import apply_views, pack_params
+from simclr_fast.augment.views import _apply_in_threes, _apply_torch, _apply_triton
+from simclr_fast.ops import Implementation
 from simclr_fast.augment.params import Augmentation, draw_params
 from simclr_fast.kernels import augment as kernels
 from sklearn.datasets import load_sample_image
@@ -90,6 +92,19 @@ for given, size in ((batch, 17), (batch.contiguous()[:, :33, :41], 24), (batch[:
     out = torch.full((n, 3, size, size), float("nan"))
     _apply_triton(given, p, aug, out)
     assert close(out, apply_views(given, p, aug)), (given.shape, given.stride())
+
+# Other channels than three, in threes; each is the view of that channel in plain torch.
+for channels, size, layout in ((2, 9, last), (5, 12, planar)):
+    aug = Augmentation(size, channels=channels, p_blur=0.75, saturation=0, hue=0, p_gray=0)
+    many = [torch.cat([i, i.flip(2)], 2)[..., :channels].contiguous() for i in images]
+    p = draw_params(aug, size, 0, np.arange(4), 0, np.array(shapes))
+    one = torch.stack([i[:9, :33] for i in many])
+    for given in (many, one):
+        if given is one:
+            p = draw_params(aug, size, 0, np.arange(4), 0, np.array([(9, 33)] * 4))
+        out = torch.full((4, channels, size, size), float("nan")).contiguous(memory_format=layout)
+        _apply_in_threes(given, p, aug, out, Implementation.TRITON)
+        assert close(out, _apply_torch(given, p, aug, torch.empty_like(out))), (channels, size)
 """
 
 
