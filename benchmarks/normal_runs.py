@@ -39,7 +39,7 @@ _BEGIN, _END = "<!-- runs -->\n", "<!-- end of runs -->"
 DOCS = RESULTS.parents[1] / "docs"
 _STEPS, _NEIGHBOURS = 320, 20
 # The images of the starved run: their number, and their side in pixels.
-_PHOTOS, _SIDE, _STARVED_STEPS = 256, 1200, 24
+_PHOTOS, _SIDE, _STARVED_STEPS = 256, 800, 16
 # Value of metrics.jsonl → heading of its panel.
 PANELS = {
     "loss": "loss ÷ its chance level",
@@ -72,7 +72,7 @@ class CommandLine:
     docs: Path = DOCS
     """Folder of the picture."""
     steps: int = _STEPS
-    """Steps of each run; the starved one has 24."""
+    """Steps of each run; the starved one has 16."""
 
 
 def config_of(name: str, steps: int) -> tuple[PretrainConfig, str]:
@@ -82,17 +82,16 @@ def config_of(name: str, steps: int) -> tuple[PretrainConfig, str]:
     )
     common = f"--data demo-held-out --batch-size 128 --steps {steps}"
     if name == "stalled":
+        return replace(demo, lr=5e-4), f"{common} --lr 0.0005"
+    if name == "collapsed":
         config = replace(demo, temperature=0.5, lr=5.0)
         return config, f"{common} --temperature 0.5 --lr 5"
-    if name == "collapsed":
-        config = replace(demo, optimizer="sgd", lr=5.0, projector_batch_norm=False)
-        return config, f"{common} --optimizer sgd --lr 5 --no-projector-batch-norm"
     if name == "no-colour":
         config = replace(demo, augmentation=replace(demo.augmentation, p_jitter=0, p_gray=0))
         return config, f"{common} --augmentation.p-jitter 0 --augmentation.p-gray 0"
     if name == "starved":
         steps = min(steps, _STARVED_STEPS)
-        config = replace(demo, steps=steps, workers=1, log_every=2)
+        config = replace(demo, steps=steps, workers=1, log_every=1)
         return config, f"--data photos/ --batch-size 128 --steps {steps} --workers 1"
     return demo, common
 
