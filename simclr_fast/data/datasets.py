@@ -19,6 +19,7 @@ from simclr_fast.data.demo import CLASSES, HELD_OUT, PER_CLASS, demo_folder, gra
 from simclr_fast.data.folders import archive_kind, find_images, suffix_of
 from simclr_fast.data.formats import suffixes, unread
 from simclr_fast.data.huggingface import HuggingFaceSource, is_dataset, is_saved, load_saved
+from simclr_fast.data.remote import fetched, is_address
 from simclr_fast.data.shards import ShardSource
 from simclr_fast.data.sources import (
     ArraySource,
@@ -166,6 +167,8 @@ def open_source(
         - one image file, `.tar` (WebDataset), `.tfrecord` or `.rec` (RecordIO), a list of them, or
           a pattern: shards/{000..099}.tar, shards/*.tar. gzip, bzip2 and xz are decompressed once,
           into the cache folder;
+        - an address of a file, a pattern or, with "/" at its end, a folder, for fsspec:
+          s3://bucket/{000..099}.tar, https://host/a.tar. It is copied into the cache folder once;
         - an array or tensor in memory, [n, H, W, 3] or [n, 3, H, W], or gray: [n, H, W, 1],
           [n, 1, H, W] or [n, H, W]; uint8, uint16, or floating in [0, 1];
         - a data set of PIL images, such as `torchvision.datasets.CIFAR10(root)`, or of dicts;
@@ -203,6 +206,10 @@ def _opened(data: Any, image_key: str | None, on_error: OnError, channels: int) 
         data = data.tolist()
     if isinstance(data, np.ndarray):
         return ArraySource(_channels_last(data, channels))
+    if isinstance(data, str) and is_address(data):
+        addresses = [one for part in data.split("::") for one in _braces(part)]
+        data = [path for one in addresses for path in fetched(one)]
+        data = data[0] if len(data) == 1 else data
     if isinstance(data, str | os.PathLike):
         path = Path(_local(os.fspath(data))).expanduser()
         if not path.is_dir():

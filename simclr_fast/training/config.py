@@ -27,7 +27,8 @@ class PretrainConfig:
 
     data: str = "demo"
     """Images: a folder, a .tar, .tfrecord or .rec file or a pattern of them (DIR/{000..099}.tar),
-    "demo", "demo-grain" or "demo-held-out" (embedded), or NAME:ROOT for torchvision's data set NAME
+    an address (s3://, https://) of such files, which are copied to the cache folder, "demo",
+    "demo-grain" or "demo-held-out" (embedded), or NAME:ROOT for torchvision's data set NAME
     (cifar10, stl10, food101, ...) in the folder ROOT."""
     labels: Path | None = None
     """A CSV file with lines "path,label", or a column of a Hugging Face data set. Its labels

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _abort_process_group
 from torch.distributed.rendezvous import rendezvous
 
-from simclr_fast.utils.device import resolve_device
-from simclr_fast.utils.launch import launched
+from simclr_fast.utils.device import bound_to_cores, resolve_device
+from simclr_fast.utils.launch import Launch, launched
 from simclr_fast.utils.rank_watch import RankFailure, RankWatch
 
 log = logging.getLogger(__name__)
@@ -199,6 +199,8 @@ def fingerprint(model: nn.Module) -> int:
 def join_world(device: str, timeout: float = 600) -> Iterator[World]:
     """Join the launcher's process group (NCCL on GPUs, gloo on CPUs), and leave it at the end.
 
+    Within it the processes of a machine have cores of their own: see `bound_to_cores`.
+
     device: as for `resolve_device`.
     timeout: the run ends after this many seconds without progress.
 
@@ -207,6 +209,11 @@ def join_world(device: str, timeout: float = 600) -> Iterator[World]:
             it. A rank that hangs cannot raise: its process prints the message and exits with 1.
     """
     launch, chosen = launched(), resolve_device(device)
+    with bound_to_cores(launch.local_rank, launch.local_size):
+        yield from _joined(launch, chosen, timeout)
+
+
+def _joined(launch: Launch, chosen: torch.device, timeout: float) -> Iterator[World]:
     rank, size = launch.rank, launch.size
     if size == 1:
         yield World(0, 1, chosen)

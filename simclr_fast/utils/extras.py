@@ -26,6 +26,7 @@ _PACKAGES = {
     "wandb": ("wandb", "shows the curves of runs on a server"),
     "trackio": ("trackio", "shows the curves of runs"),
     "yaml": ("pyyaml", "reads files of settings"),
+    "fsspec": ("fsspec", "reads from web servers and object stores"),
     "huggingface_hub": ("huggingface_hub", "reads from the Hugging Face Hub, and uploads"),
     "umap": ("umap-learn", "computes UMAP"),
     "timm": ("timm", "brings more models and is compared with"),

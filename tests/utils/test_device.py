@@ -5,7 +5,14 @@ import os
 import pytest
 import torch
 
-from simclr_fast.utils.device import autocast_dtype, free_memory, resolve_device, usable_cores
+from simclr_fast.utils import device
+from simclr_fast.utils.device import (
+    autocast_dtype,
+    bound_to_cores,
+    free_memory,
+    resolve_device,
+    usable_cores,
+)
 
 GPU = torch.device("cuda", 0)
 
@@ -138,3 +145,67 @@ def test_cores_are_those_of_this_process(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     assert usable_cores() == 8
+
+
+@pytest.fixture
+def sixteen_cpus(monkeypatch):
+    """Two sockets of four cores with two threads each; numbered as Linux does. Returns what was
+    bound."""
+    bound = [set(range(16))]
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: bound[-1], raising=False)
+    monkeypatch.setattr(
+        os, "sched_setaffinity", lambda pid, cpus: bound.append(set(cpus)), raising=False
+    )
+    monkeypatch.setattr(device, "_place", lambda cpu: (cpu % 8 // 4, cpu % 4, cpu))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.delenv("SIMCLR_FAST_BIND", raising=False)
+    return bound
+
+
+def test_the_processes_of_a_machine_get_neighbouring_cores(sixteen_cpus):
+    everything = sixteen_cpus[0]
+    shares = []
+    for rank in range(4):
+        assert usable_cores() == 4
+        with bound_to_cores(rank, 4):
+            shares.append(sixteen_cpus[-1])
+            # Its own share, and not a fourth of it.
+            assert usable_cores() == 4
+        assert sixteen_cpus[-1] == everything
+    assert shares == [{0, 8, 1, 9}, {2, 10, 3, 11}, {4, 12, 5, 13}, {6, 14, 7, 15}]
+
+
+def test_uneven_shares_leave_no_core_out(sixteen_cpus):
+    shares = []
+    for rank in range(3):
+        with bound_to_cores(rank, 3):
+            shares.append(sixteen_cpus[-1])
+    assert sorted(cpu for share in shares for cpu in share) == list(range(16))
+
+
+def test_what_is_bound_or_alone_or_told_not_to_is_left(sixteen_cpus, monkeypatch):
+    with bound_to_cores(0, 1):
+        pass
+    with bound_to_cores(0, 17):
+        pass
+    monkeypatch.setenv("SIMCLR_FAST_BIND", "0")
+    with bound_to_cores(0, 4):
+        pass
+    monkeypatch.delenv("SIMCLR_FAST_BIND")
+    # As srun did.
+    sixteen_cpus.append({0, 8, 1, 9})
+    with bound_to_cores(0, 4):
+        pass
+    assert len(sixteen_cpus) == 2
+
+
+def test_a_real_process_is_bound_and_set_free(monkeypatch):
+    if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) != os.cpu_count():
+        pytest.skip("cores cannot be bound here, or are already")
+    before = os.sched_getaffinity(0)
+    if len(before) < 2:
+        pytest.skip("one core")
+    with bound_to_cores(1, 2):
+        assert len(os.sched_getaffinity(0)) == len(before) - len(before) // 2
+    assert os.sched_getaffinity(0) == before
