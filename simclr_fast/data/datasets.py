@@ -258,8 +258,11 @@ def _local(name: str | bytes) -> str:
     text = os.fsdecode(name)
     if not text:
         raise ValueError("data must be a path, got an empty text")
-    if text.startswith("pipe:") or re.match(r"[a-z0-9]+://", text):
-        raise ValueError(f"data must be on this machine, got {printable(text)}: download it first")
+    if text.startswith("pipe:") or is_address(text):
+        raise ValueError(
+            f"data must be on this machine, got {printable(text)}: download it first, or give one "
+            "address or pattern as text"
+        )
     return text
 
 
