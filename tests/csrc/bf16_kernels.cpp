@@ -203,7 +203,7 @@ void check(Case c) {
 }  // namespace
 
 int main() {
-  for (const int64_t pairs : {2, 7, 61})
+  for (const int64_t pairs : {2, 7, 171})
     for (const int64_t dim : {3, 33, 130})
       for (const double temperature : {0.1, 0.005})
         for (const double length : {1.0, 1e-10, 1e30})
