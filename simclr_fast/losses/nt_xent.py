@@ -95,7 +95,7 @@ def nt_xent_loss(
     backward.
 
     z1, z2: [N, D], any strides; or z1 is [2N, D], view 1's rows first, and z2 is None.
-        float64, float32, bfloat16 or float16; arithmetic and loss are float32 or wider. As with
+        float64, float32, bfloat16 or float16; sums and loss are float32 or wider. As with
         normalize, the gradient of a zero row is about 1e12, and infinite in float16.
     temperature: a number from 1e-6 to 1e6, or a 0-dim tensor, which receives a gradient. The value
         of a CUDA tensor is not checked, because that would wait for the device.
