@@ -21,7 +21,7 @@ from simclr_fast.large_batch.outputs import (
     refuse_other_rows,
     tensors,
 )
-from simclr_fast.large_batch.second_run import AllNumbers, State, differ
+from simclr_fast.large_batch.second_run import AllNumbers, State, differ, half_of
 
 
 def backward(
@@ -94,18 +94,23 @@ def backward(
 def _refuse_mixed_rows(
     part: Tensor, outputs: Any, before: AllNumbers, run: Callable[[Tensor, bool], Any]
 ) -> None:
-    """Run half of a micro-batch, and refuse a model whose outputs are others then.
+    """Run half of the views of a micro-batch, and refuse a model whose outputs are others then.
 
     A model that draws random numbers is not tried, because it would draw others.
     """
-    if len(part) < 2 or isinstance(part, FakeTensor) or before.drawn():
+    rows = len(part)
+    if rows < 2 or isinstance(part, FakeTensor) or before.drawn():
         return
-    half = len(part) // 2
-    found = tensors(run(part[:half], True))
+    kept = half_of(rows)
+    try:
+        found = tensors(run(part[kept], True))
+    except Exception as error:
+        raise ValueError(
+            f"memory='grad-cache' runs the model on micro-batches, and it fails for fewer views: "
+            f"{error}; memory='plain' and memory='replay' can run it"
+        ) from error
     whole = tensors(outputs)
-    if all(t.dim() and len(t) == len(part) for t in whole) and differ(
-        [t[:half] for t in whole], found
-    ):
+    if all(t.dim() and len(t) == rows for t in whole) and differ([t[kept] for t in whole], found):
         raise ValueError(
             "memory='grad-cache' runs the model on micro-batches, and the output of a view depends "
             "on the other views in the batch; memory='plain' and memory='replay' can run it"

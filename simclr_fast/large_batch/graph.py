@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
 from simclr_fast.large_batch.batch_norms import after_norm, uses_batch_statistics
@@ -26,7 +27,7 @@ from simclr_fast.large_batch.refusals import (
     refuse_outputs,
     refuse_random,
 )
-from simclr_fast.large_batch.second_run import traced_once
+from simclr_fast.large_batch.second_run import differ, half_of, traced_once
 from simclr_fast.large_batch.tracer import Tracer
 
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
@@ -51,6 +52,10 @@ class Key(NamedTuple):
 
     kind: Literal["value", "gradient", "bits"]
     node: Node
+
+
+# Views that are run to see whether they depend on one another.
+TRIED_ROWS = 16
 
 
 @dataclass(eq=False)
@@ -239,11 +244,36 @@ class Graph:
         Batch norms let their input pass: they change neither shape nor dtype.
         """
         example = x[:2] if len(x) > 1 else x.new_zeros(2, *x.shape[1:])
-        env: dict[Node, Any] = {self.input: example}
+        return {node: _spec(value) for node, value in self._run(example).items()}
+
+    def _run(self, x: Tensor) -> dict[Node, Any]:
+        """The values of all nodes. Batch norms let their input pass."""
+        env: dict[Node, Any] = {self.input: x}
         for node in self.nodes:
             passes = node in self.norms
             env[node] = env[node.all_input_nodes[0]] if passes else self.execute(node, env)
-        return {node: _spec(value) for node, value in env.items()}
+        return env
+
+    @torch.no_grad()
+    def refuse_mixed_rows(self, x: Tensor) -> None:
+        """Run a few views, and half of them from their middle, and refuse other outputs.
+
+        x: views, of which some are used. Batch norms let their input pass.
+        """
+        rows = min(len(x), TRIED_ROWS)
+        if rows < 2 or isinstance(x, FakeTensor):
+            return
+        whole, kept = self._run(x[:rows]), half_of(rows)
+        try:
+            part = self._run(x[kept])
+        except Exception as error:
+            raise refusal(f"it fails for fewer views: {error}") from error
+        other = [n for n in whole if _other_rows(whole[n], part[n], rows, kept)]
+        if any(node in other for node in self.outputs):
+            raise refusal(
+                f"{other[0].format_node()} mixes the rows of the batch: the output of a view "
+                "depends on the other views"
+            )
 
     def _blocks(self) -> Iterator[Block]:
         nodes = self.nodes
@@ -362,6 +392,14 @@ class _Tracer(Tracer):
         return isinstance(m, nn.modules.batchnorm._BatchNorm) or super().is_leaf_module(
             m, module_qualified_name
         )
+
+
+def _other_rows(whole: Any, part: Any, rows: int, kept: slice) -> bool:
+    """Whether the rows `kept` of a value changed because the others are missing."""
+    if not (isinstance(whole, Tensor) and isinstance(part, Tensor)):
+        return False
+    by_row = whole.dim() and part.dim() and (len(whole), len(part)) == (rows, rows // 2)
+    return bool(by_row) and differ([whole[kept]], [part])
 
 
 def _spec(value: Any) -> Spec | None:

@@ -31,19 +31,21 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves, tree_map
 
 from simclr_fast.large_batch import global_batch_norm as gbn
 from simclr_fast.large_batch.bits import pack, unpack
 from simclr_fast.large_batch.buckets import Buckets
 from simclr_fast.large_batch.compiled_regions import CompiledRegions, Region, takes
 from simclr_fast.large_batch.gram import Gram
-from simclr_fast.large_batch.graph import Graph, Key
+from simclr_fast.large_batch.graph import TRIED_ROWS, Graph, Key
 from simclr_fast.large_batch.outputs import refuse_other_rows
 from simclr_fast.large_batch.program import Op, Pass, Program
 from simclr_fast.large_batch.refusals import flags, refusal
@@ -87,6 +89,8 @@ class Lockstep:
         # What the program and the moves of the store were made for.
         self._kind: Any = None
         self._moved: Any = None
+        # The graph that was found to keep the rows apart.
+        self._tried: Graph | None = None
 
     def backward(
         self,
@@ -214,6 +218,9 @@ class Lockstep:
             for node in self.graph.outputs:
                 if specs[node] is None:
                     raise refusal(f"{node.format_node()} is an output and no tensor")
+            if self._tried is not self.graph:
+                self.graph.refuse_mixed_rows(x[:TRIED_ROWS].to(self.device(x)))
+                self._tried = self.graph
             self.program = Program(self.graph, schedule, specs)
             self._kind = kind
             self.steps: list[Sequence[Op | Region]] = [p.ops for p in self.program.passes]
@@ -464,13 +471,16 @@ class Lockstep:
         node, program = op.node, self.program
         assert program is not None
         read = {n: env[Key("value", n)] for n in self.graph.inputs[node]}
-        if node.target is operator.getitem and not isinstance(next(iter(read.values())), Tensor):
-            # Of a tuple: its gradient is a dict of those of its parts.
+        source = next(iter(read.values()), None)
+        if node.target in (operator.getitem, getattr) and not isinstance(source, Tensor):
             (key,) = op.writes
-            env[key] = {**(env.get(key) or {}), node.args[1]: gradient}
+            _add_parts(env, key, _parts_of(source, node.args[1], gradient))
             return
         wanted_nodes = {key.node for key in op.writes}
-        leaves = {n: _leaf(value, n in wanted_nodes) for n, value in read.items()}
+        leaves = {
+            n: tree_map(partial(_leaf, needs_grad=n in wanted_nodes), value)
+            for n, value in read.items()
+        }
         parameters = self.graph.parameters[node]
         with torch.enable_grad(), self.autocast():
             made = self.graph.execute(node, leaves)
@@ -481,18 +491,24 @@ class Lockstep:
         pairs = [(value, g) for value, g in pairs if value.requires_grad]
         inputs = [leaves[key.node] for key in op.writes]
         if not pairs:
-            found: Sequence[Any] = [None] * (len(inputs) + len(parameters))
-        else:
-            differentiable = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
-            values, gradients = zip(*pairs, strict=True)
-            given = torch.autograd.grad(
-                values, [*differentiable, *parameters], gradients, allow_unused=True
-            )
-            of = dict(zip(map(id, differentiable), given, strict=False))
-            found = [*(of.get(id(t)) for t in inputs), *given[len(differentiable) :]]
-        for key, dx in zip(op.writes, found, strict=False):
-            _add(env, key, dx)
-        self._add_parameters(parameters, found[len(inputs) :])
+            for key in op.writes:
+                _add(env, key, None)
+            return
+        # An operation may take a tuple of tensors, such as those of split.
+        differentiable = [
+            t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.requires_grad
+        ]
+        values, gradients = zip(*pairs, strict=True)
+        given = torch.autograd.grad(
+            values, [*differentiable, *parameters], gradients, allow_unused=True
+        )
+        of = dict(zip(map(id, differentiable), given, strict=False))
+        for key, value in zip(op.writes, inputs, strict=True):
+            if not isinstance(value, tuple | list):
+                _add(env, key, of.get(id(value)))
+            else:
+                _add_parts(env, key, {i: of[id(t)] for i, t in enumerate(value) if id(t) in of})
+        self._add_parameters(parameters, given[len(differentiable) :])
 
     def _layout(self, node: Node) -> torch.memory_format:
         """The layout of a node's value."""
@@ -607,6 +623,30 @@ def _leaf(value: Any, needs_grad: bool) -> Any:
     if not isinstance(value, Tensor):
         return value
     return value.detach().requires_grad_(needs_grad and value.is_floating_point())
+
+
+def _parts_of(source: Any, place: Any, gradient: Any) -> dict[int, Any]:
+    """The gradient of a tuple, as a dict of those of its parts, from that of what was taken of it.
+
+    place: an index, a slice, or a name as in torch.sort(x).values. Of a slice, the gradient is such
+    a dict as well.
+    """
+    if isinstance(place, slice):
+        numbers = range(len(source))[place]
+        return {numbers[i]: part for i, part in gradient.items()}
+    if isinstance(place, str):
+        taken = getattr(source, place)
+        place = next(i for i, part in enumerate(source) if part is taken)
+    return {place % len(source): gradient}
+
+
+def _add_parts(env: Env, key: Key, parts: dict[int, Any]) -> None:
+    """Add to the gradient of a tuple, which is a dict of those of its parts."""
+    found = dict(env.get(key) or {})
+    for i, part in parts.items():
+        if part is not None:
+            found[i] = found[i] + part if i in found else part
+    env[key] = found or None
 
 
 def _add(env: Env, key: Key, gradient: Any, *, fresh: bool = False) -> None:

@@ -230,6 +230,16 @@ def version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
 
 
+def half_of(rows: int) -> slice:
+    """Half of some rows, to see whether they depend on the others.
+
+    From the middle, so that sums from either end change, and from an odd row on, so that pairs of
+    neighbours are parted.
+    """
+    first = rows // 4 | 1
+    return slice(first, first + rows // 2)
+
+
 def samples(outputs: Any) -> list[Tensor]:
     """A few values of every row of each floating-point tensor in `outputs`."""
     made = []

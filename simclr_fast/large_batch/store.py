@@ -16,6 +16,7 @@ from torch import Tensor
 from simclr_fast.large_batch.graph import Key, Spec
 from simclr_fast.large_batch.malloc_trim import Heap
 from simclr_fast.large_batch.program import Program
+from simclr_fast.large_batch.refusals import refusal
 from simclr_fast.large_batch.transfers import Access, Transfers
 
 # Pieces begin at multiples of this, so that every copy is aligned.
@@ -43,7 +44,11 @@ def accesses(program: Program, rows: Sequence[int], views: bool) -> list[Access]
             makes = []
             for key in current.makes:
                 spec = program.specs[key.node]
-                assert spec is not None
+                if spec is None:
+                    raise refusal(
+                        f"{key.node.format_node()} is no tensor, and it is needed behind a batch "
+                        "norm"
+                    )
                 makes.append(((key, m), piece_bytes(key, spec, rows[m])))
             found.append(Access([(k, m) for k in reads], makes, [(k, m) for k in current.frees]))
     return found

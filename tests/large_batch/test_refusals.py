@@ -168,3 +168,92 @@ def test_an_error_leaves_nothing_behind(memory):
         torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-6)
     for found, want in zip(model.buffers(), expected.buffers(), strict=True):
         torch.testing.assert_close(found, want)
+
+
+class Of(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+MIXING = {
+    "sort": lambda x: x[torch.argsort(x.sum(1))],
+    "flip": lambda x: x + x.flip(0),
+    "roll": lambda x: x.roll(1, 0),
+    "cumsum": lambda x: x.cumsum(0),
+    "attention": lambda x: torch.softmax(x @ x.t(), 1) @ x,
+    "negative dim": lambda x: x.softmax(-2),
+    "standardised": lambda x: x / x.std(-2, keepdim=True),
+    "transposed": lambda x: x.t().softmax(1).t(),
+    "halves": lambda x: torch.cat([a + b for a, b in [x.chunk(2), x.chunk(2)[::-1]]]),
+    "neighbours": lambda x: x + x.view(-1, 2, 6).flip(1).reshape(-1, 6),
+    "from the end": lambda x: x.flip(0).cumsum(0).flip(0),
+    "functional batch norm": lambda x: nn.functional.batch_norm(x, None, None, training=True),
+}
+APART = {
+    "softmax": lambda x: x.softmax(1),
+    "sort": lambda x: x.sort(1).values,
+    "reshaped": lambda x: x.reshape(-1, 2, 3).transpose(1, 2).reshape(-1, 6),
+    "attention": lambda x: (x[:, :, None] * x[:, None]).softmax(2).sum(2),
+    "far": lambda x: x * 1e30,
+}
+
+
+@pytest.mark.parametrize("memory", ["lockstep", "grad-cache"])
+@pytest.mark.parametrize("name", MIXING)
+def test_layers_that_mix_the_rows_of_the_batch_are_refused(name, memory):
+    """Whatever the operation is called: the output of a view changes without the others."""
+    model = nn.Sequential(nn.Linear(6, 6), Of(MIXING[name]), nn.Linear(6, 6))
+    with pytest.raises(ValueError, match=r"cannot run this model|on the other|fewer views"):
+        LargeBatch(model, memory=memory, micro_batch=8).backward(X, nt_xent_loss)
+
+
+@pytest.mark.parametrize("name", APART)
+def test_layers_that_keep_the_rows_apart_are_not(name):
+    model = nn.Sequential(nn.Linear(6, 6), Of(APART[name]), nn.BatchNorm1d(6), nn.Linear(6, 6))
+    run(model, "lockstep")
+    assert all(p.grad is not None for p in model.parameters())
+
+
+TUPLES = {
+    "a name": Of(lambda x: x.sort(1).values),
+    "a name and another": Of(lambda x: (lambda s: s.values * s.indices)(x.sort(1))),
+    "the largest": Of(lambda x: x * x.max(1, keepdim=True).values),
+    "a slice": Of(lambda x: torch.cat(x.split(2, 1)[::-1], 1)),
+    "all": Of(lambda x: torch.stack(x.unbind(1), 1)),
+    "one part twice": Of(lambda x: (lambda t: torch.cat([t[0] * t[1], t[0]], 1))(x.chunk(2, 1))),
+    "from the end": Of(lambda x: x.split(2, 1)[-1].repeat(1, 3)),
+}
+
+
+@pytest.mark.parametrize("name", TUPLES)
+@pytest.mark.parametrize("micro_batch", [3, 8])
+def test_gradients_through_operations_that_return_tuples(name, micro_batch):
+    """Of a part by its name, of a slice, of a part used twice: lockstep lost or replaced them."""
+    model = nn.Sequential(nn.Linear(6, 6), TUPLES[name], nn.BatchNorm1d(6), nn.Linear(6, 6))
+    model = copy.deepcopy(model).double()
+    expected = copy.deepcopy(model)
+    nt_xent_loss(expected(X.double())).backward()
+    step = LargeBatch(model, memory="lockstep", micro_batch=micro_batch)
+    step.backward(X.double(), nt_xent_loss)
+    for found, want in zip(gradients(model), gradients(expected), strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-12)
+
+
+class NormsOnParts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        parts = x.chunk(2, 1)
+        return torch.cat([self.first(parts[0]), self.second(parts[1]) * parts[0]], 1)
+
+
+def test_a_tuple_that_is_needed_behind_a_batch_norm_is_refused():
+    model = nn.Sequential(nn.Linear(6, 6), NormsOnParts(), nn.Linear(6, 6))
+    with pytest.raises(ValueError, match="is no tensor, and it is needed behind a batch norm"):
+        run(model, "lockstep")
