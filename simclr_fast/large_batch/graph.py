@@ -261,7 +261,7 @@ class Graph:
         x: views, of which some are used. Batch norms let their input pass.
         """
         rows = min(len(x), TRIED_ROWS)
-        if rows < 2 or isinstance(x, FakeTensor):
+        if rows < 2 or isinstance(x, FakeTensor) or x.is_meta:
             return
         whole, kept = self._run(x[:rows]), half_of(rows)
         try:
