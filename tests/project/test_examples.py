@@ -6,6 +6,8 @@ import json
 import math
 import os
 import socket
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -91,3 +93,28 @@ def test_examples_of_other_libraries(name, library, options, photos, tmp_path, m
     value = example(name).main(photos, str(tmp_path / "out.pt"), **TINY, **options)
     assert math.isfinite(value)
     check(tmp_path / "out.pt", photos)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    """Its cells in order, with few steps; the file holds the outputs of a whole run."""
+    notebook = json.loads((EXAMPLES / "demo.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    sources = ["".join(cell["source"]) for cell in cells]
+    assert sources[0].startswith("%pip install")
+    assert [s for s in sources if "STEPS = " in s]
+    monkeypatch.chdir(tmp_path)
+    shown = []
+    notebooks = types.SimpleNamespace(Image=Path, display=shown.append)
+    monkeypatch.setitem(sys.modules, "IPython.display", notebooks)
+    names = {"__name__": "__main__"}
+    for source in sources[1:]:
+        exec(source.replace("STEPS = 200", "STEPS = 2"), names)
+    assert names["accuracy"].value > 0.1
+    assert [path.is_file() for path in shown] == [True, True]
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    # Nothing of the machine that ran it.
+    text = (EXAMPLES / "demo.ipynb").read_text()
+    assert str(Path(sys.prefix)) not in text
