@@ -385,6 +385,13 @@ def _two_accumulators(x_ptr, out_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr + at, p + q)
 
 
+@triton.jit
+def _turns_a_tile(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i[:, None] * BLOCK + i[None, :])
+    tl.store(out_ptr + i[:, None] + i[None, :] * BLOCK, x)
+
+
 def test_planted_integer_cast_is_found_at_one_row_only():
     def launch(rows: int) -> list[Launch]:
         out = torch.zeros(64)
@@ -410,9 +417,9 @@ def test_planted_shared_memory_and_tensor_memory_are_found():
     assert not faults(code, None)
     # 24 registers a thread plan ten programs of 8 warps: too many for the columns.
     assert any("tensor-memory columns × 10" in fault for fault in faults(code, 24))
-    x = torch.zeros(256, 256, dtype=HALF)
-    launch = recorded(86, lambda: _two_accumulators[(1,)](x, x, BLOCK=256, num_warps=8))[0]
-    assert any("shared memory" in fault for fault in faulty_code([launch]))
+    x = torch.zeros(256, 256)
+    launch = recorded(86, lambda: _turns_a_tile[(1,)](x, x, BLOCK=256, num_warps=32))[0]
+    assert any("takes 262144 bytes of shared memory" in f for f in faulty_code([launch]))
 
 
 def test_planted_grid_and_variants_are_found():
