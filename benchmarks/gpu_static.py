@@ -13,7 +13,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from simclr_fast.kernels.normalize import (
-    half_blocks,
+    NORMALIZE_PARTS,
+    finish_parts,
     normalize_kernel,
     padded_dim,
     row_blocks,
@@ -245,8 +246,8 @@ def row_kernel_static(kernel: str, arch: int, dtype: torch.dtype, dim: int) -> S
     z = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     types = argument_types(function, "fp32" if dtype == torch.float32 else "fp16", z)
     padded = padded_dim(dim)
-    halved = kernel == "normalize" or kernel.startswith("finish")
-    blocks = half_blocks(padded) if halved else row_blocks(padded)
+    parts = NORMALIZE_PARTS if kernel == "normalize" else 1
+    blocks = row_blocks(padded, finish_parts(dtype) if kernel.startswith("finish") else parts)
     constants = {
         "PADDED": padded,
         "BLOCK_P": blocks.rows,

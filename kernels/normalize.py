@@ -140,21 +140,26 @@ class RowBlocks(NamedTuple):
 
 
 @cache
-def row_blocks(padded: int) -> RowBlocks:
-    """Blocks of whole rows, so that each value is read once."""
+def row_blocks(padded: int, parts: int = 1) -> RowBlocks:
+    """Blocks of whole rows, so that each value is read once.
+
+    parts: divides the rows. Kernels that hold several values per column would spill with more rows.
+    """
     columns = triton.next_power_of_2(padded)
     warps = min(max(columns // 512, 4), 16)
-    return RowBlocks(max(BLOCK_ELEMENTS // columns, 1), columns, warps)
+    return RowBlocks(max(BLOCK_ELEMENTS // columns // parts, 1), columns, warps)
 
 
-@cache
-def half_blocks(padded: int) -> RowBlocks:
-    """`row_blocks` with half the rows, for the kernels that normalise rows or finish a gradient.
+# The parts of row_blocks for normalize_kernel.
+NORMALIZE_PARTS = 2
 
-    With more rows ptxas spills some of their variants.
+
+def finish_parts(dtype: torch.dtype) -> int:
+    """The parts of row_blocks for the kernels that finish a gradient, for z of a dtype.
+
+    ptxas for sm_100 spills in float32 with as many rows as in float16.
     """
-    blocks = row_blocks(padded)
-    return blocks._replace(rows=max(blocks.rows // 2, 1))
+    return 4 if dtype == torch.float32 else 2
 
 
 def normalize(z1: Tensor, z2: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,7 +191,7 @@ def _launch(z1: Tensor, z2: Tensor, temperature: Tensor, rows: int) -> tuple[Ten
     inv_norm = temperature.new_empty(rows)
     if pairs == 0:
         return u, inv_norm
-    blocks = half_blocks(padded)
+    blocks = row_blocks(padded, NORMALIZE_PARTS)
     with torch.cuda.device_of(z1):
         normalize_kernel[(cdiv(pairs, blocks.rows),)](
             z1,

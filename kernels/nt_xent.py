@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .normalize import cdiv, half_blocks, normalize, padded_dim, row_blocks
+from .normalize import cdiv, finish_parts, normalize, padded_dim, row_blocks
 from .nt_xent_autotune import tuned
 from .nt_xent_backward import (
     finish_gradient_kernel,
@@ -392,7 +392,7 @@ def backward(
     grad_z = z1.new_empty((rows, dim))
     if rows == 0:
         return grad_z, torch.zeros_like(temperature)
-    blocks = half_blocks(padded)
+    blocks = row_blocks(padded, finish_parts(z1.dtype))
     programs = cdiv(rows // 2, blocks.rows)
     counter, grad_temperature = make_counter(temperature), floats(temperature)
     with torch.cuda.device_of(u_all):

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .normalize import UNSPECIALIZED, cdiv, half_blocks, normalize_rows
+from .normalize import UNSPECIALIZED, cdiv, finish_parts, normalize_rows, row_blocks
 from .nt_xent import WEIGHTS_BLOCK, floats, make_counter, row_weights, weighted_sums
 from .nt_xent_backward import finish_class_gradient_kernel
 from .nt_xent_configs import dot_precision, plan_for
@@ -205,7 +205,7 @@ def backward(
     grad_z = z.new_empty((rows, dim))
     if rows == 0:
         return grad_z, torch.zeros_like(temperature)
-    blocks = half_blocks(padded)
+    blocks = row_blocks(padded, finish_parts(z.dtype))
     programs = cdiv(rows, blocks.rows)
     counter, grad_temperature = make_counter(temperature), floats(temperature)
     with torch.cuda.device_of(u_all):

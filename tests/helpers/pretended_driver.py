@@ -271,7 +271,7 @@ def _launching(event: Any) -> list[str]:
     overloads = [getattr(packet, overload) for overload in packet.overloads()]
     overloads = [o for o in overloads if torch._C._dispatch_has_kernel(o.name())]
     composite = torch._C.DispatchKey.CompositeImplicitAutograd
-    if any(o.has_kernel_for_dispatch_key(composite) for o in overloads):
+    if all(o.has_kernel_for_dispatch_key(composite) for o in overloads):
         return inside
     free = name in _NO_LAUNCH or any(o.is_view for o in overloads)
     return [] if free else [name]

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from interpreter import needs_interpreter
 
 pytest.importorskip("triton", reason="Triton is optional")
 
@@ -117,5 +118,6 @@ def run(program, **environment):
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+@needs_interpreter
 def test_interpreted_kernels_match_the_native_ones():
     run(INTERPRETED, TRITON_INTERPRET="1")

@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from interpreter import needs_interpreter
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 
 
+@needs_interpreter
 def test_losses_under_the_rounding_of_tensor_cores():
     threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     file = ROOT / "tests" / "helpers" / "interpreted_rounding.py"
