@@ -84,8 +84,10 @@ class Plan:
     views are in RAM as well, beside it."""
     precision: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """The precision of autocast."""
-    optimizer: Literal["lars", "adam"] = "lars"
+    optimizer: Literal["lars", "sgd", "adamw", "adam"] = "lars"
     """The optimizer, whose state also needs memory."""
+    compile: bool = False
+    """Predict lockstep with --compile. The other modes do not compile."""
     data: str = "photos"
     """The value of --data in the printed command."""
     fits: bool = False
@@ -106,6 +108,9 @@ class Plan:
             batch_size=self.batch_size,
             precision=self.precision,
             optimizer=self.optimizer,
+            # SGD has no default. Memory and time do not depend on it.
+            lr=0.05 if self.optimizer == "sgd" else None,
+            compile=self.compile,
         )
 
     @property
@@ -173,8 +178,9 @@ def workload(config: PretrainConfig, ranks: int, gpu: Gpu) -> Workload:
         config.batch_size,
         ranks,
         None if config.precision == "float32" else getattr(torch, config.precision),
-        2 if config.optimizer == "adam" else 1,
+        2 if config.optimizer in ("adam", "adamw") else 1,
         gpu=gpu,
+        compile=config.compile,
     )
 
 
@@ -239,9 +245,10 @@ def _explanation(s: Setting, gpus: int) -> str:
 
 def _rates(gpu: Gpu) -> str:
     return (
-        f"Times assume {gpu.flops / 1e12:.0f} TFLOP/s and {gpu.bandwidth / 1e9:.0f} GB/s (NVIDIA's "
-        f"data sheet), of which {planner.EFFICIENCY:.0%} are reached,\nas plain ResNet-50 does on "
-        "an A100-80GB (2,470 images/s, NVIDIA DeepLearningExamples), and copies over PCIe at\n"
+        f"Times assume {planner.FLOPS_SHARE:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s for products, "
+        f"{planner.BANDWIDTH_SHARE:.0%} of {gpu.bandwidth / 1e9:.0f} GB/s for other operations "
+        "(NVIDIA's data sheet;\nwith these shares plain ResNet-50 trains NVIDIA's 2,470 images/s "
+        "on an A100-80GB), and copies over PCIe at\n"
         f"{gpu.bus / 1e9:.0f} GB/s in each direction (70% of the standard's rate)."
     )
 
@@ -258,7 +265,7 @@ def _command(given: Plan, setting: Setting) -> str:
     data = shlex.quote(config.data) + (" --preset imagenet" if config.data in DEMO_DATA else "")
     parts = [f"--data {data}", f"--model {config.model}", *parts]
     parts.append(f"--batch-size {config.batch_size}")
-    for name in ("width", "stem", "projector_dim", "projector_depth", "optimizer"):
+    for name in ("width", "stem", "projector_dim", "projector_depth", "optimizer", "lr"):
         if (value := getattr(config, name)) != getattr(plain, name):
             parts.append(f"--{name.replace('_', '-')} {value}")
     if config.augmentation.size != plain.augmentation.size:
@@ -269,6 +276,8 @@ def _command(given: Plan, setting: Setting) -> str:
     for name in ("gpu_memory", "host_memory"):
         if (size := getattr(given, name)) is not None and setting.memory == "lockstep":
             parts.append(f"--{name.replace('_', '-')} {size}")
+    if config.compile and setting.memory == "lockstep":
+        parts.append("--compile")
     return " ".join([start, *parts, setting.flags])
 
 
@@ -284,7 +293,8 @@ def _to_json(
     content = {
         "predicted": True,
         "options": asdict(given),
-        "gpu": asdict(gpu) | {"efficiency": planner.EFFICIENCY},
+        "gpu": asdict(gpu)
+        | {"flops_share": planner.FLOPS_SHARE, "bandwidth_share": planner.BANDWIDTH_SHARE},
         "gpu_bytes": limit,
         "rows": [row(setting) for setting in found],
         "command": command,

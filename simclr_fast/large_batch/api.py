@@ -364,6 +364,7 @@ class LargeBatch:
                     self.host_memory / scale,
                     self.micro_batch,
                     cuda=device.type == "cuda",
+                    compile=self.lockstep.regions is not None,
                 )
                 chosen = _scaled(chosen, scale)
             self._chosen = (key, chosen)

@@ -51,7 +51,7 @@ class CompiledRegions:
     def steps(self, program: Program, current: Pass) -> list[Op | Region]:
         """The operations of a pass, with regions in the place of runs of at least two."""
         found: list[Op | Region] = []
-        for run in _runs(program, current.ops):
+        for run in runs(program, current.ops):
             if len(run) == 1:
                 found.append(run[0])
                 continue
@@ -103,7 +103,7 @@ def takes(value: Any) -> bool:
     )
 
 
-def _runs(program: Program, ops: Sequence[Op]) -> Iterator[list[Op]]:
+def runs(program: Program, ops: Sequence[Op]) -> Iterator[list[Op]]:
     """The operations in lists: runs that can be compiled, and single others."""
     run: list[Op] = []
     for op in ops:

@@ -42,18 +42,20 @@ class Statistics(NamedTuple):
     """The statistics of the whole batch.
 
     mean, inverse = (variance + eps)^-½: [C], float32 or wider. n: values per channel; a rank
-    without rows does not know it.
+    without rows does not know it. known: the biased variance; None where CUDA's operations gave
+    only the inverse.
     """
 
     mean: Tensor
     inverse: Tensor
     n: int
     eps: float
+    known: Tensor | None = None
 
     @property
     def variance(self) -> Tensor:
         """The biased variance."""
-        return self.inverse.pow(-2) - self.eps
+        return self.inverse.pow(-2) - self.eps if self.known is None else self.known
 
 
 class WholeBatch:
@@ -388,7 +390,7 @@ def _from_row(row: Tensor, n: int, dtype: torch.dtype, norm: Any, batch: WholeBa
     variance = squares / row[-1].clamp_min(1)
     update_running(norm, mean, variance, row[-1], batch)
     inverse = (variance + norm.eps).rsqrt()
-    return Statistics(mean.to(dtype), inverse.to(dtype), n, norm.eps)
+    return Statistics(mean.to(dtype), inverse.to(dtype), n, norm.eps, variance.to(dtype))
 
 
 def _table(

@@ -30,7 +30,7 @@ For the first convolution, whose input needs no gradient, this saves a pass.
 import math
 import operator
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -106,9 +106,13 @@ class Lockstep:
         with autocast():
             enabled = torch.is_autocast_enabled(kind)
             self.low = torch.get_autocast_dtype(kind) if enabled else None
+        if not enabled:
+            # Cheaper, in front of every operation on every micro-batch.
+            self.autocast = nullcontext
         program = self._program(parts[0])
         self._open_store(program, parts)
         self.statistics: dict[Node, gbn.Statistics] = {}
+        self.norms: dict[Node, tuple[Any, ...]] = {}
         self.grams: dict[Node, Gram] = {}
         self.whole_sums: dict[Node, Tensor] = {}
         self.casts: dict[tuple[nn.Parameter, torch.dtype], Tensor] = {}
@@ -132,7 +136,7 @@ class Lockstep:
         finally:
             # Also after an error: what a step holds is most of the memory.
             self.grams, self.statistics, self.outputs, self.casts = {}, {}, {}, {}
-            self.whole_sums, self.buckets = {}, None
+            self.whole_sums, self.norms, self.buckets = {}, {}, None
             self.store.end()
         return result
 
@@ -211,7 +215,7 @@ class Lockstep:
 
     def _program(self, x: Tensor) -> Program:
         schedule = self.schedule(self.graph)
-        kind = (schedule, x.shape[1:], x.dtype, torch.is_autocast_enabled(x.device.type))
+        kind = (schedule, x.shape[1:], x.dtype, self.low)
         if self.program is None or self._kind != kind:
             with self.autocast():
                 specs = self.graph.measure(x[:2].to(self.device(x)))
@@ -296,14 +300,21 @@ class Lockstep:
         env.update((key, made[key]) for key in region.writes)
 
     def _norm(self, node: Node) -> tuple[Any, ...]:
-        norm = self.graph.module(node)
-        # Detached, because torch.compile treats the sizes of parameters as constants.
-        weight, bias = (p if p is None else p.detach() for p in (norm.weight, norm.bias))
-        return self.statistics[node], weight, bias
+        """What `gbn.normalize` takes after x."""
+        if node not in self.norms:
+            norm = self.graph.module(node)
+            # Detached, because torch.compile treats the sizes of parameters as constants.
+            weight, bias = (p if p is None else p.detach() for p in (norm.weight, norm.bias))
+            self.norms[node] = self.statistics[node], weight, bias
+        return self.norms[node]
 
     def run(self, op: Op, env: Env) -> None:
         """Execute one operation on one micro-batch. It reads `env` and writes into it."""
-        if op.kind == "make":
+        if op.overwrites is not None:
+            t = env[op.overwrites]
+            others = [env[key] for key in op.reads if key != op.overwrites]
+            env[op.writes[0]] = t.add_(*others) if others else t.relu_()
+        elif op.kind == "make":
             env[op.writes[0]] = self._value(op.node, env)
         elif op.kind == "bits":
             env[op.writes[0]] = pack(env[op.reads[0]], self._layout(op.node))
@@ -323,8 +334,9 @@ class Lockstep:
 
     def _value(self, node: Node, env: Env) -> Any:
         if node in self.graph.norms:
-            return gbn.normalize(env[Key("value", node.all_input_nodes[0])], *self._norm(node))
-        read = {n: env[Key("value", n)] for n in self.graph.inputs[node]}
+            (source,) = self.graph.inputs[node]
+            return gbn.normalize(env[self.graph.values[source]], *self._norm(node))
+        read = {n: env[self.graph.values[n]] for n in self.graph.inputs[node]}
         if node in self.graph.convolutions:
             (x,), conv = read.values(), self.graph.module(node)
             dtype = self._conv_dtype(x)

@@ -5,11 +5,12 @@ finds the one that costs the least in the given memory, by counting (`pricing`).
 lies outside the step: the optimizer's state, the loader's batches, gradient buckets and the CUDA
 context.
 
-Times are roofline predictions: the sum over operations of max(FLOPs / peak, bytes / bandwidth,
-launch), divided by an efficiency. The efficiency is chosen such that plain ResNet-50 on an
-A100-80GB trains the 2,470 images/s that NVIDIA publishes for it (DeepLearningExamples, ResNet-50
-v1.5, mixed precision). Copies to host memory and back take `Gpu.bus` bytes/s in each direction, and
-overlap with the operations of their own pass only. No time here was measured on a GPU.
+Times are predictions: the sum over operations of max(FLOPs / rate, bytes / rate, launch). An
+operation that only moves bytes is assumed to reach 85% of the memory's bandwidth. Convolutions are
+assumed to reach 33% of peak FLOP/s: then plain ResNet-50 on an A100-80GB trains the 2,470 images/s
+that NVIDIA publishes for it (DeepLearningExamples, ResNet-50 v1.5, mixed precision). Copies to host
+memory and back take `Gpu.bus` bytes/s in each direction, and overlap with the operations of their
+own pass only. No time here was measured on a GPU.
 """
 
 import copy
@@ -26,7 +27,7 @@ from torch import nn
 
 from simclr_fast.augment.dali import dali_bytes
 from simclr_fast.large_batch.api import Memory, plan_with
-from simclr_fast.large_batch.pricing import Price, Prices
+from simclr_fast.large_batch.pricing import Clock, Price, Prices
 from simclr_fast.large_batch.program import Program
 from simclr_fast.large_batch.schedule import CHOICES, Schedule, Stage
 from simclr_fast.large_batch.search import Search
@@ -52,11 +53,10 @@ _HOST_SIZES = tuple(n * 1e9 for n in (8, 16, 24, 32, 48, 64, 96, 128, 192, 256))
 # fragmentation.
 _CONTEXT = 1.0e9
 _USABLE = 0.95
-_LAUNCH = 4e-6
 # Parts of the out-of-memory messages of the CPU's allocator, CUDA, cuDNN, cuBLAS and DALI.
 _EXHAUSTED = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
-# The fraction of the roofline's speed; see the top of this module.
-EFFICIENCY = 0.58
+# The shares of peak FLOP/s and of bandwidth that are reached; see the top of this module.
+FLOPS_SHARE, BANDWIDTH_SHARE = 0.33, 0.85
 # Numbers of micro-batches of grad-cache that are simulated. More are extrapolated linearly.
 _SIMULATED = (3, 4)
 
@@ -69,17 +69,20 @@ PCIE4, PCIE5 = 22e9, 44e9
 class Gpu:
     """Peak bfloat16 FLOP/s (dense) and memory bytes/s, from NVIDIA's data sheets.
 
-    bus: bytes/s of copies from and to pinned host memory, in each direction; assumed.
+    bus: bytes/s of copies from and to pinned host memory, in each direction; assumed. launch:
+    seconds of the shortest operation.
     """
 
     name: str
     flops: float
     bandwidth: float
     bus: float = PCIE4
+    launch: float = 4e-6
 
     def seconds(self, flops: float, moved: float) -> float:
-        """The seconds of one operation at peak speed."""
-        return max(flops / self.flops, moved / self.bandwidth, _LAUNCH)
+        """The seconds of one operation."""
+        computing = flops / (FLOPS_SHARE * self.flops)
+        return max(computing, moved / (BANDWIDTH_SHARE * self.bandwidth), self.launch)
 
 
 # Up to this memory in GB → the GPU for which times are predicted.
@@ -89,6 +92,8 @@ _GPUS = (
     (math.inf, Gpu("H100 80GB SXM", 989.4e12, 3.35e12, PCIE5)),
 )
 A100_80GB = Gpu("A100 80GB SXM", 312e12, 2.039e12)
+# What runs on the CPU is planned with the rates of one core with AVX-512, in float32.
+CPU_CORE = Gpu("CPU core", 170e9, 9e9, launch=12e-6)
 
 
 def gpu_of(memory: float) -> Gpu:
@@ -135,7 +140,8 @@ class Workload:
     `ranks`. dtype: that of autocast. state: tensors per parameter beside it, such as the
     optimizer's. cuda: whether the run is on a GPU, with its operations and overheads. loader:
     whether our loader makes the views; it needs memory, and lockstep lets it keep them on the host.
-    refused: modes that the run cannot use, and why.
+    refused: modes that the run cannot use, and why. compile: whether lockstep compiles; the other
+    modes do not.
     """
 
     make: Callable[[], nn.Module]
@@ -148,6 +154,7 @@ class Workload:
     gpu: Gpu = _GPUS[-1][1]
     loader: bool = True
     refused: Mapping[str, str] = field(default_factory=dict)
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.ranks < 1:
@@ -192,7 +199,7 @@ class Workload:
             micro_batch,
             peak,
             sum(p.flops for p in phases.values()) / (self.flops_per_view * self.rows),
-            sum(p.seconds for p in phases.values()) / EFFICIENCY,
+            sum(p.seconds for p in phases.values()),
         )
 
     def lockstep(self, memory: float, host: float = 0, micro_batch: int | None = None) -> Setting:
@@ -217,7 +224,7 @@ class Workload:
             and (setting := _planned(self, search, limit, share * host)) is not None
         ]
         if found:
-            return min(found, key=self._cost_of)
+            return min(found, key=lambda setting: setting.seconds)
         return self._least(search)
 
     def _refuse(self, memory: Memory) -> None:
@@ -271,18 +278,6 @@ class Workload:
         """The same in pinned memory: torch rounds each view up to a power of two."""
         return 2 * 2 ** math.ceil(math.log2(self.view_bytes / 2))
 
-    def cost(self, flops: float, seconds: float) -> float:
-        """What the search makes small: the time, and as much again for FLOPs.
-
-        The sum of both is nearer to the truth than the time alone: real convolutions reach a
-        smaller share of the roofline than operations that only move bytes.
-        """
-        return seconds / EFFICIENCY + self._plain_seconds * flops / self.flops_per_view
-
-    def _cost_of(self, setting: Setting) -> float:
-        flops = setting.compute * self.flops_per_view * self.rows
-        return self.cost(flops, setting.seconds * EFFICIENCY)
-
     def _micro_batch(self, memory: float) -> int:
         work = _WORK_SHARE * memory / _WORK_TENSORS
         largest = _prices(self).at(1).largest
@@ -303,17 +298,16 @@ class Workload:
 
     @property
     def _step(self) -> Step:
-        return Step(self.make, self.shape, _loss, self.dtype, self.cuda, self.gpu.seconds)
+        return Step(self.make, self.shape, _loss, self.dtype, self.cuda, self.clock)
+
+    @property
+    def clock(self) -> Clock:
+        """Gives the seconds of an operation from its FLOPs and bytes."""
+        return self.gpu.seconds if self.cuda else CPU_CORE.seconds
 
     @property
     def flops_per_view(self) -> float:
         return sum(p.flops for p in _cached(self._step, "plain", 8).values()) / 8
-
-    @property
-    def _plain_seconds(self) -> float:
-        """Of one view."""
-        phases = _cached(self._step, "plain", 256).values()
-        return sum(p.seconds for p in phases) / EFFICIENCY / 256
 
     def _phases(self, memory: Memory, micro_batch: int | None) -> Phases:
         if memory in ("plain", "replay") or micro_batch is None:
@@ -389,7 +383,7 @@ def _describe(
                 if way is back or key.node is not prices.graph.input
             )
     seconds = sum(
-        max(count * p.seconds / EFFICIENCY, o / work.gpu.bus, b / work.gpu.bus)
+        max(count * p.seconds, o / work.gpu.bus, b / work.gpu.bus)
         for p, o, b in zip(price.passes, out, back, strict=True)
     )
     on_host = _on_host(work)
@@ -398,7 +392,7 @@ def _describe(
         prices.micro_batch,
         max(phases.values()),
         (count * price.flops + price.flops_once) / (work.flops_per_view * rows),
-        seconds if work.cuda else count * price.seconds / EFFICIENCY,
+        seconds,
         schedule=replace(
             price.schedule,
             device_bytes=math.floor(room) if on_host or moves.bytes_out else None,
@@ -453,9 +447,9 @@ _PRICES: dict[Any, Prices] = {}
 
 
 def _prices(work: Workload) -> Prices:
-    key = (work.make, work.shape, work.dtype, work.cuda, work.gpu)
+    key = (work.make, work.shape, work.dtype, work.cuda, work.clock, work.compile)
     if key not in _PRICES:
-        _PRICES[key] = Prices(work.make, work.shape, work.dtype, work.cuda, work.gpu.seconds)
+        _PRICES[key] = Prices(*key)
     return _PRICES[key]
 
 
@@ -463,7 +457,7 @@ def _search(work: Workload, micro_batch: int) -> Search:
     prices = _prices(work)
     key = (prices, micro_batch)
     if key not in _SEARCHES:
-        _SEARCHES[key] = Search(prices.at(micro_batch), work.cost)
+        _SEARCHES[key] = Search(prices.at(micro_batch))
     return _SEARCHES[key]
 
 
@@ -621,6 +615,7 @@ def schedule_of(
     micro_batch: int | None = None,
     *,
     cuda: bool = True,
+    compile: bool = False,
 ) -> Schedule:
     """The schedule with which `LargeBatch` runs a model whose user gave none.
 
@@ -638,6 +633,7 @@ def schedule_of(
         cuda=cuda,
         gpu=gpu_of(gpu_memory),
         loader=False,
+        compile=compile,
     )
     found = fitting_lockstep(work, gpu_memory, host_memory, micro_batch)
     assert found.schedule is not None

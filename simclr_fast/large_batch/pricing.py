@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 
+from simclr_fast.large_batch.compiled_regions import Region, runs
 from simclr_fast.large_batch.global_batch_norm import WholeBatch
 from simclr_fast.large_batch.graph import Key
 from simclr_fast.large_batch.lockstep import Env, Lockstep
@@ -79,7 +80,6 @@ class Price:
 
     @property
     def seconds(self) -> float:
-        """At peak speed."""
         return sum(p.seconds for p in self.passes)
 
     @property
@@ -108,7 +108,8 @@ class Prices:
     """Prices of all schedules of one model.
 
     make: builds the model. shape: of one view. dtype: that of autocast. cuda: count the operations
-    that run on a GPU, on views in channels_last. `at` chooses the rows of a micro-batch.
+    that run on a GPU, on views in channels_last. compile: regions of cheap operations are compiled;
+    each reads its inputs and writes its outputs once. `at` chooses the rows of a micro-batch.
 
     Raises:
         ValueError: lockstep cannot run the model.
@@ -121,8 +122,10 @@ class Prices:
         dtype: torch.dtype | None,
         cuda: bool,
         clock: Clock,
+        compile: bool = False,
     ) -> None:
         self.shape, self.dtype, self.cuda, self.micro_batch = shape, dtype, cuda, 1
+        self.clock, self.compile = clock, compile
         self._mode = FakeTensorMode()
         self._meter = Meter(clock)
         self._costs: dict[Any, Cost] = {}
@@ -176,7 +179,24 @@ class Prices:
         program = Program(self.graph, schedule, self.specs)
         for current in program.passes:
             costs = [self._cost(op, schedule) for op in current.ops]
+            if self.compile:
+                costs = list(self._fused(program, current, costs))
             yield current, costs, sum(map(self.nbytes, current.pieces_after))
+
+    def _fused(self, program: Program, current: Pass, costs: Sequence[Cost]) -> Iterator[Cost]:
+        """The costs of operations, those of compiled regions divided equally among theirs."""
+        rest = iter(costs)
+        for run in runs(program, current.ops):
+            own = [next(rest) for _ in run]
+            if len(run) > 1:
+                region = Region(program.graph, current, run)
+                moved = sum(map(self.nbytes, (*region.reads, *region.writes)))
+                seconds = self.clock(0, moved)
+                own = [
+                    cost._replace(moved=moved / len(run), seconds=seconds / len(run))
+                    for cost in own
+                ]
+            yield from own
 
     def in_detail(self, schedule: Schedule) -> Price:
         """`price` with `flops_once`, `PassPrice.local` and `PassPrice.fixed`."""
@@ -216,7 +236,7 @@ class Prices:
         return torch.autocast("cpu", self.dtype, self.dtype is not None, False)
 
     def _cost(self, op: Op, schedule: Schedule) -> Cost:
-        key = (op.kind, op.node, op.gram, op.linear, *op.reads, *op.writes)
+        key = (op.kind, op.node, op.gram, op.linear, op.overwrites, *op.reads, *op.writes)
         found = self._costs.get(key)
         if found is None:
             self._engine._rows = self.micro_batch
@@ -300,7 +320,8 @@ class _Engine(Lockstep):
         specs = self._specs
         reads = tuple((key.kind, specs[key.node], key in op.writes) for key in op.reads)
         writes = tuple((key.kind, specs[key.node]) for key in op.writes)
-        return self._rows, op.kind, op.gram, op.linear, self._description(op.node), reads, writes
+        how = (op.kind, op.gram, op.linear, op.overwrites is None)
+        return self._rows, *how, self._description(op.node), reads, writes
 
     def _description(self, node: Node) -> Any:
         found = self._descriptions.get(node)
@@ -340,8 +361,11 @@ class _Alive:
     def run(self, op: Op, temporary: float) -> None:
         given = op.kind == "pull" and op.node in self._hands_on
         for key in op.writes:
-            shares = given and key not in op.reads
-            piece = self._piece[op.reads[0]] if shares else key
+            piece = key
+            if op.overwrites is not None:
+                piece = self._piece[op.overwrites]
+            elif given and key not in op.reads:
+                piece = self._piece[op.reads[0]]
             if key in self._piece and self._piece[key] != piece:
                 self._release(key)
             if not self._users[piece]:

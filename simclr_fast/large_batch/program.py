@@ -41,6 +41,7 @@ class Op:
     linear: "sum" also adds up what the weight gradient of the convolution before the norm is made
         of, and "pull" does not compute it.
     last: keys that no later operation of the pass needs.
+    overwrites: the key whose memory a ReLU or a sum writes its result into.
     """
 
     kind: Kind
@@ -50,6 +51,7 @@ class Op:
     gram: bool = False
     linear: bool = False
     last: Sequence[Key] = ()
+    overwrites: Key | None = None
 
 
 @dataclass(eq=False)
@@ -408,6 +410,22 @@ class Program:
                             later.add(key)
                             last.append(key)
                 op.last = last
+            for op in current.ops:
+                if op.kind == "make" and (op.node in self.sums or op.node in self.graph.relus):
+                    free = (key for key in op.reads if self._may_overwrite(current, op, key))
+                    op.overwrites = next(free, None)
+
+    def _may_overwrite(self, current: Pass, op: Op, key: Key) -> bool:
+        """Whether a value was made in this pass for this operation alone, in memory of its own."""
+        graph, node = self.graph, key.node
+        own = node in graph.norms or node in graph.convolutions or node in self.sums
+        return (
+            own
+            and list(node.users) == [op.node]
+            and key in op.last
+            and key not in current.loads
+            and key not in current.keeps
+        )
 
     def _note_finished(self) -> None:
         last: dict[nn.Parameter, int] = {}

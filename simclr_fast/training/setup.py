@@ -163,6 +163,7 @@ def workload(config: PretrainConfig, world: World, n_views: int) -> planner.Work
         (2 if config.optimizer in ("adam", "adamw") else 1) + followers,
         refused=config.refused_memory,
         cuda=world.device.type == "cuda",
+        compile=config.compile,
     )
 
 
