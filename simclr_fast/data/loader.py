@@ -11,6 +11,7 @@ import os
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ from simclr_fast.data.prefetch import PinnedViews, Slot, Slots, ahead
 from simclr_fast.data.sources import Source, fingerprint
 from simclr_fast.utils.device import usable_cores
 from simclr_fast.utils.numbers import as_int
+from simclr_fast.utils.pinned import pinned_empty
 
 __all__ = ["CorruptImageError", "ImageLoader", "OneViewLoader", "TwoViewLoader"]
 
@@ -323,14 +325,9 @@ class _Loader:
         """Uninitialised views. CPU memory is pinned if the loader's device is a GPU."""
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         pinned = device.type == "cpu" and self.device.type == "cuda"
+        make = pinned_empty if pinned else partial(torch.empty, device=device)
         return [
-            torch.empty(
-                (rows, aug.channels, aug.size, aug.size),
-                dtype=self.dtype,
-                device=device,
-                memory_format=layout,
-                pin_memory=pinned,
-            )
+            make((rows, aug.channels, aug.size, aug.size), dtype=self.dtype, memory_format=layout)
             for aug in self.augmentations
         ]
 

@@ -7,7 +7,6 @@ the same code copies without streams.
 
 import math
 from collections.abc import Hashable, Sequence
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from simclr_fast.large_batch.malloc_trim import Heap
 from simclr_fast.large_batch.program import Program
 from simclr_fast.large_batch.refusals import refusal
 from simclr_fast.large_batch.transfers import Access, Transfers
+from simclr_fast.utils.pinned import pinned_empty
 
 # Pieces begin at multiples of this, so that every copy is aligned.
 _ALIGNMENT = 256
@@ -61,36 +61,31 @@ def sweep(number: int, count: int) -> Sequence[int]:
 
 
 class Part(NamedTuple):
-    """Lent host memory. start: its place, counted over all chunks."""
+    """Lent host memory. start: its place."""
 
     start: int
     memory: Tensor
 
 
 class HostMemory:
-    """Host memory (pinned for CUDA) that is allocated once and lent in parts.
-
-    torch rounds each pinned allocation up to a power of two: one allocation of 22 GB would pin
-    34 GB. So the memory consists of chunks that are powers of two. A piece may lie in several.
-    """
+    """Host memory (pinned for CUDA) that is allocated once and lent in parts."""
 
     def __init__(self, nbytes: int, pinned: bool) -> None:
-        sizes = powers_of_two(nbytes)
+        self.capacity = _padded(nbytes)
+        make = pinned_empty if pinned else torch.empty
         try:
-            chunks = [torch.empty(n, dtype=torch.uint8, pin_memory=pinned) for n in sizes]
-        except RuntimeError as error:
+            self.memory = make((self.capacity,), dtype=torch.uint8)
+        except (RuntimeError, MemoryError) as error:
             raise ValueError(
                 f"host_memory must fit the host's memory, got {nbytes / 1e9:g} GB: {error}"
             ) from error
-        self.chunks = dict(zip(accumulate(sizes, initial=0), chunks, strict=False))
-        self.capacity = sum(sizes)
         self.clear()
 
     def clear(self) -> None:
         """Make all memory free."""
         self.used = 0
-        # Free parts: their ends by their starts, and the reverse. None extends over two chunks.
-        self._ends = {start: start + len(chunk) for start, chunk in self.chunks.items()}
+        # Free parts: their ends by their starts, and the reverse.
+        self._ends = {0: self.capacity} if self.capacity else {}
         self._starts = {end: start for start, end in self._ends.items()}
 
     def lend(self, nbytes: int) -> list[Part]:
@@ -117,9 +112,7 @@ class HostMemory:
             if end - start > wanted:
                 self._note(start + wanted, end)
             size = min(nbytes, end - start)
-            chunk = max(first for first in self.chunks if first <= start)
-            memory = self.chunks[chunk][start - chunk : start - chunk + size]
-            parts.append(Part(start, memory))
+            parts.append(Part(start, self.memory[start : start + size]))
             nbytes -= size
         return parts
 
@@ -128,9 +121,9 @@ class HostMemory:
         for part in parts:
             start, end = part.start, part.start + _padded(len(part.memory))
             self.used -= end - start
-            if end in self._ends and end not in self.chunks:
+            if end in self._ends:
                 end = self._ends.pop(end)
-            if start in self._starts and start not in self.chunks:
+            if start in self._starts:
                 start = self._starts.pop(start)
             self._note(start, end)
 
@@ -276,12 +269,6 @@ class Store:
         if self.host is not None:
             self.host.clear()
         self.begin(Transfers(), {})
-
-
-def powers_of_two(size: int) -> list[int]:
-    """Descending powers of two that add up to `size`, but for less than the alignment."""
-    powers = [1 << i for i in reversed(range(size.bit_length())) if size >> i & 1]
-    return [power for power in powers if power >= _ALIGNMENT]
 
 
 def _padded(nbytes: int) -> int:

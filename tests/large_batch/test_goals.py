@@ -46,7 +46,7 @@ GOALS = [
 def test_it_fits_with_so_much_work(goal):
     model, width, gpu, gpus, ram, most = goal
     task, memory = work(model, width, gpu, gpus), GPUS[gpu][0] * 1e9
-    views = 2 * task.pinned_view_bytes
+    views = 2 * task.view_bytes
     found = task.lockstep(memory, max(ram * 1e9 - gpus * views, 0) / gpus)
     assert planner.fits(found, memory)
     assert found.compute <= most

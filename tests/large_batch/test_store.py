@@ -2,7 +2,6 @@
 
 import random
 from itertools import pairwise
-from unittest import mock
 
 import pytest
 import torch
@@ -11,44 +10,14 @@ from large_batch_cases import assert_equal, in_stages, loss_fn, plain_autograd, 
 
 from simclr_fast.large_batch import LargeBatch
 from simclr_fast.large_batch import global_batch_norm as gbn
-from simclr_fast.large_batch import store as store_module
 from simclr_fast.large_batch.graph import Graph
 from simclr_fast.large_batch.lockstep import Lockstep
 from simclr_fast.large_batch.program import Program
 from simclr_fast.large_batch.schedule import Schedule, uniform
-from simclr_fast.large_batch.store import HostMemory, Store, accesses, powers_of_two
+from simclr_fast.large_batch.store import HostMemory, Store, accesses
 from simclr_fast.large_batch.transfers import Access, Transfers, transfers
 
 CPU = torch.device("cpu")
-
-
-class PinnedAllocator:
-    """torch.empty that counts as torch's pinned allocator: up to the next power of two."""
-
-    def __init__(self, monkeypatch):
-        self.bytes = 0
-        self.real = torch.empty
-        monkeypatch.setattr(torch, "empty", self)
-
-    def __call__(self, size, *, dtype, pin_memory):
-        assert pin_memory
-        self.bytes += 1 << (size - 1).bit_length()
-        return self.real(1, dtype=dtype)
-
-
-@pytest.mark.parametrize("nbytes", [90 * 10**9, 22 * 10**9, 1 << 36, 10**6])
-def test_pinned_are_the_bytes_asked_for(nbytes, monkeypatch):
-    allocator = PinnedAllocator(monkeypatch)
-    memory = HostMemory(nbytes, True)
-    assert allocator.bytes == memory.capacity
-    assert nbytes - 256 < allocator.bytes <= nbytes
-
-
-def test_one_chunk_would_pin_more(monkeypatch):
-    monkeypatch.setattr(store_module, "powers_of_two", lambda size: [size])
-    allocator = PinnedAllocator(monkeypatch)
-    HostMemory(90 * 10**9, True)
-    assert allocator.bytes == 1 << 37
 
 
 def test_memory_that_the_host_lacks_is_refused():
@@ -59,8 +28,8 @@ def test_memory_that_the_host_lacks_is_refused():
 @pytest.mark.parametrize("seed", range(5))
 def test_lent_parts_are_apart_and_join_again(seed):
     rng = random.Random(seed)
-    memory = HostMemory(sum(powers_of_two(50_000)), False)
-    assert len(memory.chunks) > 3
+    memory = HostMemory(50_000, False)
+    assert memory.capacity == 50_176
     lent = []
     for _ in range(300):
         size = rng.randrange(1, 6000)
@@ -79,8 +48,8 @@ def test_lent_parts_are_apart_and_join_again(seed):
     for parts in lent:
         memory.take_back(parts)
     assert memory.used == 0
-    # Whole chunks again, and all of them at once.
-    assert len(memory.lend(memory.capacity)) == len(memory.chunks)
+    # All of it again, in one part.
+    assert len(memory.lend(memory.capacity)) == 1
     with pytest.raises(MemoryError, match="do not fit"):
         memory.lend(1)
 
@@ -116,6 +85,17 @@ def test_pieces_come_back_bit_for_bit():
     assert store.host.used == 0
 
 
+class Apart:
+    """Host memory with an allocation per piece, which the watch takes for a whole."""
+
+    def __init__(self, pieces):
+        self.pieces = [torch.empty(1024, dtype=torch.uint8) for _ in range(pieces)]
+
+    def __getitem__(self, place):
+        assert place.stop - place.start == 1024
+        return self.pieces[place.start // 1024]
+
+
 def steps(seed, stop=60):
     """Two steps of random accesses under a bound, on streams of a GPU that is not there.
 
@@ -135,11 +115,11 @@ def steps(seed, stop=60):
     order = [Access(r, [(name, 1024) for name in m], d) for r, m, d in todo]
     moves = transfers(order, 6 * 1024)
     assert moves.bytes_out > 10 * 1024
-    # A chunk per piece, because the watch takes a chunk for a whole.
-    chunks, seen = [1024] * (moves.host_peak // 1024), []
-    with FakeCuda() as cuda, mock.patch.object(store_module, "powers_of_two") as powers:
-        powers.return_value = chunks
-        store = Store(device, HostMemory(moves.host_peak, True))
+    seen = []
+    with FakeCuda() as cuda:
+        host = HostMemory(moves.host_peak, True)
+        host.memory = Apart(moves.host_peak // 1024)
+        store = Store(device, host)
         for step in range(2):
             store.begin(moves, {})
             for access, (reads, makes, drops) in enumerate(todo):
