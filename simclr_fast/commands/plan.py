@@ -155,7 +155,12 @@ def run(arguments: list[str]) -> int:
         return int(best is None)
     if best is not None and best.schedule is not None:
         print(f"\n{_explanation(best, given.gpus)}")
-    print(f"\n{_rates(gpu)}")
+    print(f"\n{_rates(gpu, given.compile)}")
+    print(
+        f"\nplain and replay are simulated with all {work.rows} views of a GPU. lockstep is counted "
+        f"from its schedule.\ngrad-cache is simulated with {planner.SIMULATED[0]} and "
+        f"{planner.SIMULATED[1]} micro-batches and extrapolated linearly"
+    )
     if ghost:
         print(
             "\ngrad-cache normalises each micro-batch by its own statistics, so its gradient is "
@@ -243,13 +248,18 @@ def _explanation(s: Setting, gpus: int) -> str:
     return "\n".join(lines)
 
 
-def _rates(gpu: Gpu) -> str:
+def _rates(gpu: Gpu, compiled: bool) -> str:
+    fused = (
+        "\nOf lockstep, normalisations, activations and sums between two convolutions are compiled "
+        "into one pass over memory."
+    )
     return (
         f"Times assume {planner.FLOPS_SHARE:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s for products, "
         f"{planner.BANDWIDTH_SHARE:.0%} of {gpu.bandwidth / 1e9:.0f} GB/s for other operations "
         "(NVIDIA's data sheet;\nwith these shares plain ResNet-50 trains NVIDIA's 2,470 images/s "
         "on an A100-80GB), and copies over PCIe at\n"
         f"{gpu.bus / 1e9:.0f} GB/s in each direction (70% of the standard's rate)."
+        f"{fused if compiled else ''}"
     )
 
 

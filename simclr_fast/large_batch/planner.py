@@ -7,7 +7,7 @@ context.
 
 Times are predictions: the sum over operations of max(FLOPs / rate, bytes / rate, launch). An
 operation that only moves bytes is assumed to reach 85% of the memory's bandwidth. Convolutions are
-assumed to reach 33% of peak FLOP/s: then plain ResNet-50 on an A100-80GB trains the 2,470 images/s
+assumed to reach 40% of peak FLOP/s: then plain ResNet-50 on an A100-80GB trains the 2,470 images/s
 that NVIDIA publishes for it (DeepLearningExamples, ResNet-50 v1.5, mixed precision). Copies to host
 memory and back take `Gpu.bus` bytes/s in each direction, and overlap with the operations of their
 own pass only. No time here was measured on a GPU.
@@ -56,9 +56,9 @@ _USABLE = 0.95
 # Parts of the out-of-memory messages of the CPU's allocator, CUDA, cuDNN, cuBLAS and DALI.
 _EXHAUSTED = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
 # The shares of peak FLOP/s and of bandwidth that are reached; see the top of this module.
-FLOPS_SHARE, BANDWIDTH_SHARE = 0.33, 0.85
+FLOPS_SHARE, BANDWIDTH_SHARE = 0.4, 0.85
 # Numbers of micro-batches of grad-cache that are simulated. More are extrapolated linearly.
-_SIMULATED = (3, 4)
+SIMULATED = (3, 4)
 
 
 # 70% of what PCIe ×16 carries in one direction: 31.5 GB/s in version 4, 63 in version 5.
@@ -93,7 +93,7 @@ _GPUS = (
 )
 A100_80GB = Gpu("A100 80GB SXM", 312e12, 2.039e12)
 # What runs on the CPU is planned with the rates of one core with AVX-512, in float32.
-CPU_CORE = Gpu("CPU core", 170e9, 9e9, launch=12e-6)
+CPU_CORE = Gpu("CPU core", 140e9, 9e9, launch=12e-6)
 
 
 def gpu_of(memory: float) -> Gpu:
@@ -273,11 +273,6 @@ class Workload:
         """Bytes of the views of a batch."""
         return self.rows * math.prod(self.shape) * (2 if self.dtype else 4)
 
-    @property
-    def pinned_view_bytes(self) -> float:
-        """The same in pinned memory: torch rounds each view up to a power of two."""
-        return 2 * 2 ** math.ceil(math.log2(self.view_bytes / 2))
-
     def _micro_batch(self, memory: float) -> int:
         work = _WORK_SHARE * memory / _WORK_TENSORS
         largest = _prices(self).at(1).largest
@@ -312,7 +307,7 @@ class Workload:
     def _phases(self, memory: Memory, micro_batch: int | None) -> Phases:
         if memory in ("plain", "replay") or micro_batch is None:
             return _cached(self._step, memory, self.rows)
-        few, more = _SIMULATED
+        few, more = SIMULATED
         if self.rows <= more * micro_batch:
             return _cached(self._step, memory, self.rows, micro_batch)
         one = _cached(self._step, memory, few * micro_batch, micro_batch)
@@ -399,7 +394,7 @@ def _describe(
             host_bytes=moves.host_peak,
         ),
         host_bytes=moves.host_peak,
-        view_bytes=2 * work.pinned_view_bytes if on_host else 0,
+        view_bytes=2 * work.view_bytes if on_host else 0,
         bus_bytes=sum(out) + sum(back),
         phases=phases,
     )

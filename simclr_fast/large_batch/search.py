@@ -5,8 +5,8 @@ A stage has a few hundred possible choices, so a model has far too many schedule
 But stages hardly depend on each other. Let K_i be what stage i keeps from the forward to the
 backward. While stage j is in work, in either direction, memory holds the K of all stages before it,
 and P_j ≥ K_j of its own. So a schedule fits if K_0 + ... + K_{j-1} + P_j is within the limit for
-every j. Its cost, the predicted seconds, is the sum of the costs of its stages. A stage that does not keep its input also
-pays for making it again, which depends on what the stages before it keep.
+every j. Its cost, the predicted seconds, is the sum of the costs of its stages. A stage that does
+not keep its input also pays for making it again, which depends on what the stages before it keep.
 
 A schedule that makes the same choices in all stages gives K, P and the cost of every stage for
 these choices. So each combination of choices is counted once. Then the stages are put together from

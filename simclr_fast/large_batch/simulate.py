@@ -80,6 +80,7 @@ class Meter(TorchDispatchMode):
         self.hold(*made)
         if not func.is_view and made:
             at, read = self.phases[self.phase], tree_leaves((args, kwargs))
+            read += _read_twice(func._overloadpacket, args)
             moved = sum(_bytes(t) for t in [*read, *made] if isinstance(t, Tensor))
             count = flop_registry.get(func._overloadpacket)
             flops = count(*args, **kwargs, out_val=out) if count else 0
@@ -87,6 +88,15 @@ class Meter(TorchDispatchMode):
             at.moved += moved
             at.seconds += self.clock(flops, moved)
         return out
+
+
+def _read_twice(func: Any, args: tuple[Any, ...]) -> list[Tensor]:
+    """What a batch norm with statistics of the batch reads again once these are known."""
+    if func in (aten.native_batch_norm, aten.cudnn_batch_norm) and args[5]:
+        return [args[0]]
+    if func is aten.native_batch_norm_backward and args[7] and args[9][0]:
+        return [args[0], args[1]]
+    return []
 
 
 def _bytes(t: Tensor) -> int:

@@ -43,6 +43,25 @@ def test_the_printed_command_is_the_run_that_was_planned(settings, capsys):
     assert config.out is not None
 
 
+def test_every_optimizer_of_pretrain_and_compile(settings, monkeypatch, capsys):
+    settings(Setting("plain", None, 90e9), Setting("lockstep", 64, 20e9))
+    seen = []
+    exact = planner.exact
+    monkeypatch.setattr(planner, "exact", lambda work, way: seen.append(work) or exact(work, way))
+    for optimizer, state in (("lars", 1), ("sgd", 1), ("adam", 2), ("adamw", 2)):
+        given = [*SMALL, "--optimizer", optimizer, "--compile", "--gpu-memory", "24GB"]
+        assert run(["plan", *given]) == 0
+        printed = capsys.readouterr().out
+        config = parse_run(Pretrain, shlex.split(printed.splitlines()[-1])[2:], "pretrain").config
+        assert (config.optimizer, config.compile) == (optimizer, True)
+        assert (seen[-1].state, seen[-1].compile) == (state, True)
+        assert "into one pass over memory" in printed
+    # Without lockstep there is nothing to compile.
+    settings(Setting("plain", None, 2e9))
+    assert run(["plan", *SMALL, "--compile"]) == 0
+    assert "--compile" not in capsys.readouterr().out
+
+
 def test_the_command_for_one_gpu_and_the_demo(settings, capsys):
     settings(Setting("plain", None, 1e9))
     assert run(["plan", "--data", "demo"]) == 0

@@ -25,8 +25,9 @@ def make(name):
 
 
 @cache
-def prices(name, dtype=None):
-    found = Prices(lambda: make(name), (3, SIZE, SIZE), dtype, False, lambda f, m: f + m)
+def prices(name, dtype=None, compile=False):
+    clock = lambda flops, moved: flops / 100 + moved  # noqa: E731
+    found = Prices(lambda: make(name), (3, SIZE, SIZE), dtype, False, clock, compile)
     return found.at(MICRO)
 
 
@@ -98,6 +99,26 @@ def test_a_price_is_what_a_step_takes(name, dtype, seed):
     peak, flops = measured(name, dtype, given, fake=seed > 0)
     assert COUNT * price.flops == pytest.approx(flops, rel=0.005)
     assert price.peak(COUNT) == pytest.approx(peak, rel=0.03)
+
+
+def test_compiled_regions_move_fewer_bytes():
+    """A run of operations reads its inputs and writes its outputs once, and computes the same."""
+    given = schedule("resnet18", output="kept", inner="again")
+    eager, compiled = prices("resnet18"), prices("resnet18", compile=True)
+    for (current, one, _), (_, other, _) in zip(
+        eager.walk(given), compiled.walk(given), strict=True
+    ):
+        assert sum(c.flops for c in one) == sum(c.flops for c in other)
+        assert sum(c.moved for c in other) <= sum(c.moved for c in one)
+        if current.name == "forward 3":
+            # x1's normalisation and ReLU, and the convolution after them.
+            kinds = [op.node for op in current.ops if op.kind == "make"]
+            norm, relu, _ = kinds[-3:]
+            spare = 2 * eager.nbytes(eager.graph.values[norm])
+            spared = sum(c.moved for c in one) - sum(c.moved for c in other)
+            assert relu in eager.graph.relus
+            assert spared >= spare
+    assert compiled.price(given).seconds < 0.9 * eager.price(given).seconds
 
 
 def test_everything_kept_costs_no_convolution_twice():
