@@ -69,7 +69,7 @@ class LargeBatch:
             twice.
         "lockstep": all micro-batches go through a layer before any goes on, so batch statistics are
             those of the whole batch. For any model that torch.fx can trace and that draws no random
-            numbers; see `simclr_fast.large_batch.lockstep`.
+            numbers, except those of drop path; see `simclr_fast.large_batch.lockstep`.
         "grad-cache": compute all outputs without a graph, then repeat each micro-batch with one.
             For models without batch statistics. Others raise ValueError, unless allow_ghost_bn.
     All modes give the same gradient up to rounding, except grad-cache with allow_ghost_bn. A model

@@ -124,6 +124,8 @@ def _is_cheap(program: Program, node: Node) -> bool:
     spec = program.specs[node]
     if spec is None or len(spec.shape) < 2 or graph.input in graph.inputs[node]:
         return False
+    if node in graph.drop_paths:
+        return False
     if node in graph.norms:
         return True
     if node.op == "call_module":

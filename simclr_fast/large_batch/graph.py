@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
 from simclr_fast.large_batch.batch_norms import after_norm, uses_batch_statistics
+from simclr_fast.large_batch.drop_path import DropPath, drop_path
 from simclr_fast.large_batch.refusals import (
     RefusedModel,
     arguments,
@@ -149,6 +150,11 @@ class Graph:
         self.costly = {n for n in self.nodes if self._is_costly(n)}
         self.relus = {n for n in self.nodes if self._is_relu(n)}
         self.identities = {n for n in self.nodes if self._is_identity(n)}
+        self.drop_paths = {
+            n: found
+            for n in self.nodes
+            if n not in self.identities and (found := self._drop_path(n)) is not None
+        }
 
     def module(self, node: Node) -> Any:
         return self.modules[str(node.target)]
@@ -216,7 +222,13 @@ class Graph:
         return node.target in _RELU
 
     def _is_identity(self, node: Node) -> bool:
-        return node.op == "call_module" and type(self.module(node)) is nn.Identity
+        if node.op != "call_module":
+            return False
+        found = self._drop_path(node)
+        return type(self.module(node)) is nn.Identity or (found is not None and not found.active)
+
+    def _drop_path(self, node: Node) -> DropPath | None:
+        return drop_path(self.module(node)) if node.op == "call_module" else None
 
     def is_sum(self, node: Node, specs: dict[Node, Spec | None]) -> bool:
         """Whether a node adds two different tensors of the same shape and dtype."""
@@ -241,7 +253,7 @@ class Graph:
     def measure(self, x: Tensor) -> dict[Node, Spec | None]:
         """What the values of all nodes are like, found by running two rows. None: not a tensor.
 
-        Batch norms let their input pass: they change neither shape nor dtype.
+        Batch norms and drop paths let their input pass: they change neither shape nor dtype.
         """
         example = x[:2] if len(x) > 1 else x.new_zeros(2, *x.shape[1:])
         return {node: _spec(value) for node, value in self._run(example).items()}
@@ -250,7 +262,7 @@ class Graph:
         """The values of all nodes. Batch norms let their input pass."""
         env: dict[Node, Any] = {self.input: x}
         for node in self.nodes:
-            passes = node in self.norms
+            passes = node in self.norms or node in self.drop_paths
             env[node] = env[node.all_input_nodes[0]] if passes else self.execute(node, env)
         return env
 
@@ -389,8 +401,10 @@ class _Tracer(Tracer):
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.modules.batchnorm._BatchNorm) or super().is_leaf_module(
-            m, module_qualified_name
+        return (
+            isinstance(m, nn.modules.batchnorm._BatchNorm)
+            or drop_path(m) is not None
+            or super().is_leaf_module(m, module_qualified_name)
         )
 
 

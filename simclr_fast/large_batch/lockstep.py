@@ -116,6 +116,7 @@ class Lockstep:
         self.grams: dict[Node, Gram] = {}
         self.whole_sums: dict[Node, Tensor] = {}
         self.casts: dict[tuple[nn.Parameter, torch.dtype], Tensor] = {}
+        self._draw(program, parts)
         if self.low is not None:
             for conv in map(self.graph.module, self.graph.convolutions):
                 self._cast(conv.weight, self.low)
@@ -136,9 +137,20 @@ class Lockstep:
         finally:
             # Also after an error: what a step holds is most of the memory.
             self.grams, self.statistics, self.outputs, self.casts = {}, {}, {}, {}
-            self.whole_sums, self.norms, self.buckets = {}, {}, None
+            self.whole_sums, self.norms, self.factors, self.buckets = {}, {}, {}, None
             self.store.end()
         return result
+
+    def _draw(self, program: Program, parts: Sequence[Tensor]) -> None:
+        """The factors of every drop path, in micro-batches."""
+        self.factors: dict[Node, Sequence[Tensor]] = {}
+        sizes = [len(part) for part in parts]
+        for node, found in self.graph.drop_paths.items():
+            spec = program.specs[node]
+            assert spec is not None
+            dims = 1 + len(spec.shape)
+            factors = found.draw(sum(sizes), dims, spec.dtype, self.device(parts[0]))
+            self.factors[node] = factors.split(sizes)
 
     def _open_store(self, program: Program, parts: Sequence[Tensor]) -> None:
         """Decide which pieces move to host memory and back, and prepare the store for it."""
@@ -260,7 +272,7 @@ class Lockstep:
         self.linear: dict[Node, _Linear] = {}
         for i, m in enumerate(sweep(number, len(parts))):
             self.store.enter(number * len(parts) + i)
-            env = _MicroBatch(self.store, current, m)
+            env, self.current = _MicroBatch(self.store, current, m), m
             if parts[m].device == self.store.device:
                 env.values[self.graph.values[self.graph.input]] = parts[m]
             for op in self.steps[number]:
@@ -337,6 +349,9 @@ class Lockstep:
             (source,) = self.graph.inputs[node]
             return gbn.normalize(env[self.graph.values[source]], *self._norm(node))
         read = {n: env[self.graph.values[n]] for n in self.graph.inputs[node]}
+        if node in self.factors:
+            (x,) = read.values()
+            return x * self.factors[node][self.current]
         if node in self.graph.convolutions:
             (x,), conv = read.values(), self.graph.module(node)
             dtype = self._conv_dtype(x)
@@ -452,6 +467,8 @@ class Lockstep:
         elif node in program.sums or node in self.graph.identities:
             for key in op.writes:
                 _add(env, key, gradient)
+        elif node in self.factors:
+            _add(env, op.writes[0], gradient * self.factors[node][self.current], fresh=True)
         elif node in self.graph.convolutions:
             self._pull_convolution(op, gradient, env)
         else:

@@ -292,9 +292,13 @@ class Program:
                 values = [node]
                 if graph.bits[node] in self._alive and not self._available(graph.values[node]):
                     values, bits = [], [graph.bits[node]]
-            elif node in self._hands_on or (
-                node in graph.convolutions
-                and (linear or not graph.module(node).weight.requires_grad)
+            elif (
+                node in self._hands_on
+                or node in graph.drop_paths
+                or (
+                    node in graph.convolutions
+                    and (linear or not graph.module(node).weight.requires_grad)
+                )
             ):
                 values = []
             self._emit("pull", node, values, writes, gradient=True, more=bits, linear=linear)

@@ -533,6 +533,7 @@ RUNS = {
     "lockstep": {
         *("timm resnet", "timm resnet, deep", "timm resnet, SE", "convnext", "efficientnet"),
         *("mobilenet", "densenet", "vgg", "torchvision vit", "timm vit", "residual"),
+        *("timm resnet, drop path", "timm vit, drop path"),
         *(
             "standardised weights",
             "transformer",
