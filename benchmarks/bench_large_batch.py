@@ -3,16 +3,21 @@
     python -m benchmarks.bench_large_batch [--batch-size 4096] [--ranks 2] [--micro-batch 256]
     python -m benchmarks.bench_large_batch --modes lockstep --compile
     python -m benchmarks.bench_large_batch --modes plain lockstep --gpu-memory 1
+    python -m benchmarks.bench_large_batch --schedules
 
-All modes train the same small ResNet (stem with stride 2) on the same views. Printed are:
+All modes train the same small ResNet on the same views. Printed are:
 
 - the growth of resident memory since before the first step, its peak, of the rank with the most;
-- the median seconds of a step after the first; both also as ratios to the first mode;
-- the seconds of the first step, in which compiled modes compile;
+- the median seconds of a step after the first, and its seconds of CPU time, which other programs
+  disturb less; each also as a ratio to the first mode;
+- the seconds of the first step, in which lockstep plans and compiled modes compile;
 - the loss of each step.
 
 Lockstep keeps what fits into --gpu-memory. grad-cache uses the statistics of micro-batches, so its
 loss differs.
+
+--schedules instead runs a few schedules that the planner finds for less and less memory, in turns
+in one process, and compares their CPU time with the predicted time.
 """
 
 import json
@@ -23,16 +28,21 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import distributed as dist
 
 from simclr_fast.benchmarks import harness
 from simclr_fast.large_batch import LargeBatch
+from simclr_fast.large_batch.planner import Workload
 from simclr_fast.losses.nt_xent import nt_xent_loss
 from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector
 from simclr_fast.optim.lars import LARS, lars_param_groups
+from simclr_fast.utils.checkpoint import write_atomic
 from simclr_fast.utils.distributed import join_world
 
 MODES: dict[str, dict[str, Any]] = {
@@ -42,6 +52,10 @@ MODES: dict[str, dict[str, Any]] = {
     "grad-cache": {"memory": "grad-cache", "allow_ghost_bn": True},
     "lockstep compiled": {"memory": "lockstep", "compile": True},
 }
+
+
+# Of plain's memory, for --schedules.
+SHARES = (0.8, 0.55, 0.35, 0.25, 0.18)
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,10 @@ class CommandLine:
     """A ResNet."""
     width: float = 0.25
     """Channel multiplier of the ResNet."""
+    image_size: int = 32
+    """Side of a view in pixels."""
+    stem: Literal["imagenet", "cifar", "cifar-stride2"] = "cifar-stride2"
+    """First layers of the ResNet."""
     modes: tuple[Literal["plain", "replay", "lockstep", "grad-cache"], ...] = (
         "plain",
         "replay",
@@ -70,44 +88,57 @@ class CommandLine:
     free."""
     compile: bool = False
     """Run lockstep's modes compiled as well."""
+    schedules: bool = False
+    """Compare predicted and measured times of schedules instead."""
+    out: Path | None = None
+    """Put the results into large_batch.json of this folder, beside those of other models."""
     mode: str | None = None
     """Run one rank of this mode in this process and print JSON; for internal use."""
+
+
+def build(given: "CommandLine") -> SimCLR:
+    encoder, dim = build_encoder(
+        given.model, width=given.width, image_size=given.image_size, stem=given.stem
+    )
+    return SimCLR(encoder, build_projector("nonlinear", dim))
+
+
+def draw(given: "CommandLine", rank: int, ranks: int) -> list[torch.Tensor]:
+    """Both views of this rank's images."""
+    images = torch.randn(given.batch_size, 3, given.image_size, given.image_size)[rank::ranks]
+    return [
+        (images + 0.3 * torch.randn_like(images)).contiguous(memory_format=torch.channels_last)
+        for _ in range(2)
+    ]
 
 
 def one(mode: str, given: "CommandLine") -> dict:
     """Run `steps` steps in this process, one rank."""
     with join_world("cpu") as world:
         torch.manual_seed(0)
-        encoder, dim = build_encoder(
-            given.model, width=given.width, image_size=32, stem="cifar-stride2"
-        )
-        model = SimCLR(encoder, build_projector("nonlinear", dim)).train()
-        model = model.to(memory_format=torch.channels_last)
+        model = build(given).train().to(memory_format=torch.channels_last)
         optimizer = LARS(lars_param_groups(model, 1e-6), lr=0.1)
         group = dist.group.WORLD if world.size > 1 else None
         options = dict(MODES[mode])
         if options["memory"] == "lockstep" and given.gpu_memory is not None:
             options["gpu_memory"] = 1e9 * given.gpu_memory
         step = LargeBatch(model, micro_batch=given.micro_batch, group=group, **options)
-        images = torch.randn(given.batch_size, 3, 32, 32)[world.rank :: world.size]
-        views = [
-            (images + 0.3 * torch.randn_like(images)).contiguous(memory_format=torch.channels_last)
-            for _ in range(2)
-        ]
-        del images
+        views = draw(given, world.rank, world.size)
         before = harness.reset_peak()
-        losses, seconds = [], []
+        losses, seconds, cpu = [], [], []
         for _ in range(given.steps):
-            began = time.perf_counter()
+            began, computed = time.perf_counter(), time.process_time()
             optimizer.zero_grad(set_to_none=True)
             loss = step.backward(views, lambda o: nt_xent_loss(o[1], temperature=0.5, group=group))
             optimizer.step()
             losses.append(loss.item())
             seconds.append(time.perf_counter() - began)
+            cpu.append(time.process_time() - computed)
         return {
             "losses": losses,
             "gb": (harness.resident("VmHWM") - before) / 1e3,
             "seconds": statistics.median(seconds[1:] or seconds),
+            "cpu": statistics.median(cpu[1:] or cpu),
             "first": seconds[0],
         }
 
@@ -131,8 +162,54 @@ def measure(mode: str, given: "CommandLine") -> dict:
         if process.returncode:
             raise SystemExit(f"{mode} failed with status {process.returncode}")
         found.append(json.loads(printed))
-    largest = {key: max(row[key] for row in found) for key in ("gb", "seconds", "first")}
+    names = ("gb", "seconds", "cpu", "first")
+    largest = {key: max(row[key] for row in found) for key in names}
     return largest | {"losses": found[0]["losses"]}
+
+
+def compare_schedules(given: "CommandLine") -> dict:
+    """Predicted and measured time of a few schedules, as ratios to plain: medians over rounds."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    shape = (3, given.image_size, given.image_size)
+    work = Workload(partial(build, given), shape, given.batch_size, cuda=False, loader=False)
+    plain = work.setting("plain")
+    ways: dict[str, tuple[float, dict[str, Any]]] = {"plain": (1, {"memory": "plain"})}
+    for share in SHARES:
+        way = work.lockstep(share * plain.device_bytes / 0.95, 0, given.micro_batch)
+        predicted = way.seconds / plain.seconds
+        ways[f"{way.device_bytes / plain.device_bytes:.2f}"] = predicted, {"schedule": way.schedule}
+    views = draw(given, 0, 1)
+    steps = {}
+    for name, (_, options) in ways.items():
+        model = build(given).train().to(memory_format=torch.channels_last)
+        step = LargeBatch(model, **options)
+        steps[name] = partial(step.backward, views, lambda o: nt_xent_loss(o[1], temperature=0.5))
+    times = harness.measure(steps, given.steps, clock=time.process_time)
+    rows = [
+        {
+            "memory": name,
+            "predicted": predicted,
+            "measured": statistics.median(
+                own / base for own, base in zip(times[name], times["plain"], strict=True)
+            ),
+        }
+        for name, (predicted, _) in ways.items()
+    ]
+    places = [np.argsort(np.argsort([r[k] for r in rows])) for k in ("predicted", "measured")]
+    return {"rows": rows, "rank_correlation": float(np.corrcoef(*places)[0, 1])}
+
+
+def save(given: "CommandLine", kind: str, title: str, result: dict) -> None:
+    if given.out is None:
+        return
+    path = given.out / "large_batch.json"
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    where = harness.environment(torch.device("cpu"))
+    where["command"] = " ".join(["python -m benchmarks.bench_large_batch", *sys.argv[1:]])
+    content.setdefault(kind, {})[title] = {"environment": where, **result}
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomic(path, lambda temporary: temporary.write_text(text))
 
 
 def main() -> None:
@@ -140,26 +217,39 @@ def main() -> None:
     if given.mode:
         print(json.dumps(one(given.mode, given)))
         return
-    print(
-        f"{given.model} ×{given.width:g}: {2 * given.batch_size} views on {given.ranks} ranks, "
-        f"micro-batch {given.micro_batch}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}\n"
+    kind = f"{given.model} ×{given.width:g}, {given.image_size}²"
+    if given.schedules:
+        result = compare_schedules(given)
+        title = f"{kind}: {2 * given.batch_size} views, micro-batch {given.micro_batch}"
+        print(f"{title}\n\nmemory  predicted  measured")
+        for row in result["rows"]:
+            print(f"{row['memory']:<6} {row['predicted']:10.2f} {row['measured']:9.2f}")
+        print(f"rank correlation {result['rank_correlation']:.2f}")
+        save(given, "schedules", title, result)
+        return
+    title = (
+        f"{kind}: {2 * given.batch_size} views on {given.ranks} ranks, micro-batch "
+        f"{given.micro_batch}"
     )
-    titles = ("peak GB", "of first", "s/step", "of first", "1st step")
+    print(f"{title}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    titles = ("peak GB", "of first", "s/step", "of first", "CPU s", "of first", "1st step")
     print(f"{'mode':<19} " + " ".join(f"{title:>8}" for title in titles) + "  losses")
     modes = []
     for mode in given.modes:
         modes += [mode] + [f"{mode} compiled"] * (given.compile and f"{mode} compiled" in MODES)
-    first = None
+    rows: list[dict] = []
     for mode in modes:
         found = measure(mode, given)
-        first = first or found
+        rows.append({"mode": mode, **found})
+        numbers = [n for k in ("gb", "seconds", "cpu") for n in (found[k], found[k] / rows[0][k])]
         print(
-            f"{mode:<19} {found['gb']:8.2f} {found['gb'] / first['gb']:8.2f} "
-            f"{found['seconds']:8.2f} {found['seconds'] / first['seconds']:8.2f} "
-            f"{found['first']:8.1f}  " + " ".join(f"{loss:.6f}" for loss in found["losses"]),
+            f"{mode:<19} "
+            + " ".join(f"{number:8.2f}" for number in numbers)
+            + f" {found['first']:8.1f}  "
+            + " ".join(f"{loss:.6f}" for loss in found["losses"]),
             flush=True,
         )
+        save(given, "modes", title, {"gpu_memory": given.gpu_memory, "rows": rows})
 
 
 if __name__ == "__main__":

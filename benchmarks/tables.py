@@ -6,7 +6,8 @@
 
 In a document, the text between `<!-- results: NAME -->` and `<!-- end of results -->` is replaced.
 NAME is a subject of `simclr-fast bench`; `summary`, one row for each subject; `predicted`, what the
-models of this folder predict for GPUs; `fits` or `cards`, what `simclr-fast plan --fits` predicts.
+models of this folder predict for GPUs; `fits` or `cards`, what `simclr-fast plan --fits` predicts;
+`modes` or `schedules`, what `benchmarks.bench_large_batch` measured.
 """
 
 import json
@@ -70,8 +71,11 @@ def text(name: str, results: Path = RESULTS) -> str:
         return predicted()
     if name in ("fits", "cards"):
         return fits(results, name == "cards")
+    if name in ("modes", "schedules"):
+        return large_batch(results, name)
     if name not in SUBJECTS:
-        allowed = ", ".join((*SUBJECTS, "summary", "predicted", "fits", "cards"))
+        others = ("summary", "predicted", "fits", "cards", "modes", "schedules")
+        allowed = ", ".join((*SUBJECTS, *others))
         raise ValueError(f"results must be one of {allowed}, got {name!r}")
     found = load(name, results)
     if found is None:
@@ -100,6 +104,40 @@ def fits(results: Path, cards: bool) -> str:
                 f"{ram:.1f} | {row['compute']:.2f}× |"
             )
     return "\n".join(lines) + "\n"
+
+
+def large_batch(results: Path, kind: str) -> str:
+    """The memory modes on the CPU, or schedules of lockstep: their predicted and measured time."""
+    found = load("large_batch", results)
+    if found is None or kind not in found:
+        return (
+            "Not recorded yet: `python -m benchmarks.bench_large_batch --out benchmarks/results`.\n"
+        )
+    parts = []
+    for title, case in found[kind].items():
+        rows = case["rows"]
+        if kind == "schedules":
+            heads = "| memory of plain's | predicted time | measured time |\n|---|---|---|"
+            lines = [
+                f"| {row['memory']} | {row['predicted']:.2f} | {row['measured']:.2f} |"
+                for row in rows
+            ]
+            lines.append(f"\nRank correlation: {case['rank_correlation']:.2f}.")
+        else:
+            heads = (
+                "| mode | peak, GB | of plain | CPU s/step | of plain | s/step | of plain | "
+                f"losses |\n{8 * '|---'}|"
+            )
+            lines = []
+            for row in rows:
+                pairs = (
+                    f"{row[k]:.2f} | {row[k] / rows[0][k]:.2f}" for k in ("gb", "cpu", "seconds")
+                )
+                losses = ", ".join(f"{loss:.6f}" for loss in row["losses"])
+                lines.append(f"| `{row['mode']}` | {' | '.join(pairs)} | {losses} |")
+        table = "\n".join([heads, *lines])
+        parts.append(f"**{title}**\n\n{machine(case['environment'])}\n\n{table}\n")
+    return "\n".join(parts)
 
 
 def machine(environment: dict[str, Any]) -> str:

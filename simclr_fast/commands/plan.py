@@ -156,10 +156,11 @@ def run(arguments: list[str]) -> int:
     if best is not None and best.schedule is not None:
         print(f"\n{_explanation(best, given.gpus)}")
     print(f"\n{_rates(gpu, given.compile)}")
+    few, more = planner.SIMULATED
     print(
-        f"\nplain and replay are simulated with all {work.rows} views of a GPU. lockstep is counted "
-        f"from its schedule.\ngrad-cache is simulated with {planner.SIMULATED[0]} and "
-        f"{planner.SIMULATED[1]} micro-batches and extrapolated linearly"
+        f"\nplain and replay are simulated with all {work.rows} views of a GPU. lockstep is "
+        f"counted from its schedule.\ngrad-cache is simulated with {few} and {more} micro-batches "
+        "and extrapolated linearly"
     )
     if ghost:
         print(

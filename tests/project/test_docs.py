@@ -246,6 +246,11 @@ def test_the_documents_say_what_the_plan_says():
     assert tables.text("fits") in (ROOT / "docs" / "large_batch.md").read_text()
 
 
+def test_the_documents_say_what_the_modes_took():
+    for name in ("modes", "schedules"):
+        assert tables.text(name) in (ROOT / "docs" / "benchmarks.md").read_text()
+
+
 def test_no_table_stands_in_two_documents():
     places = {}
     for page in PAGES:
