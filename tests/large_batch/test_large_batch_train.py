@@ -1,6 +1,9 @@
 """`pretrain` in every memory mode, and float16 through an interruption."""
 
 import json
+import multiprocessing
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 import torch
 from tiny_runs import TINY, write_photos
 
+from simclr_fast.large_batch.lockstep import Lockstep
 from simclr_fast.training.pretrain import pretrain
 from simclr_fast.utils.checkpoint import checkpoints, load_checkpoint
 
@@ -33,6 +37,41 @@ def test_every_mode_trains_alike(config):
         size = 5 if memory == "lockstep" else None
         found = losses(pretrain(replace(config, out=out, memory=memory, micro_batch=size)))
         assert np.allclose(found, expected, rtol=2e-4), (memory, found, expected)
+
+
+def die_in_backward(config):
+    """Run until the third step's backward is half done, and be killed."""
+    steps, run_pass = [], Lockstep._run_pass
+
+    def counted(self, number, current, parts):
+        # The planner runs steps without data.
+        if number == 0 and type(self) is Lockstep:
+            steps.append(self)
+        if len(steps) == 3 and number == 3 * len(self.program.passes) // 4:
+            assert current.phase == "backward"
+            os.kill(os.getpid(), signal.SIGKILL)
+        run_pass(self, number, current, parts)
+
+    Lockstep._run_pass = counted
+    pretrain(config)
+
+
+def test_a_run_killed_within_a_step_resumes_bit_for_bit(config):
+    config = replace(config, memory="lockstep", micro_batch=5)
+    whole = pretrain(config)
+    cut = replace(config, out=config.out.parent / "cut")
+    process = multiprocessing.get_context("spawn").Process(target=die_in_backward, args=(cut,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    found = [path.name for path in checkpoints(cut.out / "checkpoints")]
+    assert found == [checkpoints(whole / "checkpoints")[0].name]
+    pretrain(replace(cut, resume=True))
+    assert losses(cut.out) == losses(whole)
+    one, two = (
+        load_checkpoint(checkpoints(folder / "checkpoints")[-1]) for folder in (whole, cut.out)
+    )
+    assert all(torch.equal(value, two["model"][key]) for key, value in one["model"].items())
 
 
 def test_float16_resumes_with_its_scale(config):

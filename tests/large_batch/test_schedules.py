@@ -43,6 +43,20 @@ MASKED = {"turn": "mask", "input": "again"}
 REFERENCES = {}
 
 
+def timm_blur_pool():
+    """Bottlenecks that blur before they subsample, as timm's resnetblur50."""
+    timm = pytest.importorskip("timm")
+    return timm.models.resnet.ResNet(
+        timm.models.resnet.Bottleneck,
+        (1, 1, 1, 1),
+        num_classes=8,
+        channels=(4, 8, 8, 8),
+        stem_width=4,
+        output_stride=8,
+        aa_layer=timm.layers.BlurPool2d,
+    )
+
+
 def slow(value):
     return pytest.param(value, marks=pytest.mark.slow)
 
@@ -63,6 +77,15 @@ def lockstep(model, micro_batch=5, compile=False, **choices):
 def test_every_choice_equals_plain_autograd(name, choices):
     found = step(simclr(name), lambda m: lockstep(m, **choices))
     assert_equal(found, reference(name))
+
+
+@pytest.mark.parametrize("times", [2, slow(3), slow(4)])
+def test_wider_models(times):
+    """Widths relative to that of the other tests."""
+    make = lambda: simclr("resnet50", width=times * 0.0625)  # noqa: E731
+    expected = step(make(), plain_autograd)
+    found = step(make(), lambda m: lockstep(m, last="once", turn="mask", output="once"))
+    assert_equal(found, expected)
 
 
 @pytest.mark.parametrize("micro_batch", [13, slow(7), slow(14)])
@@ -91,7 +114,9 @@ def test_stages_of_several_blocks(choices):
 
 
 @pytest.mark.parametrize("choices", [{}, {"turn": "mask", "last": "again"}], ids=str)
-@pytest.mark.parametrize("build", [timm_resnet, timm_norm_act, torchvision_resnet, chain])
+@pytest.mark.parametrize(
+    "build", [timm_resnet, timm_blur_pool, timm_norm_act, torchvision_resnet, chain]
+)
 def test_models_of_other_libraries(build, choices):
     torch.manual_seed(0)
     model = lively(build())
