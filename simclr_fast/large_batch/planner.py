@@ -224,7 +224,7 @@ class Workload:
             and (setting := _planned(self, search, limit, share * host)) is not None
         ]
         if found:
-            return min(found, key=lambda setting: setting.seconds)
+            return min(found, key=self._cost_of)
         return self._least(search)
 
     def _refuse(self, memory: Memory) -> None:
@@ -290,6 +290,23 @@ class Workload:
         price = search.prices.in_detail(price.schedule)
         room = _split(self, search.prices.micro_batch) * price.kept
         return _describe(self, search, price, room, Transfers())
+
+    def cost(self, flops: float, seconds: float) -> float:
+        """What the search makes small: on the CPU the time, on GPUs also as much again for FLOPs.
+
+        Times of GPUs were never measured, and the work of convolutions is certain.
+        """
+        if not self.cuda:
+            return seconds
+        return seconds + self._plain_seconds * flops / self.flops_per_view
+
+    def _cost_of(self, setting: Setting) -> float:
+        return self.cost(setting.compute * self.flops_per_view * self.rows, setting.seconds)
+
+    @property
+    def _plain_seconds(self) -> float:
+        """Of one view."""
+        return sum(p.seconds for p in _cached(self._step, "plain", 256).values()) / 256
 
     @property
     def _step(self) -> Step:
@@ -452,7 +469,7 @@ def _search(work: Workload, micro_batch: int) -> Search:
     prices = _prices(work)
     key = (prices, micro_batch)
     if key not in _SEARCHES:
-        _SEARCHES[key] = Search(prices.at(micro_batch))
+        _SEARCHES[key] = Search(prices.at(micro_batch), work.cost)
     return _SEARCHES[key]
 
 

@@ -1,12 +1,12 @@
-"""Search for the fastest schedule of lockstep in a given memory.
+"""Search for the schedule of lockstep that costs the least in a given memory.
 
 The blocks of the model are put into stages: consecutive blocks whose outputs have the same shape.
 A stage has a few hundred possible choices, so a model has far too many schedules to count them all.
 But stages hardly depend on each other. Let K_i be what stage i keeps from the forward to the
 backward. While stage j is in work, in either direction, memory holds the K of all stages before it,
 and P_j ≥ K_j of its own. So a schedule fits if K_0 + ... + K_{j-1} + P_j is within the limit for
-every j. Its cost, the predicted seconds, is the sum of the costs of its stages. A stage that does
-not keep its input also pays for making it again, which depends on what the stages before it keep.
+every j. Its cost is the sum of the costs of its stages. A stage that does not keep its input also
+pays for making it again, which depends on what the stages before it keep.
 
 A schedule that makes the same choices in all stages gives K, P and the cost of every stage for
 these choices. So each combination of choices is counted once. Then the stages are put together from
@@ -15,6 +15,7 @@ beats in kept bytes, cost, and the cost of making their output again.
 """
 
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -45,10 +46,13 @@ class Row(NamedTuple):
 
 
 class Search:
-    """The fastest schedules of a model, for any memory."""
+    """The best schedules of a model, for any memory.
 
-    def __init__(self, prices: Prices) -> None:
-        self.prices = prices
+    cost: gives what shall be least, from FLOPs and seconds.
+    """
+
+    def __init__(self, prices: Prices, cost: Callable[[float, float], float]) -> None:
+        self.prices, self.cost = prices, cost
         self.sizes = stage_sizes(prices)
         self._stage_of: dict[Node, int] = {}
         self._entering: dict[Node, int] = {}
@@ -60,7 +64,7 @@ class Search:
         self._tables: list[tuple[list[Stage], np.ndarray]] | None = None
 
     def best(self, limit: float) -> Price | None:
-        """The fastest with at most `limit` bytes kept of a micro-batch. None: nothing fits."""
+        """The least cost with at most `limit` bytes kept of a micro-batch. None: nothing fits."""
         room = limit
         for _ in range(_TRIES):
             stages = self._combine(room)
@@ -102,7 +106,7 @@ class Search:
             home = max(self._stage_of[op.node] for op in current.ops)
             again, asked = 0.0, False
             for op, cost in zip(current.ops, found, strict=True):
-                stage, value = self._stage_of[op.node], cost.seconds
+                stage, value = self._stage_of[op.node], self.cost(cost.flops, cost.seconds)
                 if op.kind == "make" and stage < home:
                     asked = asked or self._entering.get(op.node) == home
                     again += value if stage == home - 1 else 0
