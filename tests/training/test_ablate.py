@@ -38,8 +38,8 @@ def base(monkeypatch):
         images = rng.integers(0, 255, (24, 16, 16, 3), dtype=np.uint8)
         return ArraySource(images, np.arange(24) % 3)
 
-    for target in (module, train):
-        monkeypatch.setattr(target, "open_data", source)
+    monkeypatch.setattr(module, "images_to_evaluate", source)
+    monkeypatch.setattr(train, "open_data", source)
     return replace(TINY, data="noise", steps=2, warmup_epochs=0)
 
 
@@ -230,7 +230,7 @@ def test_two_processes_do_not_share_a_folder(base, tmp_path):
 @pytest.mark.parametrize("changed", ["images", "labels"])
 def test_results_belong_to_their_images_and_labels(changed, base, tmp_path, monkeypatch):
     module.ablate(base, grid(base), tmp_path / "out")
-    source = module.open_data
+    source = module.images_to_evaluate
 
     def other(config, split="train"):
         given = source(config, split)
@@ -241,6 +241,6 @@ def test_results_belong_to_their_images_and_labels(changed, base, tmp_path, monk
             labels[3] = 0 if labels[3] else 1
         return ArraySource(images, labels)
 
-    monkeypatch.setattr(module, "open_data", other)
+    monkeypatch.setattr(module, "images_to_evaluate", other)
     with pytest.raises(ValueError, match=r"other settings \(images differ\)"):
         module.ablate(base, grid(base), tmp_path / "out")

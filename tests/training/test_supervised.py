@@ -44,9 +44,10 @@ def textures(n, seed):
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     parts = {"train": textures(64, 0), "test": textures(30, 1)}
-    monkeypatch.setattr(
-        supervised, "open_data", lambda config, split="train": ArraySource(*parts[split])
-    )
+    for name in ("open_data", "images_to_evaluate"):
+        monkeypatch.setattr(
+            supervised, name, lambda config, split="train": ArraySource(*parts[split])
+        )
     return replace(
         TINY,
         data="stripes",
