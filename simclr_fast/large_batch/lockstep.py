@@ -225,6 +225,18 @@ class Lockstep:
         # As if nothing were freed, with gradients as large as the values.
         return schedule if 2 * per_row * (rows + micro_batch) <= limit else None
 
+    def refuse_mixed_rows(
+        self, x: Tensor, autocast: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
+        """Refuse a model whose output for a view depends on other views. Tries each graph once.
+
+        x: some views. autocast: as for `backward`.
+        """
+        if self._tried is not self.graph:
+            with autocast():
+                self.graph.refuse_mixed_rows(x[:TRIED_ROWS].to(self.device(x)))
+            self._tried = self.graph
+
     def _program(self, x: Tensor) -> Program:
         schedule = self.schedule(self.graph)
         kind = (schedule, x.shape[1:], x.dtype, self.low)
@@ -234,9 +246,7 @@ class Lockstep:
             for node in self.graph.outputs:
                 if specs[node] is None:
                     raise refusal(f"{node.format_node()} is an output and no tensor")
-            if self._tried is not self.graph:
-                self.graph.refuse_mixed_rows(x[:TRIED_ROWS].to(self.device(x)))
-                self._tried = self.graph
+            self.refuse_mixed_rows(x, self.autocast)
             self.program = Program(self.graph, schedule, specs)
             self._kind = kind
             self.steps: list[Sequence[Op | Region]] = [p.ops for p in self.program.passes]

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -173,6 +174,10 @@ class Step:
                 schedule=schedule,
                 allow_ghost_bn=True,
             )
+            if memory == "lockstep":
+                # Once for a model, so no part of a step.
+                autocast = partial(torch.autocast, "cpu", self.dtype)
+                step.lockstep.refuse_mixed_rows(views, autocast if self.dtype else nullcontext)
             with meter:
                 meter.hold(views, *model.parameters(), *model.buffers())
 
