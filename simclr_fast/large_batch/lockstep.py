@@ -116,6 +116,7 @@ class Lockstep:
         self.grams: dict[Node, Gram] = {}
         self.whole_sums: dict[Node, Tensor] = {}
         self.casts: dict[tuple[nn.Parameter, torch.dtype], Tensor] = {}
+        self.factors: dict[Node, Sequence[Tensor]] = {}
         self._draw(program, parts)
         if self.low is not None:
             for conv in map(self.graph.module, self.graph.convolutions):
@@ -143,7 +144,6 @@ class Lockstep:
 
     def _draw(self, program: Program, parts: Sequence[Tensor]) -> None:
         """The factors of every drop path, in micro-batches."""
-        self.factors: dict[Node, Sequence[Tensor]] = {}
         sizes = [len(part) for part in parts]
         for node, found in self.graph.drop_paths.items():
             spec = program.specs[node]
