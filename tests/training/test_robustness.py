@@ -199,6 +199,7 @@ def arguments(out: Path) -> list[str]:
     for i in range(64):
         (images / f"{i}.{KINDS[i % len(KINDS)].lower()}").write_bytes(encode(i))
     options = ["pretrain", "--preset", "demo", "--data", str(images), "--out", str(out)]
+    options += ["--model", "resnet10", "--augmentation.size", "20"]
     return [*options, "--batch-size", "16", "--steps", "4", "--checkpoint-every", "2"]
 
 
