@@ -18,25 +18,33 @@ from triton.runtime import interpreter
 HALF_STEP, TF32_STEP = 8, 4
 MANTISSA, EXTRA_BITS = 24, 1
 TF32_DROPPED = 13
+_EXPONENT = np.int64(0x7FF << 52)  # The bits of a float64 that hold its exponent.
 
 
-def _cut(values: np.ndarray, exponent: np.ndarray) -> np.ndarray:
-    """Toward zero, to multiples of 2^exponent; float64."""
-    quantum = np.ldexp(1.0, exponent)
-    return np.trunc(values / quantum) * quantum
+def _last_place(largest: np.ndarray, bits: int) -> np.ndarray:
+    """Of numbers with that many bits: the power of two that their last bit is worth."""
+    power = (largest.view(np.int64) & _EXPONENT).view(np.float64)
+    power[(power == 0) | np.isinf(power)] = 1
+    return power * 2.0 ** (1 - bits)
 
 
 def _matrix_product(a: np.ndarray, b: np.ndarray, c: np.ndarray, step: int) -> np.ndarray:
     """a [M, K] @ b [K, N] + c [M, N], as tensor cores that add `step` products at a time."""
     a, b, total = a.astype(np.float64), b.astype(np.float64), c.astype(np.float64)
-    for k in range(0, a.shape[1], step):
-        terms = a[:, k : k + step, None] * b[None, k : k + step, :]  # [M, step, N]
-        largest = np.maximum(np.abs(terms).max(axis=1), np.abs(total))
-        _, exponent = np.frexp(np.where(np.isfinite(largest), largest, 0.0))
-        last_place = exponent - MANTISSA - EXTRA_BITS
-        exact = _cut(terms, last_place[:, None, :]).sum(axis=1) + _cut(total, last_place)
-        _, exponent = np.frexp(np.where(np.isfinite(exact), exact, 0.0))
-        total = _cut(exact, exponent - MANTISSA)
+    for first in range(0, a.shape[1], step):
+        columns = range(first, min(first + step, a.shape[1]))
+        terms = [total, *(a[:, k, None] * b[k] for k in columns)]  # [M, N] each
+        largest = np.zeros_like(total)
+        for term in terms:
+            np.maximum(largest, np.abs(term), out=largest)
+        place = _last_place(largest, MANTISSA + EXTRA_BITS)
+        exact = np.zeros_like(total)
+        for term in terms:
+            term /= place
+            exact += np.trunc(term, out=term)
+        exact *= place
+        place = _last_place(np.abs(exact), MANTISSA)
+        total = np.trunc(exact / place) * place
     return total.astype(np.float32)
 
 
