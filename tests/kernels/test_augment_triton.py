@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 HELPERS = ROOT / "tests" / "helpers"
 INTERPRETED = """
 import numpy as np, torch
+from interpreter import remember_builtins
 from kernel_memory import checked_memory
 from triton.runtime import interpreter
 from simclr_fast.augment.views import apply_views, pack_params
@@ -23,6 +24,7 @@ from simclr_fast.augment.params import Augmentation, draw_params
 from simclr_fast.kernels import augment as kernels
 from sklearn.datasets import load_sample_image
 
+remember_builtins()
 photograph = torch.from_numpy(load_sample_image("china.jpg").copy())
 shapes = [(60, 80), (17, 33), (40, 41), (9, 100)]
 corners = [(10, 20), (100, 50), (200, 300), (50, 400)]
@@ -85,7 +87,7 @@ for interpolation, taps in (("bicubic", 4), ("bilinear", 2)):
     assert close(out, apply_views(images, p, aug))
 
 # A batch in one tensor, whose rows and images are further apart than they are long; 1 x 1 views.
-batch = photograph.unfold(0, 40, 60).unfold(1, 50, 90).flatten(0, 1).permute(0, 2, 3, 1)
+batch = photograph.unfold(0, 40, 170).unfold(1, 50, 250).flatten(0, 1).permute(0, 2, 3, 1)
 for given, size in ((batch, 17), (batch.contiguous()[:, :33, :41], 24), (batch[:1], 1)):
     aug = Augmentation(size)
     n = len(given)
