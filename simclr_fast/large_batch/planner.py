@@ -298,15 +298,16 @@ class Workload:
         """
         if not self.cuda:
             return seconds
-        return seconds + self._plain_seconds * flops / self.flops_per_view
+        return seconds + self._seconds_per_flop * flops
 
     def _cost_of(self, setting: Setting) -> float:
         return self.cost(setting.compute * self.flops_per_view * self.rows, setting.seconds)
 
-    @property
-    def _plain_seconds(self) -> float:
-        """Of one view."""
-        return sum(p.seconds for p in _cached(self._step, "plain", 256).values()) / 256
+    @cached_property
+    def _seconds_per_flop(self) -> float:
+        """Of plain's step."""
+        seconds = sum(p.seconds for p in _cached(self._step, "plain", 256).values()) / 256
+        return seconds / self.flops_per_view
 
     @property
     def _step(self) -> Step:
