@@ -1,8 +1,10 @@
 """The same cases in Triton's interpreter and, with --device cuda, natively."""
 
+import os
+
 import pytest
 import torch
-from interpreter import BROKEN, FAULT
+from interpreter import BROKEN, FAULT, remember_builtins
 
 
 @pytest.fixture(autouse=True)
@@ -18,5 +20,7 @@ def device(request):
 def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    if os.environ.get("TRITON_INTERPRET") == "1" and not BROKEN:
+        remember_builtins()
     yield
     torch.set_num_threads(before)
