@@ -1,6 +1,7 @@
 """Exported encoders load strictly where they are meant to go, and compute the same there."""
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -40,6 +41,19 @@ def narrow(tmp_path_factory):
     return pretrained(tmp_path_factory.mktemp("narrow"), "resnet10", 0.125, "imagenet")
 
 
+@pytest.fixture(scope="module")
+def torchvision_export(tmp_path_factory):
+    """Name → a model's weights and their export to torchvision, made once."""
+
+    @cache
+    def made(name):
+        folder = tmp_path_factory.mktemp(name)
+        weights = pretrained(folder, name, stem="imagenet" if "resnet" in name else None)
+        return weights, export_encoder(weights, folder / "tv", "torchvision")
+
+    return made
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -52,10 +66,9 @@ def narrow(tmp_path_factory):
     ],
 )
 @torch.no_grad()
-def test_exports_to_torchvision_and_timm_compute_the_same(name, tmp_path):
-    weights = pretrained(tmp_path, name, stem="imagenet" if "resnet" in name else None)
+def test_exports_to_torchvision_and_timm_compute_the_same(name, tmp_path, torchvision_export):
+    weights, exported = torchvision_export(name)
     h = weights.encoder(IMAGES)
-    exported = export_encoder(weights, tmp_path / "tv", "torchvision")
     theirs = torchvision.models.get_model(name, weights=None)
     if name == "mobilenet_v3_small":
         theirs.classifier[3] = nn.Identity()
@@ -126,9 +139,8 @@ def test_encoders_that_the_library_lacks_are_refused(narrow, tmp_path):
         export_encoder(narrow, tmp_path, "torchscript")
 
 
-def test_faster_rcnn_loads_the_export(tmp_path):
-    weights = pretrained(tmp_path, "resnet18", stem="imagenet")
-    exported = export_encoder(weights, tmp_path, "torchvision")
+def test_faster_rcnn_loads_the_export(torchvision_export):
+    weights, exported = torchvision_export("resnet18")
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None)
     backbone.body.load_state_dict(torch.load(exported.path, weights_only=True), strict=True)
     with torch.no_grad():
@@ -160,9 +172,8 @@ def test_faster_rcnn_loads_an_encoder_of_any_width(narrow):
     detects(backbone)
 
 
-def test_deeplab_loads_the_export(tmp_path):
-    weights = pretrained(tmp_path, "resnet50", stem="imagenet")
-    exported = export_encoder(weights, tmp_path, "torchvision")
+def test_deeplab_loads_the_export(torchvision_export):
+    _, exported = torchvision_export("resnet50")
     segmenter = torchvision.models.segmentation.deeplabv3_resnet50(
         weights=None, weights_backbone=None, num_classes=3
     )
