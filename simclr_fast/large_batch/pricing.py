@@ -130,6 +130,7 @@ class Prices:
         self._meter = Meter(clock)
         self._costs: dict[Any, Cost] = {}
         self._nbytes: dict[Key, int] = {}
+        self._detailed: dict[Schedule, Price] = {}
         with self._mode:
             self._engine = _Engine(make().train(), self._meter)
             self.graph = self._engine.graph
@@ -140,6 +141,7 @@ class Prices:
         """The prices for micro-batches of that many rows."""
         found = copy.copy(self)
         found.micro_batch, found._costs, found._nbytes = micro_batch, {}, {}
+        found._detailed = {}
         return found
 
     @property
@@ -200,6 +202,8 @@ class Prices:
 
     def in_detail(self, schedule: Schedule) -> Price:
         """`price` with `flops_once`, `PassPrice.local` and `PassPrice.fixed`."""
+        if schedule in self._detailed:
+            return self._detailed[schedule]
         price = self.price(schedule)
         self._run(schedule)
         price.flops_once = self._meter.phases[_BETWEEN].flops
@@ -213,6 +217,7 @@ class Prices:
                 alive.run(op, self._cost(op, schedule).temporary)
             found.local, found.fixed = alive.most, beside - found.after
             before = current.pieces_after
+        self._detailed[schedule] = price
         return price
 
     def nbytes(self, key: Key) -> int:
