@@ -1,8 +1,8 @@
 # make pretrain · make test: each works alone in a fresh clone.
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
-# Processes that run tests, one thread each.
-WORKERS ?= 2
+# Processes that run tests, one thread each: one more than cores, because some tests wait.
+WORKERS ?= 3
 # The Triton of the oldest supported torch, 2.10.
 OLDEST_TRITON := 3.6.0
 RUN := .venv/bin/python
