@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from simclr_fast.large_batch import LargeBatch
+from simclr_fast.large_batch.graph import _other_rows
 from simclr_fast.losses.nt_xent import nt_xent_loss
 
 MODES = ["plain", "replay", "lockstep", "grad-cache"]
@@ -257,3 +258,13 @@ def test_a_tuple_that_is_needed_behind_a_batch_norm_is_refused():
     model = nn.Sequential(nn.Linear(6, 6), NormsOnParts(), nn.Linear(6, 6))
     with pytest.raises(ValueError, match="is no tensor, and it is needed behind a batch norm"):
         run(model, "lockstep")
+
+
+def test_a_row_that_overflows_by_a_rounding_is_no_other_row():
+    whole, part = torch.ones(2, 4, 3, dtype=torch.float16)
+    part = part[:2].clone()
+    part[0, 1] = torch.inf
+    assert not _other_rows(whole, part, 4, slice(0, 2))
+    part[1, 2] = 2
+    assert _other_rows(whole, part, 4, slice(0, 2))
+    assert _other_rows(whole, part[:, :2], 4, slice(0, 2))
