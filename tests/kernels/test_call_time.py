@@ -4,6 +4,8 @@ At 256 pairs a GPU is done before the host has launched everything, so the host'
 """
 
 import os
+import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -27,23 +29,39 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def test_nt_xent_takes_the_host_no_longer_than_the_textbook_loss():
-    # So small that the CPU's arithmetic in the textbook loss takes no time.
+@pytest.fixture
+def calls():
+    """A step of ours with a pretended launch, and of the textbook loss.
+
+    So small that the CPU's arithmetic in the textbook loss takes no time.
+    """
     z1, z2 = (torch.randn(4, 16, requires_grad=True) for _ in range(2))
 
     def step(loss):
         z1.grad = z2.grad = None
         loss(z1, z2, 0.1).backward()
 
-    def ours():
-        step(nt_xent_loss)
-
-    def plain():
-        step(textbook)
-
     with empty_launches(90):
-        ratio = least_ratio(ours, plain)
-    # 0.87 where it was written, without the driver's part, some 3 µs for each of 7 launches and 36.
-    assert ratio <= 1, f"the host takes {ratio:.2f} times as long as for the textbook loss"
+        yield lambda: step(nt_xent_loss), lambda: step(textbook)
     # The CPU's kernels are back.
     assert torch.allclose(nt_xent_loss(z1, z2, 0.1), textbook(z1, z2, 0.1))
+
+
+def test_nt_xent_makes_few_calls_in_a_step(calls):
+    counts = Counter()
+    for step in calls:
+        step()
+    sys.setprofile(lambda frame, event, argument: counts.update([event]))
+    try:
+        calls[0]()
+    finally:
+        sys.setprofile(None)
+    # 171 and 216 where it was written: unlike times, they are the same on every machine.
+    assert counts["call"] + counts["c_call"] <= 400, counts
+
+
+def test_nt_xent_takes_the_host_about_as_long_as_the_textbook_loss(calls):
+    ratio = least_ratio(*calls)
+    # Machines differ: 0.81 to 1.06 were seen. The driver's part is missing, some 3 µs for each of
+    # our 7 launches and of the textbook's 36.
+    assert ratio <= 1.3, f"the host takes {ratio:.2f} times as long as for the textbook loss"
