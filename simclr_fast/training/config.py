@@ -120,6 +120,15 @@ class PretrainConfig:
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: bfloat16 autocast on GPUs and CPUs that compute in it (AVX512_BF16, AMX, Arm BF16);
     float16 autocast with a scaled loss on other GPUs; float32 on other CPUs."""
+    tf32: bool = False
+    """NVIDIA GPUs compute products and convolutions of precision float32 in TF32: faster, with 10
+    bits after the point instead of 23. NT-Xent does so too for float32 embeddings; without, it
+    reaches float32 accuracy by three TF32 products. Without, convolutions are float32 as well,
+    though torch's default for them is TF32."""
+    cudnn_benchmark: Literal["auto", "on", "off"] = "auto"
+    """on: cuDNN times its algorithms for each shape of a convolution and takes the fastest, which
+    may differ between runs and so round differently. auto: on for memory plain and replay, whose
+    shapes are always the same. Always off with torch.use_deterministic_algorithms."""
     memory: Literal["auto", "plain", "replay", "lockstep", "grad-cache"] = "auto"
     """How the gradient of the batch fits into memory; see simclr_fast.large_batch.LargeBatch. auto:
     the first mode that `simclr-fast plan` predicts to fit."""
@@ -465,6 +474,8 @@ MAY_CHANGE = (
     "warmup_epochs",
     "backend",
     "precision",
+    "tf32",
+    "cudnn_benchmark",
     "memory",
     "micro_batch",
     "gpu_memory",

@@ -27,6 +27,7 @@ from simclr_fast.training.loggers import require_loggers
 from simclr_fast.training.metrics import Metrics
 from simclr_fast.training.page import write_machine
 from simclr_fast.training.setup import (
+    backend_settings,
     build_optimizer,
     choose_memory,
     describe,
@@ -112,6 +113,8 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
     # Created only now: a wrong argument fails above and leaves no empty folder.
     with ExitStack() as stack:
         out = stack.enter_context(output_folder(config, world))
+        for context in backend_settings(config, world, setting.memory):
+            stack.enter_context(context)
         folder = out / "checkpoints"
         parts = {
             "model": model,

@@ -5,7 +5,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -25,6 +25,7 @@ from simclr_fast.models.weights import about_encoder
 from simclr_fast.optim.lars import LARS, lars_param_groups
 from simclr_fast.optim.schedule import scaled_lr
 from simclr_fast.training.config import FIXED, MAY_CHANGE, PretrainConfig, differences, to_json
+from simclr_fast.utils.backends import cudnn_benchmark, tf32
 from simclr_fast.utils.checkpoint import write_atomic
 from simclr_fast.utils.device import autocast_dtype, free_memory
 from simclr_fast.utils.distributed import World
@@ -195,6 +196,25 @@ def choose_memory(
         "compile": config.compile and lockstep,
         "allow_ghost_bn": config.allow_ghost_bn,
     }
+
+
+def backend_settings(
+    config: PretrainConfig, world: World, memory: str
+) -> Iterator[AbstractContextManager[None]]:
+    """The contexts in which a run of this memory mode uses cuBLAS and cuDNN as `config` says."""
+    cuda = world.device.type == "cuda"
+    if config.tf32 and (not cuda or autocast_dtype(config.precision, world.device)):
+        log.warning("tf32 has no effect: it is for precision float32 on NVIDIA GPUs")
+    yield tf32(config.tf32)
+    wanted = config.cudnn_benchmark == "on"
+    if config.cudnn_benchmark == "auto":
+        wanted = cuda and memory in ("plain", "replay")
+    deterministic = torch.are_deterministic_algorithms_enabled() or (
+        torch.backends.cudnn.deterministic
+    )
+    if deterministic and config.cudnn_benchmark == "on":
+        log.warning("cudnn_benchmark has no effect: the algorithms must be deterministic")
+    yield cudnn_benchmark(wanted and not deterministic)
 
 
 def memory_limits(config: PretrainConfig, world: World) -> tuple[float, float]:

@@ -75,6 +75,23 @@ def test_what_is_not_finite_is_not_saved(config, monkeypatch, harm, step):
     assert not (config.out / "encoder.safetensors").exists()
 
 
+def test_backends_are_set_for_the_run_alone(config, monkeypatch):
+    found = []
+
+    def look(model, outputs):
+        found.append((torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32))
+        raise KeyError("an error in the run")
+
+    poison(monkeypatch, 2, look)
+    with pytest.raises(KeyError, match="an error in the run"):
+        pretrain(replace(config, cudnn_benchmark="on", tf32=True))
+    assert found == [(True, True)]
+    assert not torch.backends.cudnn.benchmark
+    assert not torch.backends.cuda.matmul.allow_tf32
+    kept = json.loads((config.out / "config.json").read_text())
+    assert (kept["cudnn_benchmark"], kept["tf32"]) == ("on", True)
+
+
 def test_checkpoints_by_time(config, monkeypatch):
     saved = []
     save = loop.checkpoint.save_checkpoint
