@@ -6,6 +6,7 @@ from typing import Literal
 
 from simclr_fast.commands.run_options import RunOptions, parse_run
 from simclr_fast.training.ablate import ablate, grid, mean_top1, plot_ablation, untrained_top1
+from simclr_fast.utils.device import expand_segments
 from simclr_fast.utils.launch import require_one_process
 
 
@@ -46,6 +47,7 @@ def run(arguments: list[str]) -> int:
         given.seeds,
     )
     require_one_process()
+    expand_segments()
     rows = ablate(base, cells, folder, given.max_cells)
     if rows:
         for key, top1 in sorted(mean_top1(rows).items(), key=lambda item: -item[1]):

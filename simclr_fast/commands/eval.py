@@ -22,6 +22,7 @@ from simclr_fast.evaluation.classifier import Recipe
 from simclr_fast.evaluation.plots import plot_embedding, plot_layers, plot_neighbours
 from simclr_fast.evaluation.subsets import LabelledPair
 from simclr_fast.utils.checkpoint import write_atomic
+from simclr_fast.utils.device import expand_segments
 from simclr_fast.utils.launch import require_one_process
 
 USAGE = """usage: simclr-fast eval PROTOCOL --encoder FILE [OPTIONS]
@@ -48,6 +49,7 @@ def run(arguments: list[str]) -> int:
     name = arguments[0]
     options = tyro.cli(PROTOCOLS[name], args=arguments[1:], prog=f"simclr-fast eval {name}")
     require_one_process()
+    expand_segments()
     for line in options.lines():
         print(line, flush=True)
     return 0

@@ -7,6 +7,7 @@ from itertools import chain
 from simclr_fast.commands.run_options import RunOptions, parse_run
 from simclr_fast.training.pretrain import pretrain
 from simclr_fast.training.report import next_steps, run_report
+from simclr_fast.utils.device import expand_segments
 from simclr_fast.utils.launch import launched
 
 
@@ -18,6 +19,7 @@ class Pretrain(RunOptions):
 def run(arguments: list[str]) -> int:
     """Pretrain, then print the linear probe and its baselines."""
     config = parse_run(Pretrain, arguments, "pretrain").config
+    expand_segments()
     start = time.perf_counter()
     out = pretrain(config)
     if launched().rank == 0:

@@ -85,7 +85,9 @@ class LargeBatch:
         a gradient on some ranks or all. Parameters of the loss itself are not averaged.
     autocast: dtype of torch.autocast for the model. The loss runs outside of it.
     gpu_memory: the bytes of the device that lockstep may use in all, with the model. None: what is
-        free at the first step. On the CPU: of host memory.
+        free at the first step. On the CPU: of host memory. On GPUs start Python with the variable
+        PYTORCH_ALLOC_CONF=expandable_segments:True if memory ran out below this: less is then lost
+        between blocks.
     host_memory: the bytes of host memory in which lockstep may keep what does not fit on a GPU.
     compile: lockstep uses torch.compile for the layers between batch norms and convolutions.
     schedule: what lockstep keeps, and its micro_batch. None: the planner chooses one at the first

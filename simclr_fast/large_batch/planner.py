@@ -35,6 +35,7 @@ from simclr_fast.large_batch.simulate import Phase, Phases, Step
 from simclr_fast.large_batch.store import accesses
 from simclr_fast.large_batch.transfers import Transfers, transfers
 from simclr_fast.losses.nt_xent import nt_xent_loss
+from simclr_fast.utils.device import allocator_advice
 from simclr_fast.utils.sizes import gigabytes
 
 log = logging.getLogger(__name__)
@@ -687,6 +688,8 @@ def out_of_memory(
             needs = f"{found[0].device_bytes / 1e9:.1f} GB per rank"
             advice = f"next: {found[1]} (predicted {needs})"
         message = f"{where()}: out of memory with {setting.flags}; {advice}"
+        if work.cuda:
+            message += allocator_advice()
         raise OutOfMemory(message) from error
 
 

@@ -37,7 +37,7 @@ from simclr_fast.training.setup import (
     write_config,
 )
 from simclr_fast.utils import checkpoint
-from simclr_fast.utils.device import autocast_dtype, seed_step
+from simclr_fast.utils.device import allocator_setting, autocast_dtype, seed_step
 from simclr_fast.utils.distributed import World
 from simclr_fast.utils.interrupts import Interrupted, catch_signals
 
@@ -304,7 +304,8 @@ def summary(
     precision = autocast_dtype(config.precision, world.device)
     ranks = f" over {world.size} ranks" if world.size > 1 else ""
     epochs = total_steps / len(loader)
-    if world.device.type == "cuda":
+    cuda = world.device.type == "cuda"
+    if cuda:
         device = f"{torch.cuda.get_device_name(world.device)} ({world.device})"
     else:
         threads = torch.get_num_threads()
@@ -317,6 +318,7 @@ def summary(
         "memory": mode,
         "precision": "float32" if precision is None else str(precision).partition(".")[2],
         "device": device,
+        **({"allocator": allocator_setting()} if cuda else {}),
         "views": loader.describe(),
         "folder": f"{out}; checkpoints every {config.checkpoint_every} steps or "
         f"{config.checkpoint_minutes:g} minutes in {out / 'checkpoints'}",

@@ -12,6 +12,9 @@ import torch
 
 from simclr_fast.utils.launch import launched
 
+# torch's variables for its CUDA allocator. The second one counts only without the first.
+_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+_EXPANDABLE = "expandable_segments:True"
 _ALLOWED = '"auto", "cpu", "cuda", "cuda:N" or "mps"'
 
 
@@ -112,6 +115,32 @@ def release_memory() -> None:
     # If DALI was never imported, it keeps no memory.
     if dali := sys.modules.get("nvidia.dali"):
         dali.backend.ReleaseUnusedMemory()
+
+
+def expand_segments() -> None:
+    """Let torch's CUDA allocator enlarge its segments, so that memory is not lost between blocks.
+
+    Only on Linux with an NVIDIA GPU, and only if the user has set neither of torch's variables. It
+    counts for the whole process, so commands call it, before anything is allocated on a GPU.
+    """
+    if sys.platform != "linux" or torch.version.cuda is None or not torch.cuda.is_available():
+        return
+    if not any(name in os.environ for name in _ALLOCATOR) and not torch.cuda.is_initialized():
+        os.environ[_ALLOCATOR[1]] = _EXPANDABLE
+
+
+def allocator_setting() -> str:
+    """The variable that sets torch's CUDA allocator, as NAME=VALUE; "torch's default" without."""
+    # torch takes the first that is set.
+    set_now = (f"{name}={os.environ[name]}" for name in _ALLOCATOR if name in os.environ)
+    return next(set_now, "torch's default")
+
+
+def allocator_advice() -> str:
+    """What to set against memory that is lost between blocks; "" if it is set."""
+    if _EXPANDABLE in allocator_setting():
+        return ""
+    return f"; {_ALLOCATOR[1]}={_EXPANDABLE} in the environment loses less memory between blocks"
 
 
 def seed_step(seed: int, step: int, device: torch.device, rank: int = 0) -> None:

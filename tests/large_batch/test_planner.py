@@ -340,6 +340,19 @@ def test_out_of_memory_names_the_next_setting(config, arrays, monkeypatch, place
         pretrain(replace(config, memory="plain", steps=2))
 
 
+@pytest.mark.parametrize("cuda", [True, False])
+def test_out_of_memory_names_the_allocators_variable(monkeypatch, cuda):
+    monkeypatch.setattr(planner, "next_smaller", lambda *_: None)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    task = replace(work(24), cuda=cuda)
+    with (
+        pytest.raises(planner.OutOfMemory) as found,
+        planner.out_of_memory(task, Setting("lockstep", 8, 1e9), lambda: "rank 0, step 1"),
+    ):
+        exhaust_gpu()
+    assert ("PYTORCH_ALLOC_CONF=expandable_segments:True" in str(found.value)) is cuda
+
+
 def test_what_comes_after_a_setting_needs_less():
     task = work(24)
     now = task.setting("plain")

@@ -1,5 +1,6 @@
 """What --device means, what a device computes in, and what memory is left; with a pretended GPU."""
 
+import importlib
 import os
 
 import pytest
@@ -7,8 +8,11 @@ import torch
 
 from simclr_fast.utils import device
 from simclr_fast.utils.device import (
+    allocator_advice,
+    allocator_setting,
     autocast_dtype,
     bound_to_cores,
+    expand_segments,
     free_memory,
     resolve_device,
     usable_cores,
@@ -209,3 +213,61 @@ def test_a_real_process_is_bound_and_set_free(monkeypatch):
     with bound_to_cores(1, 2):
         assert len(os.sched_getaffinity(0)) == len(before) - len(before) // 2
     assert os.sched_getaffinity(0) == before
+
+
+@pytest.fixture
+def allocator(gpus, monkeypatch):
+    """A machine on which segments can grow, before the first allocation."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        # Set first, so that the variable is removed again at the end.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(device.sys, "platform", "linux")
+
+
+def test_commands_let_segments_grow(allocator):
+    assert allocator_setting() == "torch's default"
+    assert "; PYTORCH_ALLOC_CONF=expandable_segments:True in the env" in allocator_advice()
+    expand_segments()
+    assert allocator_setting() == "PYTORCH_ALLOC_CONF=expandable_segments:True"
+    assert allocator_advice() == ""
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_users_allocator_stays(allocator, monkeypatch, name):
+    monkeypatch.setenv(name, "max_split_size_mb:512")
+    before = dict(os.environ)
+    expand_segments()
+    assert os.environ == before
+    assert allocator_setting() == f"{name}=max_split_size_mb:512"
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value"),
+    [
+        (device.sys, "platform", "win32"),
+        (torch.version, "cuda", None),
+        (torch.cuda, "is_available", lambda: False),
+        (torch.cuda, "is_initialized", lambda: True),
+    ],
+)
+def test_segments_that_cannot_grow(allocator, monkeypatch, where, name, value):
+    monkeypatch.setattr(where, name, value)
+    expand_segments()
+    assert allocator_setting() == "torch's default"
+
+
+@pytest.mark.parametrize("command", ["pretrain", "supervised", "ablate", "eval"])
+def test_each_command_does_it_before_the_work(monkeypatch, command):
+    """The first thing after the options are read."""
+
+    def stop():
+        raise KeyError("segments")
+
+    module = importlib.import_module(f"simclr_fast.commands.{command}")
+    monkeypatch.setattr(module, "expand_segments", stop)
+    arguments = {"ablate": ["--seeds", "0"], "eval": ["knn", "--encoder", "none"]}
+    with pytest.raises(KeyError, match="segments"):
+        module.run(arguments.get(command, []))
