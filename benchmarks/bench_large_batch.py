@@ -37,7 +37,7 @@ import torch
 from torch import distributed as dist
 
 from simclr_fast.benchmarks import harness
-from simclr_fast.large_batch import LargeBatch
+from simclr_fast.large_batch import LargeBatch, planner
 from simclr_fast.large_batch.planner import Workload
 from simclr_fast.losses.nt_xent import nt_xent_loss
 from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector
@@ -176,7 +176,7 @@ def compare_schedules(given: "CommandLine") -> dict:
     plain = work.setting("plain")
     ways: dict[str, tuple[float, dict[str, Any]]] = {"plain": (1, {"memory": "plain"})}
     for share in SHARES:
-        way = work.lockstep(share * plain.device_bytes / 0.95, 0, given.micro_batch)
+        way = work.lockstep(share * plain.device_bytes / planner.USABLE, 0, given.micro_batch)
         predicted = way.seconds / plain.seconds
         ways[f"{way.device_bytes / plain.device_bytes:.2f}"] = predicted, {"schedule": way.schedule}
     views = draw(given, 0, 1)

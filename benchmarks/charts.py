@@ -85,8 +85,7 @@ def memory(plan: Path, path: Path) -> None:
     ]
     names = ["plain"]
     for row in rows:
-        card = row["gpu"] if "GB" in row["gpu"] else f"{row['gpu']} {row['gpu_gb']}GB"
-        names.append(f"{card}: {row['compute']:.2f}× the convolutions")
+        names.append(f"{row['gpu']}: {row['compute']:.2f}× the convolutions")
     device = [rows[0]["plain_bytes"] / 1e9, *(row["device_bytes"] / 1e9 for row in rows)]
     host = [0.0, *((row["host_bytes"] + row["view_bytes"]) / 1e9 for row in rows)]
     figure = Figure(figsize=(8, 0.5 * len(names) + 1.7), layout="constrained")
@@ -104,7 +103,7 @@ def memory(plan: Path, path: Path) -> None:
             axis.text(gb + ram + 1, y, text, va="center", fontsize=9)
     axis.set(xlim=(0, _MOST_GB), ylim=(len(names) - 0.4, -0.6))
     axis.set_yticks(places, names)
-    axis.set_xlabel("GB, predicted: nothing was measured on a GPU")
+    axis.set_xlabel("GB, predicted")
     axis.legend(loc="center right", frameon=False, fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
     options = found["options"]

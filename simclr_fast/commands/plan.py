@@ -22,17 +22,18 @@ from simclr_fast.utils.sizes import parse_size
 GpuName = Literal[
     "l4", "rtx3090", "rtx4090", "a100-40gb", "l40s", "a100-80gb", "h100", "h200", "b200"
 ]
-# From NVIDIA's data sheets: memory in GB, peak bfloat16 FLOP/s without sparsity, bytes/s.
-GPUS: dict[GpuName, tuple[int, Gpu]] = {
-    "l4": (24, Gpu("L4", 121e12, 0.3e12)),
-    "rtx3090": (24, Gpu("RTX 3090", 71e12, 0.936e12)),
-    "rtx4090": (24, Gpu("RTX 4090", 165.2e12, 1.008e12)),
-    "a100-40gb": (40, Gpu("A100 40GB", 312e12, 1.555e12)),
-    "l40s": (48, Gpu("L40S", 362e12, 0.864e12)),
-    "a100-80gb": (80, planner.A100_80GB),
-    "h100": (80, Gpu("H100 80GB SXM", 989.4e12, 3.35e12, planner.PCIE5)),
-    "h200": (141, Gpu("H200", 989.4e12, 4.8e12, planner.PCIE5)),
-    "b200": (180, Gpu("B200", 2250e12, 7.7e12, planner.PCIE5)),
+# Memory in 1e9 bytes that CUDA can use, as torch reports it: total_memory, or "total capacity" in
+# out-of-memory messages. From NVIDIA's data sheets: peak bfloat16 FLOP/s without sparsity, bytes/s.
+GPUS: dict[GpuName, tuple[float, Gpu]] = {
+    "l4": (23.6, Gpu("L4", 121e12, 0.3e12)),
+    "rtx3090": (25.3, Gpu("RTX 3090", 71e12, 0.936e12)),
+    "rtx4090": (25.2, Gpu("RTX 4090", 165.2e12, 1.008e12)),
+    "a100-40gb": (42.2, Gpu("A100 40GB", 312e12, 1.555e12)),
+    "l40s": (47.6, Gpu("L40S", 362e12, 0.864e12)),
+    "a100-80gb": (84.9, planner.A100_80GB),
+    "h100": (84.9, Gpu("H100 80GB SXM", 989.4e12, 3.35e12, planner.PCIE5)),
+    "h200": (150.1, Gpu("H200", 989.4e12, 4.8e12, planner.PCIE5)),
+    "b200": (191.4, Gpu("B200", 2250e12, 7.7e12, planner.PCIE5)),
 }
 # The cases of `--fits`: model, width, number and kind of GPUs, RAM per GPU for kept values in GB.
 CASES: tuple[tuple[str, float, int, GpuName, int], ...] = (
@@ -140,7 +141,7 @@ def run(arguments: list[str]) -> int:
     if given.json:
         print(f"predicting {title}: less than a minute", file=sys.stderr, flush=True)
     else:
-        print(f"{title}\nEverything here is predicted; nothing was measured on a GPU.")
+        print(f"{title}\nEverything here is predicted; nothing ran.")
         print("Each row takes some seconds to compute.\n")
         print("mode        micro-batch  GPU GB  host GB  PCIe GB   work  step s", flush=True)
     found: list[Setting] = []
@@ -257,8 +258,8 @@ def _rates(gpu: Gpu, compiled: bool) -> str:
     return (
         f"Times assume {planner.FLOPS_SHARE:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s for products, "
         f"{planner.BANDWIDTH_SHARE:.0%} of {gpu.bandwidth / 1e9:.0f} GB/s for other operations "
-        "(NVIDIA's data sheet;\nwith these shares plain ResNet-50 trains NVIDIA's 2,470 images/s "
-        "on an A100-80GB), and copies over PCIe at\n"
+        "(NVIDIA's data sheet;\nthe shares were measured with plain ResNet-50 on an H200), and "
+        "copies over PCIe at\n"
         f"{gpu.bus / 1e9:.0f} GB/s in each direction (70% of the standard's rate)."
         f"{fused if compiled else ''}"
     )

@@ -5,12 +5,12 @@ finds the one that costs the least in the given memory, by counting (`pricing`).
 lies outside the step: the optimizer's state, the loader's batches, gradient buckets and the CUDA
 context.
 
-Times are predictions: the sum over operations of max(FLOPs / rate, bytes / rate, launch). An
-operation that only moves bytes is assumed to reach 85% of the memory's bandwidth. Convolutions are
-assumed to reach 40% of peak FLOP/s: then plain ResNet-50 on an A100-80GB trains the 2,470 images/s
-that NVIDIA publishes for it (DeepLearningExamples, ResNet-50 v1.5, mixed precision). Copies to host
-memory and back take `Gpu.bus` bytes/s in each direction, and overlap with the operations of their
-own pass only. No time here was measured on a GPU.
+Times are predictions: the sum over operations of max(FLOPs / rate, bytes / rate, launch). Products
+are assumed to reach 42% of peak FLOP/s, and operations that only move bytes 56% of the memory's
+bandwidth. These shares are those of plain ResNet-50 in bfloat16 on an H200 with torch 2.11, where
+`benchmarks/large_batch_gpu.py` measures them; other GPUs are assumed to reach the same. Copies to
+host memory and back take `Gpu.bus` bytes/s in each direction, and overlap with the operations of
+their own pass only.
 """
 
 import copy
@@ -51,13 +51,14 @@ _HOST_SHARES = (1, 0.5)
 # Bytes of host memory per rank that are tried when nothing fits.
 _HOST_SIZES = tuple(n * 1e9 for n in (8, 16, 24, 32, 48, 64, 96, 128, 192, 256))
 # Bytes of CUDA's context and the libraries' workspaces. The share of memory that is usable despite
-# fragmentation.
+# fragmentation: on an H200 torch's allocator reserved 12% more than plain ResNet-50 had allocated,
+# and lockstep in 18 GiB needed 11% more.
 _CONTEXT = 1.0e9
-_USABLE = 0.95
+USABLE = 0.9
 # Parts of the out-of-memory messages of the CPU's allocator, CUDA, cuDNN, cuBLAS and DALI.
 _EXHAUSTED = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
 # The shares of peak FLOP/s and of bandwidth that are reached; see the top of this module.
-FLOPS_SHARE, BANDWIDTH_SHARE = 0.4, 0.85
+FLOPS_SHARE, BANDWIDTH_SHARE = 0.42, 0.56
 # Numbers of micro-batches of grad-cache that are simulated. More are extrapolated linearly.
 SIMULATED = (3, 4)
 
@@ -215,7 +216,7 @@ class Workload:
             search = _search(self, micro_batch or self._micro_batch(memory))
         except ValueError as error:
             return _refused("lockstep", error)
-        limit = _USABLE * memory
+        limit = USABLE * memory
         if (setting := _everything(self, search, limit / 4)) is not None:
             return setting
         found = [
@@ -295,7 +296,7 @@ class Workload:
     def cost(self, flops: float, seconds: float) -> float:
         """What the search makes small: on the CPU the time, on GPUs also as much again for FLOPs.
 
-        Times of GPUs were never measured, and the work of convolutions is certain.
+        Predicted times of GPUs are up to a quarter off, and the work of convolutions is certain.
         """
         if not self.cuda:
             return seconds
@@ -517,7 +518,7 @@ def settings(
 
 
 def fits(setting: Setting, limit: float) -> bool:
-    return setting.device_bytes <= _USABLE * limit
+    return setting.device_bytes <= USABLE * limit
 
 
 def exact(work: Workload, setting: Setting) -> bool:
@@ -581,7 +582,7 @@ def does_not_fit(work: Workload, least: Setting, limit: float, host: float = 0) 
         advice = f"{advice}, or allow {gigabytes(found)} of RAM per GPU with --host-memory"
     return (
         f"batch_size {work.batch_size} fits in no mode: {least.flags} needs "
-        f"{gigabytes(least.device_bytes)}, but {gigabytes(_USABLE * limit)} of "
+        f"{gigabytes(least.device_bytes)}, but {gigabytes(USABLE * limit)} of "
         f"{gigabytes(limit)} can be used; {advice}"
     )
 
@@ -601,9 +602,9 @@ def next_smaller(work: Workload, setting: Setting, host: float = 0) -> tuple[Set
     limit = 0.9 * (setting.device_bytes if math.isfinite(setting.device_bytes) else 0)
     if not limit:
         limit = 0.9 * work.setting(setting.memory, setting.micro_batch).device_bytes
-    found = work.lockstep(limit / _USABLE, host)
+    found = work.lockstep(limit / USABLE, host)
     if not found.refusal and found.device_bytes <= limit:
-        return found, f"--memory lockstep --gpu-memory {gigabytes(limit / _USABLE, down=True)}"
+        return found, f"--memory lockstep --gpu-memory {gigabytes(limit / USABLE, down=True)}"
     if found.refusal:
         for memory in ("replay", "grad-cache"):
             size = MICRO_BATCHES[-1] if memory == "grad-cache" else None
@@ -611,11 +612,11 @@ def next_smaller(work: Workload, setting: Setting, host: float = 0) -> tuple[Set
             if other.device_bytes <= limit and exact(work, other):
                 return other, other.flags
         return None
-    more = more_host_memory(work, limit / _USABLE, host)
+    more = more_host_memory(work, limit / USABLE, host)
     if more is None:
         return None
-    found = work.lockstep(limit / _USABLE, more)
-    memory = gigabytes(limit / _USABLE, down=True)
+    found = work.lockstep(limit / USABLE, more)
+    memory = gigabytes(limit / USABLE, down=True)
     return found, f"--memory lockstep --gpu-memory {memory} --host-memory {gigabytes(more)}"
 
 

@@ -70,6 +70,6 @@ def test_a_whole_step_takes_what_was_planned(gpu, host):
 def test_the_first_step_down_from_plain_repeats_hardly_any_convolution():
     task = work("resnet50", 1, "b200", 1)
     plain = task.setting("plain")
-    found = task.lockstep(0.53 * plain.device_bytes / 0.95)
+    found = task.lockstep(0.53 * plain.device_bytes / planner.USABLE)
     assert found.device_bytes <= 0.53 * plain.device_bytes
     assert found.compute <= 1.03

@@ -117,7 +117,7 @@ def test_the_meter_sees_what_is_freed():
 
 def usable(setting, factor=1.0):
     """The GPU memory with which `setting` just fits."""
-    return factor * setting.device_bytes / 0.95
+    return factor * setting.device_bytes / planner.USABLE
 
 
 def test_settings_need_less_and_compute_more():
