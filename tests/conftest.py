@@ -6,13 +6,16 @@ from pathlib import Path
 
 # Kernels that run in Triton's interpreter, or natively with --device cuda.
 INTERPRETED = Path(__file__).parent / "kernels" / "interpreted"
+# Tests of which each needs a GPU.
+GPU = Path(__file__).parent / "gpu"
 
 
 def pytest_addoption(parser):
     parser.addoption(
         "--device",
         default="cpu",
-        help="where tests/kernels/interpreted runs: natively on cuda, else in Triton's interpreter",
+        help="cuda: run tests/kernels/interpreted natively, not in Triton's interpreter, and "
+        "tests/gpu",
     )
 
 
@@ -31,11 +34,14 @@ def pytest_configure(config):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Tests in the interpreter need a process of their own: it would break tests that compile."""
-    here = collection_path.is_relative_to(INTERPRETED)
-    if here and not _natively(config) and os.environ.get("TRITON_INTERPRET") != "1":
+    """Tests in the interpreter need a process of their own: it would break tests that compile.
+    tests/gpu needs a GPU."""
+    if _natively(config):
+        return None
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if collection_path.is_relative_to(GPU):
         return True
-    return None
+    return True if collection_path.is_relative_to(INTERPRETED) and not interpreted else None
 
 
 def pytest_report_header(config):

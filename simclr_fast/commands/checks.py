@@ -645,7 +645,7 @@ class _Messages(logging.Handler):
 
 
 def device_tests(device: torch.device) -> str:
-    """Run those tests of the kernels on the GPU that run in an interpreter without one.
+    """Run tests/gpu, and on the GPU those tests of the kernels that run in an interpreter without.
 
     The other tests of the kernels only compile, which takes minutes and needs no GPU.
     """
@@ -658,7 +658,7 @@ def device_tests(device: torch.device) -> str:
     if find_spec("pytest") is None or find_spec("pytest_timeout") is None:
         raise Skip("pytest is missing: pip install pytest pytest-timeout")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["--device", str(device), "tests/kernels/interpreted"]
+    command += ["--device", str(device), "tests/kernels/interpreted", "tests/gpu"]
     status, lines = _bounded(command, root, _TESTS_LIMIT)
     if status != 0:
         failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]

@@ -398,7 +398,7 @@ def test_the_driver_is_read_however_it_is_written(text, found, monkeypatch, tmp_
 
 def test_the_suite_has_tests_for_a_gpu():
     command = [sys.executable, "-m", "pytest", "--co", "-q", "-p", "no:cacheprovider"]
-    command += ["--device", "cuda:0", "tests/kernels/interpreted"]
+    command += ["--device", "cuda:0", "tests/kernels/interpreted", "tests/gpu"]
     status, lines = checks._bounded(command, Path(__file__).parents[2], 100)
     assert status == 0, lines
     assert any("test_nt_xent_kernels" in line for line in lines)
@@ -425,7 +425,7 @@ def test_the_tests_run_in_a_process_of_their_own(pretended_cuda, monkeypatch, tm
     conftest.write_text('parser.addoption("--device")')
     assert checks.device_tests(torch.device("cuda", 0)) == "12 passed in 3 s"
     command, folder = calls[0]
-    assert command[-3:] == ["--device", "cuda:0", "tests/kernels/interpreted"]
+    assert command[-4:] == ["--device", "cuda:0", "tests/kernels/interpreted", "tests/gpu"]
     assert (folder / "tests" / "kernels").is_dir()
     with pytest.raises(AssertionError, match=r"FAILED tests/x\.py::y"):
         checks.device_tests(torch.device("cuda", 0))
