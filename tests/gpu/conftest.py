@@ -1,4 +1,4 @@
-"""Tests that need a GPU: pytest --device cuda tests/gpu. `simclr-fast selfcheck --full` runs them."""
+"""Tests that need a GPU: pytest --device cuda tests/gpu. `selfcheck --full` runs them."""
 
 import pytest
 import torch
