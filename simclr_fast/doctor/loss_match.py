@@ -10,6 +10,7 @@ The temperature is found by a search for the best agreement.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice, product
 from typing import Any, Literal
 
@@ -29,7 +30,9 @@ _NOISE, _HALF_NOISE = 1e-6, 1e-3
 # Relative tolerance when gradient and value are compared. The second is for half precision.
 _EQUAL, _HALF_EQUAL = 2e-3, 3e-2
 _COARSE = [0.004 * 1.5**k for k in range(20)]
-_REFINEMENTS = 18
+_REFINEMENTS, _FLAT = 18, 0.05
+# Temperatures are tried with so many rows.
+_GLANCE = 32
 # After so many refinements, a loss farther away than this is none that matches.
 _FIRST_REFINEMENTS, _NEAR = 6, 0.1
 
@@ -89,11 +92,19 @@ class Observed:
     half: bool = False
     # What does not depend on the temperature, by its arguments.
     prepared: dict[Any, "_Prepared"] = field(default_factory=dict, repr=False)
+    # What variants of a loss share, by its arguments.
+    sums: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @property
     def mine(self) -> slice:
         start = sum(self.counts[: self.rank])
         return slice(start, start + self.counts[self.rank])
+
+    @cached_property
+    def longest(self) -> Tensor:
+        """Numbers of the compared rows with the longest gradients, int64."""
+        lengths = self.grad.norm(dim=1).masked_fill(~self.reached, -1)
+        return lengths.topk(min(_GLANCE, int(self.reached.sum()))).indices
 
 
 def partners(rows: int, pairing: Pairing) -> Tensor:
@@ -125,8 +136,15 @@ def find(seen: Observed, hints: Sequence[float] = ()) -> Match | None:
     best = next((match for match in near if _consistent(seen, match)), None)
     if best is None:
         best = next((m for m in near if m.mismatch <= 4 * least and _is_nt_xent(m.loss)), None)
-    inside = best is not None and _COARSE[1] < best.loss.temperature < _COARSE[-2]
-    return best if inside else None
+    if best is None or not _COARSE[1] < best.loss.temperature < _COARSE[-2]:
+        return None
+    # A row's similarity with itself can outweigh all negatives. What is left is an attraction, the
+    # same at every temperature, and other libraries' losses are that on purpose.
+    if best.loss.own and best.loss.temperature not in hints:
+        other = replace(best.loss, temperature=1.5 * best.loss.temperature)
+        if measure(seen, other).mismatch < _MATCH:
+            return None
+    return best
 
 
 def _is_nt_xent(loss: Loss) -> bool:
@@ -145,10 +163,20 @@ def equal(a: float, b: float, half: bool = False) -> bool:
     return abs(a / b - 1) < (_HALF_EQUAL if half else _EQUAL)
 
 
-def measure(seen: Observed, loss: Loss, dtype: torch.dtype = torch.float64) -> Match:
-    """Compare the observed gradient with that of one loss, computed in `dtype`."""
-    gradient, value = _gradient(seen, loss, dtype)
-    ours, theirs = gradient[seen.reached].double(), seen.grad[seen.reached]
+def measure(seen: Observed, loss: Loss) -> Match:
+    """Compare the observed gradient with that of one loss, computed in float64."""
+    return _compare(seen, loss, seen.reached.nonzero()[:, 0], torch.float64)
+
+
+def _glance(seen: Observed, loss: Loss, dtype: torch.dtype) -> Match:
+    """The same for the rows with the longest gradients, computed in `dtype`."""
+    return _compare(seen, loss, seen.longest, dtype)
+
+
+def _compare(seen: Observed, loss: Loss, rows: Tensor, dtype: torch.dtype) -> Match:
+    """rows: int64, some of this rank's rows."""
+    gradient, value = _gradient(seen, loss, rows, dtype)
+    ours, theirs = gradient.double(), seen.grad[rows]
     dot, norms = float((ours * theirs).sum()), float(ours.norm() * theirs.norm())
     mismatch = 1 - dot / norms if norms > 0 else 2.0
     factor = dot / float(ours.square().sum()) if norms > 0 else 0.0
@@ -185,28 +213,30 @@ def _search(seen: Observed, hints: Sequence[float]) -> Iterator[Match]:
 def _best(seen: Observed, loss: Loss, hints: Sequence[float]) -> Match:
     """The best temperature for this loss."""
 
-    def at(temperature: float, dtype: torch.dtype = torch.float64) -> Match:
-        return measure(seen, replace(loss, temperature=temperature), dtype)
+    def near(temperature: float, dtype: torch.dtype = torch.float32) -> Match:
+        return _glance(seen, replace(loss, temperature=temperature), dtype)
 
     tried = []
     for hint in hints:
-        tried.append(at(hint))
-        if tried[-1].mismatch < _CERTAIN and _consistent(seen, tried[-1]):
-            return tried[-1]
+        if near(hint).mismatch < _NEAR:
+            tried.append(measure(seen, replace(loss, temperature=hint)))
+            if tried[-1].mismatch < _CERTAIN and _consistent(seen, tried[-1]):
+                return tried[-1]
     # The search for the valley needs no float64. First every second temperature is tried.
-    coarse = {k: at(_COARSE[k], torch.float32) for k in range(1, len(_COARSE), 2)}
+    coarse = {k: near(_COARSE[k]) for k in range(1, len(_COARSE), 2)}
     k = min(coarse, key=lambda k: coarse[k].mismatch)
-    coarse |= {i: at(_COARSE[i], torch.float32) for i in (k - 1, k + 1) if i < len(_COARSE)}
+    coarse |= {i: near(_COARSE[i]) for i in (k - 1, k + 1) if i < len(_COARSE)}
     k = min(coarse, key=lambda k: coarse[k].mismatch)
     k = min(max(k, 1), len(_COARSE) - 2)
-    tried.append(coarse[k])
+    glances = [coarse[k]]
     # Refining what is far from a match would change nothing. A few steps tell.
     around = _COARSE[k - 1 : k + 2]
     if coarse[k].mismatch < 0.5:
-        tried += islice(_refined(lambda t: at(t, torch.float32), around), _FIRST_REFINEMENTS)
-        if min(match.mismatch for match in tried) < _NEAR:
-            tried += _refined(at, around)
-    return min(tried, key=lambda match: match.mismatch)
+        glances += islice(_refined(near, around), _FIRST_REFINEMENTS)
+        if min(match.mismatch for match in glances) < _NEAR:
+            finest = _refined(lambda t: near(t, torch.float64), around)
+            glances = [measure(seen, min(finest, key=lambda match: match.mismatch).loss)]
+    return min([*tried, *glances], key=lambda match: match.mismatch)
 
 
 def _refined(at: Callable[[float], Match], bracket: Sequence[float]) -> Iterator[Match]:
@@ -225,22 +255,25 @@ def _refined(at: Callable[[float], Match], bracket: Sequence[float]) -> Iterator
         # Keep the least with its neighbours.
         least = min((1, 2), key=lambda j: points[j][1])
         points = points[least - 1 : least + 2]
-        if match.mismatch < 1e-13 or points[2][0] - points[0][0] < 1e-7:
+        lowest, highest = points[1][1], max(points[0][1], points[2][1])
+        # A valley that is this flat does not end in 0.
+        flat = highest - lowest < _FLAT * lowest
+        if match.mismatch < 1e-13 or flat or points[2][0] - points[0][0] < 1e-7:
             return
 
 
 @dataclass(frozen=True)
 class _Prepared:
     """u: [M, D]. length: [M, 1]. gram: u uᵀ of the anchors, [A, M]. partner: [A]. rows: the
-    anchors' numbers, [A]. same_view: [A, M], pairs of different rows of one view. own: this rank's
-    rows."""
+    anchors' numbers, [A]. numbers: 0 … M - 1. view: [M], 0 or 1. own: this rank's rows."""
 
     u: Tensor
     length: Tensor
     gram: Tensor
     partner: Tensor
     rows: Tensor
-    same_view: Tensor
+    numbers: Tensor
+    view: Tensor
     own: slice
 
 
@@ -262,8 +295,8 @@ def _prepare(seen: Observed, loss: Loss, dtype: torch.dtype) -> _Prepared:
     view = torch.cat([views(n, loss.pairing) for n in counts]).to(z.device)
     rows = torch.arange(len(z), device=z.device)
     anchors = own if loss.scope in ("own anchors", "detached keys") else slice(None)
-    same_view = (view == view[anchors, None]) & (rows != rows[anchors, None])
-    made = _Prepared(u, length, u[anchors] @ u.T, partner[anchors], rows[anchors], same_view, own)
+    gram = u[anchors] @ u.T
+    made = _Prepared(u, length, gram, partner[anchors], rows[anchors], rows, view, own)
     # The search goes through the keys in order: older ones are not needed again.
     if len(seen.prepared) > 3:
         seen.prepared.pop(next(iter(seen.prepared)))
@@ -271,28 +304,57 @@ def _prepare(seen: Observed, loss: Loss, dtype: torch.dtype) -> _Prepared:
     return made
 
 
-def _gradient(seen: Observed, loss: Loss, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """dL/dz of this rank's rows, L the mean over the rows of the scope; and L."""
+def _denominators(seen: Observed, loss: Loss, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Sums of exp(s) over the negatives, s the similarities of the anchors divided by the
+    temperature: their logarithms, [A, 2], of those of the row's own view and of the other; and s of
+    the positives, [A, 1]. Variants of the loss share them."""
+    key = (loss.normalised, loss.pairing, loss.scope, dtype, loss.temperature)
+    if key not in seen.sums:
+        at = _prepare(seen, loss, dtype)
+        s, partner = at.gram / loss.temperature, at.partner[:, None]
+        positive = s.gather(1, partner)
+        s.scatter_(1, partner, -math.inf).scatter_(1, at.rows[:, None], -math.inf)
+        most = s.amax(1, keepdim=True).clamp_min_(torch.finfo(dtype).min)
+        sums = s.sub_(most).exp_() @ torch.stack((1 - at.view, at.view), 1).to(dtype)
+        mine = at.view[at.rows, None]
+        sums = torch.cat((sums.gather(1, mine), sums.gather(1, 1 - mine)), 1)
+        seen.sums[key] = sums.log_().add_(most), positive
+    return seen.sums[key]
+
+
+def _gradient(seen: Observed, loss: Loss, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """dL/dz of some of this rank's rows, L the mean over the rows of the scope; and L."""
     at = _prepare(seen, loss, dtype)
-    s, own, partner = at.gram / loss.temperature, at.own, at.partner[:, None]
-    positive = s.gather(1, partner)
-    if not loss.same_view:
-        s.masked_fill_(at.same_view, -math.inf)
-    if not loss.own:
-        s.scatter_(1, at.rows[:, None], -math.inf)
-    s.scatter_(1, partner, positive + (math.log(loss.positive) if loss.positive else -math.inf))
-    lse = s.logsumexp(1, keepdim=True)
-    g = s.sub_(lse).exp_()
-    g.scatter_add_(1, partner, -torch.ones_like(positive))
-    g /= len(g) * loss.temperature
-    if loss.scope == "detached keys":
-        du = g @ at.u
-    elif loss.scope == "own anchors":
-        du = g @ at.u + g[:, own].T @ at.u[own]
-    else:
-        du = g[own] @ at.u + g[:, own].T @ at.u
+    negatives, positive = _denominators(seen, loss, dtype)
+    myself = at.gram.gather(1, at.rows[:, None]) / loss.temperature
+    terms = torch.cat((negatives, positive, myself), 1)
+    times = terms.new_tensor((loss.same_view, 1, loss.positive, loss.own))
+    lse = (terms + times.log()).logsumexp(1, keepdim=True)
+    keys = rows + at.own.start
+    own_anchors = loss.scope in ("own anchors", "detached keys")
+    du = _softmax(loss, at, lse, rows if own_anchors else keys, slice(None)) @ at.u
+    if loss.scope != "detached keys":
+        du += _softmax(loss, at, lse, slice(None), keys).T @ at.u[at.rows]
+    du /= len(lse) * loss.temperature
     value = float((lse - positive).mean())
     if not loss.normalised:
         return du, value
-    v = at.u[own]
-    return (du - (du * v).sum(1, keepdim=True) * v) / at.length[own], value
+    v = at.u[keys]
+    return (du - (du * v).sum(1, keepdim=True) * v) / at.length[keys], value
+
+
+def _softmax(
+    loss: Loss, at: _Prepared, lse: Tensor, anchors: Tensor | slice, keys: Tensor | slice
+) -> Tensor:
+    """The derivatives of the rows' losses by their similarities: the softmax, minus 1 at the
+    positives. anchors: [a], of A. keys: [k], of M. lse: [A, 1], the denominators' logarithms."""
+    g = (at.gram[anchors][:, keys] / loss.temperature).sub_(lse[anchors]).exp_()
+    row, key = at.rows[anchors, None], at.numbers[keys]
+    partner = at.partner[anchors, None] == key
+    if not loss.same_view:
+        g.masked_fill_((at.view[row] == at.view[key]) & (row != key), 0)
+    if not loss.own:
+        g.masked_fill_(row == key, 0)
+    if not loss.positive:
+        g.masked_fill_(partner, 0)
+    return torch.where(partner, loss.positive * g - 1, g)
