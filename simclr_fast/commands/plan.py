@@ -15,6 +15,7 @@ from simclr_fast.augment.params import Augmentation
 from simclr_fast.commands.run_options import DEMO_DATA
 from simclr_fast.large_batch import planner
 from simclr_fast.large_batch.planner import Gpu, Setting, Workload
+from simclr_fast.large_batch.refusals import compile_refusal
 from simclr_fast.training.config import PretrainConfig
 from simclr_fast.training.setup import build_model
 from simclr_fast.utils.sizes import parse_size
@@ -88,7 +89,8 @@ class Plan:
     optimizer: Literal["lars", "sgd", "adamw", "adam"] = "lars"
     """The optimizer, whose state also needs memory."""
     compile: bool = False
-    """Predict lockstep with --compile. The other modes do not compile."""
+    """Predict lockstep with --compile. The other modes are predicted as without it. The printed
+    command has --compile where its mode can compile."""
     data: str = "photos"
     """The value of --data in the printed command."""
     fits: bool = False
@@ -150,7 +152,7 @@ def run(arguments: list[str]) -> int:
         if not given.json:
             print(_row(setting, _verdict(work, setting, limit), given.gpus), flush=True)
     best = _best(work, found, limit)
-    command = None if best is None else _command(given, best)
+    command = None if best is None else _command(given, best, ghost)
     if given.json:
         print(_to_json(given, gpu, work, found, limit, command))
         return int(best is None)
@@ -253,7 +255,7 @@ def _explanation(s: Setting, gpus: int) -> str:
 def _rates(gpu: Gpu, compiled: bool) -> str:
     fused = (
         "\nOf lockstep, normalisations, activations and sums between two convolutions are compiled "
-        "into one pass over memory."
+        "into one pass over memory.\nOther modes are predicted without --compile."
     )
     return (
         f"Times assume {planner.FLOPS_SHARE:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s for products, "
@@ -265,8 +267,11 @@ def _rates(gpu: Gpu, compiled: bool) -> str:
     )
 
 
-def _command(given: Plan, setting: Setting) -> str:
-    """The command to run, with every option that affects the prediction and is not a default."""
+def _command(given: Plan, setting: Setting, normed: bool) -> str:
+    """The command to run, with every option that affects the prediction and is not a default.
+
+    normed: whether the model has batch norms.
+    """
     config, plain = given.config, PretrainConfig()
     start = "simclr-fast pretrain"
     parts = []
@@ -288,7 +293,7 @@ def _command(given: Plan, setting: Setting) -> str:
     for name in ("gpu_memory", "host_memory"):
         if (size := getattr(given, name)) is not None and setting.memory == "lockstep":
             parts.append(f"--{name.replace('_', '-')} {size}")
-    if config.compile and setting.memory == "lockstep":
+    if config.compile and not compile_refusal(setting.memory, given.gpus > 1, normed):
         parts.append("--compile")
     return " ".join([start, *parts, setting.flags])
 

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from simclr_fast.large_batch import grad_cache
 from simclr_fast.large_batch.averaging import Average, agree, host_group, share_weights
 from simclr_fast.large_batch.batch_norms import batch_norms
+from simclr_fast.large_batch.compiled_model import CompiledModel
+from simclr_fast.large_batch.compiled_regions import compile_failures
 from simclr_fast.large_batch.global_batch_norm import WholeBatch
 from simclr_fast.large_batch.graph import Graph
 from simclr_fast.large_batch.lockstep import Lockstep
 from simclr_fast.large_batch.outputs import rebuild, refuse_other_rows, tensors
 from simclr_fast.large_batch.refusals import (
+    compile_refusal,
     refusal,
     refuse_grad_cache,
     refuse_model,
@@ -89,7 +92,10 @@ class LargeBatch:
         PYTORCH_ALLOC_CONF=expandable_segments:True if memory ran out below this: less is then lost
         between blocks.
     host_memory: the bytes of host memory in which lockstep may keep what does not fit on a GPU.
-    compile: lockstep uses torch.compile for the layers between batch norms and convolutions.
+    compile: run the model through torch.compile. plain and grad-cache compile its forward; the
+        model itself stays as it is, and so do the names of its weights. lockstep compiles the
+        layers between batch norms and convolutions. replay cannot, nor plain with batch norms over
+        several ranks.
     schedule: what lockstep keeps, and its micro_batch. None: the planner chooses one at the first
         step, with the least predicted work for gpu_memory and host_memory.
     """
@@ -128,7 +134,6 @@ class LargeBatch:
             "gpu_memory": gpu_memory,
             "host_memory": host_memory,
             "schedule": schedule,
-            "compile": compile,
         }.items():
             if given and memory != "lockstep":
                 raise ValueError(f"{name} is for memory='lockstep', got {memory!r}")
@@ -144,7 +149,7 @@ class LargeBatch:
         self.gpu_memory, self.host_memory, self.schedule = gpu_memory, host_memory, schedule
         self.group = group if group is not None and dist.get_world_size(group) > 1 else None
         self.batch = WholeBatch(self.group)
-        self.allow_ghost_bn = allow_ghost_bn
+        self.allow_ghost_bn, self.compile = allow_ghost_bn, compile
         self._sync = True
         self._refuse_model()
         self._host: dist.ProcessGroup | None = None
@@ -155,6 +160,9 @@ class LargeBatch:
             self.lockstep = Lockstep(model, self.batch, self._current_schedule, compile)
         if memory == "replay":
             recomputed_blocks(model)
+        self._compiled = None
+        if compile and memory != "lockstep":
+            self._compiled = CompiledModel(model)
         self._comparing = Comparing()
         self._chosen: tuple[Any, Schedule] | None = None
 
@@ -223,7 +231,8 @@ class LargeBatch:
                     at_once = agree(self.model, loss, self._host) and self.memory != "grad-cache"
                 if self.memory != "lockstep":
                     average = Average(self.model, self.group)
-            with average.during_backward() if average and at_once else nullcontext():
+            during = average.during_backward() if average and at_once else nullcontext()
+            with during, compile_failures() if self._compiled else nullcontext():
                 loss.backward()
             if isinstance(result, tuple):
                 return (loss.detach(), *result[1:])
@@ -244,11 +253,12 @@ class LargeBatch:
                     autocast,
                     compare,
                     lambda: average.during_backward() if average else nullcontext(),
+                    self._compiled,
                 )
             else:
                 with self._norms(self.model, parts[0].device):
                     with autocast(True):
-                        outputs = self._run_by_shape(self.model, parts)
+                        outputs = self._run_by_shape(self._compiled or self.model, parts)
                     result = loss_of(outputs)
             if average is not None:
                 average.finish()
@@ -292,7 +302,7 @@ class LargeBatch:
             split = _split(parts, self.micro_batch or _MICRO_BATCH)
             return _joined([model(part) for part in split])
 
-    def _run_by_shape(self, model: nn.Module, parts: Sequence[Tensor]) -> Any:
+    def _run_by_shape(self, model: Callable[[Tensor], Any], parts: Sequence[Tensor]) -> Any:
         """model(all parts), once for each shape; inside of `_norms`."""
         shapes = [part.shape[1:] for part in parts]
         if len(set(shapes)) == 1:
@@ -413,6 +423,11 @@ class LargeBatch:
         refuse_model(self.model, self.memory, ranks=self.group is not None)
         if self.memory == "grad-cache":
             refuse_grad_cache(self.model, self.allow_ghost_bn)
+        if self.compile:
+            ranks = self.group is not None
+            normed = ranks and bool(batch_norms(self.model))
+            if why := compile_refusal(self.memory, ranks, normed):
+                raise ValueError(why)
 
 
 def _joined(outputs: Sequence[Any]) -> Any:

@@ -7,6 +7,7 @@ layers with parameters and the kept values are the same as without compilation.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -170,8 +171,15 @@ def _normalized(x: Tensor, norm: Any) -> Tensor:
 
 
 def _call(function: Any, *arguments: Any) -> Any:
-    try:
+    with compile_failures():
         return function(*arguments)
+
+
+@contextmanager
+def compile_failures() -> Iterator[None]:
+    """A context in which a failure of torch.compile becomes an error that says what it needs."""
+    try:
+        yield
     except torch._dynamo.exc.TorchDynamoException as error:
         # Only the first paragraph is for users of torch.
         why = " ".join(str(error).split("\n\n")[0].split())

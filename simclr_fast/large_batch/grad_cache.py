@@ -8,6 +8,7 @@ with its part of that gradient.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from simclr_fast.large_batch.batch_norms import batch_norms
+from simclr_fast.large_batch.compiled_model import CompiledModel
+from simclr_fast.large_batch.compiled_regions import compile_failures
 from simclr_fast.large_batch.outputs import (
     rebuild,
     refuse_other_constants,
@@ -31,31 +34,39 @@ def backward(
     autocast: Callable[[], AbstractContextManager[Any]],
     compare: bool,
     last_backward: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    compiled: CompiledModel | None = None,
 ) -> Any:
     """See `LargeBatch.backward`. parts: the micro-batches.
 
     compare: raise ValueError if a micro-batch runs differently the second time.
     last_backward: makes the context for the backward of the last micro-batch.
+    compiled: the model, if it is to run compiled. Its first pass makes a graph too: without, it
+        would be another compiled function, which draws other random numbers.
     """
     devices = {parts[0].device, *(p.device for p in model.parameters())}
     norms = set(batch_norms(model).values())
     watched = {name: m for name, m in model.named_modules() if m not in norms}
 
-    def run(part: Tensor, filled: bool) -> Any:
+    def run(part: Tensor, filled: bool, eager: bool = compiled is None) -> Any:
         before = State(watched) if compare and part is parts[0] else None
         with autocast():
-            made = model(part)
+            made = model(part) if eager or compiled is None else compiled(part)
         if before is not None and (what := before.changed(State(watched), filled=filled)):
             raise _refusal(f"its forward changes {what}")
         return made
 
     numbers, outputs = [], []
-    with torch.no_grad(), _untracked(model):
+    with torch.set_grad_enabled(compiled is not None), _untracked(model):
         for part in parts:
             numbers.append(AllNumbers(devices))
             outputs.append(run(part, filled=False))
+            if compiled is not None:
+                made = [t.detach() for t in tensors(outputs[-1])]
+                outputs[-1] = rebuild(outputs[-1], iter(made))
             if compare and part is parts[0] and not norms:
-                _refuse_mixed_rows(part, outputs[0], numbers[0], run)
+                # Not compiled: half of the rows would need a graph of their own.
+                whole = outputs[0] if compiled is None else run(part, filled=True, eager=True)
+                _refuse_mixed_rows(part, whole, numbers[0], partial(run, filled=True, eager=True))
             refuse_other_rows(outputs[-1], len(part), "grad-cache")
             refuse_other_constants(outputs[0], outputs[-1], "grad-cache")
     columns = list(zip(*(tensors(o) for o in outputs), strict=True))
@@ -84,7 +95,8 @@ def backward(
                 if s is not None and m.requires_grad
             ]
             if ends:
-                with last_backward() if i == len(parts) - 1 else nullcontext():
+                last = last_backward() if i == len(parts) - 1 else nullcontext()
+                with last, compile_failures() if compiled else nullcontext():
                     torch.autograd.backward([m for m, _ in ends], [g for _, g in ends])
     finally:
         after.restore()
@@ -92,7 +104,7 @@ def backward(
 
 
 def _refuse_mixed_rows(
-    part: Tensor, outputs: Any, before: AllNumbers, run: Callable[[Tensor, bool], Any]
+    part: Tensor, outputs: Any, before: AllNumbers, run: Callable[[Tensor], Any]
 ) -> None:
     """Run half of the views of a micro-batch, and refuse a model whose outputs are others then.
 
@@ -103,7 +115,7 @@ def _refuse_mixed_rows(
         return
     kept = half_of(rows)
     try:
-        found = tensors(run(part[kept], True))
+        found = tensors(run(part[kept]))
     except Exception as error:
         raise ValueError(
             f"memory='grad-cache' runs the model on micro-batches, and it fails for fewer views: "

@@ -143,7 +143,7 @@ class Workload:
     optimizer's. cuda: whether the run is on a GPU, with its operations and overheads. loader:
     whether our loader makes the views; it needs memory, and lockstep lets it keep them on the host.
     refused: modes that the run cannot use, and why. compile: whether lockstep compiles; the other
-    modes do not.
+    modes are predicted as without.
     """
 
     make: Callable[[], nn.Module]

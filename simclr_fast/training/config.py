@@ -142,7 +142,10 @@ class PretrainConfig:
     """RAM of the machine in which lockstep may keep values, such as 32GB, shared by its ranks. By
     default none. The views are in RAM as well, beside it."""
     compile: bool = False
-    """Lockstep uses torch.compile for the layers between batch norms and convolutions."""
+    """Run the model through torch.compile, which takes time in the first step. plain and grad-cache
+    compile its forward; weights and files are as without. lockstep compiles the layers between
+    batch norms and convolutions, and may become slower by it: try both. Not for replay, nor for
+    plain with batch norms over several ranks."""
     allow_ghost_bn: bool = False
     """Let grad-cache run models with batch norm. Its statistics are then of a micro-batch only."""
     channels_last: bool = True
@@ -222,7 +225,7 @@ class PretrainConfig:
             ("micro_batch", self.micro_batch is not None, ("auto", "lockstep", "grad-cache")),
             ("gpu_memory", self.gpu_memory is not None, ("auto", "lockstep")),
             ("host_memory", self.host_memory is not None, ("auto", "lockstep")),
-            ("compile", self.compile, ("auto", "lockstep")),
+            ("compile", self.compile, ("auto", "plain", "lockstep", "grad-cache")),
             ("allow_ghost_bn", self.allow_ghost_bn, ("grad-cache",)),
         ):
             if given and self.memory not in modes:

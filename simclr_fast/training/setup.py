@@ -20,6 +20,7 @@ from simclr_fast.data.datasets import named_source
 from simclr_fast.data.sources import Source
 from simclr_fast.data.whole import whole_images
 from simclr_fast.large_batch import planner
+from simclr_fast.large_batch.refusals import compile_refusal
 from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector
 from simclr_fast.models.weights import about_encoder
 from simclr_fast.optim.lars import LARS, lars_param_groups
@@ -186,14 +187,17 @@ def choose_memory(
             setting = planner.choose(work, limit, host, config.micro_batch)
         else:
             setting = planner.fitting_lockstep(work, limit, host, config.micro_batch)
-    if config.compile and setting.memory != "lockstep":
-        log.warning("compile has no effect: memory 'auto' chose %s", setting.memory)
-    lockstep = setting.memory == "lockstep"
+    compiles = config.compile
+    if compiles and config.memory == "auto":
+        why = compile_refusal(setting.memory, world.size > 1, work.has_batch_norms)
+        if why:
+            log.warning("compile has no effect: memory 'auto' chose %s; %s", setting.memory, why)
+            compiles = False
     return setting, {
         "memory": setting.memory,
         "micro_batch": setting.micro_batch,
         "schedule": setting.schedule,
-        "compile": config.compile and lockstep,
+        "compile": compiles,
         "allow_ghost_bn": config.allow_ghost_bn,
     }
 

@@ -56,10 +56,13 @@ def test_every_optimizer_of_pretrain_and_compile(settings, monkeypatch, capsys):
         assert (config.optimizer, config.compile) == (optimizer, True)
         assert (seen[-1].state, seen[-1].compile) == (state, True)
         assert "into one pass over memory" in printed
-    # Without lockstep there is nothing to compile.
-    settings(Setting("plain", None, 2e9))
-    assert run(["plan", *SMALL, "--compile"]) == 0
-    assert "--compile" not in capsys.readouterr().out
+    # Replay never compiles, plain not with batch norms over several ranks.
+    for memory, gpus, compiles in (("plain", 1, True), ("plain", 2, False), ("replay", 1, False)):
+        settings(Setting(memory, None, 2e9))
+        assert run(["plan", *SMALL, "--compile", "--gpus", str(gpus)]) == 0
+        command = capsys.readouterr().out.splitlines()[-1]
+        assert f"--memory {memory}" in command
+        assert ("--compile" in command) is compiles
 
 
 def test_the_command_for_one_gpu_and_the_demo(settings, capsys):

@@ -19,10 +19,7 @@ from test_large_batch import chain, timm_norm_act, timm_resnet, torchvision_resn
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from simclr_fast.large_batch import LargeBatch, compiled_regions, planner
-from simclr_fast.training.config import PretrainConfig
-from simclr_fast.training.setup import choose_memory, workload
-from simclr_fast.utils.distributed import World
+from simclr_fast.large_batch import LargeBatch, compiled_regions
 
 COMPILE = torch.compile
 MODES = [
@@ -135,14 +132,3 @@ def test_a_failing_compiler_is_said(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(COMPILE, backend=backend))
     with pytest.raises(RuntimeError, match=r"compile=True.*No working C\+\+ compiler.*g\+\+"):
         run(simclr("resnet10"))
-
-
-def test_only_lockstep_compiles(monkeypatch, caplog):
-    with pytest.raises(ValueError, match="compile is for memory='lockstep', got 'plain'"):
-        LargeBatch(simclr("resnet10"), memory="plain", compile=True)
-    monkeypatch.setattr(planner, "choose", lambda *_: planner.Setting("plain", None, 1))
-    config = PretrainConfig(compile=True)
-    world = World(0, 1, torch.device("cpu"))
-    _, options = choose_memory(config, world, workload(config, world, 2))
-    assert options["compile"] is False
-    assert "compile has no effect: memory 'auto' chose plain" in caplog.text
