@@ -76,7 +76,7 @@ def test_lockstep_under_autocast_learns_as_plain(dtype, gpu):
         options = {"memory": memory.partition(" ")[0], "autocast": dtype}
         if memory != "plain":
             options["micro_batch"] = 16
-            options["choices"] = {"bytes": (2_000_000, 10**8)} if "host" in memory else {}
+            options["choices"] = {"bytes": (6_500_000, 10**8)} if "host" in memory else {}
         batch = large_batch(own, **options)
         losses[memory] = []
         for _ in range(12):
