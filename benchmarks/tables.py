@@ -7,7 +7,9 @@
 In a document, the text between `<!-- results: NAME -->` and `<!-- end of results -->` is replaced.
 NAME is a subject of `simclr-fast bench`; `summary`, one row for each subject; `predicted`, what the
 models of this folder predict for GPUs; `fits` or `cards`, what `simclr-fast plan --fits` predicts;
-`modes` or `schedules`, what `benchmarks.bench_large_batch` measured.
+`modes` or `schedules`, what `benchmarks.bench_large_batch` measured. A NAME that begins with `gpu_`
+is read from the folder results/gpu, which has what was measured on a GPU; `gpu_limits` is what
+`benchmarks.large_batch_gpu` measured there.
 """
 
 import json
@@ -65,6 +67,10 @@ def load(subject: str, results: Path = RESULTS) -> dict[str, Any] | None:
 
 def text(name: str, results: Path = RESULTS) -> str:
     """Markdown for a mark: the tables of a subject, or the summary."""
+    if name.startswith("gpu_"):
+        return text(name.removeprefix("gpu_"), results / "gpu")
+    if name == "limits":
+        return limits(results)
     if name == "summary":
         return summary(results)
     if name == "predicted":
@@ -79,7 +85,8 @@ def text(name: str, results: Path = RESULTS) -> str:
         raise ValueError(f"results must be one of {allowed}, got {name!r}")
     found = load(name, results)
     if found is None:
-        return f"Not recorded yet: `simclr-fast bench {name} --out benchmarks/results`.\n"
+        where = "/gpu --device cuda" if results.name == "gpu" else ""
+        return f"Not recorded yet: `simclr-fast bench {name} --out benchmarks/results{where}`.\n"
     tables = (_table(table, FACTS[name]) for table in found["tables"])
     return "\n".join([f"{machine(found['environment'])}\n", *tables])
 
@@ -97,11 +104,10 @@ def fits(results: Path, cards: bool) -> str:
     for row in rows:
         if row is first.get(row["gpu"]) and (row["model"], row["width"]) == ("resnet50", 1):
             host = f" --host-memory {row['host_gb']}GB" if row["host_gb"] else ""
-            card = row["gpu"] if "GB" in row["gpu"] else f"{row['gpu']} {row['gpu_gb']}GB"
             ram = (row["host_bytes"] + row["view_bytes"]) / 1e9
             lines.append(
-                f"| {card} | `--memory {row['memory']}{host}` | {row['device_bytes'] / 1e9:.1f} | "
-                f"{ram:.1f} | {row['compute']:.2f}× |"
+                f"| {row['gpu']} | `--memory {row['memory']}{host}` | "
+                f"{row['device_bytes'] / 1e9:.1f} | {ram:.1f} | {row['compute']:.2f}× |"
             )
     return "\n".join(lines) + "\n"
 
@@ -140,12 +146,42 @@ def large_batch(results: Path, kind: str) -> str:
     return "\n".join(parts)
 
 
+def limits(results: Path) -> str:
+    """A batch of 4096 in limited memory of one GPU: predicted and measured."""
+    found = load("large_batch_gpu", results)
+    if found is None:
+        command = "python -m benchmarks.large_batch_gpu --out benchmarks/results/gpu"
+        return f"Not recorded yet: `{command}`.\n"
+    lines = [
+        "| GB of the GPU + of RAM | work | predicted GB | reserved GB | predicted s | s/step | "
+        f"of plain |\n{7 * '|---'}|"
+    ]
+    base = found["rows"][0]
+    for row in found["rows"]:
+        predicted, cells = row["predicted"], ["", "", ""]
+        if predicted:
+            cells = [
+                f"{predicted['work']:.2f}×",
+                f"{predicted['device_bytes'] / 1e9:.1f}",
+                f"{predicted['seconds']:.2f}",
+            ]
+        measured = [
+            f"{row['reserved'] / 1e9:.1f}",
+            f"{row['seconds']:.2f}",
+            f"{row['seconds'] / base['seconds']:.2f}",
+        ]
+        order = [row["name"], cells[0], cells[1], measured[0], cells[2], *measured[1:]]
+        lines.append(f"| {' | '.join(order)} |")
+    return f"{machine(found['environment'])}\n\n" + "\n".join(lines) + "\n"
+
+
 def machine(environment: dict[str, Any]) -> str:
     """When, where, with which versions and by which command."""
+    gpu = f"{environment['gpu']}, " if "gpu" in environment else ""
     installed = environment["versions"]
     versions = ", ".join(f"{name} {version}" for name, version in installed.items())
     return (
-        f"{environment['when'][:10]}, {environment['cores']} cores of {environment['cpu']} "
+        f"{environment['when'][:10]}, {gpu}{environment['cores']} cores of {environment['cpu']} "
         f"({environment['instruction_set']}), threads: {environment['threads']}, commit "
         f"{environment['commit']}. {versions}.\n\n```\n{environment['command']}\n```"
     )
