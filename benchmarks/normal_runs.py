@@ -49,12 +49,13 @@ PANELS = {
     "uniformity": "uniformity",
     "data_wait_percent": "% of the time waiting for data",
 }
-COLOURS = {
-    "good": "#0072B2",
-    "stalled": "#D55E00",
-    "collapsed": "#000000",
-    "no-colour": "#009E73",
-    "starved": "#CC79A7",
+# Run → colour and line style: some eyes see two of the colours alike.
+STYLES = {
+    "good": ("#0072B2", "-"),
+    "stalled": ("#D55E00", "--"),
+    "collapsed": ("#000000", "-"),
+    "no-colour": ("#009E73", "-."),
+    "starved": ("#CC79A7", "--"),
 }
 
 # Values of the table, and their digits after the point.
@@ -163,17 +164,17 @@ def draw(runs: dict[str, Any], path: Path) -> None:
     for axis, (value, heading) in zip(axes, PANELS.items(), strict=True):
         # The starved run is too short to learn.
         waiting = value == "data_wait_percent"
-        shown = ("good", "starved") if waiting else tuple(n for n in COLOURS if n != "starved")
-        for name, colour in COLOURS.items():
+        shown = ("good", "starved") if waiting else tuple(n for n in STYLES if n != "starved")
+        for name, (colour, style) in STYLES.items():
             rows = runs[name]["rows"] if name in runs and name in shown else []
             if not rows:
                 continue
             heights = [row[value] / (row["chance_loss"] if value == "loss" else 1) for row in rows]
             # Shares of the run, as the starved one has fewer steps.
             steps = [100 * row["step"] / rows[-1]["step"] for row in rows]
-            axis.plot(steps, heights, color=colour, label=name.replace("-", " "))
+            axis.plot(steps, heights, color=colour, ls=style, label=name.replace("-", " "))
         if value == "loss":
-            axis.axhline(1, color="0.45", ls="--", lw=1)
+            axis.axhline(1, color="0.45", ls=":", lw=1)
         axis.set_title(heading, fontsize=10)
         axis.set_xlabel("% of the run", fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
@@ -194,7 +195,7 @@ def table(runs: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     common = runs["good"]["options"] if "good" in runs else ""
-    for name in COLOURS:
+    for name in STYLES:
         if name not in runs:
             continue
         run = runs[name]
@@ -228,7 +229,7 @@ def main() -> None:
     given = harness.parse(CommandLine, "normal_runs", __doc__)
     path = given.results / FILE
     runs = json.loads(path.read_text()) if path.exists() else {}
-    for name in COLOURS if given.only == "all" else (given.only,):
+    for name in STYLES if given.only == "all" else (given.only,):
         if name != "none":
             runs[name] = train(name, given.steps)
             text = json.dumps(runs, indent=1) + "\n"
