@@ -13,7 +13,13 @@ from simclr_fast.losses.sup_con import multi_view_nt_xent_loss, sup_con_loss
 from simclr_fast.training.config import PretrainConfig
 from simclr_fast.training.loop import Task, train
 from simclr_fast.training.momentum import MomentumKeys
-from simclr_fast.training.setup import build_model, embedding_dim, loader_options, open_data
+from simclr_fast.training.setup import (
+    build_model,
+    check_views,
+    embedding_dim,
+    loader_options,
+    open_data,
+)
 from simclr_fast.utils.distributed import join_world
 
 
@@ -50,6 +56,7 @@ def pretrain(config: PretrainConfig) -> Path:
             **options,
         )
         model = build_model(config)
+        check_views(config, model)
         classes = momentum = None
         if config.loss == "sup-con":
             classes = positive_classes(source, world.device)

@@ -86,6 +86,29 @@ def build_model(config: PretrainConfig) -> SimCLR:
     return SimCLR(encoder, projector)
 
 
+def check_views(config: PretrainConfig, model: SimCLR) -> None:
+    """Warn about views that teach little, and refuse small crops that the encoder cannot take."""
+    views = config.augmentation
+    if not views.p_jitter and not views.p_gray:
+        log.warning(
+            "the views have no colour distortion (p_jitter and p_gray are 0): both crops of an "
+            "image have its colours, so the network may learn to compare colours and little else"
+        )
+    if not config.small_crops:
+        return
+    small, training = config.small_size, model.training
+    try:
+        with torch.no_grad():
+            model.encoder.eval()(torch.zeros(1, views.channels, small, small))
+    except Exception as error:
+        raise ValueError(
+            f"small_size must be a size that {config.model} can take beside {views.size}, got "
+            f"{small}: {' '.join(str(error).split())}"
+        ) from error
+    finally:
+        model.train(training)
+
+
 def embedding_dim(config: PretrainConfig) -> int:
     """The width of the projector's output, or of h without one."""
     if config.projector != "none":

@@ -10,6 +10,7 @@ from rank_runs import Run, pixels
 from tiny_runs import TINY
 from torch import nn
 
+from simclr_fast.augment.params import Augmentation
 from simclr_fast.data.sources import ArraySource
 from simclr_fast.large_batch import planner
 from simclr_fast.models.encoders import SimCLR
@@ -17,7 +18,7 @@ from simclr_fast.models.weights import load_weights
 from simclr_fast.training import pretrain as module
 from simclr_fast.training import report
 from simclr_fast.training.pretrain import pretrain
-from simclr_fast.training.setup import workload
+from simclr_fast.training.setup import check_views, workload
 from simclr_fast.training.supervised import supervise
 from simclr_fast.utils.checkpoint import checkpoints, load_checkpoint
 from simclr_fast.utils.distributed import join_world
@@ -158,3 +159,22 @@ def test_the_online_probe_takes_any_number_of_views(config, monkeypatch, options
     out = pretrain(replace(config, probe_every=2, steps=2, **options))
     (line,) = (out / "online_probe.jsonl").read_text().splitlines()
     assert json.loads(line)["linear"] is not None
+
+
+def test_small_crops_that_the_encoder_cannot_take_are_refused_before_training(config):
+    pytest.importorskip("timm")
+    vit = {"model": "vit_tiny_patch16_224", "width": 1, "augmentation": Augmentation(size=224)}
+    with pytest.raises(ValueError, match=r"small_size must be .* beside 224, got 12"):
+        pretrain(replace(config, **vit, **CROPS))
+
+
+def test_views_without_colour_distortion_are_warned_of(config, caplog):
+    def warned(**options):
+        caplog.clear()
+        views = Augmentation(size=16, **options)
+        check_views(replace(config, augmentation=views), None)
+        return "no colour distortion" in caplog.text
+
+    assert warned(p_jitter=0, p_gray=0)
+    assert not warned(p_jitter=0)
+    assert not warned()
