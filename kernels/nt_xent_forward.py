@@ -542,8 +542,9 @@ def mean_statistics_kernel(
     squares = tl.sum(tl.where(k == 5, scalars, 0.0), axis=0)
     others = (tl.sum(columns * columns, axis=0) - squares) * LN_2
     positive = logits / count * temperature
-    # A single pair has no negatives: 0 / 0.
-    negative = (others - logits) * temperature / (count * (count - 2.0))
+    # A single pair has no negatives. What rounding leaves of their sum must not count.
+    negative = (others - logits) * temperature / (count * tl.maximum(count - 2.0, 1.0))
+    negative = tl.where(rows > 2, negative, float("nan"))
     means = scalars / tl.where(k < 2, 0.5 * count, count)
     means = tl.where(k == 4, positive, tl.where(k == 5, negative, means))
     tl.store(out_ptr + k, means, mask=k < 6)

@@ -206,7 +206,18 @@ def test_a_single_pair_has_loss_0():
     assert not z2.grad.any()
     assert stats.contrastive_accuracy == stats.accuracy == 1
     assert stats.entropy == 0
-    assert stats.negative_similarity.isnan()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dim", [4, 33])
+def test_a_single_pair_has_no_negative_similarity(dim, dtype):
+    """Also where rounding leaves something of the negatives' sum."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        z1, z2 = torch.randn(2, 1, dim).to(dtype)
+        _, stats = nt_xent_loss(z1, z2, 0.1, return_stats=True)
+        assert stats.negative_similarity.isnan()
+        assert stats.positive_similarity.isfinite()
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

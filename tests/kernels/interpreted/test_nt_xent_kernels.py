@@ -217,6 +217,19 @@ def test_mean_statistics_match_float64(pairs, dim, dtype):
     torch.testing.assert_close(means.double(), exact, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize("path", [nt_xent, nt_xent_plain], ids=["triton", "plain"])
+@pytest.mark.parametrize("noise", [0.0, 1e-3, -1e-3])
+def test_a_single_pair_has_no_negative_similarity(noise, path):
+    """Whatever rounding leaves of the negatives' sum: nothing, or either sign."""
+    z1, z2 = make_views(1, 24, torch.float32)
+    tau = torch.tensor(0.2)
+    u, _ = nt_xent.normalize(z1, z2, tau)
+    loss, lse, stats = nt_xent.forward(u, tau, 0, 2, False, True)
+    means = path.mean_statistics(loss, lse + noise, stats, u, tau)
+    assert means[5].isnan()
+    assert means[:5].isfinite().all()
+
+
 def test_upstream_gradients_of_any_scale():
     z1, z2 = make_views(20, 16)
     generator = seeded(2)
