@@ -189,6 +189,25 @@ def test_a_wrong_size_is_named(dtype, monkeypatch):
         checks.every_batch_size(CPU, dtype)
 
 
+def test_few_pairs_are_judged_over_many_draws(monkeypatch):
+    monkeypatch.setattr(checks, "_ALL_PAIRS", (2, 64))
+    batches = []
+
+    def errors(device, z, ours, plain):
+        batches.append(z)
+        unlucky = len(batches) == 1
+        return checks._Errors(0.0, gradient=3e-6 if unlucky else usual, plain=4e-7)
+
+    monkeypatch.setattr(checks, "_errors", errors)
+    usual = 6e-7
+    assert "2 batch sizes" in checks.every_batch_size(CPU, torch.float32)
+    assert [len(z) for z in batches] == [4] * 64 + [128]
+    assert not any(torch.equal(batches[0], z) for z in batches[1:64])
+    usual = 9e-7
+    with pytest.raises(AssertionError, match=r"^2 pairs: .*gradient by 9\..e-07"):
+        checks.every_batch_size(CPU, torch.float32)
+
+
 def test_wrong_views_of_an_array_are_found(monkeypatch):
     assert "6 batches" in checks.array_loader(CPU)
     images = checks._images
