@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from simclr_fast.losses.ranks import RankRows
 from simclr_fast.ops import nt_xent
@@ -19,6 +20,7 @@ _REDUCTIONS = {"none": nt_xent.NONE, "mean": nt_xent.MEAN, "sum": nt_xent.SUM}
 # Outside this range float32 cannot represent differences of logits accurately enough.
 _TEMPERATURES = (1e-6, 1e6)
 _NO_NEGATIVES = "decoupled=True needs at least two pairs: a single one has no negatives"
+_Transform = torch._C._functorch.TransformType
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -110,6 +112,7 @@ def nt_xent_loss(
     row_counts: the number of rows (2N) of every rank of the group, in rank order, if known. Without
         it the ranks exchange these numbers, and on a GPU the host waits for that.
     """
+    refuse_transforms(z1, z2, temperature)
     _check_embeddings(z1, z2, group)
     code = _reduction_code(reduction, group)
     tau = _temperature_tensor(temperature, z1)
@@ -287,7 +290,6 @@ def _reduction_code(reduction: str, group: dist.ProcessGroup | None) -> int:
 def _check_embeddings(z1: Tensor, z2: Tensor | None, group: dist.ProcessGroup | None) -> None:
     least = 1 if group is None else 0
     _check_matrix("z1", z1, least)
-    _refuse_gradient_transforms()
     if z2 is None:
         if z1.size(0) % 2:
             raise ValueError(
@@ -317,14 +319,22 @@ def _check_matrix(name: str, z: Tensor, least: int = 1) -> None:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {z.dtype}")
 
 
-def _refuse_gradient_transforms() -> None:
+def refuse_transforms(*inputs: object) -> None:
+    """Raise an error where torch.func would differentiate a loss: its derivative would be zero."""
     if torch.compiler.is_compiling():
         return
-    transform = torch._C._functorch.peek_interpreter_stack()
-    if transform is not None and transform.key() == torch._C._functorch.TransformType.Grad:
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        kinds = {level.key() for level in torch._C._functorch.get_interpreter_stack()}
+        refused = bool(kinds & {_Transform.Grad, _Transform.Jvp})
+    else:
+        refused = forward_ad._current_level >= 0 and any(
+            isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs
+        )
+    if refused:
         raise RuntimeError(
-            "torch.func.grad and its kin cannot differentiate this loss: use .backward() or "
-            "torch.autograd.grad, or the plain-torch losses of simclr_fast.reference"
+            "torch.func.grad and its kin, and forward-mode derivatives, cannot differentiate this "
+            "loss: use .backward() or torch.autograd.grad, or the plain-torch losses of "
+            "simclr_fast.reference"
         )
 
 

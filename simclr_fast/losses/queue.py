@@ -16,6 +16,7 @@ from simclr_fast.losses.nt_xent import (
     _check_matrix,
     _reduction_code,
     _temperature_tensor,
+    refuse_transforms,
 )
 from simclr_fast.losses.ranks import RankRows
 from simclr_fast.ops import nt_xent, queue
@@ -107,6 +108,7 @@ def queue_loss(
     row_counts: the number of rows of every rank of the group, in rank order, if known.
     """
     others = queue.keys if isinstance(queue, KeyQueue) else queue
+    refuse_transforms(z, temperature)
     _check_matrix("z", z, least=1 if group is None else 0)
     _check_matrix("keys", keys, least=0)
     _check_matrix("queue", others)

@@ -10,9 +10,9 @@ from torch import Tensor
 from simclr_fast.losses.nt_xent import (
     _check_matrix,
     _reduction_code,
-    _refuse_gradient_transforms,
     _temperature_tensor,
     nt_xent_loss,
+    refuse_transforms,
 )
 from simclr_fast.losses.ranks import RankRows
 from simclr_fast.ops import nt_xent, sup_con
@@ -41,7 +41,7 @@ def sup_con_loss(
     reduction: "mean" or "sum" over the M rows, or "none": [M].
     """
     _check_matrix("z", z, least=1 if group is None else 0)
-    _refuse_gradient_transforms()
+    refuse_transforms(z, temperature)
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
     if labels.shape != z.shape[:1]:

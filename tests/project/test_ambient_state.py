@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
 from simclr_fast import (
@@ -31,6 +32,7 @@ from simclr_fast import (
     sup_con_loss,
 )
 from simclr_fast.compat import lightly
+from simclr_fast.losses import queue_loss
 from simclr_fast.models.encoders import build_encoder
 from simclr_fast.optim.lars import lars_param_groups
 from simclr_fast.utils.checkpoint import save_encoder
@@ -332,6 +334,11 @@ def test_a_mode_changes_nothing_and_leaves_nothing_behind(folder, mode):
         assert values == want, name
 
 
+def tangent(loss, z, direction):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(loss(forward_ad.make_dual(z, direction))).tangent
+
+
 def transforms(loss):
     """Ways of torch.func to call a loss, and the same by autograd."""
 
@@ -355,20 +362,33 @@ def transforms(loss):
             lambda z: torch.func.vmap(torch.func.grad(loss))(many(z)),
             lambda z: torch.stack([gradient(part) for part in many(z)]),
         ),
+        "grad of vmap": (
+            lambda z: torch.func.grad(lambda two: torch.func.vmap(loss)(two).sum())(many(z)),
+            None,
+        ),
+        # Along z itself the derivative is 0: the losses do not depend on the lengths of the rows.
         "jvp": (
-            lambda z: torch.func.jvp(loss, (z,), (z,))[1],
-            lambda z: (gradient(z) * z).sum(),
+            lambda z: torch.func.jvp(loss, (z,), (z.roll(1, 0),))[1],
+            lambda z: (gradient(z) * z.roll(1, 0)).sum(),
+        ),
+        "jacfwd": (lambda z: torch.func.jacfwd(loss)(z), gradient),
+        "dual numbers": (
+            lambda z: tangent(loss, z, z.roll(1, 0)),
+            lambda z: (gradient(z) * z.roll(1, 0)).sum(),
         ),
         "jacobian": (lambda z: torch.autograd.functional.jacobian(loss, z), gradient),
     }
 
 
+KEYS = torch.eye(4)
 LOSSES = {
     "nt_xent_loss": lambda z: nt_xent_loss(z, temperature=0.3),
     "statistics": lambda z: nt_xent_loss(z, return_stats=True)[0],
     "module": lambda z: NTXentLoss(0.3)(z),
     "sup_con_loss": lambda z: sup_con_loss(z, torch.arange(8) % 3),
     "multi_view": lambda z: multi_view_nt_xent_loss(z, 4),
+    "temperature": lambda z: nt_xent_loss(z.detach(), temperature=z.abs().mean()),
+    "queue_loss": lambda z: queue_loss(z, z.detach().roll(1, 1), KEYS),
 }
 
 
@@ -385,7 +405,7 @@ def test_transforms_are_right_or_refused(name, way):
     except RuntimeError as error:
         # The second is torch's own.
         says = str(error)
-        assert "torch.func.grad and its kin" in says or "functorch" in says
+        assert any(w in says for w in ("torch.func.grad and its kin", "functorch", "vmap: "))
     else:
         torch.testing.assert_close(found, plain(z))
     assert torch.equal(loss(z), before)
