@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from simclr_fast.large_batch import grad_cache
 from simclr_fast.large_batch.averaging import Average, agree, host_group, share_weights
 from simclr_fast.large_batch.batch_norms import batch_norms
+from simclr_fast.large_batch.blocks import recomputed_blocks
 from simclr_fast.large_batch.compiled_model import CompiledModel
 from simclr_fast.large_batch.compiled_regions import compile_failures
 from simclr_fast.large_batch.global_batch_norm import WholeBatch
@@ -21,12 +22,13 @@ from simclr_fast.large_batch.lockstep import Lockstep
 from simclr_fast.large_batch.outputs import rebuild, refuse_other_rows, tensors
 from simclr_fast.large_batch.refusals import (
     compile_refusal,
+    naming_a_mode_for,
     refusal,
     refuse_grad_cache,
     refuse_model,
     refuse_views,
 )
-from simclr_fast.large_batch.replay import global_norms, recomputed_blocks
+from simclr_fast.large_batch.replay import global_norms
 from simclr_fast.large_batch.schedule import Schedule
 from simclr_fast.large_batch.second_run import Comparing, State
 from simclr_fast.utils.device import free_memory
@@ -157,7 +159,8 @@ class LargeBatch:
             share_weights(model, self.group)
             self._host = host_group(self.group)
         if memory == "lockstep":
-            self.lockstep = Lockstep(model, self.batch, self._current_schedule, compile)
+            with naming_a_mode_for(model):
+                self.lockstep = Lockstep(model, self.batch, self._current_schedule, compile)
         if memory == "replay":
             recomputed_blocks(model)
         self._compiled = None
@@ -238,7 +241,7 @@ class LargeBatch:
                 return (loss.detach(), *result[1:])
             return loss.detach()
 
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device, enabled=False), naming_a_mode_for(self.model):
             if self.memory == "lockstep":
                 schedule = self._schedule_of(parts, dtype, autocast)
                 split = _split(parts, schedule.micro_batch)

@@ -119,13 +119,13 @@ def _refuse_mixed_rows(
     except Exception as error:
         raise ValueError(
             f"memory='grad-cache' runs the model on micro-batches, and it fails for fewer views: "
-            f"{error}; memory='plain' and memory='replay' can run it"
+            f"{error}; memory='plain' can run it"
         ) from error
     whole = tensors(outputs)
     if all(t.dim() and len(t) == rows for t in whole) and differ([t[kept] for t in whole], found):
         raise ValueError(
             "memory='grad-cache' runs the model on micro-batches, and the output of a view depends "
-            "on the other views in the batch; memory='plain' and memory='replay' can run it"
+            "on the other views in the batch; memory='plain' can run it"
         )
 
 

@@ -5,7 +5,8 @@ again.
 """
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from simclr_fast.large_batch.batch_norms import batch_norms
+from simclr_fast.large_batch.blocks import recomputed_blocks
 
 _RANDOM = ("dropout", "bernoulli", "rand", "multinomial", "stochastic_depth", "normal_", "uniform_")
 
@@ -86,7 +89,7 @@ def refuse_model(model: nn.Module, memory: str, ranks: bool) -> None:
         raise ValueError(
             f"memory={memory!r} does not call hooks for all modules, such as those of "
             "torch.nn.modules.module.register_module_forward_hook, as often as plain autograd; "
-            "memory='replay' can run this model"
+            f"{_who_can(model)}"
         )
     if memory != "plain" and parametrize._cache_enabled:
         raise ValueError(
@@ -141,13 +144,13 @@ def refuse_grad_cache(model: nn.Module, allow_ghost_bn: bool) -> None:
                 raise ValueError(
                     f"memory='grad-cache' would call the hooks of {name or 'the model'} "
                     f"({type(module).__name__}) several times, with parts of the batch; "
-                    "memory='replay' and memory='plain' can run this model"
+                    f"{_who_can(model)}"
                 )
     for name, p in model.named_parameters():
         if _has_gradient_hooks(p):
             raise ValueError(
                 f"memory='grad-cache' would call the gradient hooks of {name} once per "
-                "micro-batch; memory='replay' and memory='plain' can run this model"
+                f"micro-batch; {_who_can(model)}"
             )
 
 
@@ -216,7 +219,10 @@ def refuse_hooks(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if _has_hooks(module):
             what = f"{name or type(module).__name__!r} has forward or backward hooks"
-            raise refusal(f"{what}, which it would not always call")
+            # Spectral norm's changes the module in each forward, which replay refuses as well.
+            spectral = any(isinstance(h, SpectralNorm) for h in module._forward_pre_hooks.values())
+            mode = "plain" if spectral else "replay"
+            raise refusal(f"{what}, which it would not always call", mode)
         if "forward" in vars(module):
             what = f"the forward of {name or type(module).__name__!r} was replaced"
             raise refusal(f"{what}, which it would not always call")
@@ -329,9 +335,36 @@ def arguments(node: Node) -> dict[str, Any]:
 
 
 class RefusedModel(ValueError):
-    """A model that lockstep cannot run."""
+    """A model that lockstep cannot run. mode: the memory mode that can."""
+
+    def __init__(self, why: str, mode: str) -> None:
+        super().__init__(f"memory='lockstep' cannot run this model: {why}; memory={mode!r} can")
+        self.why, self.mode = why, mode
 
 
 def refusal(why: str, mode: str = "replay") -> RefusedModel:
-    """mode: the memory mode that can run the model."""
-    return RefusedModel(f"memory='lockstep' cannot run this model: {why}; memory={mode!r} can")
+    """mode: the memory mode that can run the model, "replay" if it has blocks."""
+    return RefusedModel(why, mode)
+
+
+@contextmanager
+def naming_a_mode_for(model: nn.Module) -> Iterator[None]:
+    """Where replay finds no blocks in the model, refusals inside name plain."""
+    try:
+        yield
+    except RefusedModel as error:
+        if error.mode == "replay" and not _has_blocks(model):
+            raise refusal(error.why, "plain") from error
+        raise
+
+
+def _has_blocks(model: nn.Module) -> bool:
+    try:
+        return bool(recomputed_blocks(model))
+    except ValueError:
+        return False
+
+
+def _who_can(model: nn.Module) -> str:
+    replay = "memory='replay' and " if _has_blocks(model) else ""
+    return f"{replay}memory='plain' can run this model"

@@ -140,13 +140,14 @@ def traced_once(model: nn.Module, trace: Callable[[], T]) -> T:
             f"its forward draws random numbers{threads}, and only once, when it is traced"
         )
     if what := before.changed(State(dict(model.named_modules())), filled=False):
-        raise refusal(f"its forward changes {what}, and only once, when it is traced")
+        raise refusal(f"its forward changes {what}, and only once, when it is traced", "plain")
     for name, module in model.named_modules():
         for key, value in vars(module).items():
             if isinstance(value, Proxy):
                 setattr(module, key, None)
                 what = f"{name}.{key}" if name else key
-                raise refusal(f"its forward stores a value in {what}, which is traced once")
+                why = f"its forward stores a value in {what}, which is traced once"
+                raise refusal(why, "plain")
     return made
 
 

@@ -27,7 +27,7 @@ from torch.nn.utils import prune
 
 from simclr_fast.large_batch import LargeBatch
 from simclr_fast.large_batch import global_batch_norm as gbn
-from simclr_fast.large_batch.replay import recomputed_blocks
+from simclr_fast.large_batch.blocks import recomputed_blocks
 from simclr_fast.training.config import PretrainConfig
 
 LOCKSTEP = {"memory": "lockstep", "micro_batch": 5}

@@ -1,11 +1,13 @@
 """Wrapped, compiled, sharded and lazy models, and calls that have no gradient: refused by name."""
 
 import copy
+import re
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, spectral_norm
 
 from simclr_fast.large_batch import LargeBatch
 from simclr_fast.large_batch.graph import _other_rows
@@ -268,3 +270,57 @@ def test_a_row_that_overflows_by_a_rounding_is_no_other_row():
     part[1, 2] = 2
     assert _other_rows(whole, part, 4, slice(0, 2))
     assert _other_rows(whole, part[:, :2], 4, slice(0, 2))
+
+
+class Odd(nn.Module):
+    """A model that does one thing that modes cannot do twice, in a micro-batch, or in a trace."""
+
+    def __init__(self, model, kind):
+        super().__init__()
+        self.model, self.kind = model, kind
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        if self.kind == "counter":
+            self.count += 1
+        with torch.no_grad() if self.kind == "no_grad" else nullcontext():
+            x = self.model[0](x)
+        x = self.model[1:](x)
+        return x - x.mean(0) if self.kind == "mean of the batch" else x
+
+
+def odd(kind, flat):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)) if flat else build()
+    if kind == "forward hook":
+        model[0].register_forward_hook(lambda module, args, output: 2 * output)
+    elif kind == "gradient hook":
+        model[0].weight.register_hook(lambda gradient: 2 * gradient)
+    elif kind == "spectral norm":
+        spectral_norm(model[0])
+    elif kind == "dropout":
+        model.append(nn.Dropout(0.5))
+    return Odd(model, kind)
+
+
+ODD = [
+    *("forward hook", "gradient hook", "spectral norm", "dropout"),
+    *("counter", "no_grad", "mean of the batch"),
+]
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["blocks", "flat"])
+@pytest.mark.parametrize("kind", ODD)
+def test_each_mode_that_a_refusal_names_can_run_the_model(kind, flat):
+    refusals = {}
+    for memory in MODES:
+        try:
+            run(odd(kind, flat), memory)
+        except ValueError as error:
+            refusals[memory] = str(error)
+    assert refusals
+    for memory, says in refusals.items():
+        named = set(re.findall(r"memory='([^']*)'", says)) - {memory}
+        assert named, says
+        for mode in named:
+            run(odd(kind, flat), mode)
