@@ -23,7 +23,6 @@ from simclr_fast.evaluation.plots import plot_embedding, plot_layers, plot_neigh
 from simclr_fast.evaluation.subsets import LabelledPair
 from simclr_fast.utils.checkpoint import write_atomic
 from simclr_fast.utils.device import expand_segments
-from simclr_fast.utils.launch import require_one_process
 
 USAGE = """usage: simclr-fast eval PROTOCOL --encoder FILE [OPTIONS]
 
@@ -48,8 +47,9 @@ def run(arguments: list[str]) -> int:
         return 0 if asked else 2
     name = arguments[0]
     options = tyro.cli(PROTOCOLS[name], args=arguments[1:], prog=f"simclr-fast eval {name}")
-    require_one_process()
     expand_segments()
+    if not options.goes_on():
+        return 0
     for line in options.lines():
         print(line, flush=True)
     return 0
@@ -73,6 +73,9 @@ class Linear(Options):
     """Learning rate per 256 images of the batch, for sgd."""
 
     protocol: ClassVar[str] = "linear"
+
+    def goes_on(self) -> bool:
+        return self.features_on_all_ranks() if self.logistic else super().goes_on()
 
     def lines(self) -> Iterator[str]:
         pair = self.pair()
@@ -122,6 +125,9 @@ class Knn(Options):
     """Temperature: a neighbour's vote has the weight exp(similarity / tau)."""
 
     protocol: ClassVar[str] = "knn"
+
+    def goes_on(self) -> bool:
+        return self.features_on_all_ranks()
 
     def lines(self) -> Iterator[str]:
         pair = self.pair()

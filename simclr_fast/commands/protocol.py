@@ -14,12 +14,14 @@ from simclr_fast.data.sources import Source
 from simclr_fast.evaluation import linear
 from simclr_fast.evaluation.accuracy import Scores, score
 from simclr_fast.evaluation.classifier import Recipe, classify, train_classifier
-from simclr_fast.evaluation.features import cached_features
+from simclr_fast.evaluation.features import cached_features, extract_features
 from simclr_fast.evaluation.subsets import LabelledPair, labelled_pair
 from simclr_fast.models.encoders import Stem
 from simclr_fast.models.weights import Weights, load_weights
 from simclr_fast.utils.checkpoint import write_atomic
 from simclr_fast.utils.device import resolve_device
+from simclr_fast.utils.distributed import join_world
+from simclr_fast.utils.launch import launched, require_one_process
 
 
 @dataclass(frozen=True)
@@ -115,18 +117,35 @@ class Options:
         weights.encoder.to(self.torch_device)
         return weights
 
+    def goes_on(self) -> bool:
+        """Whether this process computes `lines`: always, as it must be the only one."""
+        require_one_process()
+        return True
+
+    def features_on_all_ranks(self) -> bool:
+        """Compute the features of all images on all ranks, into the cache; True on rank 0."""
+        if launched().size == 1:
+            return True
+        with join_world(self.device) as world:
+            pair, weights = self.pair(), self.load()
+            for source, name in ((pair.train, "training"), (pair.test, "test")):
+                given = weights.encoder, source, weights.augmentation
+                extract_features(*given, **self._extraction(name), world=world)
+        return world.rank == 0
+
     def features(
         self, encoder: nn.Module, augmentation: Augmentation, source: Source, name: str
     ) -> Tensor:
-        return cached_features(
-            encoder,
-            source,
-            augmentation,
-            folder=self.cache,
-            device=self.torch_device,
-            workers=self.workers,
-            name=f"features of the {name} images",
-        )
+        return cached_features(encoder, source, augmentation, **self._extraction(name))
+
+    def _extraction(self, name: str) -> dict[str, Any]:
+        """Options of `extract_features`."""
+        return {
+            "folder": self.cache,
+            "device": self.torch_device,
+            "workers": self.workers,
+            "name": f"features of the {name} images",
+        }
 
     def trained(
         self,

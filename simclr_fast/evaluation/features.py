@@ -4,6 +4,8 @@ import hashlib
 import json
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from simclr_fast.data.loader import ImageLoader
 from simclr_fast.data.sources import Source, subset
 from simclr_fast.utils.checkpoint import write_atomic
 from simclr_fast.utils.device import autocast_dtype
+from simclr_fast.utils.distributed import World, all_gather_rows
 from simclr_fast.utils.extras import need
 from simclr_fast.utils.locks import locked
 
@@ -24,6 +27,7 @@ log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_SAVES = 10.0
 # Autocast is used if it keeps the cosine similarity to float32 features above 1 minus this.
 _COSINE_ERROR = 1e-3
+_ALONE = World(0, 1, torch.device("cpu"))
 
 
 class Inference:
@@ -38,6 +42,8 @@ class Inference:
         self.encoder, self.device = encoder.to(device).eval(), device
         self.dtype = _autocast_dtype(device)
         self.checked = self.dtype is None
+        # Of the features; 0 until a batch of any rank was computed.
+        self.width = 0
 
     def __call__(self, images: Tensor) -> Tensor:
         images = images.to(self.device, non_blocking=True)
@@ -107,17 +113,48 @@ def cached_features(
     Raises:
         ValueError: a feature is not finite. No finished file is written then.
     """
+    path = extract_features(
+        encoder,
+        source,
+        augmentation,
+        folder=folder,
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        name=name,
+    )
+    # Copy-on-write: torch wants writable memory, and the file must never change.
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+def extract_features(
+    encoder: nn.Module,
+    source: Source,
+    augmentation: Augmentation,
+    *,
+    folder: Path | None = None,
+    device: torch.device | str = "cpu",
+    batch_size: int = 256,
+    workers: int | None = None,
+    name: str = "features",
+    world: World = _ALONE,
+) -> Path:
+    """Compute the file of `cached_features`, unless it exists: NumPy's float32 [n, feature_dim].
+
+    world: ranks that share the work, each on its own device: they take the batches in turn, so the
+        features have the same bits as those of one process. Only rank 0 looks at the folder.
+    """
     folder = folder or cache_folder() / "features"
     name_of_file = fingerprint(encoder, source, augmentation)
     if dtype := _autocast_dtype(torch.device(device)):
         name_of_file += f"-{str(dtype).removeprefix('torch.')}"
     path = folder / f"{name_of_file}.npy"
-    if not path.exists():
-        with locked(path.with_suffix(".lock")):
-            if not path.exists():
-                _extract(encoder, source, augmentation, path, device, batch_size, workers, name)
-    # Copy-on-write: torch wants writable memory, and the file must never change.
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
+    with ExitStack() as stack:
+        if world.rank == 0 and not path.exists():
+            stack.enter_context(locked(path.with_suffix(".lock")))
+        if not world.share(path.exists):
+            _extract(encoder, source, augmentation, path, device, batch_size, workers, name, world)
+    return path
 
 
 def fingerprint(encoder: nn.Module, source: Source, augmentation: Augmentation) -> str:
@@ -141,22 +178,31 @@ def _extract(
     batch_size: int,
     workers: int | None,
     name: str,
+    world: World,
 ) -> None:
     partial, progress = path.with_suffix(".partial"), path.with_suffix(".json")
-    done = json.loads(progress.read_text())["rows"] if progress.exists() else 0
     n, device = len(source), torch.device(device)
+    done = world.share(lambda: json.loads(progress.read_text())["rows"] if progress.exists() else 0)
     was_training = encoder.training
     infer = Inference(encoder, device)
-    rows = np.load(partial, mmap_mode="r+") if done else None
-    rest = subset(source, np.arange(done, n)) if done else source
-    loader = ImageLoader(
-        rest, batch_size, augmentation, channels_last=True, device=device, num_threads=workers
-    )
+    rows = np.load(partial, mmap_mode="r+") if done and world.rank == 0 else None
+    starts = range(done, n, batch_size)
+    own = [np.arange(i, min(i + batch_size, n)) for i in starts[world.rank :: world.size]]
+    whole = not done and world.size == 1
+    rest = source if whole else subset(source, np.concatenate([np.arange(0), *own]))
+    batches: Iterator[Any] = iter(())
+    if own:
+        options: dict[str, Any] = {"channels_last": True, "device": device, "num_threads": workers}
+        batches = iter(ImageLoader(rest, batch_size, augmentation, **options))
     saved = time.monotonic()
     try:
-        with torch.inference_mode(), _bar(name, n, done) as bar:
-            for images, _ in loader:
-                h = infer(images).cpu().numpy()
+        with torch.inference_mode(), _bar(name, n, done, world.rank == 0) as bar:
+            for round_, start in enumerate(starts[:: world.size]):
+                world.mark(round_ + 1, "computing features")
+                found = _of_all_ranks(infer, batches, start, n, batch_size, world)
+                if world.rank != 0:
+                    continue
+                h = found.cpu().numpy()
                 if not np.isfinite(h).all():
                     raise ValueError("the features are not finite: the encoder has diverged")
                 if rows is None:
@@ -175,10 +221,54 @@ def _extract(
         raise
     finally:
         encoder.train(was_training)
-    assert rows is not None
-    rows.flush()
-    partial.replace(path)
-    progress.unlink(missing_ok=True)
+    if world.rank == 0:
+        assert rows is not None
+        rows.flush()
+        partial.replace(path)
+        progress.unlink(missing_ok=True)
+
+
+def _of_all_ranks(
+    infer: Inference,
+    batches: Iterator[Any],
+    start: int,
+    n: int,
+    batch_size: int,
+    world: World,
+) -> Tensor:
+    """The features of one batch of every rank, in order: float32 [rows, feature_dim].
+
+    start: the first image of rank 0's batch. n: the number of all images.
+    """
+    own = _next_features(infer, batches) if world.rank == 0 or infer.width else None
+    if world.group is None:
+        assert own is not None
+        return own
+    if not infer.width:
+        # Rank 0's first batch decides for all whether autocast is exact enough.
+        infer.width, exact = world.share(lambda: _found(own, infer))
+        infer.checked = True
+        if exact:
+            infer.dtype = None
+        own = own if world.rank == 0 else _next_features(infer, batches)
+    if own is None:
+        own = torch.empty(0, infer.width, device=infer.device)
+    counts = [
+        min(max(n - first, 0), batch_size)
+        for first in range(start, start + world.size * batch_size, batch_size)
+    ]
+    return all_gather_rows(own, world.group, counts)
+
+
+def _found(first: Tensor | None, infer: Inference) -> tuple[int, bool]:
+    """The width of features, and whether they are computed in float32."""
+    assert first is not None
+    return first.size(1), infer.dtype is None
+
+
+def _next_features(infer: Inference, batches: Iterator[Any]) -> Tensor | None:
+    images, _ = next(batches, (None, None))
+    return None if images is None else infer(images)
 
 
 def _note(rows: np.ndarray, done: int, progress: Path) -> None:
@@ -188,7 +278,13 @@ def _note(rows: np.ndarray, done: int, progress: Path) -> None:
     write_atomic(progress, lambda p: p.write_text(json.dumps({"rows": done})))
 
 
-def _bar(name: str, total: int, done: int) -> Any:
+def _bar(name: str, total: int, done: int, shown: bool) -> Any:
     return need("tqdm").tqdm(
-        total=total, initial=done, unit="images", unit_scale=True, desc=name, leave=False
+        total=total,
+        initial=done,
+        unit="images",
+        unit_scale=True,
+        desc=name,
+        leave=False,
+        disable=not shown,
     )

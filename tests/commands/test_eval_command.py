@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from simclr_fast.commands import protocol
 from simclr_fast.commands.cli import run
 from simclr_fast.data.demo import CLASSES, demo_images
 from simclr_fast.evaluation import features, linear
@@ -20,6 +22,8 @@ from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector
 from simclr_fast.training.config import demo
 from simclr_fast.training.pretrain import pretrain
 from simclr_fast.utils.checkpoint import checkpoints
+from simclr_fast.utils.distributed import World
+from simclr_fast.utils.launch import Launch
 
 pytest.importorskip("nvidia.dali", reason="decoding needs DALI (Linux)")
 
@@ -239,7 +243,9 @@ def test_eval_refuses_several_processes(home, capsys, monkeypatch):
         monkeypatch.setenv(name, value)
     encoder = ["--encoder", str(home / "run")]
     export = ["export", *encoder, "--to", str(home / "never"), "--format", "safetensors"]
-    for command in (["eval", "knn", *encoder], ["ablate"], export):
+    alone = (["finetune"], ["layers"], ["linear", "--no-logistic"])
+    evals = [["eval", *protocol, *encoder] for protocol in alone]
+    for command in (*evals, ["ablate"], export):
         assert run(command) == 1
         assert "one process, but 2 were started" in capsys.readouterr().err
     assert not (home / "never").exists()
@@ -276,3 +282,17 @@ def test_unlabelled_images_are_left_out(monkeypatch):
     assert len(pair.train) == 3
     assert pair.train_labels.tolist() == [1, 0, 1]
     assert pair.classes == ("0", "1")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_share_features_and_the_first_goes_on(home, monkeypatch, capsys, rank):
+    monkeypatch.setattr(protocol, "launched", lambda: Launch(rank, 2, rank, 2))
+    world = World(rank, 2, torch.device("cpu"))
+    monkeypatch.setattr(protocol, "join_world", lambda device: nullcontext(world))
+    given = []
+    monkeypatch.setattr(
+        protocol, "extract_features", lambda *_, name, world, **__: given.append((name, world))
+    )
+    assert evaluate(home, "knn") == 0
+    assert given == [(f"features of the {n} images", world) for n in ("training", "test")]
+    assert ("20 neighbours" in capsys.readouterr().out) is (rank == 0)

@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+import socket
 import weakref
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rank_runs import on_ranks
 from sklearn.linear_model import LogisticRegression
 
 from simclr_fast.augment.params import Augmentation
@@ -18,7 +20,13 @@ from simclr_fast.data.sources import ArraySource, FileSource, subset
 from simclr_fast.evaluation import features as module
 from simclr_fast.evaluation import linear
 from simclr_fast.evaluation.accuracy import bootstrap, score, true_class_rank
-from simclr_fast.evaluation.features import cached_features, features, fingerprint, pixels
+from simclr_fast.evaluation.features import (
+    cached_features,
+    extract_features,
+    features,
+    fingerprint,
+    pixels,
+)
 from simclr_fast.evaluation.linear import (
     SWEEP,
     fit_logistic,
@@ -26,6 +34,7 @@ from simclr_fast.evaluation.linear import (
     sweep_logistic,
 )
 from simclr_fast.evaluation.subsets import balanced_subset, labelled_pair, listed_subset
+from simclr_fast.utils.distributed import join_world
 from simclr_fast.utils.interrupts import raise_sigterm
 
 
@@ -218,6 +227,65 @@ def test_features_are_extracted_once_and_resumed(tmp_path, number):
     # Other weights: other features.
     again.scale.data.fill_(2)
     assert torch.equal(cached_features(again, source, augmentation, folder=tmp_path), 2 * found)
+
+
+def convolution():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.Flatten())
+
+
+def rank_of_three(rank, folder, port):
+    os.environ.update(RANK=str(rank), WORLD_SIZE="3", LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    images, encoder, seen = small_images(11), convolution(), []
+    encoder.register_forward_hook(lambda module, given, made: seen.append(len(made)))
+    with join_world("cpu", 60) as world:
+        given = {"augmentation": Augmentation(size=8), "batch_size": 2, "world": world}
+        # No file of another rank is read or written.
+        own = folder / str(rank)
+        module.extract_features(encoder, ArraySource(images), folder=own, **given)
+        assert seen == ([2, 2], [2, 2], [2, 1])[rank]
+        # Once is enough. Then fewer batches than ranks.
+        module.extract_features(encoder, ArraySource(images), folder=own, **given)
+        module.extract_features(encoder, ArraySource(images[:3]), folder=own, **given)
+        assert seen == ([2, 2, 2], [2, 2, 1], [2, 1])[rank]
+
+
+def test_ranks_share_the_extraction(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    on_ranks(rank_of_three, (tmp_path, port), 3)
+    for images in (small_images(11), small_images(11)[:3]):
+        given = convolution(), ArraySource(images), Augmentation(size=8)
+        path = extract_features(*given, folder=tmp_path / "alone", batch_size=2)
+        assert (tmp_path / "0" / path.name).read_bytes() == path.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"alone", "0"}
+
+
+class Exact(module.World):
+    """Two ranks: the other one's batch has the features of this one's."""
+
+    group = "both"
+
+    def share(self, make):
+        return make() if self.rank == 0 else (3, True)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_decides_the_precision_for_all(monkeypatch, rank):
+    """Autocast is too coarse for the first batch: the other rank must not use it either."""
+    gathered = []
+    monkeypatch.setattr(module, "all_gather_rows", lambda own, *given: gathered.append(own) or own)
+    infer = module.Inference(torch.nn.Flatten(), torch.device("cpu"))
+    infer.dtype, infer.checked = torch.bfloat16, False
+    monkeypatch.setattr(torch.nn.functional, "cosine_similarity", lambda *_, dim: torch.zeros(1))
+    images = torch.full((2, 3, 1, 1), 1.001)
+    world = Exact(rank, 2, torch.device("cpu"))
+    module._of_all_ranks(infer, iter([(images, None)]), 0, 4, 2, world)
+    assert infer.dtype is None
+    assert torch.equal(gathered[0], images.flatten(1))
 
 
 def test_features_that_are_not_finite_are_not_kept(tmp_path):
