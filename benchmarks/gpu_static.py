@@ -19,7 +19,7 @@ from simclr_fast.kernels.normalize import (
     padded_dim,
     row_blocks,
 )
-from simclr_fast.kernels.nt_xent import SLOT_BLOCK, WEIGHTS_BLOCK
+from simclr_fast.kernels.nt_xent import WEIGHTS_BLOCK, slot_block
 from simclr_fast.kernels.nt_xent_backward import (
     finish_class_gradient_kernel,
     finish_gradient_kernel,
@@ -253,7 +253,7 @@ def row_kernel_static(kernel: str, arch: int, dtype: torch.dtype, dim: int) -> S
         "BLOCK_P": blocks.rows,
         "BLOCK_R": blocks.rows,
         "BLOCK_D": blocks.columns,
-        "BLOCK_S": SLOT_BLOCK,
+        "BLOCK_S": slot_block(blocks.rows),
         "DECOUPLED": False,
         "STATISTICS": kernel == "statistics",
         # A launch turns integers that equal 1 into constants.

@@ -8,7 +8,7 @@ The kernels of the usual step get their run-time arguments by position, as their
 them. Names would take the host two microseconds more per launch.
 """
 
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -44,8 +44,9 @@ __all__ = [
 
 # Rows of a program of the kernels that read a few floats per row.
 WEIGHTS_BLOCK = 512
-# Slots of partial results that a program adds at a time.
-SLOT_BLOCK = 32
+# Slots of partial results that a program adds at a time, and elements of them that it may hold.
+# With more elements ptxas spills in the kernel with statistics.
+SLOT_BLOCK, SLOT_ELEMENTS = 32, 1024
 # Rows of a program that adds up statistics.
 PART_ROWS = 256
 
@@ -71,6 +72,12 @@ class RowWeights(NamedTuple):
     weight: Tensor | None = None
     ids: Tensor | None = None
     share: Tensor | None = None
+
+
+@cache
+def slot_block(rows: int) -> int:
+    """Slots that a program of some rows, a power of two, adds at a time."""
+    return min(SLOT_BLOCK, SLOT_ELEMENTS // rows)
 
 
 def floats(temperature: Tensor, *shape: int) -> Tensor:
@@ -169,7 +176,7 @@ def losses(
             STATISTICS=statistics,
             BLOCK_R=blocks.rows,
             BLOCK_D=blocks.columns,
-            BLOCK_S=SLOT_BLOCK,
+            BLOCK_S=slot_block(blocks.rows),
             num_warps=blocks.warps,
         )
     return made

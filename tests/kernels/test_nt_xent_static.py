@@ -122,7 +122,7 @@ def test_core_row_kernels_do_not_spill(kernel):
 
 
 @pytest.mark.gpu_static
-@pytest.mark.parametrize("dim", [20, 128, 2048])
+@pytest.mark.parametrize("dim", [16, 20, 128, 2048])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", ROW_KERNELS)
