@@ -138,7 +138,7 @@ _HOPPER: Configs = {
         None,
     ),
     "gradient": (
-        Config(128, 64, 64, 8, 3, 2),
+        Config(128, 64, 64, 8, 2, 2),
         Config(128, 128, 128, 8, 2),
         Config(128, 64, 256, 8, 2),
         Config(64, 16, 512, 8, 2),
@@ -196,7 +196,7 @@ _BLACKWELL: Configs = {
     "sums": (
         Config(128, 64, 64, 8, 3),
         Config(128, 64, 128, 8, 2),
-        Config(128, 64, 256, 8, 2),
+        Config(128, 64, 256, 8, 3),
         Config(128, 32, 512, 8, 2),
         Config(128, 64, 64, 8, 3),
     ),
@@ -211,7 +211,7 @@ _BLACKWELL: Configs = {
     # Triton 3.6 takes all of the tensor memory for it, and spills with eight warps.
     "float32 gradient": (Config(64, 32, 32, 4, 2),) * 5,
     "float32 sums": _FLOAT32_SUMS,
-    "float32 class_gradient": _FLOAT32_SUMS,
+    "float32 class_gradient": (Config(64, 16, 32, 4, 2), *_FLOAT32_SUMS[1:]),
 }
 # GPUs with less shared memory. With 32 keys ptxas spills there.
 _CONSUMER_HMMA: Configs = _HMMA | {
@@ -231,7 +231,9 @@ _BLACKWELL_HMMA: Configs = _CONSUMER_HMMA | {
         Config(64, 32, 256, 8, 2),
         *_HMMA["sums"][3:],
     ),
-    "float32 sums": (Config(64, 32, 32, 8, 3),) * 5,
+    "gradient": (Config(64, 64, 64, 4, 2, 3), *_CONSUMER_HMMA["gradient"][1:]),
+    "float32 gradient": (Config(64, 32, 32, 8, 3), *_HMMA["float32 gradient"][1:]),
+    "float32 sums": (Config(64, 32, 32, 8, 2), *(Config(64, 32, 32, 8, 3),) * 4),
     "float32 class_gradient": (Config(64, 16, 32, 8, 2),) * 5,
 }
 TABLE = {

@@ -77,7 +77,7 @@ FULL = [
     for kernel in TILE_KERNELS
     for arch in ARCHITECTURES
     for dtype, precision in ((HALF, "ieee"), (SINGLE, "tf32x3"), (SINGLE, "tf32"))
-    for padded in (16, 64, 128, 192, 256, 512, 1024)
+    for padded in (16, 32, 64, 128, 192, 256, 512, 1024)
     if table_config(kernel, divmod(arch, 10), dtype, padded)
 ]
 
