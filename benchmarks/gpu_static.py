@@ -12,6 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from simclr_fast.benchmarks.sass import stray_addresses
 from simclr_fast.kernels.normalize import (
     NORMALIZE_PARTS,
     finish_parts,
@@ -72,6 +73,8 @@ class Static:
     narrow_copies: int
     wide_loads: int
     loops: tuple[Loop, ...]
+    # See stray_addresses: each is a read or write of shared memory at a wrong place.
+    strays: tuple[str, ...]
     sass: str
 
     @property
@@ -130,6 +133,7 @@ def inspect(compiled, arch: int) -> Static:
         narrow_copies=sum("LDGSTS" in line and ".128" not in line for line in code),
         wide_loads=sum("LDG" in line and ".128" in line for line in code),
         loops=tuple(_loops(sass)),
+        strays=tuple(stray_addresses(sass)),
         sass=sass,
     )
 

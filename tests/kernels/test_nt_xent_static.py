@@ -86,6 +86,7 @@ def check(case: Case, static):
     config = table_config(case.kernel, divmod(case.arch, 10), case.dtype, case.padded)
     assert static.stack == 0
     assert static.local_accesses == 0
+    assert not static.strays
     assert static.shared <= SHARED_LIMIT[case.arch]
     assert static.resident >= config.resident
     if case.padded >= 64:
@@ -134,6 +135,7 @@ def check_row_kernel(kernel, arch, dtype, dim):
     static = row_kernel_static(kernel, arch, dtype, dim)
     assert static.stack == 0
     assert static.local_accesses == 0
+    assert not static.strays
     assert static.resident >= 2
     if dim % 16 == 0 and kernel in ("normalize", "losses", "finish_gradient"):
         assert static.wide_loads > 0

@@ -28,6 +28,8 @@ from pretended_driver import PROCESSORS, Launch, other_launches, pretended_gpu
 from simclr_fast.augment.params import Augmentation, draw_params
 from simclr_fast.augment.views import apply_views, finish_crops, pack_params
 from simclr_fast.benchmarks.gpu_static import SHARED_LIMIT, TENSOR_MEMORY, Static, inspect
+from simclr_fast.kernels import nt_xent_configs
+from simclr_fast.kernels import sup_con as sup_con_kernels
 from simclr_fast.losses import ranks
 from simclr_fast.losses.nt_xent import NTXentLoss, nt_xent_loss
 from simclr_fast.losses.sup_con import multi_view_nt_xent_loss, sup_con_loss
@@ -250,7 +252,8 @@ def faulty_code(launches: list[Launch]) -> set[str]:
 
 
 def faults(code: Static, register_limit: int | None) -> list[str]:
-    """Spills, and what does not fit a multiprocessor as many times as the plan counts on."""
+    """Spills, what does not fit a multiprocessor as many times as the plan counts on, and addresses
+    of shared memory that are computed from something else."""
     planned = 65536 // (32 * code.warps * register_limit) if register_limit else 1
     found = []
     if code.stack or code.local_accesses:
@@ -263,6 +266,7 @@ def faults(code: Static, register_limit: int | None) -> list[str]:
         found.append(f"takes {code.tensor_memory} tensor-memory columns × {planned} programs")
     if code.resident < planned:
         found.append(f"fits {code.resident} times, planned {planned}")
+    found += code.strays
     return found
 
 
@@ -420,6 +424,22 @@ def test_planted_shared_memory_and_tensor_memory_are_found():
     x = torch.zeros(256, 256)
     launch = recorded(86, lambda: _turns_a_tile[(1,)](x, x, BLOCK=256, num_warps=32))[0]
     assert any("takes 262144 bytes of shared memory" in f for f in faulty_code([launch]))
+
+
+@pytest.mark.gpu_static
+def test_wrong_addresses_of_cuda_12_8_are_found(monkeypatch):
+    """Tiles of 64 × 16 for eight warps are in no row of the launch table, because of this."""
+
+    def forced(kernel, u_all, rows):
+        plan = nt_xent_configs.plan_for(kernel, u_all, rows)
+        return plan._replace(config=nt_xent_configs.Config(64, 16, 32, 8, 2))
+
+    monkeypatch.setattr(sup_con_kernels, "plan_for", forced)
+    labels = torch.arange(101) // 3
+    launches = recorded(90, lambda: backward(sup_con_loss(views(101, 20, SINGLE), labels, 0.1)))
+    found = {fault for fault in faulty_code(launches) if "comes from" in fault}
+    # Triton 3.6 has the ptxas of CUDA 12.8.
+    assert bool(found) == triton.__version__.startswith("3.6.")
 
 
 def test_planted_grid_and_variants_are_found():

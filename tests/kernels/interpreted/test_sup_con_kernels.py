@@ -78,7 +78,8 @@ def test_loss_and_gradients_match_float64(rows, dim, classes, temperature, dtype
 def test_ranks_and_splits_equal_one_process(blocks, splits, monkeypatch):
     def forced(kernel, u_all, rows):
         plan = nt_xent_configs.plan_for(kernel, u_all, rows)
-        config = plan.config._replace(block_m=blocks[0], block_n=blocks[1])
+        # With eight warps and 16 keys ptxas 12.8 computes wrong addresses for sm_90: see sass.py.
+        config = plan.config._replace(block_m=blocks[0], block_n=blocks[1], warps=4)
         return plan._replace(config=config, splits=splits)
 
     monkeypatch.setattr(sup_con, "plan_for", forced)
