@@ -18,6 +18,8 @@ from simclr_fast.utils.install import build_command, hidden_copy
 NATIVE_OPS = (
     "augment_views",
     "lars_",
+    "norm_act",
+    "norm_act_",
     "nt_xent",
     "nt_xent_backward",
     "nt_xent_normalize",

@@ -7,6 +7,7 @@ kernel is compiled once. `pytest -m gpu_static` reads the machine code of all of
 `make test-gpu-static` does so on the newest and on the oldest supported Triton.
 """
 
+import itertools
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton
 import triton.language as tl
+from norm_act_cases import DENSE, LAST, PATTERNS, Case
 from pretended_driver import PROCESSORS, Launch, other_launches, pretended_gpu
 
 from simclr_fast.augment.params import Augmentation, draw_params
@@ -33,6 +35,7 @@ from simclr_fast.kernels import sup_con as sup_con_kernels
 from simclr_fast.losses import ranks
 from simclr_fast.losses.nt_xent import NTXentLoss, nt_xent_loss
 from simclr_fast.losses.sup_con import multi_view_nt_xent_loss, sup_con_loss
+from simclr_fast.ops.norm_act import norm_act
 
 ARCHITECTURES = sorted(PROCESSORS)
 QUICK_ARCHITECTURES = (80, 90, 120)
@@ -196,6 +199,23 @@ def make_views(picture: Picture, size: int, n: int = 3) -> None:
     apply_views(images if picture.source == "batch" else list(images), params, aug, out=out)
 
 
+# Whole units of channels or places, others, and a single one.
+SHAPES = [(3, 64, 4, 4), (3, 5, 3, 3), (2, 256, 1, 1), (1, 1, 1, 1), (16, 48)]
+
+
+def of_activations(arch: int, pattern: str, dtypes: tuple[torch.dtype, ...]) -> list[Launch]:
+    """norm_act for every layout, with weight and bias and without, with ReLU and without."""
+    found = []
+    for shape, layout, dtype, affine in itertools.product(SHAPES, (DENSE, LAST), dtypes, (0, 1)):
+        if layout is LAST and len(shape) != 4:
+            continue
+        case = Case(shape, layout, dtype, pattern, bool(affine), relu=bool(affine))
+        arguments, _ = case.made(torch.Generator().manual_seed(0))
+        for in_place in (False, True):
+            found += recorded(arch, lambda a=arguments, i=in_place: norm_act(*a, in_place=i))
+    return found
+
+
 def recorded(arch: int, run: Callable[[], object]) -> list[Launch]:
     with pretended_gpu(arch) as launches:
         run()
@@ -310,6 +330,31 @@ def test_views_are_accepted_at_every_size(picture):
     launches = of_views(90, picture, QUICK_SIZES)
     assert not refused(launches)
     assert not bad_grids(launches)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_activations_are_accepted_and_compile_few_variants(pattern):
+    launches = of_activations(90, pattern, (BRAIN,))
+    assert not refused(launches)
+    assert not bad_grids(launches)
+    # Two layouts; whole units or not; three widths of a program, not all of them with
+    # each; with weight, bias and ReLU or without.
+    assert max(variants(launches).values()) <= 12
+
+
+def test_machine_code_of_an_activation_loads_wide_and_does_not_spill():
+    launch = of_activations(90, "both", (BRAIN,))[-1]
+    code = inspect(launch.compile(), 90)
+    assert not faults(code, None)
+    assert code.wide_loads > 0
+    assert code.resident >= 3
+
+
+@pytest.mark.gpu_static
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_machine_code_of_activations_has_no_fault(pattern, arch):
+    assert not faulty_code(of_activations(arch, pattern, (HALF, BRAIN, SINGLE)))
 
 
 @pytest.mark.gpu_static

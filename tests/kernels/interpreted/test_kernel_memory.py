@@ -12,7 +12,7 @@ from kernel_memory import MemoryFault, checked_memory
 
 from simclr_fast.augment.params import Augmentation, draw_params
 from simclr_fast.augment.views import pack_params
-from simclr_fast.kernels import augment, nt_xent, nt_xent_backward, nt_xent_forward
+from simclr_fast.kernels import augment, norm_act, nt_xent, nt_xent_backward, nt_xent_forward
 from simclr_fast.kernels.nt_xent_configs import Config, Plan
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -86,6 +86,23 @@ def test_offsets_beyond_32_bits(monkeypatch):
         )
         nt_xent.normalize(wide, wide, tau)
     assert len(launches) == 5
+
+
+def test_activations_beyond_32_bits():
+    """Three rows of 2³⁰ elements, the last a program's; only addresses are computed."""
+    x, y = (torch.empty((1 << 31) + 16, dtype=torch.float16) for _ in range(2))
+    channels, nothing = torch.ones(3), [None] * 6
+    with checked_memory(dry=True) as launches:
+        norm_act.norm_act_kernel[(1,)](
+            *(x, None, y, channels, channels, *nothing),
+            *(3, (1 << 30) // 16, 3),
+            LAST=False,
+            RELU=True,
+            COLUMN_UNIT=16,
+            BLOCK_R=4,
+            BLOCK_C=16,
+        )
+    assert launches == ["norm_act_kernel"]
 
 
 @pytest.mark.parametrize("wide", ["image", "channel", "row", "column"])
