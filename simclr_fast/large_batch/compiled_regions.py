@@ -36,7 +36,8 @@ class Region:
         self.reads = list(dict.fromkeys(k for op in ops for k in op.reads if k not in made))
         self.writes = [k for op in ops for k in op.writes if k not in last or k in current.keeps]
         self.last = [k for k in (*self.reads, *self.writes) if k in last]
-        self.norms = [op.node for op in ops if op.node in graph.norms]
+        found = [op.norm_act.users for op in ops if op.norm_act is not None]
+        self.norms = [node for users in found for node in users if node in graph.norms]
         self.function: Any = None
 
 
@@ -108,7 +109,7 @@ def runs(program: Program, ops: Sequence[Op]) -> Iterator[list[Op]]:
     """The operations in lists: runs that can be compiled, and single others."""
     run: list[Op] = []
     for op in ops:
-        if op.kind == "make" and _is_cheap(program, op.node):
+        if op.kind == "make" and _is_cheap(program, op):
             run.append(op)
             continue
         if run:
@@ -119,15 +120,15 @@ def runs(program: Program, ops: Sequence[Op]) -> Iterator[list[Op]]:
         yield run
 
 
-def _is_cheap(program: Program, node: Node) -> bool:
-    """Whether `node` makes a tensor of images, without parameters except a batch norm's."""
-    graph = program.graph
+def _is_cheap(program: Program, op: Op) -> bool:
+    """Whether it makes a tensor of images, without parameters except those of batch norms."""
+    graph, node = program.graph, op.node
     spec = program.specs[node]
-    if spec is None or len(spec.shape) < 2 or graph.input in graph.inputs[node]:
+    if spec is None or len(spec.shape) < 2 or graph.values[graph.input] in op.reads:
         return False
     if node in graph.drop_paths:
         return False
-    if node in graph.norms:
+    if op.norm_act is not None:
         return True
     if node.op == "call_module":
         module = graph.module(node)
@@ -151,9 +152,10 @@ def _body(graph: Graph, region: Region) -> fx.GraphModule:
         def value(n: Node) -> Any:
             return made[graph.values[n]]
 
-        if node in norms:
-            (x,) = graph.inputs[node]
-            made[op.writes[0]] = copy.call_function(_normalized, (value(x), norms[node]))
+        if op.norm_act is not None:
+            x, own = map(value, op.norm_act.reads), [norms.get(n) for n in op.norm_act.users]
+            arguments = (list(x), own, op.norm_act.relu)
+            made[op.writes[0]] = copy.call_function(gbn.norm_act_composed, arguments)
             continue
         if node in graph.identities:
             made[op.writes[0]] = value(graph.inputs[node][0])
@@ -164,10 +166,6 @@ def _body(graph: Graph, region: Region) -> fx.GraphModule:
         made[op.writes[0]] = copy.create_node(node.op, target, args, kwargs)
     copy.output(tuple(made[key] for key in region.writes))
     return fx.GraphModule(modules, copy)
-
-
-def _normalized(x: Tensor, norm: Any) -> Tensor:
-    return gbn.normalize_composed(x, *norm)
 
 
 def _call(function: Any, *arguments: Any) -> Any:

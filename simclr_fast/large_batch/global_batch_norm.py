@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simclr_fast.ops import widest_float
+from simclr_fast.ops.norm_act import norm_act as one_pass
 
 _INT32_MAX = 2**31 - 1
 _KEPT_COUNTS = 256
@@ -56,6 +57,10 @@ class Statistics(NamedTuple):
     def variance(self) -> Tensor:
         """The biased variance."""
         return self.inverse.pow(-2) - self.eps if self.known is None else self.known
+
+
+# What `normalize` takes after x: the statistics, γ and β.
+Norm = tuple[Statistics, Tensor | None, Tensor | None]
 
 
 class WholeBatch:
@@ -227,17 +232,51 @@ def merge(rows: Sequence[Tensor]) -> Tensor:
 
 def normalize(x: Tensor, s: Statistics, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """γ (x - mean)·inverse + β in x's dtype, in one pass."""
-    if on_cuda(x) and x.numel():
-        weight, bias = _as(weight, s), _as(bias, s)
-        return torch.batch_norm_elemt(x, weight, bias, s.mean, s.inverse, s.eps)
-    return normalize_composed(x, s, weight, bias)
+    return norm_act([x], [(s, weight, bias)], relu=False)
 
 
-def normalize_composed(
-    x: Tensor, s: Statistics, weight: Tensor | None, bias: Tensor | None
+def norm_act(
+    x: Sequence[Tensor], norms: Sequence[Norm | None], relu: bool, overwrites: int | None = None
 ) -> Tensor:
-    """`normalize`, written with an operation that torch.compile can fuse with others."""
-    return F.batch_norm(x, s.mean, s.variance, _as(weight, s), _as(bias, s), False, 0.0, s.eps)
+    """The sum of one or two tensors, with ReLU or without, in one pass and rounded once.
+
+    x: of one shape and dtype. norms: per tensor what `normalize` takes after x, or None where the
+    tensor is added as it is. overwrites: the place of the tensor whose memory the result gets.
+    """
+    layout = _layout(x[0])
+    tensors = [t.contiguous(memory_format=layout) for t in x]
+    channels = [_channels(norm) for norm in norms]
+    if overwrites == 1:
+        tensors.reverse()
+        channels.reverse()
+    in_place = overwrites is not None
+    if len(tensors) == 1:
+        return one_pass(tensors[0], *channels[0], relu=relu, in_place=in_place)
+    return one_pass(tensors[0], *channels[0], tensors[1], *channels[1], relu, in_place)
+
+
+_Channels = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _channels(norm: Norm | None) -> _Channels:
+    """What the op takes of a norm."""
+    if norm is None:
+        return None, None, None, None
+    s, weight, bias = norm
+    return s.mean, s.inverse, _as(weight, s), _as(bias, s)
+
+
+def norm_act_composed(x: Sequence[Tensor], norms: Sequence[Norm | None], relu: bool) -> Tensor:
+    """`norm_act`, written with operations that torch.compile can fuse with others."""
+    made = list(x)
+    for i, norm in enumerate(norms):
+        if norm is None:
+            continue
+        s, weight, bias = norm
+        weight, bias = _as(weight, s), _as(bias, s)
+        made[i] = F.batch_norm(x[i], s.mean, s.variance, weight, bias, False, 0.0, s.eps)
+    y = made[0] if len(made) == 1 else made[0] + made[1]
+    return y.relu() if relu else y
 
 
 class Sums(NamedTuple):

@@ -46,6 +46,7 @@ from simclr_fast.large_batch.buckets import Buckets
 from simclr_fast.large_batch.compiled_regions import CompiledRegions, Region, takes
 from simclr_fast.large_batch.gram import Gram
 from simclr_fast.large_batch.graph import TRIED_ROWS, Graph, Key
+from simclr_fast.large_batch.norm_acts import NormAct
 from simclr_fast.large_batch.outputs import refuse_other_rows
 from simclr_fast.large_batch.program import Op, Pass, Program
 from simclr_fast.large_batch.refusals import flags, refusal
@@ -332,7 +333,9 @@ class Lockstep:
 
     def run(self, op: Op, env: Env) -> None:
         """Execute one operation on one micro-batch. It reads `env` and writes into it."""
-        if op.overwrites is not None:
+        if op.norm_act is not None:
+            env[op.writes[0]] = self._norm_act(op, op.norm_act, env)
+        elif op.overwrites is not None:
             t = env[op.overwrites]
             others = [env[key] for key in op.reads if key != op.overwrites]
             env[op.writes[0]] = t.add_(*others) if others else t.relu_()
@@ -354,10 +357,12 @@ class Lockstep:
 
     # The forward.
 
+    def _norm_act(self, op: Op, found: NormAct, env: Env) -> Tensor:
+        norms = [self._norm(n) if n in self.graph.norms else None for n in found.users]
+        place = None if op.overwrites is None else op.reads.index(op.overwrites)
+        return gbn.norm_act([env[key] for key in op.reads], norms, found.relu, place)
+
     def _value(self, node: Node, env: Env) -> Any:
-        if node in self.graph.norms:
-            (source,) = self.graph.inputs[node]
-            return gbn.normalize(env[self.graph.values[source]], *self._norm(node))
         read = {n: env[self.graph.values[n]] for n in self.graph.inputs[node]}
         if node in self.factors:
             (x,) = read.values()

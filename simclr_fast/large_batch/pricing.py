@@ -326,7 +326,8 @@ class _Engine(Lockstep):
         reads = tuple((key.kind, specs[key.node], key in op.writes) for key in op.reads)
         writes = tuple((key.kind, specs[key.node]) for key in op.writes)
         how = (op.kind, op.gram, op.linear, op.overwrites is None)
-        return self._rows, *how, self._description(op.node), reads, writes
+        nodes = (op.node, *(op.norm_act.users if op.norm_act is not None else ()))
+        return self._rows, *how, *map(self._description, nodes), reads, writes
 
     def _description(self, node: Node) -> Any:
         found = self._descriptions.get(node)
@@ -354,7 +355,7 @@ class _Alive:
     def __init__(
         self, prices: Prices, program: Program, current: Pass, before: Iterable[Key]
     ) -> None:
-        self._nbytes, self._pass = prices.nbytes, current
+        self._nbytes, self._pass, self._compile = prices.nbytes, current, prices.compile
         self._hands_on = program.sums | program.graph.identities
         self._piece = dict(current.loads)
         # Of every piece, the number of keys that still need it.
@@ -367,7 +368,8 @@ class _Alive:
         given = op.kind == "pull" and op.node in self._hands_on
         for key in op.writes:
             piece = key
-            if op.overwrites is not None:
+            # A compiled region overwrites nothing.
+            if op.overwrites is not None and not self._compile:
                 piece = self._piece[op.overwrites]
             elif given and key not in op.reads:
                 piece = self._piece[op.reads[0]]

@@ -20,6 +20,7 @@ from torch import nn
 from torch.fx import Node
 
 from simclr_fast.large_batch.graph import Block, Graph, Key, Spec
+from simclr_fast.large_batch.norm_acts import NormAct, norm_acts
 from simclr_fast.large_batch.schedule import Schedule, Stage
 
 Kind = Literal["make", "see", "bits", "sum", "pull", "pull_norm"]
@@ -31,7 +32,8 @@ class Op:
     """One operation on a micro-batch.
 
     kind:
-        "make": the value of the node. A batch norm normalises with the known statistics.
+        "make": the value of the node, of what `norm_act` reads if it is one. Batch norms normalise
+            with the known statistics.
         "see": add the input of a batch norm to its statistics.
         "bits": pack where the value is positive.
         "sum": add the gradient of a batch norm's output to its sums.
@@ -40,8 +42,9 @@ class Op:
     gram: the batch norm never sees the convolution's output; see `gram`.
     linear: "sum" also adds up what the weight gradient of the convolution before the norm is made
         of, and "pull" does not compute it.
+    norm_act: the batch norms that "make" normalises with, and what follows them.
     last: keys that no later operation of the pass needs.
-    overwrites: the key whose memory a ReLU or a sum writes its result into.
+    overwrites: the key whose memory gets the result of a ReLU, a sum or a `norm_act`.
     """
 
     kind: Kind
@@ -50,6 +53,7 @@ class Op:
     writes: Sequence[Key] = ()
     gram: bool = False
     linear: bool = False
+    norm_act: NormAct | None = None
     last: Sequence[Key] = ()
     overwrites: Key | None = None
 
@@ -111,6 +115,7 @@ class Program:
         self.gram: dict[Node, Node] = {}
         self.linear: dict[Node, Node] = {}
         self._read_stages()
+        self.norm_acts = norm_acts(graph, specs, self.sums, {*self._held, *self._keep_from})
         self._hands_on = self.sums | graph.identities
         self._gram_convolutions = set(self.gram.values())
         self._linear_convolutions = set(self.linear.values())
@@ -342,16 +347,18 @@ class Program:
 
     def _demand(self, node: Node) -> None:
         """Make the value of a node, unless it is available, and what it is made of."""
-        values, inputs = self.graph.values, self.graph.inputs
+        values = self.graph.values
         stack = [node]
         while stack:
             node = stack[-1]
             if not self._available(values[node]):
-                missing = [n for n in inputs[node] if not self._available(values[n])]
+                found = self.norm_acts.get(node)
+                reads = self.graph.inputs[node] if found is None else found.reads
+                missing = [n for n in reads if not self._available(values[n])]
                 if missing:
                     stack += reversed(missing)
                     continue
-                self._emit("make", node, inputs[node], [values[node]])
+                self._emit("make", node, reads, [values[node]], norm_act=found)
             stack.pop()
 
     def _emit(
@@ -365,6 +372,7 @@ class Program:
         more: Sequence[Key] = (),
         gram: bool = False,
         linear: bool = False,
+        norm_act: NormAct | None = None,
     ) -> None:
         if kind != "make":
             for value in values:
@@ -383,7 +391,7 @@ class Program:
                 piece = self._made[given] if given in self._made else self._alive[given].piece
             self._alive.pop(key, None)
             self._made[key] = piece
-        self._pass.ops.append(Op(kind, node, reads, writes, gram, linear))
+        self._pass.ops.append(Op(kind, node, reads, writes, gram, linear, norm_act))
 
     # What follows from the passes.
 
@@ -415,17 +423,29 @@ class Program:
                             last.append(key)
                 op.last = last
             for op in current.ops:
-                if op.kind == "make" and (op.node in self.sums or op.node in self.graph.relus):
-                    free = (key for key in op.reads if self._may_overwrite(current, op, key))
-                    op.overwrites = next(free, None)
+                if op.kind == "make":
+                    op.overwrites = self._free(current, op)
 
-    def _may_overwrite(self, current: Pass, op: Op, key: Key) -> bool:
-        """Whether a value was made in this pass for this operation alone, in memory of its own."""
+    def _free(self, current: Pass, op: Op) -> Key | None:
+        """A value whose memory the operation may use for its own."""
+        users: Sequence[Node] = ()
+        if op.norm_act is not None:
+            users = op.norm_act.users
+        elif op.node in self.sums or op.node in self.graph.relus:
+            users = [op.node] * len(op.reads)
+        pairs = zip(op.reads, users, strict=False)
+        return next((k for k, user in pairs if self._may_overwrite(current, op, k, user)), None)
+
+    def _may_overwrite(self, current: Pass, op: Op, key: Key, user: Node) -> bool:
+        """Whether a value was made in this pass for this operation alone, in memory of its own.
+
+        user: the node that reads it for this operation.
+        """
         graph, node = self.graph, key.node
-        own = node in graph.norms or node in graph.convolutions or node in self.sums
+        own = node in self.norm_acts or node in graph.convolutions or node in self.sums
         return (
             own
-            and list(node.users) == [op.node]
+            and list(node.users) == [user]
             and key in op.last
             and key not in current.loads
             and key not in current.keeps

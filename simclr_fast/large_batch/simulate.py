@@ -126,7 +126,6 @@ def _norm_sums(
 _CUDA_NORMS: dict[Any, Callable[..., Any]] = {
     aten.batch_norm_stats.default: _norm_stats,
     aten.batch_norm_gather_stats_with_counts.default: _norm_merged,
-    aten.batch_norm_elemt.default: lambda x, *_: torch.empty_like(x),
     aten.batch_norm_backward_reduce.default: _norm_sums,
     aten.batch_norm_backward_elemt.default: lambda dy, x, *_: torch.empty_like(dy),
 }

@@ -39,10 +39,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _check(x: Tensor, *statistics: Tensor, large: bool = False) -> None:
-    """large: the kernel has a path for more elements than 32 bits address."""
+def _check(x: Tensor, *statistics: Tensor) -> None:
     assert x.numel()
-    assert large or x.numel() <= gbn._INT32_MAX
+    assert x.numel() <= gbn._INT32_MAX
     assert x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
     for t in statistics:
         assert t.dtype == _wide(x.dtype)
@@ -100,20 +99,6 @@ def _gather(
     return mean.to(means.dtype), (variance + eps).rsqrt().to(means.dtype)
 
 
-def _elemt(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    inverse: Tensor,
-    eps: float,
-) -> Tensor:
-    _check(x, mean, inverse, large=True)
-    slope, shift = _along(x, weight, 1), _along(x, bias, 0)
-    y = slope * (x.double() - _along(x, mean, 0)) * _along(x, inverse, 0) + shift
-    return torch.empty_like(x).copy_(y)
-
-
 def _reduce(
     dy: Tensor,
     x: Tensor,
@@ -164,7 +149,6 @@ def _backward(
 _KERNELS = {
     "batch_norm_stats": _stats,
     "batch_norm_gather_stats_with_counts": _gather,
-    "batch_norm_elemt": _elemt,
     "batch_norm_backward_reduce": _reduce,
     "batch_norm_backward_elemt": _backward,
 }

@@ -376,21 +376,6 @@ def _norm_gather(
     return mean.new_empty(mean.size(1)), mean.new_empty(mean.size(1))
 
 
-def _norm_elemt(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    inverse: Tensor,
-    eps: float,
-) -> Tensor:
-    assert x.numel()
-    assert _dense(x)
-    assert mean.dtype == inverse.dtype == torch.promote_types(x.dtype, torch.float32)
-    assert len({p.dtype for p in (weight, bias) if p is not None}) <= 1
-    return torch.empty_like(x)
-
-
 def _norm_reduce(
     dy: Tensor,
     x: Tensor,
@@ -449,7 +434,6 @@ def _dense(x: Tensor) -> bool:
 _BATCH_NORM = {
     "batch_norm_stats": _norm_stats,
     "batch_norm_gather_stats_with_counts": _norm_gather,
-    "batch_norm_elemt": _norm_elemt,
     "batch_norm_backward_reduce": _norm_reduce,
     "batch_norm_backward_elemt": _norm_backward,
 }

@@ -32,8 +32,8 @@ MAY_COPY = {
 # micro-batches.
 NORMS = 22
 BUDGET = {
-    1: {"plain": 245, "replay": 390, "lockstep": 970},
-    8: {"plain": 345, "replay": 425, "lockstep": 1035},
+    1: {"plain": 245, "replay": 390, "lockstep": 690},
+    8: {"plain": 345, "replay": 425, "lockstep": 750},
 }
 
 

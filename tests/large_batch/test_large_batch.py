@@ -155,7 +155,7 @@ def chain():
 
 @pytest.mark.parametrize("build", [timm_resnet, timm_norm_act, torchvision_resnet, chain])
 def test_lockstep_runs_models_of_other_libraries(build):
-    torch.manual_seed(0)
+    torch.manual_seed(3)
     model = lively(build())
     if build is chain:
         model[11].eval()

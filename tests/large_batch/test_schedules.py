@@ -184,7 +184,7 @@ def test_compiled_regions(uncompiled, name, choices, micro_batch):
 
 @pytest.mark.parametrize("build", [timm_resnet, timm_norm_act, torchvision_resnet, chain])
 def test_compiled_regions_of_other_libraries(uncompiled, build):
-    torch.manual_seed(0)
+    torch.manual_seed(3)
     model = lively(build())
     if build is chain:
         model[11].eval()
