@@ -207,7 +207,8 @@ def _step(instruction: _Instruction, state: _State) -> None:
         stored = _names(operands[1], _width(opcode))
         for slot, register in zip(_slots(operands[0], len(stored)), stored, strict=True):
             state.write(slot, state.of(register, known), known)
-    changed = operands[:predicates] or operands[1:carries]
+    # Of PLOP3's predicates the first two are results.
+    changed = operands[: min(predicates, 2)] or operands[1:carries]
     written = _written(opcode, operands[predicates:], state, known)
     if not opcode.startswith("BRA"):
         for name in changed:
@@ -291,10 +292,12 @@ def _ways(
     address, guard, opcode, operands = instruction
     if opcode.startswith(("EXIT", "RET")):
         return [(place + 1, state.given(_negated(guard), address))] if guard else []
-    if not opcode.startswith("BRA"):
-        return [(place + 1, state)]
     text = ", ".join(operands)
-    target = labels[_TARGET.search(text)[1]]  # type: ignore[index]
+    # ptxas also leaves a loop by a call, to a place that does not return.
+    local = _TARGET.search(text) if opcode.startswith(("BRA", "CALL")) else None
+    if local is None:
+        return [(place + 1, state)]
+    target = labels[local[1]]
     also = re.match(r"!?U?P\d", text)
     if not guard and also:
         guard = also[0]

@@ -82,6 +82,15 @@ SOUND = {
         LDS R9, [R2]
     .L_x_0:
     """,
+    "a loop that ends by a call": """
+        PLOP3.LUT P1, PT, PT, PT, UP0, 0x80, 0x0
+        @P1 MOV R2, R0
+        @P1 CALL.REL.NOINC `(.L_x_0)
+        BRA `(.L_x_1)
+    .L_x_0:
+        STS [R2], R9
+    .L_x_1:
+    """,
     "the elected thread": """
         ELECT P2, URZ, PT
         @P2 R2UR UR8, R0
@@ -104,6 +113,10 @@ WRONG = {
     "a new value of the predicate": (
         "@P5 MOV R2, R0\nISETP.NE.U32.AND P5, PT, R0, RZ, PT\n@!P5 BRA `(.L_x_0)\n"
         "STS [R2], R9\n.L_x_0:",
+        "R2 comes from nothing",
+    ),
+    "what a loop that ends by a call leaves": (
+        SOUND["a loop that ends by a call"].replace("@P1 CALL", "@!P1 CALL"),
         "R2 comes from nothing",
     ),
     "another word of the stack": (
