@@ -213,8 +213,8 @@ _BLACKWELL: Configs = {
     "float32 sums": _FLOAT32_SUMS,
     "float32 class_gradient": (Config(64, 16, 32, 4, 2), *_FLOAT32_SUMS[1:]),
 }
-# GPUs with less shared memory. With 32 keys ptxas spills in the gradient there, and with eight warps
-# in the symmetric forward of 256 features (Triton 3.6, sm_89).
+# GPUs with less shared memory. ptxas spills there with 32 keys in the gradient, and with eight
+# warps in the symmetric forward (Triton 3.6, sm_89).
 _CONSUMER_HMMA: Configs = _HMMA | {
     "symmetric": (*_HMMA["symmetric"][:2], Config(64, 64, 256, 4, 2), None, None),
     "gradient": (*_HMMA["gradient"][:2], Config(64, 64, 256, 8, 2), *_HMMA["gradient"][3:]),
