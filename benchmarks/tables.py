@@ -8,8 +8,8 @@ In a document, the text between `<!-- results: NAME -->` and `<!-- end of result
 NAME is a subject of `simclr-fast bench`; `summary`, one row for each subject; `predicted`, what the
 models of this folder predict for GPUs; `fits` or `cards`, what `simclr-fast plan --fits` predicts;
 `modes` or `schedules`, what `benchmarks.bench_large_batch` measured. A NAME that begins with `gpu_`
-is read from the folder results/gpu, which has what was measured on a GPU; `gpu_limits` is what
-`benchmarks.large_batch_gpu` measured there.
+is read from the folder results/gpu, which has what was measured on a GPU; `gpu_limits` and
+`gpu_kernels` are what `benchmarks.large_batch_gpu` and `benchmarks.loss_gpu` measured there.
 """
 
 import json
@@ -71,6 +71,8 @@ def text(name: str, results: Path = RESULTS) -> str:
         return text(name.removeprefix("gpu_"), results / "gpu")
     if name == "limits":
         return limits(results)
+    if name == "kernels":
+        return loss_kernels(results)
     if name == "summary":
         return summary(results)
     if name == "predicted":
@@ -172,6 +174,19 @@ def limits(results: Path) -> str:
         ]
         order = [row["name"], cells[0], cells[1], measured[0], cells[2], *measured[1:]]
         lines.append(f"| {' | '.join(order)} |")
+    return f"{machine(found['environment'])}\n\n" + "\n".join(lines) + "\n"
+
+
+def loss_kernels(results: Path) -> str:
+    """NT-Xent on one GPU: the time of its kernels, and of calls."""
+    found = load("loss_gpu", results)
+    if found is None:
+        return "Not recorded yet: `python -m benchmarks.loss_gpu --out benchmarks/results/gpu`.\n"
+    lines = [f"| N | D | dtype | our kernels, µs | our call, µs | textbook, µs |\n{6 * '|---'}|"]
+    for row in found["rows"]:
+        times = [f"{row[name]:,.0f}" if name in row else "" for name in ("kernels", "call")]
+        times.append(f"{row['textbook']:,.0f}" if "textbook" in row else "")
+        lines.append(f"| {row['pairs']} | {row['dim']} | {row['dtype']} | {' | '.join(times)} |")
     return f"{machine(found['environment'])}\n\n" + "\n".join(lines) + "\n"
 
 

@@ -49,14 +49,18 @@ class Launch:
 
     def __str__(self) -> str:
         """Types and constants; D16 marks what is a multiple of 16."""
-        names = self.kernel.arg_names
-        values = {names[path[0]]: value for path, value in self.constants.items()}
+        names, values = self.kernel.arg_names, self.named
         aligned = {names[path[0]] for path, value in self.attributes.items() if value}
         given = [
             f"{n}={values[n]}" if n in values else f"{n}:{t}{'D16' if n in aligned else ''}"
             for n, t in self.signature.items()
         ]
         return f"{self.name}[sm_{self.target.arch}]({', '.join(given)})"
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """The constants by their names."""
+        return {self.kernel.arg_names[path[0]]: value for path, value in self.constants.items()}
 
     @property
     def variant(self) -> str:
