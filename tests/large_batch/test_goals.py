@@ -42,7 +42,8 @@ GOALS = [
 ]
 
 
-@pytest.mark.parametrize("goal", [*(pytest.param(g, marks=slow) for g in GOALS[:-1]), GOALS[-1]])
+@slow
+@pytest.mark.parametrize("goal", GOALS)
 def test_it_fits_with_so_much_work(goal):
     model, width, gpu, gpus, ram, most = goal
     task, memory = work(model, width, gpu, gpus), GPUS[gpu][0] * 1e9

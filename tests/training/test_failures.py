@@ -227,7 +227,7 @@ class AsNccl:
     ("who", "place"),
     [
         (1, "loss"),
-        (0, "optimizer"),
+        pytest.param(0, "optimizer", marks=slow),
         pytest.param(1, "loader", marks=slow),
         pytest.param(0, "forward", marks=slow),
     ],
