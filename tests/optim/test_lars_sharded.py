@@ -280,6 +280,6 @@ def one_rank(rank, size, folder):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sharded_parameters_equal_one_process(size, tmp_path):
     on_ranks(one_rank, (size, str(tmp_path)), size)
