@@ -344,9 +344,11 @@ def _open_folder(folder: Path, account: Account, image_key: str | None, channels
     for path in found.archives:
         account.leave_out(suffix_of(path), path)
     if not found.paths:
+        arrays = channels == 3 and account.left_out.get(".npy")
+        advice = "; .npy files are read with --augmentation.channels N" if arrays else ""
         raise ValueError(
             f"no images in {folder} (looked for {', '.join(sorted(suffixes(channels)))}, and for "
-            f".tar, .tfrecord and .rec files); {account.line()}"
+            f".tar, .tfrecord and .rec files); {account.line()}{advice}"
         )
     source = FileSource(found.paths, found.labels, found.classes, "folder names")
     source.scanned = account

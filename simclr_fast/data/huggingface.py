@@ -130,6 +130,6 @@ def _image_column(data: Any, image_key: str | None) -> str:
         raise ValueError(
             f"the data set has {len(columns)} columns of images"
             + (f" ({', '.join(columns)})" if columns else f", only {', '.join(names)}")
-            + ": choose one by image_key (--image-key NAME)"
+            + (": choose one by image_key (--image-key NAME)" if columns else "")
         )
     return columns[0]

@@ -182,6 +182,11 @@ FOLDERS = [
     Case("a generator of paths", lambda f: iter([f]), error="got list_iterator"),
     Case("a table of paths", lambda f: type("DataFrame", (), {"iloc": 1})(), error="one column"),
     Case("no images", folder({"a/notes.txt": "x"}), error="no images in .* 1 .txt"),
+    Case(
+        "only arrays",
+        folder({"a/0.npy": "x"}),
+        error=r"1 \.npy.*\.npy files are read with --augmentation\.channels N",
+    ),
     Case("only hidden images", folder({".a/0.png": 0}), error="no images in .* 1 hidden"),
 ]  # fmt: skip
 
