@@ -48,16 +48,19 @@ def calls():
 
 
 def test_nt_xent_makes_few_calls_in_a_step(calls):
-    counts = Counter()
-    for step in calls:
-        step()
-    sys.setprofile(lambda frame, event, argument: counts.update([event]))
-    try:
-        calls[0]()
-    finally:
-        sys.setprofile(None)
-    # 171 and 216 where it was written: unlike times, they are the same on every machine.
-    assert counts["call"] + counts["c_call"] <= 400, counts
+    def counted():
+        counts = Counter()
+        sys.setprofile(lambda frame, event, argument: counts.update([event]))
+        try:
+            calls[0]()
+        finally:
+            sys.setprofile(None)
+        return counts["call"] + counts["c_call"]
+
+    # The first ones fill caches, and the garbage collector may call something in one of them.
+    least = min(counted() for _ in range(5))
+    # 171 + 216 where it was written: unlike times, they are the same on every machine.
+    assert least <= 400
 
 
 def test_nt_xent_takes_the_host_about_as_long_as_the_textbook_loss(calls):
