@@ -246,6 +246,39 @@ def memory_column(
     return {"peak MB": shown} if shown else {}
 
 
+class OtherProcesses:
+    """How busy the rest of the machine has been since this was made.
+
+    Counts the processors that this process may use. Times of a machine that others use are wrong by
+    more than their spread shows: threads wait for each other at every barrier.
+    """
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter(), _seconds_of_others()
+
+    def cores(self) -> float | None:
+        """Cores in use by others, on average; None where the system cannot tell (not Linux)."""
+        since, before = self._start
+        now = _seconds_of_others()
+        if before is None or now is None:
+            return None
+        return max(0.0, now - before) / (time.perf_counter() - since)
+
+
+def _seconds_of_others() -> float | None:
+    if sys.platform != "linux":
+        return None
+    ours = sum(os.times()[:4])
+    usable = {f"cpu{k}" for k in os.sched_getaffinity(0)}
+    ticks = 0
+    for line in Path("/proc/stat").read_text().splitlines():
+        name, *fields = line.split()
+        if name in usable:
+            user, nice, system, _idle, _waiting, irq, soft_irq, stolen = map(int, fields[:8])
+            ticks += user + nice + system + irq + soft_irq + stolen
+    return ticks / os.sysconf("SC_CLK_TCK") - ours
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Hardware, versions, commit and command."""
     found = {

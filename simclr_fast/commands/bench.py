@@ -12,6 +12,7 @@ import tyro
 
 from simclr_fast.benchmarks import harness, machine
 from simclr_fast.commands.selfcheck import selfcheck
+from simclr_fast.utils.device import usable_cores
 from simclr_fast.utils.extras import explain, missing, require
 
 
@@ -28,6 +29,9 @@ class Subject(NamedTuple):
     needs: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
 
+
+# Cores that other processes may use, on average, before the times are called into question.
+BUSY = 0.2
 
 SUBJECTS = {
     "loss": Subject("bench_nt_xent", "NT-Xent", also=("lightly",)),
@@ -70,6 +74,7 @@ def run(arguments: list[str]) -> int:
     absent = missing(dict.fromkeys([*asked, "matplotlib"]))
     if absent:
         print(f"{explain(absent)}\nBenchmarks that need them are left out.\n", flush=True)
+    others = harness.OtherProcesses()
     limits = machine.floors(options)
     print(f"{machine.text(limits)}\n", flush=True)
     failed = []
@@ -84,6 +89,7 @@ def run(arguments: list[str]) -> int:
             failed.append(name)
             continue
         where = harness.environment(options.device) | {"floor": limits}
+        where["cores_of_others"] = others.cores()
         written = [given.out / f"{name}.json"]
         harness.save(tables, where, written[0])
         if "matplotlib" not in absent:
@@ -91,6 +97,11 @@ def run(arguments: list[str]) -> int:
             harness.draw(tables, written[1])
         print(f"written        {', '.join(map(str, written))}\n", flush=True)
     print("× ours: the median over all rounds of (time of the contender / our time).")
+    if (busy := others.cores()) is not None and busy > BUSY:
+        print(
+            f"warning: other processes used {busy:.1f} of the {usable_cores()} cores meanwhile: do "
+            "not trust these times"
+        )
     if failed:
         print(f"simclr-fast bench: not timed: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))

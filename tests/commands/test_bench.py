@@ -1,6 +1,8 @@
 """The benchmark harness: what its numbers mean, and that a wrong result is not timed."""
 
 import json
+import os
+import subprocess
 import sys
 import time
 
@@ -47,6 +49,26 @@ def test_a_table_says_which_share_of_the_floor_is_reached():
     table = harness.Table("t", "ours", times, floors=("floor: copy",))
     assert "Lower bounds as shares of our time: copy 75%." in table.text()
     assert table.to_json()["shares"] == {"step": {"floor: copy": 0.75}}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/stat")
+def test_other_processes_are_counted_and_this_one_is_not():
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    spin = "import time; end = time.time() + 1\nwhile time.time() < end: pass"
+    try:
+        others, start, cpu = harness.OtherProcesses(), time.perf_counter(), time.process_time()
+        while time.perf_counter() < start + 0.4:
+            pass
+        # The core had nothing left for others.
+        ours = (time.process_time() - cpu) / (time.perf_counter() - start)
+        assert others.cores() < 1.1 - ours
+        with subprocess.Popen([sys.executable, "-c", spin]):
+            others = harness.OtherProcesses()
+            time.sleep(0.4)
+            assert others.cores() > 0.3
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 @pytest.mark.skipif(not ops.has_extension(), reason="no native extension")
