@@ -4,6 +4,7 @@ import contextlib
 import subprocess
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -36,6 +37,15 @@ def multiply_adds(threads: int) -> float:
     """1e9 float32 multiply-adds per second with the instruction set that the extension uses."""
     isa = import_module("simclr_fast._C").instruction_set() if ops.has_extension() else "base"
     return max(fma_per_second(threads, isa) for _ in range(_ROUNDS)) / 1e9
+
+
+def second_level_cache() -> int:
+    """Bytes of one core's second-level cache; 0 where the operating system does not say (Linux)."""
+    for cache in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        if (cache / "level").read_text().strip() == "2":
+            # As in "2048K".
+            return int((cache / "size").read_text().strip().removesuffix("K")) * 1024
+    return 0
 
 
 def _gpu(device: torch.device) -> dict[str, float]:

@@ -97,6 +97,22 @@ def test_lars_side_by_side_from_the_command_line(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "lars.png").stat().st_size > 5000
 
 
+def test_lars_reads_twice_what_the_caches_do_not_keep(monkeypatch):
+    """4 KB hold 512 weights with their gradients, so 688 of the 1,200 weights of a matrix do not
+    fit."""
+    monkeypatch.setattr(bench_lars, "shapes_of", lambda model: [(30, 40), (50,)] * 5)
+    monkeypatch.setattr(bench_lars.machine, "second_level_cache", lambda: 4096)
+    options = harness.Options(torch.device("cpu"), 1, 1, True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    (table,) = bench_lars.tables(options, ("small",))
+    assert set(bench_lars.FLOORS) == set(table.shares()["step"])
+    arrays = 5 + 2 * 5 * 688 / (5 * 1250)
+    assert any(f"LARS moves at least {arrays:.2f} arrays" in note for note in table.notes)
+    monkeypatch.setattr(bench_lars.machine, "second_level_cache", lambda: 0)
+    (table,) = bench_lars.tables(options, ("small",))
+    assert set(bench_lars.FLOORS[:2]) == set(table.shares()["step"])
+
+
 def test_a_wrong_result_is_not_timed(monkeypatch, capsys, tmp_path):
     right = checks.nt_xent_loss
 
