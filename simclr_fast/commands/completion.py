@@ -12,6 +12,11 @@ import tyro
 
 from simclr_fast.commands.cli import COMMANDS
 
+# Starts zsh's completion, if ~/.zshrc has not, and its stand-in for bash's.
+_ZSH = (
+    "(( $+functions[compdef] )) || { autoload -Uz compinit && compinit; }",
+    "autoload -U +X bashcompinit && bashcompinit",
+)
 _OPTION = r"--[a-z][a-z0-9-]*(?:\.[a-z][a-z0-9-]*)*"
 
 
@@ -19,8 +24,8 @@ _OPTION = r"--[a-z][a-z0-9-]*(?:\.[a-z][a-z0-9-]*)*"
 class Completion:
     """Print a script that completes commands, options and their values in a shell.
 
-    bash: simclr-fast completion bash > ~/.local/share/bash-completion/completions/simclr-fast.
-    zsh: add to ~/.zshrc the line: source <(simclr-fast completion zsh).
+    bash: simclr-fast completion bash > ~/.simclr-fast.bash; add `source ~/.simclr-fast.bash` to
+    ~/.bashrc. zsh: the same with zsh in place of bash.
     """
 
     shell: tyro.conf.Positional[Literal["bash", "zsh"]] = "bash"
@@ -49,7 +54,7 @@ def script(shell: Literal["bash", "zsh"]) -> str:
             if named := [choice for choice in choices.split(",") if choice != "None"]:
                 values.append(f'    "{name} {option}") words="{" ".join(named)}" ;;')
     lines = [
-        "autoload -U +X bashcompinit && bashcompinit" if shell == "zsh" else "",
+        *(_ZSH if shell == "zsh" else ()),
         "_simclr_fast() {",
         '  local word="${COMP_WORDS[COMP_CWORD]}" words=""',
         '  case "${COMP_WORDS[1]}" in',
@@ -64,7 +69,7 @@ def script(shell: Literal["bash", "zsh"]) -> str:
         "# Files where nothing else fits.",
         "complete -o default -F _simclr_fast simclr-fast",
     ]
-    return "\n".join(lines).strip()
+    return "\n".join(lines)
 
 
 def _help(*command: str) -> str:

@@ -1,6 +1,8 @@
 """What users of other commands expect: settings in a file, completion, NO_COLOR, help."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -107,7 +109,18 @@ COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _simclr_fast; echo "${COMPREPLY[*]}\"
     assert complete("bench", "la") == ["lars"]
     # A file: the shell completes it.
     assert complete("pretrain", "--data", "x") == []
-    assert "bashcompinit" in completion.script("zsh").splitlines()[0]
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
+def test_completion_in_zsh(tmp_path):
+    """A shell without settings: what ~/.zshrc may have started is started by the script."""
+    path = tmp_path / "script"
+    path.write_text(completion.script("zsh"))
+    program = 'source "$1" && print -r -- "$_comps[simclr-fast]"'
+    command = ["zsh", "-f", "-c", program, "zsh", str(path)]
+    environment = {**os.environ, "ZDOTDIR": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("_bash_complete -o default -F _simclr_fast\n", "")
 
 
 @pytest.mark.parametrize(("no_color", "colours"), [("", True), ("1", False)])
