@@ -49,6 +49,19 @@ def test_every_example_runs(code, tmp_path, monkeypatch):
     exec(compile(code.replace("batch_size=256", "batch_size=2"), "example", "exec"), {})
 
 
+@pytest.mark.slow
+def test_examples_are_typed(tmp_path):
+    """As users' own code would be checked: mypy, strict for those of the pages."""
+    pytest.importorskip("mypy")
+    files = sorted((ROOT / "docs" / "examples").glob("*.py"))
+    for example in EXAMPLES:
+        files.append(tmp_path / f"{example.id.replace('-', '_')}.py")
+        files[-1].write_text(*example.values)
+    command = [sys.executable, "-m", "mypy", *map(str, files)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_readme_has_an_example_of_each_part():
     text = "".join(re.findall(r"```python\n(.*?)```", PAGES[0].read_text(), re.DOTALL))
     parts = "nt_xent_loss sup_con_loss multi_view_nt_xent_loss TwoViewLoader LARS LargeBatch"
