@@ -20,19 +20,19 @@ def main(data: str, out="encoder.pt", model="resnet50", size=224, batch_size=102
     accelerator = Accelerator()
     set_seed(0)
     # The loader gives each process its part of a batch, on its device: it is not prepared.
-    ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    loader = TwoViewLoader(data, batch_size, size, device=accelerator.device, **ranks)
+    rank, ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    loader = TwoViewLoader(data, batch_size, size, rank=rank, world_size=ranks, device=device)
 
     encoder, dim = build_encoder(model, image_size=size)
     network = SimCLR(encoder, build_projector("nonlinear", dim, 128))
-    if accelerator.device.type == "cuda":
+    if device.type == "cuda":
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
     groups = lars_param_groups(network, weight_decay=1e-6)
     optimizer = LARS(groups, scaled_lr(batch_size), momentum_order="tf", norm="joint", eps=0.0)
     total = epochs * len(loader)
     schedule = warmup_cosine(optimizer, total // 10, total)
     network, optimizer = accelerator.prepare(network, optimizer)
-    group = dist.group.WORLD if accelerator.num_processes > 1 else None
+    group = dist.group.WORLD if ranks > 1 else None
 
     for epoch in range(epochs):
         for view1, view2, _ in loader:

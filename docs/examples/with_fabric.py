@@ -20,19 +20,19 @@ def main(data: str, out="encoder.pt", model="resnet50", size=224, batch_size=102
     fabric = Fabric(**options)
     fabric.launch()
     fabric.seed_everything(0)
-    ranks = {"rank": fabric.global_rank, "world_size": fabric.world_size}
-    loader = TwoViewLoader(data, batch_size, size, device=fabric.device, **ranks)
+    rank, ranks, device = fabric.global_rank, fabric.world_size, fabric.device
+    loader = TwoViewLoader(data, batch_size, size, rank=rank, world_size=ranks, device=device)
 
     encoder, dim = build_encoder(model, image_size=size)
     network = SimCLR(encoder, build_projector("nonlinear", dim, 128))
-    if fabric.device.type == "cuda":
+    if device.type == "cuda":
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
     groups = lars_param_groups(network, weight_decay=1e-6)
     optimizer = LARS(groups, scaled_lr(batch_size), momentum_order="tf", norm="joint", eps=0.0)
     total = epochs * len(loader)
     schedule = warmup_cosine(optimizer, total // 10, total)
     network, optimizer = fabric.setup(network, optimizer)
-    group = dist.group.WORLD if fabric.world_size > 1 else None
+    group = dist.group.WORLD if ranks > 1 else None
 
     for epoch in range(epochs):
         for view1, view2, _ in loader:

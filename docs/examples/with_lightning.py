@@ -17,14 +17,14 @@ from simclr_fast.optim import lars_param_groups, scaled_lr, warmup_cosine
 class Pretraining(lightning.LightningModule):
     def __init__(self, data: str, model: str, size: int, batch_size: int):
         super().__init__()
-        self.data, self.size, self.batch_size = data, size, batch_size
+        self.loading, self.batch_size = (data, batch_size, size), batch_size
         encoder, dim = build_encoder(model, image_size=size)
         self.network = SimCLR(encoder, build_projector("nonlinear", dim, 128))
 
     def train_dataloader(self):
         """Makes the batches of this process itself, and their views on its device."""
-        ranks = {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
-        return TwoViewLoader(self.data, self.batch_size, self.size, device=self.device, **ranks)
+        rank, ranks = self.trainer.global_rank, self.trainer.world_size
+        return TwoViewLoader(*self.loading, rank=rank, world_size=ranks, device=self.device)
 
     def training_step(self, batch, _):
         view1, view2, _ = batch
