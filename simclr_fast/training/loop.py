@@ -24,7 +24,7 @@ from simclr_fast.models.encoders import SimCLR
 from simclr_fast.optim.schedule import warmup_cosine
 from simclr_fast.training.config import PretrainConfig
 from simclr_fast.training.loggers import require_loggers
-from simclr_fast.training.metrics import Metrics
+from simclr_fast.training.metrics import Metrics, line_is_due
 from simclr_fast.training.page import write_machine
 from simclr_fast.training.setup import (
     backend_settings,
@@ -54,10 +54,11 @@ def _nothing(large_batch: LargeBatch, views: Sequence[Tensor]) -> AbstractContex
 class Task:
     """A model, a loader and a loss to train.
 
-    loss: called once per step with the model's outputs for this rank's views and the numbers of
-        the images, int64 [n] on the CPU. It returns the loss of this rank and the values for
-        metrics.jsonl. Gradients of the loss are averaged over ranks. The values are detached 0-dim
-        tensors, equal on all ranks, with the loss and an accuracy among them.
+    loss: called once per step with the model's outputs for this rank's views, the numbers of the
+        images, int64 [n] on the CPU, and whether the step is logged. It returns the loss of this
+        rank and the values for metrics.jsonl. Gradients of the loss are averaged over ranks. The
+        values are detached 0-dim tensors, equal on all ranks, with the loss among them, and an
+        accuracy if the step is logged.
     parts: further modules, which checkpoints hold as well.
     around_backward: called with the views; its context is around the backward of each step.
     """
@@ -65,7 +66,7 @@ class Task:
     name: str
     model: SimCLR
     loader: TwoViewLoader | OneViewLoader
-    loss: Callable[[Any, Tensor], tuple[Tensor, dict[str, Tensor]]]
+    loss: Callable[[Any, Tensor, bool], tuple[Tensor, dict[str, Tensor]]]
     parts: dict[str, nn.Module] = field(default_factory=dict)
     around_backward: Callable[[LargeBatch, Sequence[Tensor]], AbstractContextManager[None]] = (
         _nothing
@@ -155,13 +156,17 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
             world.mark(step + 1, "training")
             seed_step(config.seed, step, world.device, world.rank)
 
-            # Not None if a line is written after this step.
-            line = metrics if metrics is not None and metrics.wants(step + 1) else None
+            # On every rank: the values of a line may need collectives.
+            logged = line_is_due(step + 1, config.log_every, total_steps)
+            line = metrics if logged else None
 
             def loss_fn(
-                outputs: tuple[Tensor, Tensor], index: Tensor = index, line: Metrics | None = line
+                outputs: tuple[Tensor, Tensor],
+                index: Tensor = index,
+                logged: bool = logged,
+                line: Metrics | None = line,
             ) -> tuple[Tensor, dict[str, Tensor]]:
-                loss, shown = task.loss(outputs, index)
+                loss, shown = task.loss(outputs, index, logged)
                 if probe is not None:
                     probe.take(outputs[0])
                 if line is not None:

@@ -40,6 +40,11 @@ _STALLED, _STALL_STEPS, _STALL_SHARE = 0.98, 300, 0.15
 _COLLAPSED, _NARROW = 1.5, -0.3
 
 
+def line_is_due(step: int, every: int, total: int) -> bool:
+    """Whether a line of metrics.jsonl is written after `step`, the last of which is `total`."""
+    return step % every == 0 or step == total
+
+
 class Metrics:
     """The progress bar, and a line of metrics.jsonl every `log_every` steps; for rank 0.
 
@@ -114,7 +119,7 @@ class Metrics:
 
     def wants(self, step: int) -> bool:
         """Whether a line is written after `step`."""
-        return step % self.config.log_every == 0 or step == self.total
+        return line_is_due(step, self.config.log_every, self.total)
 
     def look(self, h: Tensor, z: Tensor, n_views: int) -> None:
         """Keep some rows of this rank's h and z, both [n_views · n, D], for the next line."""

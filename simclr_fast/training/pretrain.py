@@ -62,34 +62,45 @@ def pretrain(config: PretrainConfig) -> Path:
             classes = positive_classes(source, world.device)
         if config.queue is not None:
             momentum = MomentumKeys(config, world, model, loader, embedding_dim(config))
-        # The statistics in the log are those of the loss of two views.
-        is_pair = classes is None and momentum is None and loader.n_views == 2
 
-        def loss(outputs: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss(
+            outputs: tuple[Tensor, Tensor], index: Tensor, logged: bool
+        ) -> tuple[Tensor, dict[str, Tensor]]:
             _, z = outputs
-            pair = z[: 2 * len(index)]
-            value, statistics = nt_xent_loss(
-                pair if is_pair else pair.detach(),
-                temperature=config.temperature,
-                decoupled=config.loss == "decoupled",
-                group=world.group,
-                return_stats=True,
-                row_counts=[2 * rows // loader.n_views for rows in loader.row_counts()],
-            )
+            # Rows of the first two views on each rank.
+            pairs = [2 * rows // loader.n_views for rows in loader.row_counts()]
+            decoupled = config.loss == "decoupled"
             if momentum is not None:
                 value = momentum.loss(z)
             elif classes is not None:
                 rows = classes[index.to(world.device, non_blocking=True)].repeat(loader.n_views)
                 value = sup_con_loss(z, rows, config.temperature, group=world.group)
-            elif not is_pair:
+            elif loader.n_views > 2:
                 value = multi_view_nt_xent_loss(
                     z, loader.n_views, config.temperature, group=world.group
                 )
-            return value, {
-                "loss": value.detach(),
-                "contrastive_accuracy": statistics.contrastive_accuracy,
-                "contrastive_entropy": statistics.contrastive_entropy,
-            }
+            else:
+                value = nt_xent_loss(
+                    z,
+                    temperature=config.temperature,
+                    decoupled=decoupled,
+                    group=world.group,
+                    row_counts=pairs,
+                )
+            shown = {"loss": value.detach()}
+            if logged:
+                # Whatever the loss is, these are of NT-Xent on the first two views.
+                _, statistics = nt_xent_loss(
+                    z[: 2 * len(index)].detach(),
+                    temperature=config.temperature,
+                    decoupled=decoupled,
+                    group=world.group,
+                    return_stats=True,
+                    row_counts=pairs,
+                )
+                shown["contrastive_accuracy"] = statistics.contrastive_accuracy
+                shown["contrastive_entropy"] = statistics.contrastive_entropy
+            return value, shown
 
         task = Task("pretrain", model, loader, loss)
         if momentum is not None:

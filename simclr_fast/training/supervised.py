@@ -43,7 +43,9 @@ def supervise(config: PretrainConfig) -> tuple[Path, Scores | None]:
         loader = OneViewLoader(source, config.batch_size, **loader_options(config, world))
         model = build_classifier(config, int(source.labels.max()) + 1)
 
-        def loss(outputs: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss(
+            outputs: tuple[Tensor, Tensor], index: Tensor, logged: bool
+        ) -> tuple[Tensor, dict[str, Tensor]]:
             logits = outputs[1].float()
             targets = labels[index.to(world.device, non_blocking=True)]
             total = F.cross_entropy(logits, targets, reduction="sum")

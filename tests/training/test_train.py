@@ -22,6 +22,7 @@ from simclr_fast.commands.cli import run
 from simclr_fast.commands.pretrain import Pretrain
 from simclr_fast.commands.run_options import parse_run
 from simclr_fast.data import demo
+from simclr_fast.losses.nt_xent import nt_xent_loss
 from simclr_fast.training.config import PRESETS, PretrainConfig, from_json, to_json
 from simclr_fast.training.pretrain import pretrain
 from simclr_fast.utils.checkpoint import checkpoints, load_checkpoint
@@ -63,6 +64,22 @@ def test_a_run_writes_its_folder(config):
     trained = load_checkpoint(checkpoints(out / "checkpoints")[-1])["model"]
     assert weights.keys() == {k.removeprefix("encoder.") for k in trained if "encoder" in k}
     assert all(torch.equal(v, trained[f"encoder.{k}"]) for k, v in weights.items())
+
+
+@pytest.mark.parametrize("views", [2, 3])
+def test_statistics_are_made_only_for_the_steps_that_are_logged(config, views, monkeypatch):
+    asked = []
+
+    def counted(*args, return_stats=False, **options):
+        asked.append(return_stats)
+        return nt_xent_loss(*args, return_stats=return_stats, **options)
+
+    monkeypatch.setattr("simclr_fast.training.pretrain.nt_xent_loss", counted)
+    out = pretrain(replace(config, views=views, steps=4, log_every=3))
+    assert [row["step"] for row in rows(out)] == [3, 4]
+    # With three views the loss is another function.
+    one_loss = [False] if views == 2 else []
+    assert asked == [*one_loss * 3, True, *one_loss, True]
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "adam"])
