@@ -42,7 +42,7 @@ from simclr_fast.large_batch.planner import Workload
 from simclr_fast.losses.nt_xent import nt_xent_loss
 from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector
 from simclr_fast.optim.lars import LARS, lars_param_groups
-from simclr_fast.utils.checkpoint import write_atomic
+from simclr_fast.utils.checkpoint import write_json
 from simclr_fast.utils.distributed import join_world
 
 MODES: dict[str, dict[str, Any]] = {
@@ -205,11 +205,9 @@ def save(given: "CommandLine", kind: str, title: str, result: dict) -> None:
         return
     path = given.out / "large_batch.json"
     content = json.loads(path.read_text()) if path.is_file() else {}
-    where = harness.environment(torch.device("cpu"))
-    where["command"] = " ".join(["python -m benchmarks.bench_large_batch", *sys.argv[1:]])
+    where = harness.environment(torch.device("cpu"), "python -m benchmarks.bench_large_batch")
     content.setdefault(kind, {})[title] = {"environment": where, **result}
-    text = json.dumps(content, indent=1) + "\n"
-    write_atomic(path, lambda temporary: temporary.write_text(text))
+    write_json(path, content, indent=1)
 
 
 def main() -> None:

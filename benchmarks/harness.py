@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import gc
-import json
 import os
 import statistics
 import subprocess
@@ -20,7 +19,7 @@ import torch
 
 import simclr_fast
 from simclr_fast import ops
-from simclr_fast.utils.checkpoint import write_atomic
+from simclr_fast.utils.checkpoint import write_atomic, write_json
 from simclr_fast.utils.device import (
     autocast_dtype,
     processor_name,
@@ -279,11 +278,11 @@ def _seconds_of_others() -> float | None:
     return ticks / os.sysconf("SC_CLK_TCK") - ours
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Hardware, versions, commit and command."""
+def environment(device: torch.device, program: str = "simclr-fast") -> dict[str, Any]:
+    """Hardware, versions, commit and command: `program` with the options of this process."""
     found = {
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["simclr-fast", *sys.argv[1:]]),
+        "command": " ".join([program, *sys.argv[1:]]),
         "simclr_fast": simclr_fast.__version__,
         "commit": _commit(),
         "cpu": processor_name(),
@@ -320,8 +319,7 @@ def _commit() -> str | None:
 def save(tables: Iterable[Table], where: dict[str, Any], path: Path) -> None:
     """Write the tables as JSON, atomically."""
     content = {"environment": where, "tables": [table.to_json() for table in tables]}
-    text = json.dumps(content, indent=1) + "\n"
-    write_atomic(path, lambda temporary: temporary.write_text(text))
+    write_json(path, content, indent=1)
 
 
 def number(value: float) -> str:

@@ -33,7 +33,7 @@ from simclr_fast.large_batch.planner import Gpu, Setting, Workload
 from simclr_fast.losses.nt_xent import nt_xent_loss
 from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector
 from simclr_fast.optim.lars import LARS, lars_param_groups
-from simclr_fast.utils.checkpoint import write_atomic
+from simclr_fast.utils.checkpoint import write_json
 from simclr_fast.utils.pinned import pinned_empty
 
 SIZE = 224
@@ -184,12 +184,9 @@ def main() -> None:
                 text += f"{found['seconds'] / rows[0]['seconds']:10.2f}"
         print(text, flush=True)
     if given.out is not None:
-        where = harness.environment(torch.device("cuda"))
-        where["command"] = " ".join(["python -m benchmarks.large_batch_gpu", *sys.argv[1:]])
-        content = json.dumps({"environment": where, "rows": rows}, indent=1) + "\n"
-        write_atomic(
-            given.out / "large_batch_gpu.json", lambda temporary: temporary.write_text(content)
-        )
+        where = harness.environment(torch.device("cuda"), "python -m benchmarks.large_batch_gpu")
+        content = {"environment": where, "rows": rows}
+        write_json(given.out / "large_batch_gpu.json", content, indent=1)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ Python also waits for the host, which takes longer than the kernels up to some t
 "Textbook" builds the 2N × 2N matrix.
 """
 
-import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ import torch
 from simclr_fast import nt_xent_loss
 from simclr_fast.benchmarks import harness
 from simclr_fast.benchmarks.peers import textbook
-from simclr_fast.utils.checkpoint import write_atomic
+from simclr_fast.utils.checkpoint import write_json
 
 SIZES = ((256, 128), (1024, 128), (4096, 128), (4096, 512), (16384, 128))
 TEMPERATURE = 0.1
@@ -82,10 +80,8 @@ def main() -> None:
             rows.append(row(pairs, dim, dtype))
             print(rows[-1], flush=True)
     if given.out is not None:
-        where = harness.environment(torch.device("cuda"))
-        where["command"] = " ".join(["python -m benchmarks.loss_gpu", *sys.argv[1:]])
-        content = json.dumps({"environment": where, "rows": rows}, indent=1) + "\n"
-        write_atomic(given.out / "loss_gpu.json", lambda part: part.write_text(content))
+        where = harness.environment(torch.device("cuda"), "python -m benchmarks.loss_gpu")
+        write_json(given.out / "loss_gpu.json", {"environment": where, "rows": rows}, indent=1)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from simclr_fast.models.weights import load_weights
 from simclr_fast.training.config import PRESETS, PretrainConfig
 from simclr_fast.training.pretrain import pretrain
 from simclr_fast.training.setup import open_data
-from simclr_fast.utils.checkpoint import write_atomic
+from simclr_fast.utils.checkpoint import write_atomic, write_json, write_text
 from simclr_fast.utils.extras import need
 
 FILE, PICTURE, PAGE = "normal_runs.json", "normal.png", "normal.md"
@@ -232,14 +232,12 @@ def main() -> None:
     for name in STYLES if given.only == "all" else (given.only,):
         if name != "none":
             runs[name] = train(name, given.steps)
-            text = json.dumps(runs, indent=1) + "\n"
-            write_atomic(path, lambda part, text=text: part.write_text(text))
+            write_json(path, runs, indent=1)
             print(f"trained        {name}: {runs[name]['core_seconds']} core-seconds")
     draw(runs, given.docs / PICTURE)
     page = given.docs / PAGE
     if page.exists():
-        text = filled(page.read_text(), runs)
-        write_atomic(page, lambda part: part.write_text(text))
+        write_text(page, filled(page.read_text(), runs))
     print(f"written        {given.docs / PICTURE}")
 
 

@@ -21,7 +21,7 @@ from simclr_fast.evaluation.accuracy import Scores, score
 from simclr_fast.evaluation.classifier import Recipe
 from simclr_fast.evaluation.plots import plot_embedding, plot_layers, plot_neighbours
 from simclr_fast.evaluation.subsets import LabelledPair
-from simclr_fast.utils.checkpoint import write_atomic
+from simclr_fast.utils.checkpoint import write_text
 from simclr_fast.utils.device import expand_segments
 
 USAGE = """usage: simclr-fast eval PROTOCOL --encoder FILE [OPTIONS]
@@ -287,7 +287,7 @@ class Embed(Options):
             indices,
         )
         path = self.folder / "embed.html"
-        write_atomic(path, lambda part: part.write_text(page, encoding="utf-8"))
+        write_text(path, page)
         yield f"{'page':<28} {path}"
         if source.labels is not None and source.has_labels:
             known = torch.from_numpy(source.labels)

@@ -1,6 +1,5 @@
 """Shared by all protocols of simclr-fast eval: options, features, a trained classifier, JSON."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from simclr_fast.evaluation.features import cached_features, extract_features
 from simclr_fast.evaluation.subsets import LabelledPair, labelled_pair
 from simclr_fast.models.encoders import Stem
 from simclr_fast.models.weights import Weights, load_weights
-from simclr_fast.utils.checkpoint import write_atomic
+from simclr_fast.utils.checkpoint import write_json
 from simclr_fast.utils.device import resolve_device
 from simclr_fast.utils.distributed import join_world
 from simclr_fast.utils.launch import launched, require_one_process
@@ -199,9 +198,7 @@ class Options:
         """
         path = self.folder / f"{self.protocol}.json"
         found = {name: source.account.to_json() for name, source in images.items()}
-        content = {"options": asdict(self), "images": found, "results": results}
-        text = json.dumps(content, indent=2, default=str)
-        write_atomic(path, lambda temporary: temporary.write_text(text + "\n"))
+        write_json(path, {"options": asdict(self), "images": found, "results": results})
         for done in self.folder.glob(f"{self.protocol}-sweep-*.pt"):
             done.unlink()
         return f"{'results':<28} {path}"

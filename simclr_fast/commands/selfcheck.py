@@ -1,6 +1,5 @@
 """simclr-fast selfcheck: check every part on this machine against float64."""
 
-import json
 import time
 import traceback
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from simclr_fast.commands.checks import (
     further_checks,
     quick_checks,
 )
-from simclr_fast.utils.checkpoint import write_atomic
+from simclr_fast.utils.checkpoint import write_json, write_text
 from simclr_fast.utils.device import resolve_device
 
 
@@ -151,6 +150,5 @@ def _write(
     }
     unfinished = [] if running is None else [f"not finished: {running}"]
     lines = "\n".join([*map(str, outcomes), *unfinished, report["summary"], ""])
-    content = json.dumps(report, indent=2) + "\n"
-    write_atomic(out / "report.txt", lambda temporary: temporary.write_text(lines))
-    write_atomic(out / "report.json", lambda temporary: temporary.write_text(content))
+    write_text(out / "report.txt", lines)
+    write_json(out / "report.json", report)

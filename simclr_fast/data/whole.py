@@ -15,7 +15,7 @@ from simclr_fast.data.decode import CorruptImageError, FileReader, PixelReader
 from simclr_fast.data.demo import cache_folder
 from simclr_fast.data.formats import suffixes
 from simclr_fast.data.sources import Source, fingerprint, subset
-from simclr_fast.utils.checkpoint import write_atomic
+from simclr_fast.utils.checkpoint import write_json
 from simclr_fast.utils.device import usable_cores
 from simclr_fast.utils.extras import need
 
@@ -61,7 +61,7 @@ def _corrupt_files(source: Source, workers: int | None) -> dict[int, str]:
     if kept.exists():
         return {int(i): cause for i, cause in json.loads(kept.read_text()).items()}
     corrupt = _corrupt(source, workers)
-    write_atomic(kept, lambda part: part.write_text(json.dumps(corrupt)))
+    write_json(kept, corrupt, indent=None)
     return corrupt
 
 

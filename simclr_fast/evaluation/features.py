@@ -17,7 +17,7 @@ from simclr_fast.augment.params import Augmentation
 from simclr_fast.data.demo import cache_folder
 from simclr_fast.data.loader import ImageLoader
 from simclr_fast.data.sources import Source, subset
-from simclr_fast.utils.checkpoint import write_atomic
+from simclr_fast.utils.checkpoint import write_json
 from simclr_fast.utils.device import autocast_dtype
 from simclr_fast.utils.distributed import World, all_gather_rows
 from simclr_fast.utils.extras import need
@@ -275,7 +275,7 @@ def _note(rows: np.ndarray, done: int, progress: Path) -> None:
     """Record that `done` rows are computed, after those rows have reached the disk."""
     assert isinstance(rows, np.memmap)
     rows.flush()
-    write_atomic(progress, lambda p: p.write_text(json.dumps({"rows": done})))
+    write_json(progress, {"rows": done}, indent=None)
 
 
 def _bar(name: str, total: int, done: int, shown: bool) -> Any:

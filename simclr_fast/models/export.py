@@ -1,6 +1,5 @@
 """Write an encoder for other libraries, after a check that its outputs there equal ours."""
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,7 +87,7 @@ def _timm(weights: Weights, folder: Path) -> Exported:
     path, state = folder / "model.safetensors", _plain_state(theirs)
     packed = safetensors.save(state)
     checkpoint.write_atomic(path, lambda part: part.write_bytes(packed))
-    _write_json(folder / "config.json", config)
+    checkpoint.write_json(folder / "config.json", config)
     usage = f'model = timm.create_model("local-dir:{folder}", pretrained=True)'
     return Exported(path, difference, usage)
 
@@ -133,7 +132,7 @@ def _hub(weights: Weights, folder: Path) -> Exported:
     path = folder / "model.safetensors"
     # With our metadata, which timm ignores: `load_weights` rebuilds the encoder from it.
     checkpoint.save_encoder(path, theirs, about)
-    _write_json(folder / "config.json", config | {"simclr_fast": about})
+    checkpoint.write_json(folder / "config.json", config | {"simclr_fast": about})
     ours = (
         "from simclr_fast.models.hub import HubEncoder\n\n"
         'encoder = HubEncoder.from_pretrained("USER/NAME")  # images → features'
@@ -148,11 +147,6 @@ def _hub(weights: Weights, folder: Path) -> Exported:
         else f'HubEncoder.from_pretrained("{folder}")'
     )
     return Exported(path, difference, f"model = {local}")
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2) + "\n"
-    checkpoint.write_atomic(path, lambda part: part.write_text(text))
 
 
 def _safetensors(weights: Weights, folder: Path) -> Exported:

@@ -26,7 +26,7 @@ from simclr_fast.models.weights import load_weights
 from simclr_fast.training.config import NOT_COMPARED, PretrainConfig, to_json
 from simclr_fast.training.pretrain import pretrain
 from simclr_fast.training.setup import build_model, images_to_evaluate
-from simclr_fast.utils import checkpoint
+from simclr_fast.utils.checkpoint import write_json, write_text
 from simclr_fast.utils.device import release_memory, resolve_device
 from simclr_fast.utils.extras import need
 from simclr_fast.utils.locks import locked
@@ -199,7 +199,7 @@ def _run_cells(
             "seconds": round(seconds, 1),
         }
         rows.append(row)
-        _write(results, "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(results, "".join(json.dumps(row) + "\n" for row in rows))
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
         # Free memory: it decides the memory mode of the next cell.
         del encoder
@@ -228,12 +228,8 @@ def _claim(folder: Path, base: PretrainConfig, sources: Sequence[Source]) -> Non
         raise FileExistsError(
             f"{folder} holds files that are not of an ablation: choose another --out"
         )
-    _write(folder / "results.jsonl", "")
-    _write(about, text)
-
-
-def _write(path: Path, text: str) -> None:
-    checkpoint.write_atomic(path, lambda part: part.write_text(text))
+    write_text(folder / "results.jsonl", "")
+    write_text(about, text)
 
 
 class Setting(NamedTuple):
@@ -269,7 +265,7 @@ def untrained_top1(base: PretrainConfig, folder: Path) -> float:
             features(encoder, source, base.augmentation, device=device) for source in (train, test)
         )
         found = linear_probe(h_train, train.labels, h_test, test.labels, device=device)
-        _write(kept, json.dumps({"top1": found.value}) + "\n")
+        write_json(kept, {"top1": found.value}, indent=None)
     return json.loads(kept.read_text())["top1"]
 
 

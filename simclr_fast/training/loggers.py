@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from simclr_fast.evaluation.plots import plot_pairs
-from simclr_fast.utils.checkpoint import write_atomic
+from simclr_fast.utils.checkpoint import write_atomic, write_text
 from simclr_fast.utils.extras import need, require
 
 # Modules of other packages that a logger needs.
@@ -97,7 +97,7 @@ class Wandb(Logger):
             id=number,
             resume="allow",
         )
-        write_atomic(kept, lambda part: part.write_text(number + "\n"))
+        write_text(kept, number + "\n")
 
     def numbers(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from simclr_fast import __version__
-from simclr_fast.utils.checkpoint import write_atomic
+from simclr_fast.utils.checkpoint import write_json, write_text
 from simclr_fast.utils.device import processor_name
 from simclr_fast.utils.extras import installed_versions
 from simclr_fast.utils.pages import fill_page
@@ -56,8 +56,7 @@ def write_machine(out: Path, device: torch.device, ranks: int) -> None:
         "simclr_fast": __version__,
         **installed_versions(),
     }
-    text = json.dumps(facts, indent=2) + "\n"
-    write_atomic(out / MACHINE, lambda part: part.write_text(text))
+    write_json(out / MACHINE, facts)
 
 
 def write_report(runs: Sequence[Path], path: Path, pictures: Pictures | None = None) -> None:
@@ -83,7 +82,7 @@ def write_report(runs: Sequence[Path], path: Path, pictures: Pictures | None = N
         data["confusion"] = {"classes": list(pictures.classes), "counts": counts}
     if pictures.views is not None:
         data["views"] = "data:image/jpeg;base64," + base64.b64encode(pictures.views).decode()
-    write_atomic(path, lambda part: part.write_text(fill_page(_TEMPLATE, data), encoding="utf-8"))
+    write_text(path, fill_page(_TEMPLATE, data))
 
 
 def _run(folder: Path, name: str) -> dict[str, Any]:

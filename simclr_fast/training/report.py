@@ -96,8 +96,7 @@ def run_report(config: PretrainConfig, out: Path, to: Path | None = None) -> Ite
             encoder.load_state_dict(weights)
             confusion = kept
         summary = {name: vars(accuracy) for name, accuracy in results.items()}
-        text = json.dumps(summary, indent=2) + "\n"
-        checkpoint.write_atomic(out / "probe.json", lambda part: part.write_text(text))
+        checkpoint.write_json(out / "probe.json", summary)
     else:
         encoder.load_state_dict(weights)
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])

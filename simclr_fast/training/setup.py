@@ -27,7 +27,7 @@ from simclr_fast.optim.lars import LARS, lars_param_groups
 from simclr_fast.optim.schedule import scaled_lr
 from simclr_fast.training.config import FIXED, MAY_CHANGE, PretrainConfig, differences, to_json
 from simclr_fast.utils.backends import cudnn_benchmark, tf32
-from simclr_fast.utils.checkpoint import write_atomic
+from simclr_fast.utils.checkpoint import write_text
 from simclr_fast.utils.device import autocast_dtype, free_memory
 from simclr_fast.utils.distributed import World
 from simclr_fast.utils.launch import launched
@@ -306,7 +306,7 @@ def write_config(config: PretrainConfig, images: Account, out: Path) -> None:
     path, text = out / "config.json", to_json(config, images)
     if path.exists() and (changed := differences(path.read_text(), text, MAY_CHANGE)):
         log.warning("continues with changed settings: %s", "; ".join(changed))
-    write_atomic(path, lambda part: part.write_text(text))
+    write_text(path, text)
 
 
 def _contents(folder: Path) -> list[Path]:

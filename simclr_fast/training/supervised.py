@@ -3,7 +3,6 @@
 Encoder, data, augmentation, optimizer and schedule are those of `pretrain`; it also uses labels.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from simclr_fast.models.encoders import SimCLR, build_encoder
 from simclr_fast.training.config import PretrainConfig
 from simclr_fast.training.loop import Task, train
 from simclr_fast.training.setup import images_to_evaluate, loader_options, open_data
-from simclr_fast.utils.checkpoint import write_atomic
+from simclr_fast.utils.checkpoint import write_json
 from simclr_fast.utils.distributed import join_world
 
 
@@ -62,8 +61,7 @@ def supervise(config: PretrainConfig) -> tuple[Path, Scores | None]:
         if test is None or not test.has_labels:
             return out, None
         scores = score_classifier(model, test.labelled("test images"), config, world.device)
-        text = json.dumps(scores.to_json(), indent=2) + "\n"
-        write_atomic(out / "supervised.json", lambda part: part.write_text(text))
+        write_json(out / "supervised.json", scores.to_json())
         return out, scores
 
 

@@ -66,6 +66,16 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             os.close(folder)
 
 
+def write_text(path: Path, text: str) -> None:
+    """`write_atomic` of a text, in UTF-8."""
+    write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
+    """`write_atomic` of JSON. What JSON does not know, such as a path, is written as text."""
+    write_text(path, json.dumps(content, indent=indent, default=str) + "\n")
+
+
 def _remove_abandoned(folder: Path) -> None:
     for part in folder.glob(f".*{_PART}"):
         with contextlib.suppress(OSError):

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from simclr_fast.utils.checkpoint import write_atomic
+from simclr_fast.utils.checkpoint import write_text
 
 
 def keep_until(path: Path, step: int) -> None:
@@ -13,7 +13,7 @@ def keep_until(path: Path, step: int) -> None:
     """
     old = path.read_text(errors="replace").splitlines() if path.exists() else []
     kept = "".join(line + "\n" for line in old if _step(line) <= step)
-    write_atomic(path, lambda part: part.write_text(kept))
+    write_text(path, kept)
 
 
 def _step(line: str) -> float:
