@@ -597,12 +597,12 @@ def more_host_memory(work: Workload, limit: float, host: float = 0) -> float | N
     return None
 
 
-def next_smaller(work: Workload, setting: Setting, host: float = 0) -> tuple[Setting, str] | None:
+def next_smaller(work: Workload, setting: Setting) -> tuple[Setting, str] | None:
     """What to try after `setting` did not fit: needs at least 10% less. With its options."""
     limit = 0.9 * (setting.device_bytes if math.isfinite(setting.device_bytes) else 0)
     if not limit:
         limit = 0.9 * work.setting(setting.memory, setting.micro_batch).device_bytes
-    found = work.lockstep(limit / USABLE, host)
+    found = work.lockstep(limit / USABLE)
     if not found.refusal and found.device_bytes <= limit:
         return found, f"--memory lockstep --gpu-memory {gigabytes(limit / USABLE, down=True)}"
     if found.refusal:
@@ -612,7 +612,7 @@ def next_smaller(work: Workload, setting: Setting, host: float = 0) -> tuple[Set
             if other.device_bytes <= limit and exact(work, other):
                 return other, other.flags
         return None
-    more = more_host_memory(work, limit / USABLE, host)
+    more = more_host_memory(work, limit / USABLE)
     if more is None:
         return None
     found = work.lockstep(limit / USABLE, more)
@@ -671,12 +671,10 @@ def without_data(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def out_of_memory(
-    work: Workload, setting: Setting, where: Callable[[], str], host: float = 0
-) -> Iterator[None]:
+def out_of_memory(work: Workload, setting: Setting, where: Callable[[], str]) -> Iterator[None]:
     """A context that turns out-of-memory errors into OutOfMemory, with advice.
 
-    setting: what runs. where: returns the rank and step as text. host: bytes of host memory.
+    setting: what runs. where: returns the rank and step as text.
     """
     try:
         yield
@@ -684,7 +682,7 @@ def out_of_memory(
         if not is_out_of_memory(error):
             raise
         advice = "no setting needs less: use more GPUs or a smaller batch"
-        found = next_smaller(work, setting, host)
+        found = next_smaller(work, setting)
         if found is not None:
             needs = f"{found[0].device_bytes / 1e9:.1f} GB per rank"
             advice = f"next: {found[1]} (predicted {needs})"

@@ -28,11 +28,11 @@ from simclr_fast.evaluation.features import features, pixels
 from simclr_fast.evaluation.linear import confusion_probe
 from simclr_fast.evaluation.plots import plot_embedding, plot_loss
 from simclr_fast.evaluation.subsets import labels_or_none
-from simclr_fast.models.encoders import RESNETS, build_encoder, default_stem
+from simclr_fast.models.encoders import RESNETS, default_stem
 from simclr_fast.training.config import PretrainConfig
 from simclr_fast.training.loop import AVERAGED, ENCODER
 from simclr_fast.training.page import PAGE, Pictures, write_report
-from simclr_fast.training.setup import images_to_evaluate, open_data
+from simclr_fast.training.setup import images_to_evaluate, open_data, untrained_encoder
 from simclr_fast.utils import checkpoint
 from simclr_fast.utils.device import resolve_device
 
@@ -56,14 +56,7 @@ def run_report(config: PretrainConfig, out: Path, to: Path | None = None) -> Ite
     train, test = images_to_evaluate(config), images_to_evaluate(config, "test")
     aug, device = config.augmentation, resolve_device(config.device)
     torch.manual_seed(config.seed)
-    encoder, _ = build_encoder(
-        config.model,
-        width=config.width,
-        image_size=aug.size,
-        stem=config.stem,
-        zero_gamma=config.zero_gamma,
-        channels=aug.channels,
-    )
+    encoder, _ = untrained_encoder(config)
 
     def h(source: Source) -> Tensor:
         return features(encoder, source, aug, device=device)

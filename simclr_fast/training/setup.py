@@ -74,7 +74,7 @@ def images_to_evaluate(
 
 def build_model(config: PretrainConfig) -> SimCLR:
     """The untrained encoder and projector of `config`, from torch's current random state."""
-    encoder, dim = _build_encoder(config)
+    encoder, dim = untrained_encoder(config)
     projector = build_projector(
         config.projector,
         dim,
@@ -114,10 +114,11 @@ def embedding_dim(config: PretrainConfig) -> int:
     if config.projector != "none":
         return config.projector_dim
     with torch.device("meta"):
-        return _build_encoder(config)[1]
+        return untrained_encoder(config)[1]
 
 
-def _build_encoder(config: PretrainConfig) -> tuple[nn.Module, int]:
+def untrained_encoder(config: PretrainConfig) -> tuple[nn.Module, int]:
+    """The encoder of `config`, from torch's current random state, and the width of h."""
     return build_encoder(
         config.model,
         width=config.width,

@@ -13,10 +13,15 @@ from torch.nn import functional as F
 from simclr_fast.data.loader import ImageLoader, OneViewLoader
 from simclr_fast.data.sources import Source
 from simclr_fast.evaluation.accuracy import Scores, score, true_class_rank
-from simclr_fast.models.encoders import SimCLR, build_encoder
+from simclr_fast.models.encoders import SimCLR
 from simclr_fast.training.config import PretrainConfig
 from simclr_fast.training.loop import Task, train
-from simclr_fast.training.setup import images_to_evaluate, loader_options, open_data
+from simclr_fast.training.setup import (
+    images_to_evaluate,
+    loader_options,
+    open_data,
+    untrained_encoder,
+)
 from simclr_fast.utils.checkpoint import write_json
 from simclr_fast.utils.distributed import join_world
 
@@ -70,14 +75,7 @@ def build_classifier(config: PretrainConfig, n_classes: int) -> SimCLR:
 
     From the same random state the encoder has the same weights as `build_model`'s.
     """
-    encoder, dim = build_encoder(
-        config.model,
-        width=config.width,
-        image_size=config.augmentation.size,
-        stem=config.stem,
-        zero_gamma=config.zero_gamma,
-        channels=config.augmentation.channels,
-    )
+    encoder, dim = untrained_encoder(config)
     return SimCLR(encoder, nn.Linear(dim, n_classes))
 
 
