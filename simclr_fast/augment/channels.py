@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from simclr_fast.augment.rgb import orientation, turned
+from simclr_fast.augment.rgb import check_range, orientation, turned
 
 _LARGEST = 65535
 
@@ -37,13 +37,7 @@ def as_channels(array: np.ndarray, channels: int) -> np.ndarray:
     if kind != "f" and (kind, size) not in (("u", 2), ("i", 2), ("i", 4)):
         raise TypeError(f"pixels must be uint8, uint16 or floating in [0, 1], got {array.dtype}")
     highest = 1 if kind == "f" else _LARGEST
-    if image.size:
-        low, high = float(image.min()), float(image.max())
-        if not (low >= 0 and high <= highest):
-            raise ValueError(
-                f"pixels of {array.dtype} must lie in [0, {highest}], got {low:g} to {high:g}: "
-                "scale them"
-            )
+    check_range(image, highest, str(array.dtype))
     scaled = image if kind == "f" else image.astype(np.float64) / _LARGEST
     return np.ascontiguousarray(scaled, dtype=np.float32)
 

@@ -31,7 +31,7 @@ def rgb_array(picture: Any, *, upright: bool = True) -> np.ndarray:
     if mode == "F" or mode.startswith("I"):
         values = np.asarray(picture)
         if values.dtype.kind == "i":
-            _check_range(values, 65535, f"mode {mode}")
+            check_range(values, 65535, f"mode {mode}")
             values = values.astype(np.uint16)
         pixels = gray_levels(values, f"mode {mode}")
         pixels = np.repeat(pixels[..., None], 3, axis=2)
@@ -58,7 +58,7 @@ def gray_levels(values: np.ndarray, kind: str) -> np.ndarray:
     if values.dtype == bool:
         return values * np.uint8(255)
     if values.dtype.kind == "f":
-        _check_range(values, 1, kind)
+        check_range(values, 1, kind)
         scale = 255.0
     elif (values.dtype.kind, values.dtype.itemsize) == ("u", 2):
         scale = 1 / _LEVELS16
@@ -67,7 +67,8 @@ def gray_levels(values: np.ndarray, kind: str) -> np.ndarray:
     return np.rint(values.astype(np.float64) * scale).astype(np.uint8)
 
 
-def _check_range(values: np.ndarray, highest: int, kind: str) -> None:
+def check_range(values: np.ndarray, highest: int, kind: str) -> None:
+    """Raise ValueError unless the pixels lie in [0, highest]. kind: what they are."""
     if values.size:
         low, high = float(values.min()), float(values.max())
         if not (low >= 0 and high <= highest):

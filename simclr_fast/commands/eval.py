@@ -14,7 +14,7 @@ import tyro
 
 from simclr_fast.commands.protocol import Options
 from simclr_fast.data.datasets import TORCHVISION
-from simclr_fast.data.sources import subset
+from simclr_fast.data.sources import evenly, subset
 from simclr_fast.data.whole import whole_images
 from simclr_fast.evaluation import embed, knn, layers, linear, subsets
 from simclr_fast.evaluation.accuracy import Scores, score
@@ -253,8 +253,8 @@ class Embed(Options):
 
     def lines(self) -> Iterator[str]:
         source = subsets.shown_source(self.data, self.test, **self.opening)
-        ids = np.linspace(0, len(source) - 1, min(self.images, len(source))).astype(np.int64)
-        source = whole_images(subset(source, ids), self.on_error, self.workers)
+        some = subset(source, evenly(source, self.images))
+        source = whole_images(some, self.on_error, self.workers)
         weights = self.load()
         yield f"{weights}\nimages           {source.account.line()}"
         features = self.features(weights.encoder, weights.augmentation, source, "shown")
@@ -272,7 +272,7 @@ class Embed(Options):
             yield f"{method:<28} {picture}"
         similarities, indices = embed.neighbours(features, self.torch_device)
         thumbs = embed.thumbnails(source, weights.augmentation, self.thumb)
-        rows = np.linspace(0, len(source) - 1, min(self.queries, len(source))).astype(np.int64)
+        rows = evenly(source, self.queries)
         sheet = self.folder / "neighbours.png"
         plot_neighbours(thumbs, similarities, indices, labels, classes, rows, sheet)
         yield f"{'nearest neighbours':<28} {sheet}"

@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from simclr_fast.augment.preview import contact_sheet, save_sheet
 from simclr_fast.commands.run_options import RunOptions, parse_run
 from simclr_fast.data.account import printable
 from simclr_fast.data.decode import decode_some
+from simclr_fast.data.sources import evenly
 from simclr_fast.training.setup import images_to_evaluate
 
 
@@ -40,8 +39,7 @@ def run(arguments: list[str]) -> int:
         print("\n".join(source.account.lines()))
         return 0
     print(f"data           {printable(config.data)}: {source.account.line()}")
-    # Evenly spaced, because a folder holds one class after another.
-    ids = np.linspace(0, len(source) - 1, min(given.images, len(source))).astype(np.int64)
+    ids = evenly(source, given.images)
     images = decode_some(source, ids)
     tiles, lines = contact_sheet(images, config.augmentation, seed=config.seed, ids=ids)
     print("\n".join(lines))

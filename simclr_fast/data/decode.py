@@ -20,7 +20,7 @@ from simclr_fast.data.image_check import (
     pillow_pixels,
     try_decoding,
 )
-from simclr_fast.data.sources import Source
+from simclr_fast.data.sources import Source, evenly
 from simclr_fast.utils.extras import need, require
 
 READ_AHEAD = 2
@@ -289,8 +289,6 @@ class FileReader:
     def largest_image(self, samples: int) -> int:
         """The pixels of the largest of `samples` images, evenly spaced in the source; 0 if all are
         corrupt."""
-        count = len(self.source)
-        ids = np.unique(np.linspace(0, count - 1, min(samples, count)).astype(np.int64))
 
         def pixels(i: int) -> int:
             try:
@@ -299,7 +297,7 @@ class FileReader:
                 return 0
             return height * width
 
-        return max(self._pool.map(pixels, ids.tolist()))
+        return max(self._pool.map(pixels, evenly(self.source, samples).tolist()))
 
     def _checked_file(self, i: int) -> tuple[np.ndarray, tuple[int, int]]:
         encoded, size = in_common_format(self.ahead.read(i))

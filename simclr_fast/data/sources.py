@@ -351,6 +351,12 @@ def subset(source: Source, ids: np.ndarray, why: str = "not in this part") -> So
     return _Subset(source, np.asarray(ids), why)
 
 
+def evenly(source: Source, count: int) -> np.ndarray:
+    """The numbers of at most `count` samples, int64, evenly spaced: a folder holds one class after
+    another."""
+    return np.linspace(0, len(source) - 1, min(count, len(source))).astype(np.int64)
+
+
 class _Subset(Source):
     def __init__(self, source: Source, ids: np.ndarray, why: str) -> None:
         self.source, self.ids = source, ids

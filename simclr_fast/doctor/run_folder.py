@@ -6,12 +6,11 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from simclr_fast.augment.params import Augmentation
-from simclr_fast.data.sources import Source, subset
+from simclr_fast.data.sources import Source, evenly, subset
 from simclr_fast.data.whole import whole_images
 from simclr_fast.doctor.report import Finding, Report
 from simclr_fast.doctor.rules import (
@@ -189,10 +188,9 @@ def _h_and_z(
     device: torch.device | str,
 ) -> dict[str, Tensor]:
     """Features of some images, evenly spaced in the data, without augmentation."""
-    ids = np.unique(np.linspace(0, len(source) - 1, min(images, len(source))).astype(np.int64))
     taps = Taps(model)
-    part = whole_images(subset(source, ids))
-    both = features(taps, part, augmentation, device=device, batch_size=len(ids))
+    part = whole_images(subset(source, evenly(source, images)))
+    both = features(taps, part, augmentation, device=device, batch_size=min(images, len(source)))
     parts = both.split(taps.widths(both.size(1)), dim=1)
     named = dict(zip(taps.names, parts, strict=True))
     return {name: named[name] for name in ("h", "z") if name in named}

@@ -14,7 +14,7 @@ from torch import Tensor
 from simclr_fast.augment.params import Augmentation
 from simclr_fast.augment.preview import contact_sheet, save_sheet
 from simclr_fast.data.decode import decode_some
-from simclr_fast.data.sources import Source, subset
+from simclr_fast.data.sources import Source, evenly, subset
 from simclr_fast.evaluation.accuracy import Accuracy
 from simclr_fast.evaluation.embed import (
     class_pictures,
@@ -96,13 +96,14 @@ def run_report(config: PretrainConfig, out: Path, to: Path | None = None) -> Ite
     yield f"loss           {last['loss']:.3f}; guessing gives {last['chance_loss']:.3f}"
     if "rank_h" in last:
         yield f"effective rank {last['rank_h']:.1f} of h, {last['rank_z']:.1f} of z"
-    shown = _evenly(train if test is None else test, _EMBEDDED)
+    shown = train if test is None else test
+    shown = subset(shown, evenly(shown, _EMBEDDED))
     embedding, picture = _embedding(shown, h(shown), aug, device, out)
     if picture:
         yield f"embedding      {picture}"
     pictures = Pictures(
         embedding,
-        _views(_evenly(train, _VIEWED), config),
+        _views(subset(train, evenly(train, _VIEWED)), config),
         [] if confusion is None else confusion.tolist(),
         [] if test is None else test.classes,
     )
@@ -113,12 +114,6 @@ def run_report(config: PretrainConfig, out: Path, to: Path | None = None) -> Ite
     if averaged.exists():
         yield f"its average    {averaged}"
     yield f"all of this    {to} (open it in a browser)"
-
-
-def _evenly(source: Source, count: int) -> Source:
-    """At most `count` samples, evenly spaced: a folder holds one class after another."""
-    ids = np.linspace(0, len(source) - 1, min(count, len(source))).astype(np.int64)
-    return subset(source, ids)
 
 
 def _embedding(

@@ -5,10 +5,10 @@ time before it ends a job (`#SBATCH --signal=USR1@90`).
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
 # Windows has no SIGUSR1.
 _ENDING = [signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
@@ -34,34 +34,29 @@ class Terminated(KeyboardInterrupt):
 def catch_signals() -> Iterator[list[int]]:
     """Record signals that ask to end in the yielded list; do not end the process."""
     caught: list[int] = []
-    try:
-        before = {
-            s: signal.signal(s, lambda number, _: caught.append(number))
-            for s in (signal.SIGINT, *_ENDING)
-        }
-    except ValueError:
-        # Only the main thread may set handlers; elsewhere the caller keeps its own.
-        before = {}
-    try:
+    with _handled((signal.SIGINT, *_ENDING), lambda number, _: caught.append(number)):
         yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
 def raise_sigterm() -> Iterator[None]:
     """Let SIGTERM and SIGUSR1 raise Terminated, like KeyboardInterrupt for Ctrl-C."""
+    with _handled(_ENDING, _terminate):
+        yield
+
+
+@contextmanager
+def _handled(signals: Iterable[int], handler: Callable[[int, Any], None]) -> Iterator[None]:
     try:
-        before = {s: signal.signal(s, _terminate) for s in _ENDING}
+        before = {number: signal.signal(number, handler) for number in signals}
     except ValueError:
-        # Not the main thread.
+        # Only the main thread may set handlers; elsewhere the caller keeps its own.
         before = {}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 def exit_status(stop: KeyboardInterrupt) -> int:
@@ -69,5 +64,5 @@ def exit_status(stop: KeyboardInterrupt) -> int:
     return 128 + (stop.number if isinstance(stop, Terminated) else signal.SIGINT)
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
+def _terminate(number: int, _: Any) -> None:
     raise Terminated(number)
