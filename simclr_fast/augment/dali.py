@@ -38,13 +38,26 @@ operators that reduce or repeat over channels are slow, and three planes are fas
 """
 
 from functools import cache
+from importlib import import_module
 from itertools import permutations
 from typing import Any, Literal
 
 import numpy as np
 
-from simclr_fast.augment.params import Augmentation, ViewParams
+from simclr_fast.augment.params import Augmentation, ViewParams, draw_params
 
+
+class _Part:
+    """A part of DALI, which is imported when it is first used: DALI is optional."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_module(f"nvidia.dali.{self._name}"), name)
+
+
+fn, math, types = _Part("fn"), _Part("math"), _Part("types")
 CROP_NAMES = (
     "crop_start",  # int32 [2]: y, x of the box
     "crop_shape",  # int32 [2]
@@ -115,17 +128,8 @@ def param_names(aug: Augmentation) -> list[str]:
 
 def param_types(aug: Augmentation) -> list[Any]:
     """DALI's data type of each entry of `param_names`."""
-    types = _dali("types")
     kinds = {"bool": types.BOOL, "int32": types.INT32, "float32": types.FLOAT}
-    one = ViewParams(
-        box=np.ones((1, 4), np.int32),
-        flip=np.zeros(1, bool),
-        jitter=np.zeros(1, bool),
-        order=np.arange(4, dtype=np.uint8)[None],
-        factors=np.ones((1, 4), np.float32),
-        gray=np.zeros(1, bool),
-        sigma=np.zeros(1, np.float32),
-    )
+    one = draw_params(aug, 0, 0, np.zeros(1, np.int64), 0, np.ones((1, 2), np.int64))
     return [kinds[str(array.dtype)] for array in feeds(one, aug)]
 
 
@@ -294,8 +298,6 @@ def make_crops(images: Any, nodes: list[Any], aug: Augmentation, device: str) ->
     images: as for `make_views`. nodes: the CPU DataNodes of the views' crops, those of CROP_NAMES
     for each view.
     """
-    fn, types = _dali("fn"), _dali("types")
-
     count = len(CROP_NAMES)
     crops = []
     for first in range(0, len(nodes), count):
@@ -314,8 +316,6 @@ def _make_view(
     half: bool,
     channels_last: bool,
 ) -> Any:
-    fn, types = _dali("fn"), _dali("types")
-
     x, gain = _crop(images, p, aug, device)
     x = colors.split(x * gain)
     if aug.spec == "torchvision":
@@ -388,8 +388,6 @@ def _linear_slot(
 
 def _blur(x: Any, p: dict[str, Any], aug: Augmentation, planar: bool) -> Any:
     """Blur. Pixels that are not planar keep the margin of zeros that "simclr" adds."""
-    fn, types = _dali("fn"), _dali("types")
-
     pad = aug.blur_radius if aug.spec == "simclr" else 0
     if pad or planar:
         # The blur of three planes would take a third longer.
@@ -413,8 +411,6 @@ def _local(node: Any, device: str) -> Any:
 
 def _crop(images: Any, p: dict[str, Any], aug: Augmentation, device: str) -> tuple[Any, Any]:
     """The resized box, float32 [size, size, 3], and the gain to multiply it by, [size, size, 1]."""
-    fn, types = _dali("fn"), _dali("types")
-
     gain = _local(p["row_gain"], device) * _local(p["column_gain"], device)
     x = fn.slice(images, p["crop_start"], p["crop_shape"], axis_names="HW")
     x = fn.slice(
@@ -442,8 +438,6 @@ class _Interleaved:
     """Colours as one float32 [size, size, 3]. Needs few operators, each over all channels."""
 
     def __init__(self, device: str) -> None:
-        types = _dali("types")
-
         def channels(values: list[Any], dtype: Any) -> Any:
             return types.Constant(values, dtype=dtype, shape=[1, 1, 3], device=device)
 
@@ -458,21 +452,15 @@ class _Interleaved:
         return x
 
     def clip(self, x: Any) -> Any:
-        math = _dali("math")
-
         return math.clamp(x, 0.0, 1.0)
 
     def mean(self, x: Any) -> Any:
-        fn = _dali("fn")
-
         return fn.reductions.mean(x, axes=[0, 1], keep_dims=True)
 
     def mean_luma(self, x: Any) -> Any:
         return self.luma(self.mean(x))
 
     def luma(self, x: Any) -> Any:
-        fn = _dali("fn")
-
         return fn.coord_transform(x, M=_LUMA * 3)
 
     def linear(self, x: Any, factor: Any, pivot: Any, weight: Any, added: Any) -> Any:
@@ -488,8 +476,6 @@ class _Interleaved:
         branch on the largest channel. Each channel is the smallest one plus a share of the chroma.
         The share depends only on the hue, so it is a table as well.
         """
-        fn, math, types = _dali("fn"), _dali("math"), _dali("types")
-
         top = fn.reductions.max(x, axes=[2], keep_dims=True)
         chroma = top - fn.reductions.min(x, axes=[2], keep_dims=True)
         red = fn.coord_transform(x, M=[1.0, -0.5, -0.5])
@@ -534,15 +520,11 @@ class _Planes:
     """Colours as three float32 [size, size]. Its operators are fast on the CPU."""
 
     def split(self, x: Any) -> tuple[Any, Any, Any]:
-        fn = _dali("fn")
-
         planes = fn.transpose(x, perm=[2, 0, 1], transpose_layout=False)
         r, g, b = (fn.reshape(planes[channel], layout="HW") for channel in range(3))
         return r, g, b
 
     def join(self, x: tuple[Any, Any, Any]) -> Any:
-        fn = _dali("fn")
-
         return fn.stack(*x, axis_name="C")
 
     def clip(self, x: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
@@ -550,8 +532,6 @@ class _Planes:
         return _clip(r), _clip(g), _clip(b)
 
     def mean(self, x: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-        fn = _dali("fn")
-
         r, g, b = (fn.reductions.mean(plane, keep_dims=True) for plane in x)
         return r, g, b
 
@@ -582,8 +562,6 @@ class _Planes:
         The hue in sixths of a turn is |k + (middle - low) / chroma|, where k depends on which
         channel is the largest.
         """
-        math = _dali("math")
-
         r, g, b = x
         swapped = g < b
         high, low = math.max(g, b), math.min(g, b)
@@ -606,14 +584,5 @@ class _Planes:
 
 
 def _clip(x: Any) -> Any:
-    math = _dali("math")
-
     # math.clamp is three times as slow on the CPU.
     return math.max(math.min(x, 1.0), 0.0)
-
-
-def _dali(name: str) -> Any:
-    """Import a part of DALI. Only when needed, because DALI is optional."""
-    import nvidia.dali as dali
-
-    return getattr(dali, name)

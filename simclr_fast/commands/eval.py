@@ -17,7 +17,7 @@ from simclr_fast.data.datasets import TORCHVISION
 from simclr_fast.data.sources import evenly, subset
 from simclr_fast.data.whole import whole_images
 from simclr_fast.evaluation import embed, knn, layers, linear, subsets
-from simclr_fast.evaluation.accuracy import Scores, score
+from simclr_fast.evaluation.accuracy import Scores
 from simclr_fast.evaluation.classifier import Recipe
 from simclr_fast.evaluation.plots import plot_embedding, plot_layers, plot_neighbours
 from simclr_fast.evaluation.subsets import LabelledPair
@@ -83,15 +83,10 @@ class Linear(Options):
         yield f"{weights}\nlinear evaluation, {measured(pair)}"
         results: dict[str, Any] = {}
         if self.logistic:
-            x, y = (
-                self.features(weights.encoder, weights.augmentation, pair.train, "training"),
-                self.features(weights.encoder, weights.augmentation, pair.test, "test"),
-            )
+            x, y = self.features(weights.encoder, weights.augmentation, pair)
             sweep = self.sweep("h", x, pair)
             fit = sweep.fit
-            scores = score(
-                fit.true_class_rank(y, pair.test_labels), pair.test_labels, pair.classes, self.seed
-            )
+            scores = self.scores(fit.true_class_rank(y, pair.test_labels), pair)
             results["logistic"] = {
                 **scores.to_json(),
                 "l2": fit.l2,
@@ -133,10 +128,11 @@ class Knn(Options):
         pair = self.pair()
         weights = self.load()
         yield f"{weights}\nk-NN, τ {self.tau}, {measured(pair)}"
+        x, y = self.features(weights.encoder, weights.augmentation, pair)
         found = knn.knn_ranks(
-            self.features(weights.encoder, weights.augmentation, pair.train, "training"),
+            x,
             pair.train_labels,
-            self.features(weights.encoder, weights.augmentation, pair.test, "test"),
+            y,
             pair.test_labels,
             len(pair.classes),
             ks=self.k,
@@ -145,7 +141,7 @@ class Knn(Options):
         )
         results = {}
         for k, rank in found.items():
-            scores = score(rank, pair.test_labels, pair.classes, self.seed)
+            scores = self.scores(rank, pair)
             results[f"k={k}"] = scores.to_json()
             yield from _table(f"{k} neighbours", scores)
         yield self.write(results, train=pair.train, test=pair.test)
@@ -209,19 +205,12 @@ class Layers(Options):
         model, augmentation = layers.load_run(self.encoder)
         taps = layers.Taps(model).to(self.torch_device).eval()
         yield f"{self.encoder}: logistic regression, {measured(pair)}"
-        parts = []
-        for source, name in ((pair.train, "training"), (pair.test, "test")):
-            both = self.features(taps, augmentation, source, name)
-            parts.append(both.split(taps.widths(both.shape[1]), dim=1))
+        both = self.features(taps, augmentation, pair)
+        parts = [features.split(taps.widths(features.shape[1]), dim=1) for features in both]
         results, found = {}, {}
         for name, x, y in zip(taps.names, *parts, strict=True):
             sweep = self.sweep(name, x, pair, linear.SWEEP[::4])
-            scores = score(
-                sweep.fit.true_class_rank(y, pair.test_labels),
-                pair.test_labels,
-                pair.classes,
-                self.seed,
-            )
+            scores = self.scores(sweep.fit.true_class_rank(y, pair.test_labels), pair)
             found[name] = scores.top1
             results[name] = {**scores.to_json(), "l2": sweep.fit.l2, "width": x.shape[1]}
             yield scores.row(f"{name} [{x.shape[1]}]")
@@ -257,7 +246,7 @@ class Embed(Options):
         source = whole_images(some, self.on_error, self.workers)
         weights = self.load()
         yield f"{weights}\nimages           {source.account.line()}"
-        features = self.features(weights.encoder, weights.augmentation, source, "shown")
+        features = self.features_of(weights.encoder, weights.augmentation, source, "shown")
         labels, classes = subsets.labels_or_none(source)
         methods: tuple[embed.Method, ...] = self.methods or ("pca", "tsne")
         if not self.methods and find_spec("umap"):

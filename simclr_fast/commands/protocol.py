@@ -133,6 +133,13 @@ class Options:
         return world.rank == 0
 
     def features(
+        self, encoder: nn.Module, augmentation: Augmentation, pair: LabelledPair
+    ) -> tuple[Tensor, Tensor]:
+        """Those of the training and of the test images."""
+        train = self.features_of(encoder, augmentation, pair.train, "training")
+        return train, self.features_of(encoder, augmentation, pair.test, "test")
+
+    def features_of(
         self, encoder: nn.Module, augmentation: Augmentation, source: Source, name: str
     ) -> Tensor:
         return cached_features(encoder, source, augmentation, **self._extraction(name))
@@ -172,6 +179,10 @@ class Options:
         rank = classify(
             model, pair.test, weights.augmentation, device=self.torch_device, workers=self.workers
         )
+        return self.scores(rank, pair)
+
+    def scores(self, rank: Tensor, pair: LabelledPair) -> Scores:
+        """rank: `true_class_rank` of the test images."""
         return score(rank, pair.test_labels, pair.classes, self.seed)
 
     def sweep(

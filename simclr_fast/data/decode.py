@@ -82,15 +82,6 @@ def dali_import_error() -> ImportError | None:
     return None
 
 
-def import_dali() -> Any:
-    """The module nvidia.dali.
-
-    Raises:
-        ImportError: it is missing; the message says what to install.
-    """
-    return need("nvidia.dali")
-
-
 def image_decoder(source: Source, batch_size: int, num_threads: int) -> ImageDecoder:
     """The decoder for a source: DALI's for files, Pillow's if DALI is missing or the images are not
     RGB, none for pixels.
@@ -417,7 +408,7 @@ class DaliDecoder(DaliRunner):
         return [self.reader.read(part.ids)[0]]
 
     def build(self) -> Any:
-        dali = import_dali()
+        dali = need("nvidia.dali")
         fn, types = dali.fn, dali.types
         pipeline = dali.Pipeline(
             self.batch_size,

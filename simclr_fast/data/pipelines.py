@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from simclr_fast import ops
-from simclr_fast.augment.dali import PART, dali_bytes
+from simclr_fast.augment.dali import (
+    CROP_NAMES,
+    PART,
+    crop_feeds,
+    dali_bytes,
+    feeds,
+    make_crops,
+    make_views,
+    param_types,
+)
 from simclr_fast.augment.params import Augmentation, ViewParams
 from simclr_fast.augment.views import (
     as_tensors,
@@ -35,9 +44,9 @@ from simclr_fast.data.decode import (
     PixelReader,
     dali_import_error,
     image_decoder,
-    import_dali,
 )
 from simclr_fast.data.sources import Source
+from simclr_fast.utils.extras import need
 
 Backend = Literal["fused", "dali"]
 # Draws the parameters of each view from sample ids [n] and image sizes [n, 2].
@@ -92,7 +101,7 @@ def make_pipeline(
         raise ValueError(f'backend="dali" needs RGB images, got channels={channels}')
     if device.type not in ("cpu", "cuda") or torch.version.hip:
         raise ValueError(f'backend="dali" needs the CPU or an NVIDIA GPU, got device {device}')
-    import_dali()
+    need("nvidia.dali")
     reader = (FileReader if source.encoded else PixelReader)(source, num_threads)
     where = (reader, min(rows, dali_part(reader, size)), augmentations, draw, device)
     if backend == "fused":
@@ -200,19 +209,13 @@ class DaliViews(DaliRunner):
 
     def view_feeds(self, params: ViewParams, aug: Augmentation) -> list[np.ndarray]:
         """The inputs of DALI's graph for one view. `view_types` gives their DALI types."""
-        from simclr_fast.augment.dali import feeds
-
         return feeds(params, aug)
 
     def view_types(self) -> list[Any]:
-        from simclr_fast.augment.dali import param_types
-
         return param_types(self.augmentations[0])
 
     def graph(self, pixels: Any, nodes: list[Any], aug: Augmentation, device: str) -> list[Any]:
         """Decoded pixels and the nodes of `view_feeds` of one view → its outputs."""
-        from simclr_fast.augment.dali import make_views
-
         return make_views(
             pixels,
             nodes,
@@ -232,7 +235,7 @@ class DaliViews(DaliRunner):
 
     def define(self) -> Any:
         """Define DALI's pipeline without building it."""
-        dali = import_dali()
+        dali = need("nvidia.dali")
         fn, types = dali.fn, dali.types
         device = "gpu" if self.device.type == "cuda" else "cpu"
         view_types = self.view_types()
@@ -301,21 +304,15 @@ class DaliCrops(DaliViews):
             finish_crops(crops, ints, floats, aug, view)
 
     def view_feeds(self, params: ViewParams, aug: Augmentation) -> list[np.ndarray]:
-        from simclr_fast.augment.dali import crop_feeds
-
         no_flip = np.zeros(len(params), bool)
         return [*crop_feeds(params, aug, no_flip), *pack_params(params)]
 
     def view_types(self) -> list[Any]:
-        from simclr_fast.augment.dali import CROP_NAMES, param_types
-
-        types = import_dali().types
+        types = need("nvidia.dali").types
         crop_types = param_types(self.augmentations[0])[: len(CROP_NAMES)]
         return [*crop_types, types.INT32, types.FLOAT]
 
     def graph(self, pixels: Any, nodes: list[Any], aug: Augmentation, device: str) -> list[Any]:
-        from simclr_fast.augment.dali import make_crops
-
         *crop, ints, floats = nodes
         outputs = [*make_crops(pixels, crop, aug, device), ints, floats]
         return [node.gpu() for node in outputs] if device == "gpu" else outputs

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from simclr_fast.doctor import loss_match
 from simclr_fast.doctor.loss_match import Match, partners
-from simclr_fast.doctor.observe import Backward, Head, Observer
+from simclr_fast.doctor.observe import Backward, Head, Observer, Output
 from simclr_fast.doctor.views import likeness
 from simclr_fast.utils.distributed import all_gather_rows, gather_row_counts
 
@@ -241,9 +241,8 @@ def _exact(value: Tensor) -> Tensor:
     return value.detach().to("cpu", torch.float64) if value.device.type == "mps" else value.double()
 
 
-def _gradient(output: object) -> Tensor:
-    grad, value = output.grad, output.value  # type: ignore[attr-defined]
-    return torch.zeros_like(value) if grad is None else grad
+def _gradient(output: Output) -> Tensor:
+    return torch.zeros_like(output.value) if output.grad is None else output.grad
 
 
 def _whole(flag: bool, value: Tensor) -> Tensor:

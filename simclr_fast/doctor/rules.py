@@ -540,7 +540,8 @@ def _geometry(
     values = observer.values
     if observer.last is None:
         return
-    rising = any(len(o.lr) > 1 and o.lr[0] < o.lr[-1] == max(o.lr) for o in _stepped(observer))
+    rates = [stepped.lr for stepped in observer.optimizers.values()]
+    rising = any(len(lr) > 1 and lr[0] < lr[-1] == max(lr) for lr in rates)
     if known is not None and len(values) >= patience and known.passes == 1 and not rising:
         chance = math.log(known.rows - 1)
         scale = known.seen.value / known.match.value
@@ -557,19 +558,14 @@ def _geometry(
     if h and len({x.size(1) for x in h}) == 1:
         spaces = {"h": torch.cat(h), "z": z}
     for name, x in spaces.items():
-        yield from _spread(name, x, trained, report)
+        if len(x) >= 8 and bool(x.isfinite().all()):
+            yield from collapse(name, x, trained, report)
     if known is not None and len(z) == len(known.z):
         first = known.first
         report.facts.append(
             f"alignment {geometry.alignment(z[first], z[known.partner[first]]):.3f}, "
             f"uniformity {geometry.uniformity(z):.3f}"
         )
-
-
-def _spread(name: str, x: Tensor, trained: bool, report: Report) -> Iterator[Finding]:
-    if len(x) < 8 or not bool(x.isfinite().all()):
-        return
-    yield from collapse(name, x, trained, report)
 
 
 def collapse(name: str, x: Tensor, trained: bool, report: Report) -> Iterator[Finding]:
@@ -591,10 +587,6 @@ def collapse(name: str, x: Tensor, trained: bool, report: Report) -> Iterator[Fi
             "Look at the other findings first. Otherwise lower the learning rate, warm it up, and "
             "check that the loss has negatives.",
         )
-
-
-def _stepped(observer: Observer) -> list[Stepped]:
-    return list(observer.optimizers.values())
 
 
 def _age(observer: Observer) -> int:

@@ -246,7 +246,8 @@ def _of_all_ranks(
         return own
     if not infer.width:
         # Rank 0's first batch decides for all whether autocast is exact enough.
-        infer.width, exact = world.share(lambda: _found(own, infer))
+        width = 0 if own is None else own.size(1)
+        infer.width, exact = world.share(lambda: (width, infer.dtype is None))
         infer.checked = True
         if exact:
             infer.dtype = None
@@ -258,12 +259,6 @@ def _of_all_ranks(
         for first in range(start, start + world.size * batch_size, batch_size)
     ]
     return all_gather_rows(own, world.group, counts)
-
-
-def _found(first: Tensor | None, infer: Inference) -> tuple[int, bool]:
-    """The width of features, and whether they are computed in float32."""
-    assert first is not None
-    return first.size(1), infer.dtype is None
 
 
 def _next_features(infer: Inference, batches: Iterator[Any]) -> Tensor | None:

@@ -202,7 +202,7 @@ def test_small_crops_equal_those_of_the_fused_op():
 
 def test_all_images_go_to_the_same_decoder(monkeypatch):
     """With a share between 0 and 1, an image's place in its part would choose the decoder."""
-    fn, given = pipelines.import_dali().fn, []
+    given = []
     image = fn.decoders.image
     monkeypatch.setattr(fn.decoders, "image", lambda *a, **k: (given.append(k), image(*a, **k))[1])
     reader = decode.FileReader(ENCODED, 1)
