@@ -7,10 +7,9 @@
 #include <cstring>
 #include <memory>
 #include <random>
-#include <thread>
 #include <vector>
 
-#include "../../csrc/nt_xent.h"
+#include "driver.h"
 
 namespace simclr::SIMCLR_ISA {
 void nt_xent_normalize_bf16(const NtXentNormalize<float, Bf16>& p);
@@ -24,30 +23,6 @@ using namespace simclr::SIMCLR_ISA;
 namespace {
 
 std::mt19937 generator(7);
-
-void run_threads(int64_t count, void (*body)(void*, int64_t), void* context) {
-  std::vector<std::thread> threads;
-  for (int64_t worker = 1; worker < count; ++worker) threads.emplace_back(body, context, worker);
-  if (count) body(context, 0);
-  for (std::thread& thread : threads) thread.join();
-}
-
-struct Memory {
-  std::vector<void*> owned;
-  ~Memory() {
-    for (void* block : owned) std::free(block);
-  }
-  // Exactly the size that is asked for, filled with NaN.
-  Workspace workspace() {
-    return {this, [](void* self, int64_t bytes) {
-              void* block = nullptr;
-              if (posix_memalign(&block, 64, size_t(bytes ? bytes : 1))) std::abort();
-              std::memset(block, 0xff, size_t(bytes));
-              static_cast<Memory*>(self)->owned.push_back(block);
-              return block;
-            }};
-  }
-};
 
 double value(Bf16 half) {
   const uint32_t bits = uint32_t(half.bits) << 16;

@@ -7,12 +7,11 @@
 #include <cstring>
 #include <memory>
 #include <random>
-#include <thread>
 #include <vector>
 
 #include "../../csrc/augment.h"
 #include "../../csrc/lars.h"
-#include "../../csrc/nt_xent.h"
+#include "driver.h"
 
 #define SIMCLR_KERNEL(name) ::simclr::SIMCLR_ISA::name
 
@@ -43,29 +42,6 @@ struct Array {
   }
   bool operator==(const Array& other) const {
     return n == other.n && !std::memcmp(data, other.data, n * sizeof(T));
-  }
-};
-
-void run_threads(int64_t count, void (*body)(void*, int64_t), void* context) {
-  std::vector<std::thread> threads;
-  for (int64_t worker = 1; worker < count; ++worker) threads.emplace_back(body, context, worker);
-  if (count) body(context, 0);
-  for (std::thread& thread : threads) thread.join();
-}
-
-struct Memory {
-  std::vector<void*> owned;
-  ~Memory() {
-    for (void* block : owned) std::free(block);
-  }
-  // Exactly the size that is asked for, so that the sanitizer sees accesses beyond it.
-  Workspace workspace() {
-    return {this, [](void* self, int64_t bytes) {
-              void* block = nullptr;
-              if (posix_memalign(&block, 64, size_t(bytes ? bytes : 1))) std::abort();
-              static_cast<Memory*>(self)->owned.push_back(block);
-              return block;
-            }};
   }
 };
 

@@ -30,8 +30,8 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 def build_and_run(folder, *flags, fault=None):
     shutil.copytree(ROOT / "csrc", folder / "csrc")
-    (folder / "tests" / "csrc").mkdir(parents=True)
-    driver = shutil.copy(ROOT / "tests" / "csrc" / "bf16_kernels.cpp", folder / "tests" / "csrc")
+    shutil.copytree(ROOT / "tests" / "csrc", folder / "tests" / "csrc")
+    driver = folder / "tests" / "csrc" / "bf16_kernels.cpp"
     if fault:
         name, before, after = fault
         source = (folder / "csrc" / name).read_text()

@@ -57,8 +57,8 @@ pytestmark = [
 def build_and_run(folder, sanitizer, isa="base", fault=None):
     """Compile and run the kernels for one instruction set, with a fault planted in the source."""
     shutil.copytree(ROOT / "csrc", folder / "csrc")
-    (folder / "tests" / "csrc").mkdir(parents=True)
-    driver = shutil.copy(ROOT / "tests" / "csrc" / "cpu_kernels.cpp", folder / "tests" / "csrc")
+    shutil.copytree(ROOT / "tests" / "csrc", folder / "tests" / "csrc")
+    driver = folder / "tests" / "csrc" / "cpu_kernels.cpp"
     if fault:
         name, before, after = fault
         source = (folder / "csrc" / name).read_text()
