@@ -208,20 +208,8 @@ def _backward(
     )
 
 
-def _backward_shapes(
-    grad: Tensor,
-    mean: bool,
-    u_all: Tensor,
-    lse_all: Tensor,
-    row_loss: Tensor,
-    inv_norm: Tensor,
-    z1: Tensor,
-    z2: Tensor | None,
-    temperature: Tensor,
-    row_offset: int,
-    decoupled: bool,
-    kept: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def _backward_shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inv_norm, z1, _, temperature = arguments[5:9]
     return z1.new_empty(inv_norm.size(0), z1.size(1)), torch.empty_like(temperature)
 
 
@@ -229,12 +217,6 @@ def _mean_stats(
     row_loss: Tensor, lse: Tensor, stats: Tensor, u: Tensor, temperature: Tensor
 ) -> Tensor:
     return _kernels(u).mean_statistics(row_loss, lse, stats, u, temperature)
-
-
-def _mean_stats_shapes(
-    row_loss: Tensor, lse: Tensor, stats: Tensor, u: Tensor, temperature: Tensor
-) -> Tensor:
-    return row_loss.new_empty(6)
 
 
 def kept_size(num_rows: int, dim: int) -> int:
@@ -325,19 +307,12 @@ class _NTXent(torch.autograd.Function):
         return grad_z1, grad_z2, grad_temperature, None, None, None, None
 
 
-def _loss_autograd(
-    z1: Tensor,
-    z2: Tensor | None,
-    temperature: Tensor,
-    reduction: int,
-    decoupled: bool,
-    statistics: bool,
-    keep: bool = False,
-) -> tuple[Tensor, ...]:
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(z1, z2, temperature):
-        return _NTXent.apply(z1, z2, temperature, reduction, decoupled, statistics, None)
+def _loss_autograd(*arguments: Any) -> tuple[Tensor, ...]:
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments[:3]):
+        # Without `keep`, which the function decides.
+        return _NTXent.apply(*arguments[:6], None)
     with torch._C._AutoDispatchBelowAutograd():
-        return loss(z1, z2, temperature, reduction, decoupled, statistics, keep)
+        return loss(*arguments)
 
 
 def _loss_and_stats(
@@ -399,7 +374,7 @@ mean_stats = define_op(
     "nt_xent_mean_stats(Tensor row_loss, Tensor lse, Tensor stats, Tensor u, Tensor temperature)"
     " -> Tensor",
     kernel=_mean_stats,
-    shapes=_mean_stats_shapes,
+    shapes=lambda row_loss, *_: row_loss.new_empty(6),
 )
 # grad: the upstream gradient of every row's loss, [M], or one for all, []; mean divides it by M.
 backward = define_op(

@@ -49,9 +49,7 @@ def _row_loss(z: Tensor, keys: Tensor, queue: Tensor, temperature: Tensor) -> tu
     return torch.cat(losses), torch.cat(lses)
 
 
-def _row_loss_shapes(
-    z: Tensor, keys: Tensor, queue: Tensor, temperature: Tensor
-) -> tuple[Tensor, Tensor]:
+def _row_loss_shapes(z: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
     rows = z.size(0)
     return (
         z.new_empty(rows, dtype=statistics_dtype(z.dtype)),
@@ -97,13 +95,7 @@ def _backward(
 
 
 def _backward_shapes(
-    grad: Tensor,
-    z: Tensor,
-    keys: Tensor,
-    queue: Tensor,
-    temperature: Tensor,
-    row_loss: Tensor,
-    lse: Tensor,
+    grad: Tensor, z: Tensor, keys: Tensor, queue: Tensor, temperature: Tensor, *_: Tensor
 ) -> tuple[Tensor, Tensor]:
     return z.new_empty(z.shape), torch.empty_like(temperature)
 
