@@ -90,26 +90,46 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
         part.to(world.device)
         if config.channels_last:
             part.to(memory_format=torch.channels_last)
-    dtype = autocast_dtype(config.precision, world.device)
+
     work = workload(config, world, loader.n_views)
     setting, options = choose_memory(config, world, work)
     if setting.memory == "lockstep":
         # The planner counts on it.
         loader.place_views(on_host=True)
+    dtype = autocast_dtype(config.precision, world.device)
     large_batch = LargeBatch(model, group=world.group, autocast=dtype, **options)
-    total_steps = config.steps or config.epochs * len(loader)
-    optimizer = build_optimizer(model, config)
+
+    step, total_steps = 0, config.steps or config.epochs * len(loader)
     warmup = min(round(config.warmup_epochs * len(loader)), total_steps - 1)
+    optimizer = build_optimizer(model, config)
     scheduler = warmup_cosine(optimizer, warmup, total_steps)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype is torch.float16)
-    probe = None
+    parts = {
+        "model": model,
+        "loader": loader,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+        "scaler": scaler,
+        **more,
+    }
+    # Both on rank 0 only.
+    metrics: Metrics | None = None
+    probe: OnlineProbe | None = None
     if config.probe_every and world.rank == 0:
         labels = loader.source.need_labels("probe_every needs labelled images")
         probe = OnlineProbe(labels, config.probe_every, world.device)
-    step = 0
 
     def where() -> str:
         return f"rank {world.rank}, step {step + 1}"
+
+    def loss_of(outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scaled loss of this step's images, after a look at the outputs."""
+        loss, shown = task.loss(outputs, index, logged)
+        if probe is not None:
+            probe.take(outputs[0])
+        if metrics is not None and logged:
+            metrics.look(*outputs, loader.n_views)
+        return scaler.scale(loss), shown
 
     # Created only now: a wrong argument fails above and leaves no empty folder.
     with ExitStack() as stack:
@@ -117,19 +137,10 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
         for context in backend_settings(config, world, setting.memory):
             stack.enter_context(context)
         folder = out / "checkpoints"
-        parts = {
-            "model": model,
-            "loader": loader,
-            "optimizer": optimizer,
-            "scheduler": scheduler,
-            "scaler": scaler,
-            **more,
-        }
         if config.resume:
             world.share(lambda: refuse_changes(config, out))
             step = resume(folder, world, parts, probe)
         world.check_alike(model, step)
-        metrics = None
         if world.rank == 0:
             write_config(config, loader.source.account, out)
             write_machine(out, world.device, world.size)
@@ -155,29 +166,13 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
 
             world.mark(step + 1, "training")
             seed_step(config.seed, step, world.device, world.rank)
-
             # On every rank: the values of a line may need collectives.
             logged = line_is_due(step + 1, config.log_every, total_steps)
-            line = metrics if logged else None
-
-            def loss_fn(
-                outputs: tuple[Tensor, Tensor],
-                index: Tensor = index,
-                logged: bool = logged,
-                line: Metrics | None = line,
-            ) -> tuple[Tensor, dict[str, Tensor]]:
-                loss, shown = task.loss(outputs, index, logged)
-                if probe is not None:
-                    probe.take(outputs[0])
-                if line is not None:
-                    line.look(*outputs, loader.n_views)
-                return scaler.scale(loss), shown
-
             optimizer.zero_grad(set_to_none=True)
             with task.around_backward(large_batch, views):
-                _, shown = large_batch.backward(views, loss_fn, loader.row_counts())
-            if line is not None:
-                line.measure_gradients(model, scaler.get_scale())
+                _, shown = large_batch.backward(views, loss_of, loader.row_counts())
+            if metrics is not None and logged:
+                metrics.measure_gradients(model, scaler.get_scale())
             lr = optimizer.param_groups[0]["lr"]
             # All ranks have the same averaged gradients, so all skip the same overflowing steps.
             scaler.step(optimizer)
