@@ -271,7 +271,7 @@ def _draw(
         low[0], high[0] = -jitter, jitter
     sigma = aug.sigma[0] + order[:, 1] * (aug.sigma[1] - aug.sigma[0])
     return ViewParams(
-        box=_draw_boxes(aug, u[:, _FIRST_CROP:], uniform, sizes) if aug.crop else _whole(sizes),
+        box=_draw_boxes(aug, u[:, _FIRST_CROP:], uniform, sizes) if aug.crop else whole(sizes),
         flip=switches[:, 0] < aug.p_flip,
         jitter=switches[:, 1] < aug.p_jitter,
         order=_ORDERS[(order[:, 0] * 24).astype(np.int64)],
@@ -313,7 +313,8 @@ def _uniform(seed: int, streams: np.ndarray, ids: np.ndarray, blocks: np.ndarray
     return np.moveaxis((philox(key, counter) + 0.5) * 2.0**-32, 0, -1)
 
 
-def _whole(sizes: np.ndarray) -> np.ndarray:
+def whole(sizes: np.ndarray) -> np.ndarray:
+    """The boxes of whole images."""
     return np.concatenate([np.zeros_like(sizes), sizes], axis=1).astype(np.int32)
 
 
@@ -331,7 +332,7 @@ def _draw_boxes(
     simclr = aug.spec == "simclr"
     attempts = _SIMCLR_ATTEMPTS if simclr else _TORCHVISION_ATTEMPTS
     propose = _propose_simclr if simclr else _propose_torchvision
-    boxes = _whole(sizes) if simclr else _central(aug, sizes)
+    boxes = whole(sizes) if simclr else _central(aug, sizes)
     pending = np.arange(len(sizes))
     for stop in (_FIRST_ATTEMPTS, attempts):
         box, accepted = propose(aug, draws, sizes[pending, None, :])

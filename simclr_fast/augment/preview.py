@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from simclr_fast.augment.channels import shown
-from simclr_fast.augment.params import Augmentation, ViewParams, draw_params
+from simclr_fast.augment.params import Augmentation, ViewParams, draw_params, whole
 from simclr_fast.augment.views import apply_views
 from simclr_fast.utils.checkpoint import write_atomic
 from simclr_fast.utils.extras import need
@@ -48,10 +48,9 @@ def contact_sheet(
     aug = replace(aug, mean=None, std=None)
     views = [draw_params(aug, seed, epoch, numbers, view, sizes) for view in (0, 1)]
     drawn = draw_params(replace(aug, p_blur=1.0), seed, epoch, numbers, 0, sizes)
-    whole = np.concatenate([np.zeros_like(sizes), sizes], axis=1).astype(np.int32)
     nothing, everything = np.zeros(n, bool), np.ones(n, bool)
     still = ViewParams(
-        box=whole,
+        box=whole(sizes),
         flip=nothing,
         jitter=nothing,
         order=drawn.order,

@@ -574,7 +574,7 @@ def loader(device: torch.device) -> str:
             next(iter(TwoViewLoader(folder, 8, 40, device=device, backend=backend)))
             for backend in ("dali", "fused")
         )
-        _check_batch(first[0], device, 8)
+        _check_batch(first[0], device)
         difference = (first[0] - second[0]).abs().mean().item() * 255
         assert difference < 1, f"DALI and the fused op differ by {difference:.2f}/255 on average"
     return f"DALI alone and the fused op on {device.type} differ by {difference:.1e}/255"
@@ -587,15 +587,15 @@ def array_loader(device: torch.device) -> str:
     worst, batches = 0.0, 0
     for _ in range(2):
         for ours, wanted in zip(here, on_cpu, strict=True):
-            _check_batch(ours[0], device, 8)
+            _check_batch(ours[0], device)
             worst = max(worst, (ours[0].cpu() - wanted[0]).abs().max().item() * 255)
             batches += 1
     assert worst < 1, f"views on {device} differ by {worst:.2f}/255 from the CPU's"
     return f"{batches} batches, at most {worst:.1e}/255 from the CPU's"
 
 
-def _check_batch(view: Tensor, device: torch.device, n: int) -> None:
-    assert view.shape == (n, 3, 40, 40), f"shape {tuple(view.shape)}"
+def _check_batch(view: Tensor, device: torch.device) -> None:
+    assert view.shape == (8, 3, 40, 40), f"shape {tuple(view.shape)}"
     assert view.device.type == device.type, f"views are on {view.device}"
     assert torch.isfinite(view).all()
 

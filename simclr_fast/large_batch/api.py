@@ -205,14 +205,9 @@ class LargeBatch:
             raise ValueError("views must hold at least one tensor")
         refuse_views(self.memory, parts)
         self._refuse_model()
-        rows = sum(map(len, parts))
-        if self.group is None:
-            self.batch.begin([rows])
-        else:
-            own = self._device(parts[0])
-            self.batch.begin(row_counts_of(rows, own, self.group, row_counts))
+        self._begin(parts, row_counts)
         device = self._device(parts[0]).type
-        ambient = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        ambient = _ambient_dtype(device)
         dtype = self.autocast or ambient
 
         def autocast(cache: bool = False) -> AbstractContextManager[Any]:
@@ -287,15 +282,9 @@ class LargeBatch:
                 "memory='lockstep' runs one model, the one it was made for; memory='plain', "
                 "memory='replay' and memory='grad-cache' can run a second one"
             )
-        rows = sum(map(len, parts))
-        if self.group is None:
-            self.batch.begin([rows])
-        else:
-            self.batch.begin(row_counts_of(rows, parts[0].device, self.group, row_counts))
+        self._begin(parts, row_counts)
         device = parts[0].device.type
-        dtype = self.autocast
-        if dtype is None and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        dtype = self.autocast or _ambient_dtype(device)
         with (
             torch.autocast(device, dtype, dtype is not None),
             self._norms(model, parts[0].device, recompute=False),
@@ -304,6 +293,15 @@ class LargeBatch:
                 return self._run_by_shape(model, parts)
             split = _split(parts, self.micro_batch or _MICRO_BATCH)
             return _joined([model(part) for part in split])
+
+    def _begin(self, parts: Sequence[Tensor], row_counts: Sequence[int] | None) -> None:
+        """Note the rows of all ranks in this step. The arguments are those of `backward`."""
+        rows = sum(map(len, parts))
+        if self.group is None:
+            self.batch.begin([rows])
+        else:
+            own = self._device(parts[0])
+            self.batch.begin(row_counts_of(rows, own, self.group, row_counts))
 
     def _run_by_shape(self, model: Callable[[Tensor], Any], parts: Sequence[Tensor]) -> Any:
         """model(all parts), once for each shape; inside of `_norms`."""
@@ -423,14 +421,19 @@ class LargeBatch:
         return global_norms(model, self.batch, recompute=False)
 
     def _refuse_model(self) -> None:
-        refuse_model(self.model, self.memory, ranks=self.group is not None)
+        ranks = self.group is not None
+        refuse_model(self.model, self.memory, ranks)
         if self.memory == "grad-cache":
             refuse_grad_cache(self.model, self.allow_ghost_bn)
         if self.compile:
-            ranks = self.group is not None
             normed = ranks and bool(batch_norms(self.model))
             if why := compile_refusal(self.memory, ranks, normed):
                 raise ValueError(why)
+
+
+def _ambient_dtype(device: str) -> torch.dtype | None:
+    """The dtype of the autocast around this call, if there is one."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _joined(outputs: Sequence[Any]) -> Any:

@@ -252,9 +252,8 @@ class Workload:
 
     def bytes_outside_step(self, memory: Memory) -> float:
         """Bytes of optimizer state, the next views and, on a GPU, of CUDA and DALI."""
-        found = 0.0
-        parameters = sum(p.numel() * p.element_size() for p in self._module.parameters())
-        found += parameters * (self.state + (self.ranks > 1 and memory != "lockstep"))
+        parameters = sum(p.nbytes for p in self._module.parameters())
+        found: float = parameters * (self.state + (self.ranks > 1 and memory != "lockstep"))
         # The next batch. The step counts the views of this one, and lockstep's planner neither.
         if self.loader and memory != "lockstep":
             found += self.view_bytes
@@ -267,8 +266,7 @@ class Workload:
     @property
     def model_bytes(self) -> float:
         """Bytes of parameters and buffers."""
-        tensors = (*self._module.parameters(), *self._module.buffers())
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.nbytes for t in (*self._module.parameters(), *self._module.buffers()))
 
     @property
     def view_bytes(self) -> float:

@@ -92,17 +92,6 @@ class Price:
         """The most bytes that are not kept: of a micro-batch in work, and fixed ones."""
         return max(max(p.local - p.kept, 0) + p.fixed for p in self.passes)
 
-    def peak(self, micro_batches: float, phase: str = "") -> float:
-        """The most bytes for that many micro-batches, in passes whose name begins with `phase`.
-
-        While one micro-batch is in work, each other one is as before or as after the pass.
-        """
-        return max(
-            (micro_batches - 1) * p.kept + max(p.local, p.kept) + p.fixed
-            for p in self.passes
-            if p.name.startswith(phase)
-        )
-
 
 class Prices:
     """Prices of all schedules of one model.

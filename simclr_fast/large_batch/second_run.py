@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from simclr_fast.large_batch.refusals import computed_attribute, refusal
 
-_OWN = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "training"}
+_OWN = frozenset(vars(nn.Module())) - {"training"}
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 # How often a model is traced if random numbers are drawn meanwhile.
 _TRACES = 3
@@ -165,9 +165,11 @@ class State:
             prefix = f"{name}." if name else ""
             computed = set(map(computed_attribute, module._forward_pre_hooks.values()))
             for key, value in vars(module).items():
-                if key not in _OWN and key not in computed:
-                    for inner, one in _tensors_of(key, value):
-                        self.found[prefix + inner] = _mark(one)
+                if key in ("_parameters", "_buffers"):
+                    for inner, t in value.items():
+                        self.found[prefix + inner] = _mark(t)
+                elif key not in _OWN and key not in computed:
+                    self.found[prefix + key] = _mark(value)
             for key, buffer in module._buffers.items():
                 if buffer is not None and not isinstance(buffer, FakeTensor):
                     self.values[prefix + key] = buffer.detach().clone()
@@ -188,12 +190,6 @@ class State:
             if name in self.values and not torch.equal(self.values[name], value):
                 return name
         return None
-
-
-def _tensors_of(key: str, value: Any) -> list[tuple[str, Any]]:
-    if key in ("_parameters", "_buffers"):
-        return [(name, t) for name, t in value.items()]
-    return [(key, value)]
 
 
 def _mark(value: Any, depth: int = 0) -> Any:

@@ -98,7 +98,9 @@ def test_a_price_is_what_a_step_takes(name, dtype, seed):
     # The first with real tensors.
     peak, flops = measured(name, dtype, given, fake=seed > 0)
     assert COUNT * price.flops == pytest.approx(flops, rel=0.005)
-    assert price.peak(COUNT) == pytest.approx(peak, rel=0.03)
+    # While one micro-batch is in work, each other one is as before or as after the pass.
+    priced = max((COUNT - 1) * p.kept + max(p.local, p.kept) + p.fixed for p in price.passes)
+    assert priced == pytest.approx(peak, rel=0.03)
 
 
 def test_compiled_regions_move_fewer_bytes():
