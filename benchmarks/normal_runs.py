@@ -122,7 +122,10 @@ def train(name: str, steps: int) -> dict[str, Any]:
         "core_seconds": round(seconds, 1),
         "warnings": said,
         "knn": accuracy,
-        "rows": [_rounded(json.loads(line)) for line in text],
+        "rows": [
+            {name: float(f"{value:.4g}") for name, value in json.loads(line).items()}
+            for line in text
+        ],
         "environment": harness.environment(torch.device("cpu"))
         | {"command": "python -m benchmarks.normal_runs"},
     }
@@ -148,10 +151,6 @@ def _accuracy(config: PretrainConfig, out: Path) -> float:
     classes = int(labels[0].max()) + 1
     scores = votes(similarities, labels[0][at], classes, TAU)
     return round(float((true_class_rank(scores, labels[1]) == 0).double().mean()), 4)
-
-
-def _rounded(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: float(f"{value:.4g}") for name, value in row.items()}
 
 
 def draw(runs: dict[str, Any], path: Path) -> None:

@@ -48,12 +48,13 @@ def parse_run(kind: type[T], arguments: Sequence[str], command: str) -> T:
     given = _value(arguments, "--preset") or named
     data = _value(arguments, "--data") or settings.get("data") or "demo"
     preset = given if given in PRESETS else "demo" if data in DEMO_DATA else "imagenet"
+    other = "demo" if preset == "imagenet" else "imagenet"
     own = "\n\n".join(" ".join(part.split()) for part in (kind.__doc__ or "").split("\n\n"))
     about = (
         f"{own}\n\nThe defaults shown are those of --preset {preset}"
         f"{'' if given else f', which is chosen for --data {data}'}. Without --preset, the demo "
         f"data use demo, all other data imagenet. To see another preset's defaults: "
-        f"simclr-fast {command} --preset {_another(preset)} --help"
+        f"simclr-fast {command} --preset {other} --help"
     )
     return tyro.cli(
         kind,
@@ -62,10 +63,6 @@ def parse_run(kind: type[T], arguments: Sequence[str], command: str) -> T:
         prog=f"simclr-fast {command}",
         description=about,
     )
-
-
-def _another(preset: str) -> str:
-    return next(name for name in ("imagenet", "demo") if name != preset)
 
 
 def _value(arguments: Sequence[str], option: str) -> str | None:

@@ -168,11 +168,6 @@ def measure(seen: Observed, loss: Loss) -> Match:
     return _compare(seen, loss, seen.reached.nonzero()[:, 0], torch.float64)
 
 
-def _glance(seen: Observed, loss: Loss, dtype: torch.dtype) -> Match:
-    """The same for the rows with the longest gradients, computed in `dtype`."""
-    return _compare(seen, loss, seen.longest, dtype)
-
-
 def _compare(seen: Observed, loss: Loss, rows: Tensor, dtype: torch.dtype) -> Match:
     """rows: int64, some of this rank's rows."""
     gradient, value = _gradient(seen, loss, rows, dtype)
@@ -211,10 +206,10 @@ def _search(seen: Observed, hints: Sequence[float]) -> Iterator[Match]:
 
 
 def _best(seen: Observed, loss: Loss, hints: Sequence[float]) -> Match:
-    """The best temperature for this loss."""
+    """The best temperature for this loss, by the rows with the longest gradients."""
 
     def near(temperature: float, dtype: torch.dtype = torch.float32) -> Match:
-        return _glance(seen, replace(loss, temperature=temperature), dtype)
+        return _compare(seen, replace(loss, temperature=temperature), seen.longest, dtype)
 
     tried = []
     for hint in hints:

@@ -253,7 +253,7 @@ class Observer:
         if self._in_backward():
             return
         returned = tensors_in(output)
-        if returned and returned[0].dim() == 0 and _needs_grad(inputs):
+        if returned and returned[0].dim() == 0 and any(t.requires_grad for t in tensors_in(inputs)):
             # A loss. What its parts returned are no embeddings.
             del self._outputs[start:]
             temperature = getattr(module, "temperature", None)
@@ -464,10 +464,6 @@ def tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, list | tuple):
         return [tensor for part in value for tensor in tensors_in(part)]
     return []
-
-
-def _needs_grad(inputs: Any) -> bool:
-    return any(tensor.requires_grad for tensor in tensors_in(inputs))
 
 
 def _scalar(tensors: Any, grads: Any) -> Tensor | None:

@@ -139,7 +139,8 @@ class _Problem:
         self.targets, self.classes, self.products = targets.to(device), classes, products
         self.mean, self.std = _moments(x, device)
         n, dim = x.shape
-        storage = _storage(x) if products is torch.float64 else products
+        # In float64 if that is small.
+        storage = torch.float32 if x.numel() > _BLOCK * 8 else products
         standard = torch.empty(n, dim, dtype=storage, device=device)
         covariance = torch.zeros(dim, dim, dtype=torch.float64, device=device)
         for rows in _blocks(n, dim):
@@ -347,10 +348,6 @@ def _moments(x: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
 def _rough_products(device: torch.device | str) -> torch.dtype:
     """The dtype of the matrix products in a fit that only chooses l2."""
     return torch.float32 if torch.device(device).type == "cuda" else torch.float64
-
-
-def _storage(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.numel() <= _BLOCK * 8 else torch.float32
 
 
 def _blocks(n: int, width: int) -> Iterator[slice]:

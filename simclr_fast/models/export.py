@@ -84,8 +84,8 @@ def _timm(weights: Weights, folder: Path) -> Exported:
     safetensors = need("safetensors.torch")
     theirs, config = _for_timm(weights)
     difference = _compare(weights, theirs)
-    path, state = folder / "model.safetensors", _plain_state(theirs)
-    packed = safetensors.save(state)
+    path = folder / "model.safetensors"
+    packed = safetensors.save({key: t.contiguous() for key, t in theirs.state_dict().items()})
     checkpoint.write_atomic(path, lambda part: part.write_bytes(packed))
     checkpoint.write_json(folder / "config.json", config)
     usage = f'model = timm.create_model("local-dir:{folder}", pretrained=True)'
@@ -221,10 +221,6 @@ def _plain_name(weights: Weights, library: str) -> str:
 def _loaded(theirs: nn.Module, weights: Weights) -> nn.Module:
     checkpoint.load_strictly(theirs, weights.encoder.state_dict(), weights.path)
     return theirs.eval()
-
-
-def _plain_state(module: nn.Module) -> dict[str, Tensor]:
-    return {key: tensor.contiguous() for key, tensor in module.state_dict().items()}
 
 
 def _images(weights: Weights, count: int = 2) -> Tensor:

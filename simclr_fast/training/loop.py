@@ -46,10 +46,6 @@ log = logging.getLogger(__name__)
 ENCODER, AVERAGED = "encoder.safetensors", "encoder-ema.safetensors"
 
 
-def _nothing(large_batch: LargeBatch, views: Sequence[Tensor]) -> AbstractContextManager[None]:
-    return nullcontext()
-
-
 @dataclass(frozen=True)
 class Task:
     """A model, a loader and a loss to train.
@@ -69,7 +65,7 @@ class Task:
     loss: Callable[[Any, Tensor, bool], tuple[Tensor, dict[str, Tensor]]]
     parts: dict[str, nn.Module] = field(default_factory=dict)
     around_backward: Callable[[LargeBatch, Sequence[Tensor]], AbstractContextManager[None]] = (
-        _nothing
+        lambda large_batch, views: nullcontext()
     )
 
 
