@@ -73,7 +73,7 @@ def run(arguments: list[str]) -> int:
     asked = [m for name in names for m in (*SUBJECTS[name].needs, *SUBJECTS[name].also)]
     absent = missing(dict.fromkeys([*asked, "matplotlib"]))
     if absent:
-        print(f"{explain(absent)}\nBenchmarks that need them are left out.\n", flush=True)
+        print(f"{explain(absent)}\nWhat needs them is left out.\n", flush=True)
     others = harness.OtherProcesses()
     limits = machine.floors(options)
     print(f"{machine.text(limits)}\n", flush=True)

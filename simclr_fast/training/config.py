@@ -556,7 +556,10 @@ def read_config(path: Path) -> tuple[str | None, dict[str, Any]]:
         ValueError: it is no mapping, or a name or value is none of PretrainConfig's. ImportError:
             it is YAML, and pyyaml is missing.
     """
-    text = path.read_text()
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: {error}") from error
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:

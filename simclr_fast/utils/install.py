@@ -16,7 +16,7 @@ def build_command(variable: str = "") -> str:
 
     variable: an environment variable to set for it, such as SIMCLR_FAST_CUDA=1.
     """
-    source = source_folder()
+    source = source_here()
     if source is None:
         # From an index: build from the source distribution instead of taking the wheel.
         what = f"--no-deps --force-reinstall --no-binary {_NAME} {_NAME}"
@@ -26,15 +26,16 @@ def build_command(variable: str = "") -> str:
     return f"{variable} pip install --no-build-isolation {what}".strip()
 
 
-def source_folder() -> Path | None:
-    """The source tree that this copy lies in or was installed from; None if there is none."""
+def source_here() -> Path | None:
+    """The source tree, or source distribution, that this copy lies in or was installed from; None
+    if it is not on this machine."""
     if _is_source(_PACKAGE.parent):
         return _PACKAGE.parent
     installed = _distribution()
     origin = json.loads((installed and installed.read_text("direct_url.json")) or "{}")
     url = urlparse(origin.get("url", ""))
-    folder = Path(unquote(url.path)) if url.scheme == "file" else None
-    return folder if folder is not None and _is_source(folder) else None
+    path = Path(unquote(url.path)) if url.scheme == "file" else None
+    return path if path is not None and (_is_source(path) or _is_archive(path)) else None
 
 
 def hidden_copy() -> Path | None:
@@ -58,6 +59,10 @@ def _distribution() -> Distribution | None:
 
 def _is_source(folder: Path) -> bool:
     return (folder / "setup.py").is_file() and (folder / "csrc").is_dir()
+
+
+def _is_archive(path: Path) -> bool:
+    return path.name.endswith(".tar.gz") and path.is_file()
 
 
 def _shown(folder: Path) -> str:

@@ -80,6 +80,12 @@ def test_wrong_settings_in_a_file_are_named(tmp_path, name, text, says):
         parsed("--config", tmp_path / name)
 
 
+def test_a_file_of_settings_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "run.yaml").write_bytes(b"\x80\x81")
+    with pytest.raises(ValueError, match=r"run\.yaml is not text in UTF-8"):
+        parsed("--config", tmp_path / "run.yaml")
+
+
 def test_yaml_runs_no_code(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(f"seed: !!python/object/apply:os.mkdir ['{tmp_path / 'made'}']\n")

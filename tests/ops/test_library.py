@@ -1,9 +1,11 @@
 """The rule for which implementation runs. Every reason for plain torch is given, once."""
 
+import json
 import subprocess
 import sys
 import types
 import warnings
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from simclr_fast import ops
 from simclr_fast.ops import Implementation, library
 from simclr_fast.optim.lars_native import use_native
+from simclr_fast.utils import install
 
 CUDA = torch.device("cuda")
 
@@ -63,6 +66,18 @@ def test_the_cpu_runs_native_kernels_or_says_why_not(monkeypatch):
         assert said(torch.device("cpu"), dtype) == (Implementation.NATIVE, [])
     monkeypatch.setattr(library, "EXTENSION_ERROR", ImportError("no such file"))
     assert_plain(said(torch.device("cpu")), "no such file", "pip install --no-build")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_command_names_the_source_distribution_if_it_is_there(monkeypatch, tmp_path, there):
+    archive = tmp_path / "simclr_fast-0.1.0.tar.gz"
+    if there:
+        archive.touch()
+    origin = json.dumps({"url": archive.as_uri()})
+    monkeypatch.setattr(install, "_PACKAGE", tmp_path / "site" / "simclr_fast")
+    monkeypatch.setattr(install, "_distribution", lambda: Mock(read_text=lambda name: origin))
+    last = str(archive) if there else "--no-binary simclr-fast simclr-fast"
+    assert install.build_command().endswith(f"--force-reinstall {last}")
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (12, 1)])
