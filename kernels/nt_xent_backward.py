@@ -120,9 +120,21 @@ def gradient_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     for PASS in tl.static_range(PASSES):
         first_tile, last_tile = part_of_pass(PASS, low, begin, end, plain)
-        for t in range(first_tile, last_tile):
+        # The pass for low temperatures needs the most registers and is rare: its tiles are not
+        # loaded ahead, and it reads again what it could keep. Triton 3.6 spills otherwise, and
+        # copies the tiles of the other passes in narrow pieces.
+        for t in tl.range(
+            first_tile,
+            last_tile,
+            num_stages=1 if PASS == LOW_PASS else None,
+            disable_licm=PASS == LOW_PASS,
+        ):
             key = key_of(PASS, t, plain, lo, hi, total, BLOCK_N)
             j = key + tl.arange(0, BLOCK_N)
+            if PASS == LOW_PASS:
+                f_i, w_i, ids_i, share_i = row_terms(
+                    factor_ptr, weight_ptr, ids_ptr, share_ptr, i, row_end, MASKED=True
+                )
             f_j, w_j, ids_j, share_j = row_terms(
                 factor_ptr, weight_ptr, ids_ptr, share_ptr, j, total, MASKED=PASS != PLAIN_PASS
             )
