@@ -34,10 +34,13 @@ test-slow: install
 	$(RUN) -m pytest -m slow --timeout=1200 $(ARGS)
 
 # Every GPU kernel configuration for every architecture, and its machine code, on the installed
-# Triton and on the oldest supported one: about an hour.
+# Triton and on the oldest supported one: about an hour. The oldest one's nvdisasm does not know the
+# newest GPUs, of which its ptxas does.
+NVIDIA_TOOLS = $(firstword $(wildcard .venv/lib/python*/site-packages/triton/backends/nvidia/bin))
 test-gpu-static: install .venv/triton-$(OLDEST_TRITON)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) -m gpu_static --timeout=1200 $(ARGS)
 	OMP_NUM_THREADS=1 PYTHONPATH=.venv/triton-$(OLDEST_TRITON) \
+	  TRITON_NVDISASM_PATH=$(NVIDIA_TOOLS)/nvdisasm TRITON_CUOBJDUMP_PATH=$(NVIDIA_TOOLS)/cuobjdump \
 	  SIMCLR_FAST_TEST_TRITON=$(OLDEST_TRITON) $(RUN) -m pytest -n $(WORKERS) \
 	  -m "gpu_static or not gpu_static" --timeout=1200 tests/kernels/test_specialisation.py $(ARGS)
 

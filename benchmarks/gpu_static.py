@@ -5,7 +5,6 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import triton
@@ -32,7 +31,6 @@ from simclr_fast.kernels.nt_xent_configs import table_config
 from simclr_fast.kernels.nt_xent_forward import losses_kernel, negatives_kernel, symmetric_kernel
 from simclr_fast.kernels.sup_con import class_losses_kernel, class_sums_kernel
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # Bytes a program may use; each also reserves 1 KB of its multiprocessor. 87 (Orin), 103 (B300) and
 # 121 (GB10) are not in the launch table, which serves them by their family's row.
@@ -142,9 +140,13 @@ def inspect(compiled, arch: int) -> Static:
 
 
 def _tool(name: str, *arguments: str) -> str:
-    return subprocess.run(
-        [str(TOOLS / name), *arguments], capture_output=True, text=True, check=True
-    ).stdout
+    """What one of Triton's tools prints. An older nvdisasm does not know newer GPUs, of which ptxas
+    may know: TRITON_NVDISASM_PATH and TRITON_CUOBJDUMP_PATH name others."""
+    path = getattr(triton.knobs.nvidia, name).path
+    done = subprocess.run([path, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{path}: {done.stderr.strip()}")
+    return done.stdout
 
 
 def _loops(sass: str) -> list[Loop]:
