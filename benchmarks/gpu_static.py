@@ -269,6 +269,7 @@ def row_kernel_static(kernel: str, arch: int, dtype: torch.dtype, dim: int) -> S
         **dict.fromkeys(("stride_d", "stride_1d", "stride_2d"), 1),
     }
     warps = blocks.warps
+    limit = {"maxnreg": blocks.registers} if kernel.startswith("finish") else {}
     if kernel in ("weights", "class_weights", "class_losses"):
         constants["BLOCK_R"], warps = WEIGHTS_BLOCK, 4
     if kernel == "weights":
@@ -277,5 +278,5 @@ def row_kernel_static(kernel: str, arch: int, dtype: torch.dtype, dim: int) -> S
     types = {n: t for n, t in types.items() if n not in constants}
     ragged = ("dim", "stride_n", "stride_1n", "stride_2n") if dim % 16 else ()
     multiples = [n for n, t in types.items() if t != "fp32" and n not in ragged]
-    compiled = compile_kernel(function, types, constants, arch, multiples, num_warps=warps)
+    compiled = compile_kernel(function, types, constants, arch, multiples, num_warps=warps, **limit)
     return inspect(compiled, arch)

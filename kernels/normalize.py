@@ -138,6 +138,14 @@ class RowBlocks(NamedTuple):
     columns: int
     warps: int
 
+    @property
+    def registers(self) -> int:
+        """The most that a thread may take: no more than leave room for two programs.
+
+        Without a limit, ptxas chooses one for more programs at a time, and then spills a few.
+        """
+        return min(128, 1024 // self.warps)
+
 
 @cache
 def row_blocks(padded: int, parts: int = 1) -> RowBlocks:

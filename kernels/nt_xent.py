@@ -437,5 +437,6 @@ def backward(
             BLOCK_P=blocks.rows,
             BLOCK_D=blocks.columns,
             num_warps=blocks.warps,
+            maxnreg=blocks.registers,
         )
     return grad_z, grad_temperature
