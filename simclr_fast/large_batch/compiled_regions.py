@@ -76,10 +76,11 @@ class CompiledRegions:
         weight: Tensor | None,
         sums: Tensor,
         batch: gbn.WholeBatch,
+        spare: bool,
     ) -> Tensor:
         """`gbn.input_gradient`, compiled, except on CUDA, where it is a single kernel already."""
         if gbn.on_cuda(x) or not takes(x):
-            return gbn.input_gradient(dy, x, s, weight, sums, batch)
+            return gbn.input_gradient(dy, x, s, weight, sums, batch, spare)
         weight = weight if weight is None else weight.detach()
         found: Tensor = _call(self._input_gradient, dy, x, s, weight, sums)
         return found

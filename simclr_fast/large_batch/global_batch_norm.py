@@ -299,13 +299,15 @@ def gradient_sums(
     pairs = [(dy, x) for dy, x in pairs if x.numel()]
     if pairs and on_cuda(pairs[0][1]):
         return _cuda_sums(pairs, s, weight)
-    whole = s.mean.new_zeros(2, len(s.mean))
+    whole = s.mean.new_zeros(2, len(s.mean)) if len(pairs) != 1 else None
     for dy, x in pairs:
         # The sums are the gradients of weight and bias; the gradient of the input is not computed.
         _, slope, center = torch.ops.aten.native_batch_norm_backward(
             dy, x, None, None, None, s.mean, s.inverse, True, s.eps, [False, True, True]
         )
-        whole += torch.stack([center, slope])
+        found = torch.stack([center, slope])
+        whole = found if whole is None else whole + found
+    assert whole is not None
     if weight is None:
         return Sums(whole, None, None)
     return Sums(whole, whole[1].clone(), whole[0].clone())
@@ -329,9 +331,20 @@ def slope(whole: Tensor, s: Statistics) -> Tensor:
 
 
 def input_gradient(
-    dy: Tensor, x: Tensor, s: Statistics, weight: Tensor | None, sums: Tensor, batch: WholeBatch
+    dy: Tensor,
+    x: Tensor,
+    s: Statistics,
+    weight: Tensor | None,
+    sums: Tensor,
+    batch: WholeBatch,
+    spare: bool = False,
 ) -> Tensor:
-    """dx = γ·inverse (dy - Σdy / n - x̂·Σdy·x̂ / n); sums: `Sums.whole` of the whole batch."""
+    """dx = γ·inverse (dy - Σdy / n - x̂·Σdy·x̂ / n).
+
+    sums: `Sums.whole` of the whole batch. spare: dx may get the memory of dy.
+    """
+    if x.device.type == "cpu" and not on_cuda(x) and dy.dtype is x.dtype:
+        return _input_gradient_in_one_pass(dy, x, s, weight, sums, spare)
     if not on_cuda(x) or not x.numel():
         return input_gradient_composed(dy, x, s, weight, sums)
     counts = batch.counts(_in_32_bits(s.n), torch.int32, x.device)
@@ -355,6 +368,20 @@ def input_gradient_composed(
     correction = F.batch_norm(x.to(wide), s.mean, s.variance, slope, center, False, 0.0, s.eps)
     channels = scale.view(-1, *[1] * (x.dim() - 2))
     return correction.addcmul_(dy.to(wide), channels).to(dy.dtype)
+
+
+def _input_gradient_in_one_pass(
+    dy: Tensor, x: Tensor, s: Statistics, weight: Tensor | None, sums: Tensor, spare: bool
+) -> Tensor:
+    """`input_gradient` as the sum of two batch norms: of x, and of dy with mean 0."""
+    weight, layout = _as(weight, s), _layout(x)
+    scale = s.inverse if weight is None else s.inverse * weight
+    center, slope = (-scale * sums / s.n).unbind()
+    of_x = (x.contiguous(memory_format=layout), s.mean, s.inverse, slope, center)
+    zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+    dense = dy.contiguous(memory_format=layout)
+    in_place = spare or dense is not dy
+    return one_pass(dense, zero, one, scale, None, *of_x, in_place=in_place)
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from simclr_fast.large_batch import global_batch_norm as gbn
+from simclr_fast.large_batch.pointwise import of_rows, rows_of
 from simclr_fast.ops import widest_float
 
 
@@ -62,7 +63,7 @@ class Gram:
 
     def see(self, y: Tensor) -> None:
         """Add a micro-batch of the convolution's input, [N, C_in, ...], to the statistics."""
-        rows = _rows(self.sampled(y).to(self.dtype))
+        rows = rows_of(self.sampled(y).to(self.dtype))
         n = len(rows)
         if not n:
             return
@@ -86,9 +87,9 @@ class Gram:
 
     def add_gradient(self, g: Tensor, y: Tensor) -> None:
         """Add a micro-batch to Σ g and Σ g yᵀ. g: [N, C_out, ...], y: as for `see`."""
-        rows = _rows(g)
+        rows = rows_of(g)
         total = rows.sum(0, dtype=gbn.wide_dtype(rows)).to(self.wide)
-        cross = _product(rows, _rows(self.sampled(y).to(g.dtype))).to(self.wide)
+        cross = _product(rows, rows_of(self.sampled(y).to(g.dtype))).to(self.wide)
         self.sum = total if self.sum is None else self.sum.add_(total)
         self.cross = cross if self.cross is None else self.cross.add_(cross)
 
@@ -131,21 +132,15 @@ class Gram:
     def input_gradient(self, g: Tensor, y: Tensor) -> Tensor:
         """The gradient of y, given that of the batch norm's output."""
         sampled = self.sampled(y)
-        rows = _rows(sampled.to(self.dtype))
-        found = torch.addmm(self.constant, _rows(g.to(self.dtype)), self.forth, beta=-1)
+        rows = rows_of(sampled.to(self.dtype))
+        found = torch.addmm(self.constant, rows_of(g.to(self.dtype)), self.forth, beta=-1)
         found = found.addmm_(rows, self.back, alpha=-1).to(y.dtype)
-        shape = sampled.shape
-        found = found.view(len(y), *shape[2:], shape[1]).movedim(-1, 1)
+        found = of_rows(found, sampled)
         if found.stride() == y.stride():
             return found
         whole = torch.zeros_like(y)
         self.sampled(whole).copy_(found)
         return whole
-
-
-def _rows(t: Tensor) -> Tensor:
-    """[N, C, ...] as [places, C]: a view if channels come last in memory."""
-    return t.movedim(1, -1).reshape(-1, t.size(1))
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

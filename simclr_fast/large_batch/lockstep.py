@@ -41,6 +41,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_map
 
 from simclr_fast.large_batch import global_batch_norm as gbn
+from simclr_fast.large_batch import pointwise
 from simclr_fast.large_batch.bits import pack, unpack
 from simclr_fast.large_batch.buckets import Buckets
 from simclr_fast.large_batch.compiled_regions import CompiledRegions, Region, takes
@@ -371,7 +372,10 @@ class Lockstep:
             (x,), conv = read.values(), self.graph.module(node)
             dtype = self._conv_dtype(x)
             weight, bias = (self._cast(p, dtype) for p in (conv.weight, conv.bias))
-            return conv._conv_forward(x.to(dtype), weight, bias)
+            x = x.to(dtype)
+            if pointwise.is_product(conv, x):
+                return pointwise.forward(x, weight, bias)
+            return conv._conv_forward(x, weight, bias)
         with self.autocast():
             return self.graph.execute(node, read)
 
@@ -464,7 +468,7 @@ class Lockstep:
         else:
             s, sums = self.statistics[op.node], self.whole_sums[op.node]
             compute = gbn if self.regions is None else self.regions
-            dx = compute.input_gradient(gradient, x, s, norm.weight, sums, self.batch)
+            dx = compute.input_gradient(gradient, x, s, norm.weight, sums, self.batch, op.spare)
         _add(env, op.writes[0], dx, fresh=True)
 
     def _pull(self, op: Op, gradient: Any, env: Env) -> None:
@@ -473,11 +477,12 @@ class Lockstep:
         if node in self.graph.relus:
             kind = op.reads[1].kind
             other = env[op.reads[1]]
-            dx = (
-                aten.threshold_backward(gradient, other, 0)
-                if kind == "value"
-                else gradient * unpack(other, gradient.shape, self._layout(node))
-            )
+            if kind == "bits":
+                dx = gradient * unpack(other, gradient.shape, self._layout(node))
+            elif op.spare:
+                dx = aten.threshold_backward(gradient, other, 0, grad_input=gradient)
+            else:
+                dx = aten.threshold_backward(gradient, other, 0)
             _add(env, op.writes[0], dx, fresh=True)
         elif node in program.sums or node in self.graph.identities:
             for key in op.writes:
@@ -503,9 +508,10 @@ class Lockstep:
             x = x.contiguous(memory_format=self._layout(source))
         trains = [p is not None and p.requires_grad for p in (conv.weight, conv.bias)]
         wanted = [bool(op.writes), *(t and not op.linear for t in trains)]
-        dx, *found = _convolution_backward(
-            conv, gradient, x, self._cast(conv.weight, gradient.dtype), wanted
-        )
+        weight = self._cast(conv.weight, gradient.dtype)
+        x = x.to(gradient.dtype)
+        pull = pointwise.backward if pointwise.is_product(conv, x) else _convolution_backward
+        dx, *found = pull(conv, gradient, x, weight, wanted)
         self._add_parameters((conv.weight, conv.bias), found)
         if op.writes:
             _add(env, op.writes[0], dx.to(spec.dtype), fresh=True)
@@ -649,7 +655,7 @@ def _convolution_backward(
     """torch's gradients of input, weight and bias. weight: in the dtype of `gradient`."""
     found: tuple[Any, ...] = aten.convolution_backward(
         gradient,
-        source.to(gradient.dtype),
+        source,
         weight.detach(),
         None if conv.bias is None else [len(conv.bias)],
         conv.stride,

@@ -45,6 +45,7 @@ class Op:
     norm_act: the batch norms that "make" normalises with, and what follows them.
     last: keys that no later operation of the pass needs.
     overwrites: the key whose memory gets the result of a ReLU, a sum or a `norm_act`.
+    spare: nothing else needs the gradient that is read, or shares its memory.
     """
 
     kind: Kind
@@ -56,6 +57,7 @@ class Op:
     norm_act: NormAct | None = None
     last: Sequence[Key] = ()
     overwrites: Key | None = None
+    spare: bool = False
 
 
 @dataclass(eq=False)
@@ -216,6 +218,9 @@ class Program:
         graph = self.graph
         self._alive: dict[Key, _Kept] = {}
         self._everything: list[_Kept] = []
+        # Gradients that were written last into memory of their own, and operations that read one.
+        self._own: set[Key] = set()
+        self._reads_own: set[Op] = set()
         by_level: dict[int, list[Node]] = {}
         for norm, level in graph.levels.items():
             by_level.setdefault(level, []).append(norm)
@@ -391,7 +396,12 @@ class Program:
                 piece = self._made[given] if given in self._made else self._alive[given].piece
             self._alive.pop(key, None)
             self._made[key] = piece
-        self._pass.ops.append(Op(kind, node, reads, writes, gram, linear, norm_act))
+        op = Op(kind, node, reads, writes, gram, linear, norm_act)
+        if gradient and reads[0] in self._own:
+            self._reads_own.add(op)
+        fresh = kind == "pull_norm" or node in self.graph.relus or node in self.graph.convolutions
+        (self._own.update if fresh else self._own.difference_update)(writes)
+        self._pass.ops.append(op)
 
     # What follows from the passes.
 
@@ -425,6 +435,12 @@ class Program:
             for op in current.ops:
                 if op.kind == "make":
                     op.overwrites = self._free(current, op)
+                elif op in self._reads_own:
+                    (key, *_) = op.reads
+                    kept = key in current.keeps or (
+                        key in current.loads and key not in current.drops
+                    )
+                    op.spare = key in op.last and not kept
 
     def _free(self, current: Pass, op: Op) -> Key | None:
         """A value whose memory the operation may use for its own."""
