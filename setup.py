@@ -296,11 +296,25 @@ class SourceDistribution(sdist):
             copy.symlink_to(os.readlink(source))
 
 
+def repository() -> str | None:
+    """The address of the repository, which GitHub's workflows name; None elsewhere."""
+    name = os.environ.get("GITHUB_REPOSITORY")
+    return name and f"{os.environ.get('GITHUB_SERVER_URL', 'https://github.com')}/{name}"
+
+
+def readme() -> str:
+    """README.md. A package index shows it alone, so links to files name the repository."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    if home := repository():
+        text = re.sub(r"(!\[[^]]*\]\()(?!https?:)", rf"\1{home}/raw/HEAD/", text)
+        text = re.sub(r"((?<!!)\[[^]]*\]\()(?!https?:)", rf"\1{home}/blob/HEAD/", text)
+    return text
+
+
 def project_urls() -> dict[str, str]:
-    """The addresses in the metadata. GitHub's workflows name the repository that they build."""
+    """The addresses in the metadata."""
     urls = {"Method": "https://arxiv.org/abs/2002.05709"}
-    if repository := os.environ.get("GITHUB_REPOSITORY"):
-        home = f"{os.environ.get('GITHUB_SERVER_URL', 'https://github.com')}/{repository}"
+    if home := repository():
         urls |= {"Source": home, "Issues": f"{home}/issues"}
         urls |= {"Documentation": f"{home}/tree/HEAD/docs"}
         urls |= {"Changelog": f"{home}/blob/HEAD/CHANGELOG.md"}
@@ -329,5 +343,7 @@ setup(
     license="MIT",
     license_files=["LICENSE", "simclr_fast/assets/LICENSE.fashion-mnist"],
     project_urls=project_urls(),
+    long_description=readme(),
+    long_description_content_type="text/markdown",
     **extension_options(),
 )

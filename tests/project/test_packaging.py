@@ -1,6 +1,7 @@
 """What a user installs: the wheel holds everything and works away from the source tree."""
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -173,6 +174,18 @@ assert len(messages) == 1 and '_C' in messages[0], messages
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_of_a_release_links_to_its_repository(tmp_path):
+    """An index shows it without the files beside it."""
+    environment = {**os.environ, "GITHUB_REPOSITORY": "a/b", "SIMCLR_FAST_BUILD_EXT": "0"}
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True)
+    text = (tmp_path / "simclr_fast.egg-info" / "PKG-INFO").read_text()
+    assert "\nProject-URL: Source, https://github.com/a/b\n" in text
+    assert "](https://github.com/a/b/raw/HEAD/docs/speed.png)" in text
+    assert "](https://github.com/a/b/blob/HEAD/docs/install.md)" in text
+    assert not re.findall(r"\]\((?!https?://)[^)]*\)", text)
 
 
 def test_cuda_must_be_there_when_asked_for(tmp_path):
