@@ -3,7 +3,7 @@
 import json
 import os
 import shlex
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.metadata import Distribution, PackageNotFoundError, distribution, distributions
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -43,11 +43,14 @@ def hidden_copy() -> Path | None:
 
     Python started in a clone takes the package of the clone, which may not be compiled.
     """
-    installed = _distribution()
-    if installed is None or not _is_source(_PACKAGE.parent):
+    if not _is_source(_PACKAGE.parent):
         return None
-    other = Path(str(installed.locate_file("simclr_fast"))).resolve()
-    return other if other != _PACKAGE and (other / "__init__.py").exists() else None
+    # An unpacked source distribution counts as installed as well, by its folder of metadata.
+    for installed in distributions(name=_NAME):
+        other = Path(str(installed.locate_file("simclr_fast"))).resolve()
+        if other != _PACKAGE and (other / "__init__.py").exists():
+            return other
+    return None
 
 
 def _distribution() -> Distribution | None:

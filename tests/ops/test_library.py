@@ -68,6 +68,24 @@ def test_the_cpu_runs_native_kernels_or_says_why_not(monkeypatch):
     assert_plain(said(torch.device("cpu")), "no such file", "pip install --no-build")
 
 
+def test_the_installed_copy_that_a_source_tree_hides_is_found(monkeypatch, tmp_path):
+    """In an unpacked source distribution, which has metadata of its own."""
+    tree, site = tmp_path / "tree", tmp_path / "site"
+    for folder, metadata in ((tree, "simclr_fast.egg-info"), (site, "simclr_fast-1.dist-info")):
+        for part in ("simclr_fast", metadata):
+            (folder / part).mkdir(parents=True)
+        (folder / "simclr_fast" / "__init__.py").touch()
+        name = "PKG-INFO" if folder == tree else "METADATA"
+        (folder / metadata / name).write_text("Metadata-Version: 2.1\nName: simclr-fast\n")
+    (tree / "setup.py").touch()
+    (tree / "csrc").mkdir()
+    monkeypatch.setattr(install, "_PACKAGE", tree / "simclr_fast")
+    monkeypatch.setattr(sys, "path", [str(tree)])
+    assert install.hidden_copy() is None
+    monkeypatch.setattr(sys, "path", [str(tree), str(site)])
+    assert install.hidden_copy() == site / "simclr_fast"
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_the_command_names_the_source_distribution_if_it_is_there(monkeypatch, tmp_path, there):
     archive = tmp_path / "simclr_fast-0.1.0.tar.gz"
