@@ -111,7 +111,9 @@ def _recipe(config: dict[str, Any], metrics: Path) -> Iterator[str]:
     if not config:
         return
     yield "## Recipe\n"
-    rows = [(name, config.get(name)) for name in _RECIPE]
+    # Steps, where they are set, take the place of epochs.
+    unused = "epochs" if config.get("steps") else "steps"
+    rows = [(name, config.get(name)) for name in _RECIPE if name != unused]
     rows += [(f"augmentation.{k}", v) for k, v in (config.get("augmentation") or {}).items()]
     shown = [f"| {name} | {value} |" for name, value in rows if value is not None]
     yield "\n".join(["| setting | value |", "|---|---|", *shown, ""])

@@ -81,6 +81,8 @@ def test_the_card_has_data_recipe_results_curves_and_usage(ran, tmp_path):
     ):
         assert part in card
     assert "somebody" not in card
+    assert "| steps | 2 |" in card
+    assert "| epochs |" not in card
     assert (tmp_path / "loss.png").read_bytes() == b"picture"
     assert "embedding.png" not in card
 
