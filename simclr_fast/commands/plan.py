@@ -152,7 +152,7 @@ def run(arguments: list[str]) -> int:
         if not given.json:
             print(_row(setting, _verdict(work, setting, limit), given.gpus), flush=True)
     best = _best(work, found, limit)
-    command = None if best is None else _command(given, best, ghost)
+    command = None if best is None else _command(given, best)
     if given.json:
         print(_to_json(given, gpu, work, found, limit, command))
         return int(best is None)
@@ -267,11 +267,8 @@ def _rates(gpu: Gpu, compiled: bool) -> str:
     )
 
 
-def _command(given: Plan, setting: Setting, normed: bool) -> str:
-    """The command to run, with every option that affects the prediction and is not a default.
-
-    normed: whether the model has batch norms.
-    """
+def _command(given: Plan, setting: Setting) -> str:
+    """The command to run, with every option that affects the prediction and is not a default."""
     config, plain = given.config, PretrainConfig()
     start = "simclr-fast pretrain"
     parts = []
@@ -293,7 +290,7 @@ def _command(given: Plan, setting: Setting, normed: bool) -> str:
     for name in ("gpu_memory", "host_memory"):
         if (size := getattr(given, name)) is not None and setting.memory == "lockstep":
             parts.append(f"--{name.replace('_', '-')} {size}")
-    if config.compile and not compile_refusal(setting.memory, given.gpus > 1, normed):
+    if config.compile and not compile_refusal(setting.memory):
         parts.append("--compile")
     return " ".join([start, *parts, setting.flags])
 

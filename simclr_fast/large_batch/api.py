@@ -31,6 +31,7 @@ from simclr_fast.large_batch.refusals import (
 from simclr_fast.large_batch.replay import global_norms
 from simclr_fast.large_batch.schedule import Schedule
 from simclr_fast.large_batch.second_run import Comparing, State
+from simclr_fast.large_batch.traced_batch_norm import TracedNorms
 from simclr_fast.utils.device import free_memory
 from simclr_fast.utils.distributed import row_counts_of
 from simclr_fast.utils.numbers import as_float, as_int
@@ -96,8 +97,7 @@ class LargeBatch:
     host_memory: the bytes of host memory in which lockstep may keep what does not fit on a GPU.
     compile: run the model through torch.compile. plain and grad-cache compile its forward; the
         model itself stays as it is, and so do the names of its weights. lockstep compiles the
-        layers between batch norms and convolutions. replay cannot, nor plain with batch norms over
-        several ranks.
+        layers between batch norms and convolutions. replay cannot.
     schedule: what lockstep keeps, and its micro_batch. None: the planner chooses one at the first
         step, with the least predicted work for gpu_memory and host_memory.
     """
@@ -163,9 +163,12 @@ class LargeBatch:
                 self.lockstep = Lockstep(model, self.batch, self._current_schedule, compile)
         if memory == "replay":
             recomputed_blocks(model)
-        self._compiled = None
+        self._compiled: CompiledModel | None = None
         if compile and memory != "lockstep":
             self._compiled = CompiledModel(model)
+        self._traced: TracedNorms | None = None
+        if self._compiled and memory == "plain" and self.group is not None:
+            self._traced = TracedNorms(self.batch)
         self._comparing = Comparing()
         self._chosen: tuple[Any, Schedule] | None = None
 
@@ -254,9 +257,16 @@ class LargeBatch:
                     self._compiled,
                 )
             else:
-                with self._norms(self.model, parts[0].device):
+                # A rank with few rows would have a graph, and collectives, of its own.
+                compiled = self._compiled if min(self.batch.rows) > 1 else None
+                norms = (
+                    self._traced.during(self.model)
+                    if compiled and self._traced
+                    else self._norms(self.model, parts[0].device)
+                )
+                with norms:
                     with autocast(True):
-                        outputs = self._run_by_shape(self._compiled or self.model, parts)
+                        outputs = self._run_by_shape(compiled or self.model, parts)
                     result = loss_of(outputs)
             if average is not None:
                 average.finish()
@@ -421,14 +431,11 @@ class LargeBatch:
         return global_norms(model, self.batch, recompute=False)
 
     def _refuse_model(self) -> None:
-        ranks = self.group is not None
-        refuse_model(self.model, self.memory, ranks)
+        refuse_model(self.model, self.memory, ranks=self.group is not None)
         if self.memory == "grad-cache":
             refuse_grad_cache(self.model, self.allow_ghost_bn)
-        if self.compile:
-            normed = ranks and bool(batch_norms(self.model))
-            if why := compile_refusal(self.memory, ranks, normed):
-                raise ValueError(why)
+        if self.compile and (why := compile_refusal(self.memory)):
+            raise ValueError(why)
 
 
 def _ambient_dtype(device: str) -> torch.dtype | None:

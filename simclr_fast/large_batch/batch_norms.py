@@ -1,5 +1,7 @@
 """Find the batch norms of a model, and refuse those with an unknown forward."""
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,6 +15,22 @@ _WITH_ACTIVATION = ("BatchNormAct2d", "SyncBatchNormAct")
 
 class Replaced(partial[Any]):
     """A forward that LargeBatch puts in the place of a batch norm's own during a step."""
+
+
+@contextmanager
+def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """A context in which modules have other forwards."""
+    before: dict[nn.Module, Any] = {m: vars(m).get("forward") for m in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = forward
 
 
 def uses_batch_statistics(module: nn.Module) -> bool:

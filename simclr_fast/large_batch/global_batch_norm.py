@@ -195,7 +195,7 @@ def global_statistics(
         squares = (inverses.double() ** -2 - norm.eps).clamp_min(0) * counts.double()[:, None]
         rows = torch.cat([means.double(), squares, counts.double()[:, None]], 1)
         return _from_row(merge(rows.unbind()), n, dtype, norm, batch)
-    if _has_buffers(norm) and norm.momentum is not None and norm.running_mean.dtype == dtype:
+    if has_buffers(norm) and norm.momentum is not None and norm.running_mean.dtype == dtype:
         batch.saw(norm)
         found = _merged(means, inverses, counts, norm.eps, norm)
         return Statistics(*found, n, norm.eps)
@@ -389,7 +389,7 @@ def update_running(
     norm: Any, mean: Tensor, variance: Tensor, n: Tensor | int, batch: WholeBatch
 ) -> None:
     """Update a batch norm's running statistics as its forward would. variance: biased."""
-    if not _has_buffers(norm):
+    if not has_buffers(norm):
         return
     momentum = norm.momentum
     if momentum is None:
@@ -437,7 +437,8 @@ def _as(parameter: Tensor | None, s: Statistics) -> Tensor | None:
     return None if parameter is None else parameter.to(s.mean.dtype)
 
 
-def _has_buffers(norm: Any) -> bool:
+def has_buffers(norm: Any) -> bool:
+    """Whether a batch norm keeps running statistics."""
     return norm.running_mean is not None and bool(norm.track_running_stats)
 
 

@@ -98,21 +98,12 @@ def refuse_model(model: nn.Module, memory: str, ranks: bool) -> None:
         )
 
 
-def compile_refusal(memory: str, ranks: bool, normed: bool) -> str:
-    """Why `memory` cannot compile a model; "" if it can.
-
-    ranks: whether several ranks form one batch. normed: whether the model has batch norms.
-    """
+def compile_refusal(memory: str) -> str:
+    """Why `memory` cannot compile a model; "" if it can."""
     if memory == "replay":
         return (
             "memory='replay' cannot compile: it replaces blocks and batch norms in every step. Use "
             "memory='plain', memory='lockstep' or memory='grad-cache', or leave compile"
-        )
-    if memory == "plain" and ranks and normed:
-        return (
-            "memory='plain' cannot compile batch norms over several ranks, which exchange their "
-            "statistics in the forward. Use memory='lockstep', which compiles what lies between "
-            "them, or leave compile"
         )
     return ""
 

@@ -18,7 +18,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from simclr_fast.large_batch import global_batch_norm as gbn
-from simclr_fast.large_batch.batch_norms import Replaced, after_norm, batch_norms
+from simclr_fast.large_batch.batch_norms import (
+    Replaced,
+    after_norm,
+    batch_norms,
+    replaced_forwards,
+)
 from simclr_fast.large_batch.blocks import Block, recomputed_blocks
 from simclr_fast.large_batch.second_run import HostNumbers, State, differ, samples, version
 
@@ -99,18 +104,9 @@ def global_norms(
         else:
             parts.setdefault(block.owner, []).append(run)
     forwards |= {owner: partial(_one_after_the_other, runs) for owner, runs in parts.items()}
-    before: dict[nn.Module, Any] = {m: vars(m).get("forward") for m in forwards}
-    try:
-        for module, forward in forwards.items():
-            module.forward = forward
+    with replaced_forwards(forwards):
         yield
         batch.finish_forward()
-    finally:
-        for module, forward in before.items():
-            if forward is None:
-                vars(module).pop("forward", None)
-            else:
-                module.forward = forward
 
 
 def _one_after_the_other(runs: list[Callable[..., Any]], x: Any) -> Any:

@@ -144,8 +144,7 @@ class PretrainConfig:
     compile: bool = False
     """Run the model through torch.compile, which takes time in the first step. plain and grad-cache
     compile its forward; weights and files are as without. lockstep compiles the layers between
-    batch norms and convolutions, and may become slower by it: try both. Not for replay, nor for
-    plain with batch norms over several ranks."""
+    batch norms and convolutions, and may become slower by it: try both. Not for replay."""
     allow_ghost_bn: bool = False
     """Let grad-cache run models with batch norm. Its statistics are then of a micro-batch only."""
     channels_last: bool = True

@@ -213,7 +213,7 @@ def choose_memory(
             setting = planner.fitting_lockstep(work, limit, host, config.micro_batch)
     compiles = config.compile
     if compiles and config.memory == "auto":
-        why = compile_refusal(setting.memory, world.size > 1, work.has_batch_norms)
+        why = compile_refusal(setting.memory)
         if why:
             log.warning("compile has no effect: memory 'auto' chose %s; %s", setting.memory, why)
             compiles = False

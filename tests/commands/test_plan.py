@@ -56,8 +56,7 @@ def test_every_optimizer_of_pretrain_and_compile(settings, monkeypatch, capsys):
         assert (config.optimizer, config.compile) == (optimizer, True)
         assert (seen[-1].state, seen[-1].compile) == (state, True)
         assert "into one pass over memory" in printed
-    # Replay never compiles, plain not with batch norms over several ranks.
-    for memory, gpus, compiles in (("plain", 1, True), ("plain", 2, False), ("replay", 1, False)):
+    for memory, gpus, compiles in (("plain", 1, True), ("plain", 2, True), ("replay", 1, False)):
         settings(Setting(memory, None, 2e9))
         assert run(["plan", *SMALL, "--compile", "--gpus", str(gpus)]) == 0
         command = capsys.readouterr().out.splitlines()[-1]

@@ -117,6 +117,14 @@ def plain_autograd(model, x=None):
     return loss.detach()
 
 
+def with_norms():
+    """A small network with batch norms of images and of rows."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)
+    head = nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(72, 8), nn.BatchNorm1d(8)
+    return lively(nn.Sequential(*layers, *head))
+
+
 def step(model, backward):
     """(loss, gradients, buffers, parameters after a step of LARS) of `backward(model)`."""
     optimizer = LARS(lars_param_groups(model, 1e-4), lr=0.5, momentum_order="tf", norm="joint")

@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from large_batch_cases import (
     assert_equal,
     crop_loss,
@@ -21,7 +22,9 @@ from large_batch_cases import (
     simclr,
     step,
     views,
+    with_norms,
 )
+from rank_runs import on_ranks
 from tiny_runs import TINY
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -40,13 +43,6 @@ from simclr_fast.utils.distributed import World
 COMPILE = torch.compile
 PLAIN = {"memory": "plain", "compile": True}
 CACHED = {"memory": "grad-cache", "micro_batch": 5, "compile": True}
-
-
-def with_norms():
-    torch.manual_seed(0)
-    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)
-    head = nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(72, 8), nn.BatchNorm1d(8)
-    return lively(nn.Sequential(*layers, *head))
 
 
 @pytest.fixture(params=["eager"])
@@ -170,13 +166,11 @@ def test_who_cannot_compile(monkeypatch, caplog):
         LargeBatch(simclr("resnet10"), memory="replay", compile=True)
     with pytest.raises(ValueError, match=r"compile is for memory auto or plain .*'replay'"):
         PretrainConfig(memory="replay", compile=True)
-    assert "cannot compile batch norms over several ranks" in compile_refusal("plain", True, True)
-    for case in (("plain", False, True), ("plain", True, False), ("lockstep", True, True)):
-        assert not compile_refusal(*case)
+    assert not any(compile_refusal(memory) for memory in ("plain", "lockstep", "grad-cache"))
     config, device = PretrainConfig(compile=True), torch.device("cpu")
     for memory, ranks, compiles in (
         ("plain", 1, True),
-        ("plain", 2, False),
+        ("plain", 2, True),
         ("replay", 1, False),
         ("lockstep", 2, True),
     ):
@@ -205,6 +199,36 @@ def test_files_of_a_run_have_the_names_of_the_model(graphs, monkeypatch, tmp_pat
             assert b"_orig_mod" not in (out / file).read_bytes()
     assert graphs.frame_count == 1
     assert names[0] == names[1]
+
+
+@pytest.mark.slow
+def test_code_of_inductor_over_ranks(tmp_path):
+    on_ranks(_several_steps, (str(tmp_path / "store"),), 2)
+
+
+def _several_steps(rank, store):
+    """Steps with other numbers of rows on the ranks, also none, which share graphs."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    group = dist.group.WORLD
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-3)):
+        model, exact = with_norms().to(dtype), with_norms()
+        engine = LargeBatch(model, group=group, **PLAIN)
+        for pairs in ([4, 3], [3, 4], [2, 3], [5, 0], [4, 3]):
+            first = sum(pairs[:rank])
+            own = views(first, first + pairs[rank]).to(dtype)
+            found = step(model, lambda m, x=own, e=engine: e.backward(x, _loss))
+            whole = views(0, sum(pairs))
+            expected = step(exact, lambda m, x=whole: plain_autograd(m, x))
+            assert_equal(found, expected, tolerance)
+            model.load_state_dict(exact.state_dict())
+            model.zero_grad()
+            exact.zero_grad()
+    dist.destroy_process_group()
+
+
+def _loss(outputs):
+    return loss_fn(outputs, dist.group.WORLD)
 
 
 @pytest.mark.slow

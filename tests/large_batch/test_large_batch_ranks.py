@@ -50,7 +50,7 @@ CASES = [
     ),
     (2, "resnet50", KEPT | {"choices": {}, "compile": True}),
     *((ranks, "mlp", {"memory": "grad-cache", "micro_batch": 3}) for ranks in (2, 4)),
-    (2, "mlp", {"memory": "plain", "compile": True}),
+    *((2, name, {"memory": "plain", "compile": True}) for name in ("mlp", "expanding")),
 ]
 COUNTED = [KEPT | {"choices": {}, "compile": True}, *(KEPT | {"choices": c} for c in CHOICES)]
 
