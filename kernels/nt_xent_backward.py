@@ -103,6 +103,10 @@ def gradient_kernel(
     CLASSES: tl.constexpr = ids_ptr is not None
     # A row's whole pair is excluded, rows with the same i >> 1; with classes only the row itself.
     SHIFT: tl.constexpr = 0 if CLASSES else 1
+    # The pass for low temperatures needs the most registers and is rare. With large tiles it loads
+    # none ahead, and reads again what it could keep. Triton 3.6 spills otherwise, and copies the
+    # tiles of the other passes in narrow pieces.
+    LARGE: tl.constexpr = BLOCK_M * BLOCK_N > 64 * 128
     split = tl.program_id(1)
     splits = tl.num_programs(1)
     first = tl.program_id(0) * BLOCK_M
@@ -120,18 +124,15 @@ def gradient_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     for PASS in tl.static_range(PASSES):
         first_tile, last_tile = part_of_pass(PASS, low, begin, end, plain)
-        # The pass for low temperatures needs the most registers and is rare: its tiles are not
-        # loaded ahead, and it reads again what it could keep. Triton 3.6 spills otherwise, and
-        # copies the tiles of the other passes in narrow pieces.
         for t in tl.range(
             first_tile,
             last_tile,
-            num_stages=1 if PASS == LOW_PASS else None,
-            disable_licm=PASS == LOW_PASS,
+            num_stages=1 if PASS == LOW_PASS and LARGE else None,
+            disable_licm=PASS == LOW_PASS and LARGE,
         ):
             key = key_of(PASS, t, plain, lo, hi, total, BLOCK_N)
             j = key + tl.arange(0, BLOCK_N)
-            if PASS == LOW_PASS:
+            if PASS == LOW_PASS and LARGE:
                 f_i, w_i, ids_i, share_i = row_terms(
                     factor_ptr, weight_ptr, ids_ptr, share_ptr, i, row_end, MASKED=True
                 )
