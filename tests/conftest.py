@@ -24,6 +24,7 @@ def pytest_configure(config):
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if _natively(config):
+        config.pluginmanager.register(_NameFailures(config))
         return
     paths = [(config.invocation_params.dir / arg.partition("::")[0]) for arg in config.args]
     if paths and all(path.resolve().is_relative_to(INTERPRETED) for path in paths):
@@ -31,6 +32,18 @@ def pytest_configure(config):
         os.environ["TRITON_INTERPRET"] = "1"
         # OpenBLAS's threads would wait for each other in small products.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+class _NameFailures:
+    """Names a failed test at once: a run on a borrowed GPU may be cut off before its summary."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def pytest_runtest_logreport(self, report):
+        terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and terminal is not None:
+            terminal.write(f"\nfailed: {report.nodeid}\n", flush=True)
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -724,7 +724,7 @@ def _bounded(command: list[str], folder: Path, seconds: float) -> tuple[int, lis
     """Run a command; return its exit status and its output without empty lines.
 
     Raises:
-        AssertionError: it took longer than `seconds`.
+        AssertionError: it took longer than `seconds`. The message has the tests that had failed.
     """
     try:
         done = subprocess.run(
@@ -736,6 +736,9 @@ def _bounded(command: list[str], folder: Path, seconds: float) -> tuple[int, lis
             timeout=seconds,
         )
     except subprocess.TimeoutExpired as error:
-        raise AssertionError(f"not done after {seconds:.0f} s") from error
+        # What a killed command had printed is bytes even with text=True.
+        printed = (error.stdout or b"").decode(errors="replace").splitlines()
+        failed = [line for line in printed if line.startswith("failed: ")]
+        raise AssertionError("; ".join((f"not done after {seconds:.0f} s", *failed))) from error
     lines = [line for line in done.stdout.splitlines() if line.strip()]
     return done.returncode, lines or ["nothing was printed"]

@@ -423,6 +423,25 @@ def test_the_suite_has_tests_for_a_gpu():
     assert any("test_nt_xent_kernels" in line for line in lines)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the test would pass on a GPU")
+def test_a_failed_test_on_a_gpu_is_named_at_once():
+    case = "tests/kernels/interpreted/test_norm_act_kernel.py::test_a_nan_stays"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    status, lines = checks._bounded(
+        [*command, "--device", "cuda:0", case], Path(__file__).parents[2], 100
+    )
+    assert status == 1
+    named = lines.index(f"failed: {case}")
+    assert named < min(i for i, line in enumerate(lines) if "FAILURES" in line)
+
+
+def test_a_command_that_takes_too_long_says_which_tests_had_failed(tmp_path):
+    code = "import time; print('..F\\nfailed: tests/x.py::y', flush=True); time.sleep(60)"
+    with pytest.raises(AssertionError, match=r"not done after 1 s; failed: tests/x\.py::y$"):
+        checks._bounded([sys.executable, "-c", code], tmp_path, 1)
+
+
 def test_the_tests_run_in_a_process_of_their_own(pretended_cuda, monkeypatch, tmp_path):
     calls = []
 
