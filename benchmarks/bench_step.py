@@ -313,8 +313,8 @@ def _table(case: Case, options: Options, half: torch.dtype | None = None) -> Tab
         seconds = table.median("step", name) / 1e3
         facts["images/s"][name] = f"{batch / seconds:.0f}"
         facts["views/s"][name] = f"{2 * batch / seconds:.0f}"
-        facts["model GFLOP/s"][name] = f"{model_flops / seconds / 1e9:.0f}"
-        facts["hardware GFLOP/s"][name] = f"{hardware_flops(loop) / seconds / 1e9:.0f}"
+        facts["model GFLOP/s"][name] = f"{model_flops / seconds / 1e9:.3g}"
+        facts["hardware GFLOP/s"][name] = f"{hardware_flops(loop) / seconds / 1e9:.3g}"
         for part in PARTS:
             facts[part][name] = f"{shares[name][part]:.1%}"
     other = 1 - table.ratio("step", FLOOR)
