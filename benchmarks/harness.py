@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -164,7 +165,8 @@ def measure(
     device: torch.device | str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Milliseconds of each step in each round: two calls to warm up, then one call per round.
+    """Milliseconds of each step in each round: two calls to warm up, then one call per round, each
+    round in another order.
 
     On a GPU the time between two CUDA events around the step; elsewhere `clock`'s.
     """
@@ -173,9 +175,12 @@ def measure(
         step()
         step()
     times: dict[str, list[float]] = {name: [] for name in steps}
+    order = random.Random(0)
     for _ in range(rounds):
-        for name, step in steps.items():
-            times[name].append(timed(step, clock))
+        # The one before leaves caches and waiting threads as it needs them, so it must not always
+        # be the same.
+        for name in order.sample(list(steps), len(steps)):
+            times[name].append(timed(steps[name], clock))
     return times
 
 
