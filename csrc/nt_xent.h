@@ -70,6 +70,8 @@ struct NtXentForward {
   const Bf16* z1 = nullptr;     // [total / 2, dim]
   const Bf16* z2 = nullptr;     // [total / 2, dim]
   const T* inv_norm = nullptr;  // [total]
+  // Makes u and inv_norm first, or null: they are made. Then rows = total, no classes.
+  const NtXentNormalize<T>* normalize = nullptr;
 };
 
 template <class T, class Z = T>

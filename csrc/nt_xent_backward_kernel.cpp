@@ -21,46 +21,51 @@ void slice_row(const T* u, int64_t dim, int64_t padded_dim, int64_t stride, T* o
 // The factors of the exponentials. Weights in nt_xent_tiles.h has the formulas.
 template <class T>
 struct Factors {
-  T* factor;  // [total rounded up to panels], 0 beyond total
-  T* lse;     // in bits, or null
-  T* share;   // [total], g / (a row's positives), or null
-  double scale;
+  T* factor;       // [total + kPanel], 0 beyond total
+  T* lse;          // in bits, or null
+  T* share;        // [total], g / (a row's positives), or null
+  double largest;  // upstream gradient, by which g is divided
 };
 
 template <class T, class Z>
-Factors<T> make_factors(const NtXentBackward<T, Z>& p) {
+Factors<T> allocate_factors(const NtXentBackward<T, Z>& p) {
   const int64_t padded = p.total + kPanel<T>;
   Factors<T> f{allocate<T>(p.workspace, padded), nullptr, nullptr, 0};
   if (!in_range<T>(p.temperature, p.total)) f.lse = allocate<T>(p.workspace, padded);
+  for (int64_t row = p.total; row < padded; ++row) {
+    f.factor[row] = 0;
+    if (f.lse) f.lse[row] = 0;
+  }
   if (p.classes.ids) f.share = allocate<T>(p.workspace, p.total);
   // Divide by the largest upstream gradient, so that small ones do not become subnormal.
   for (int64_t i = 0; i < p.total; ++i) {
     const double g = __builtin_fabs(double(p.grad[i * p.grad_stride]));
-    if (!(g <= f.scale)) f.scale = g;
+    if (!(g <= f.largest)) f.largest = g;
     if (!p.grad_stride) break;
   }
-  if (f.scale == 0) f.scale = 1;
-  parallel_rows(p.workers, padded, [&](int64_t i) {
-    f.factor[i] = 0;
-    if (f.lse) f.lse[i] = 0;
-    if (i >= p.total) return;
-    const double lse = p.lse[i] * kLog2E;
-    const double g = double(p.grad[i * p.grad_stride]) / f.scale;
-    if (f.lse) f.lse[i] = T(lse);
-    if (f.share) {
-      f.share[i] = T(g * double(p.classes.inverse_count[i]));
-      if (p.classes.inverse_count[i] == 0) return;
-    }
-    f.factor[i] = T(g * __builtin_exp2((f.lse ? double(f.lse[i]) : 0) - lse));
-  });
-  f.scale *= p.grad_scale;
+  if (f.largest == 0) f.largest = 1;
   return f;
 }
 
+template <class T, class Z>
+void make_factor(const NtXentBackward<T, Z>& p, const Factors<T>& f, int64_t row) {
+  if (row >= p.total) return;
+  const double lse = p.lse[row] * kLog2E;
+  const double g = double(p.grad[row * p.grad_stride]) / f.largest;
+  if (f.lse) f.lse[row] = T(lse);
+  if (f.share) {
+    f.share[row] = T(g * double(p.classes.inverse_count[row]));
+    f.factor[row] = 0;
+    if (p.classes.inverse_count[row] == 0) return;
+  }
+  f.factor[row] = T(g * __builtin_exp2((f.lse ? double(f.lse[row]) : 0) - lse));
+}
+
 #if !defined(SIMCLR_BF16)
-// g [rows, padded_dim] = Σ_j W_ij u_j.
-template <class T>
-void weighted_sums(const NtXentBackward<T>& p, const Factors<T>& f, T* g, int64_t padded_dim) {
+// g [rows, padded_dim] = Σ_j W_ij u_j, then finish() on every worker.
+template <class T, class F>
+void weighted_sums(const NtXentBackward<T>& p, const Factors<T>& f, T* g, int64_t padded_dim,
+                   const F& finish) {
   const int64_t block = block_rows<T>(p.total);
   const int pair_bits = p.classes.ids ? 0 : 1;
   const bool symmetric = p.rows == p.total;
@@ -69,8 +74,8 @@ void weighted_sums(const NtXentBackward<T>& p, const Factors<T>& f, T* g, int64_
   constexpr int64_t width = kProductVecs * kLanes<T>;
   const int64_t sliced_dim = round_up(padded_dim, width);
   T* sliced = allocate<T>(p.workspace, round_up(p.total, block) * sliced_dim);
-  bool finite = true;
   const auto prepare = [&](int64_t row) {
+    make_factor(p, f, row);
     if (row < padded_rows) __builtin_memset(g + row * padded_dim, 0, padded_dim * sizeof(T));
     if (row < p.total)
       slice_row(p.u + row * p.dim, p.dim, padded_dim, block * width,
@@ -78,37 +83,43 @@ void weighted_sums(const NtXentBackward<T>& p, const Factors<T>& f, T* g, int64_
   };
   const T* kept = f.lse ? nullptr : p.kept;
   Packed<T> columns{nullptr, 0, p.total, p.dim, block, pair_bits};
-  if (kept)
-    parallel_rows(p.workers, padded_rows, prepare);
-  else
-    columns =
-        pack(p.u, 0, p.total, p.dim, block, pair_bits, p.workers, p.workspace, &finite, prepare);
-  const Packed<T> rows = symmetric ? columns
-                                   : pack(p.u, p.row_offset, p.rows, p.dim, block, pair_bits,
-                                          p.workers, p.workspace, &finite, [](int64_t) {});
-  T* scratch = allocate<T>(p.workspace, p.workers.count * block * block);
-  for_block_pairs(
-      rows, columns, p.workers, p.workspace,
-      [&](int64_t b, int64_t c, int64_t worker, int64_t number) {
-        const Block<T> I = rows[b], J = columns[c];
-        T* w = scratch + worker * block * block;
-        const Weights<T> weights{f.factor + I.first,
-                                 f.factor + J.first,
-                                 f.lse ? f.lse + I.first : nullptr,
-                                 f.lse ? f.lse + J.first : nullptr,
-                                 w,
-                                 block};
-        if (kept) weigh_kept(I, J, kept + number * block * block, weights);
-        for (int64_t j = 0; !kept && j < J.padded; j += kPanel<T>) {
-          weigh_panel(I, J, j, weights);
-          if (f.share) subtract_shares(I, J, j, p.classes.ids, f.share, w, block);
-        }
-        add_product(w, block, int64_t(1), I.padded, J.count, sliced + c * block * sliced_dim, block,
-                    g + b * block * padded_dim, padded_dim);
-        if (symmetric && b != c)
-          add_product(w, int64_t(1), block, J.padded, I.count, sliced + b * block * sliced_dim,
-                      block, g + c * block * padded_dim, padded_dim);
-      });
+  if (!kept) columns = allocate_panels<T>(0, p.total, p.dim, block, pair_bits, p.workspace);
+  const Packed<T> rows =
+      symmetric ? columns
+                : allocate_panels<T>(p.row_offset, p.rows, p.dim, block, pair_bits, p.workspace);
+  const int64_t team = team_size(rows, columns, p.workers);
+  T* scratch = allocate<T>(p.workspace, team * block * block);
+  bool finite = true;  // of no interest here
+  Phase packing, packing_rows;
+  BlockPairs pairs = block_pairs(rows, p.workspace);
+  run_team(p.workers, team, [&](int64_t worker) {
+    if (kept)
+      share_rows(packing, round_up(p.total, kPanel<T>), prepare);
+    else
+      pack(packing, p.u, columns, &finite, prepare);
+    if (!symmetric) pack(packing_rows, p.u, rows, &finite, [](int64_t) {});
+    T* w = scratch + worker * block * block;
+    for_block_pairs(pairs, rows, columns, [&](int64_t b, int64_t c, int64_t number) {
+      const Block<T> I = rows[b], J = columns[c];
+      const Weights<T> weights{f.factor + I.first,
+                               f.factor + J.first,
+                               f.lse ? f.lse + I.first : nullptr,
+                               f.lse ? f.lse + J.first : nullptr,
+                               w,
+                               block};
+      if (kept) weigh_kept(I, J, kept + number * block * block, weights);
+      for (int64_t j = 0; !kept && j < J.padded; j += kPanel<T>) {
+        weigh_panel(I, J, j, weights);
+        if (f.share) subtract_shares(I, J, j, p.classes.ids, f.share, w, block);
+      }
+      add_product(w, block, int64_t(1), I.padded, J.count, sliced + c * block * sliced_dim, block,
+                  g + b * block * padded_dim, padded_dim);
+      if (symmetric && b != c)
+        add_product(w, int64_t(1), block, J.padded, I.count, sliced + b * block * sliced_dim, block,
+                    g + c * block * padded_dim, padded_dim);
+    });
+    finish();
+  });
 }
 #else
 // What the products with W read of z: pairs of rows, feature by feature.
@@ -142,76 +153,83 @@ inline void pair_rows(const Packed<float>& z, int64_t row, int64_t padded_dim, i
   }
 }
 
-// g [rows, padded_dim] = Σ_j W_ij u_j.
-inline void weighted_sums(const NtXentBackward<float, Bf16>& p, const Factors<float>& f, float* g,
-                          int64_t padded_dim) {
+// g [rows, padded_dim] = Σ_j W_ij u_j, then finish() on every worker.
+template <class F>
+void weighted_sums(const NtXentBackward<float, Bf16>& p, const Factors<float>& f, float* g,
+                   int64_t padded_dim, const F& finish) {
   const int64_t block = block_rows<float>(p.total), padded = round_up(p.total, kPanel<float>);
-  bool finite = true;
-  const Packed<float> z = pack_views(p.z1, p.z2, p.inv_norm, p.total, p.dim, block, p.temperature,
-                                     p.workers, p.workspace, &finite);
+  const Packed<float> z = allocate_views(p.total, p.dim, block, p.workspace);
   constexpr int64_t width = kProductVecs * kLanes<float>;
   const int64_t sliced_dim = round_up(padded_dim, width), blocks = z.blocks();
-  RowPairs pairs{allocate<float>(p.workspace, blocks * block / 2 * sliced_dim), nullptr};
+  RowPairs row_pairs{allocate<float>(p.workspace, blocks * block / 2 * sliced_dim), nullptr};
   // The products with the mirrored W: of AMX features by rows, otherwise they go to g.
   float* mirrored = nullptr;
 #if defined(SIMCLR_AMX)
-  pairs.by_feature = allocate<float>(p.workspace, blocks * block / 2 * padded_dim);
+  row_pairs.by_feature = allocate<float>(p.workspace, blocks * block / 2 * padded_dim);
   mirrored = allocate<float>(p.workspace, blocks * block * padded_dim);
 #endif
-  parallel_rows(p.workers, padded / 2, [&](int64_t pair) {
-    const int64_t row = 2 * pair;
-    __builtin_memset(g + row * padded_dim, 0, size_t(2 * padded_dim) * sizeof(float));
-    // Here a block ends after `block` rows, also the last one.
-    const int64_t end = row + 2 < padded ? row + 2 : blocks * block;
-    if (mirrored)
-      __builtin_memset(mirrored + row * padded_dim, 0,
-                       size_t((end - row) * padded_dim) * sizeof(float));
-    pair_rows(z, row, padded_dim, sliced_dim, pairs);
-  });
   const float* kept = f.lse ? nullptr : p.kept;
+  const int64_t team = team_size(z, z, p.workers);
   // W twice, in bfloat16: in pairs of columns and in pairs of rows.
-  float* scratch = allocate<float>(p.workspace, p.workers.count * block * block);
-  for_block_pairs(
-      z, z, p.workers, p.workspace, [&](int64_t b, int64_t c, int64_t worker, int64_t number) {
-        const TileRegisters tiles;
-        const Block<float> I = z[b], J = z[c];
-        float *w = scratch + worker * block * block, *across = w + block * block / 2;
-        const Weights<float> weights{f.factor + I.first,
-                                     f.factor + J.first,
-                                     f.lse ? f.lse + I.first : nullptr,
-                                     f.lse ? f.lse + J.first : nullptr,
-                                     w,
-                                     block,
-                                     across,
-                                     I.scale,
-                                     J.scale};
-        if (kept) weigh_kept(I, J, kept + number * block * block, weights);
-        for (int64_t j = 0; !kept && j < J.padded; j += kPanel<float>)
-          weigh_panel(I, J, j, weights);
-        const float *z_rows = pairs.sliced + b * block / 2 * sliced_dim,
-                    *z_columns = pairs.sliced + c * block / 2 * sliced_dim;
-        float *g_rows = g + b * block * padded_dim, *g_columns = g + c * block * padded_dim;
+  float* scratch = allocate<float>(p.workspace, team * block * block);
+  bool finite = true;  // of no interest here
+  Phase packing, pairing, adding;
+  BlockPairs pairs = block_pairs(z, p.workspace);
+  run_team(p.workers, team, [&](int64_t worker) {
+    pack_views(packing, p.z1, p.z2, p.inv_norm, z, p.dim, p.temperature, &finite);
+    share_rows(pairing, padded / 2, [&](int64_t pair) {
+      const int64_t row = 2 * pair;
+      make_factor(p, f, row);
+      make_factor(p, f, row + 1);
+      __builtin_memset(g + row * padded_dim, 0, size_t(2 * padded_dim) * sizeof(float));
+      // Here a block ends after `block` rows, also the last one.
+      const int64_t end = row + 2 < padded ? row + 2 : blocks * block;
+      if (mirrored)
+        __builtin_memset(mirrored + row * padded_dim, 0,
+                         size_t((end - row) * padded_dim) * sizeof(float));
+      pair_rows(z, row, padded_dim, sliced_dim, row_pairs);
+    });
+    float *w = scratch + worker * block * block, *across = w + block * block / 2;
+    for_block_pairs(pairs, z, z, [&](int64_t b, int64_t c, int64_t number) {
+      const TileRegisters tiles;
+      const Block<float> I = z[b], J = z[c];
+      const Weights<float> weights{f.factor + I.first,
+                                   f.factor + J.first,
+                                   f.lse ? f.lse + I.first : nullptr,
+                                   f.lse ? f.lse + J.first : nullptr,
+                                   w,
+                                   block,
+                                   across,
+                                   I.scale,
+                                   J.scale};
+      if (kept) weigh_kept(I, J, kept + number * block * block, weights);
+      for (int64_t j = 0; !kept && j < J.padded; j += kPanel<float>) weigh_panel(I, J, j, weights);
+      const float *z_rows = row_pairs.sliced + b * block / 2 * sliced_dim,
+                  *z_columns = row_pairs.sliced + c * block / 2 * sliced_dim;
+      float *g_rows = g + b * block * padded_dim, *g_columns = g + c * block * padded_dim;
 #if defined(SIMCLR_AMX)
-        for (int64_t d = 0; d < padded_dim; d += width)
-          add_matrix_product(w, block / 2, z_columns + d * block / 2, width, J.padded / 2,
-                             g_rows + d, padded_dim, I.padded, smaller(width, padded_dim - d));
-        if (b != c)
-          add_matrix_product(pairs.by_feature + b * block / 2 * padded_dim, block / 2, across,
-                             block, I.padded / 2, mirrored + c * block * padded_dim, block,
-                             padded_dim, J.padded);
-        (void)z_rows, (void)g_columns;
+      for (int64_t d = 0; d < padded_dim; d += width)
+        add_matrix_product(w, block / 2, z_columns + d * block / 2, width, J.padded / 2, g_rows + d,
+                           padded_dim, I.padded, smaller(width, padded_dim - d));
+      if (b != c)
+        add_matrix_product(row_pairs.by_feature + b * block / 2 * padded_dim, block / 2, across,
+                           block, I.padded / 2, mirrored + c * block * padded_dim, block,
+                           padded_dim, J.padded);
+      (void)z_rows, (void)g_columns;
 #else
-        add_product(w, block / 2, int64_t(1), I.padded, J.count / 2, z_columns, block / 2, g_rows,
+      add_product(w, block / 2, int64_t(1), I.padded, J.count / 2, z_columns, block / 2, g_rows,
+                  padded_dim);
+      if (b != c)
+        add_product(across, int64_t(1), block, J.padded, I.count / 2, z_rows, block / 2, g_columns,
                     padded_dim);
-        if (b != c)
-          add_product(across, int64_t(1), block, J.padded, I.count / 2, z_rows, block / 2,
-                      g_columns, padded_dim);
 #endif
+    });
+    if (mirrored)
+      share_rows(adding, p.total, [&](int64_t row) {
+        const float* from = mirrored + row / block * block * padded_dim + row % block;
+        for (int64_t d = 0; d < padded_dim; ++d) g[row * padded_dim + d] += from[d * block];
       });
-  if (!mirrored) return;
-  parallel_rows(p.workers, p.total, [&](int64_t row) {
-    const float* from = mirrored + row / block * block * padded_dim + row % block;
-    for (int64_t d = 0; d < padded_dim; ++d) g[row * padded_dim + d] += from[d * block];
+    finish();
   });
 }
 #endif
@@ -239,52 +257,46 @@ double finish_pair(const Pair<T, Z>& p, int64_t dim) {
     inverse[v] = 1 / (clamped[v] ? kNormEps : length);
   }
   Doubles sums[2] = {}, squares{};
-  for (int64_t k = 0; k < dim; k += kDoubles) {
-    const Doubles u0 = load_doubles(p.z[0] + k, dim - k) * inverse[0];
-    const Doubles u1 = load_doubles(p.z[1] + k, dim - k) * inverse[1];
+  for_doubles(dim, [&](int64_t k, int64_t count) {
+    const Doubles u0 = load_doubles(p.z[0] + k, count) * inverse[0];
+    const Doubles u1 = load_doubles(p.z[1] + k, count) * inverse[1];
     const Doubles toward = p.q * (u1 - u0);
-    sums[0] += (p.scale * load_doubles(p.negatives[0] + k, dim - k) + toward) * u0;
-    sums[1] += (p.scale * load_doubles(p.negatives[1] + k, dim - k) - toward) * u1;
+    sums[0] += (p.scale * load_doubles(p.negatives[0] + k, count) + toward) * u0;
+    sums[1] += (p.scale * load_doubles(p.negatives[1] + k, count) - toward) * u1;
     squares += u0 * u0 + u1 * u1;
-  }
+  });
   const double along[2] = {sum_lanes(sums[0]), sum_lanes(sums[1])};
   // A clamped norm is a constant: there is no projection, and the q·u that was subtracted is added
   // again.
   const double radial[2] = {clamped[0] ? -p.q : along[0], clamped[1] ? -p.q : along[1]};
-  for (int64_t k = 0; k < dim; k += kDoubles) {
-    const Doubles u0 = load_doubles(p.z[0] + k, dim - k) * inverse[0];
-    const Doubles u1 = load_doubles(p.z[1] + k, dim - k) * inverse[1];
+  for_doubles(dim, [&](int64_t k, int64_t count) {
+    const Doubles u0 = load_doubles(p.z[0] + k, count) * inverse[0];
+    const Doubles u1 = load_doubles(p.z[1] + k, count) * inverse[1];
     const Doubles toward = p.q * (u1 - u0);
-    const Doubles g0 = p.scale * load_doubles(p.negatives[0] + k, dim - k) + toward;
-    const Doubles g1 = p.scale * load_doubles(p.negatives[1] + k, dim - k) - toward;
-    store_doubles(p.grad[0] + k, dim - k, (g0 - radial[0] * u0) * inverse[0]);
-    store_doubles(p.grad[1] + k, dim - k, (g1 - radial[1] * u1) * inverse[1]);
-  }
+    const Doubles g0 = p.scale * load_doubles(p.negatives[0] + k, count) + toward;
+    const Doubles g1 = p.scale * load_doubles(p.negatives[1] + k, count) - toward;
+    store_doubles(p.grad[0] + k, count, (g0 - radial[0] * u0) * inverse[0]);
+    store_doubles(p.grad[1] + k, count, (g1 - radial[1] * u1) * inverse[1]);
+  });
   return along[0] + along[1] + p.q * sum_lanes(squares);
 }
 
+// radial: [rows / 2] Σ <u, dL/du> over both views of a pair.
 template <class T, class Z>
-void finish(const NtXentBackward<T, Z>& p, const Factors<T>& f, const T* g, int64_t padded_dim) {
-  const int64_t pairs = p.rows / 2;
-  double* radial = allocate<double>(p.workspace, pairs);
-  const double g_scale = f.scale / __builtin_sqrt(p.temperature * kLog2E);
-  parallel_rows(p.workers, pairs, [&](int64_t pair) {
-    double q = 0;
-    for (int64_t row = 2 * pair; row < 2 * pair + 2; ++row)
-      q += (p.decoupled ? -1 : __builtin_expm1(-double(p.loss[row]))) *
-           double(p.grad[(p.row_offset + row) * p.grad_stride]);
-    const T* row = g + 2 * pair * padded_dim;
-    Z* out = p.grad_z + pair * p.dim;
-    radial[pair] = finish_pair<T, Z>({{p.z1 + pair * p.dim, p.z2 + pair * p.dim},
-                                      {row, row + padded_dim},
-                                      g_scale,
-                                      q * p.grad_scale / p.temperature,
-                                      {out, out + pairs * p.dim}},
-                                     p.dim);
-  });
-  double sum = 0;
-  for (int64_t pair = 0; pair < pairs; ++pair) sum += radial[pair];
-  *p.grad_temperature = T(sum / (-2 * p.temperature));
+void finish_row_pair(const NtXentBackward<T, Z>& p, double g_scale, const T* g, int64_t padded_dim,
+                     double* radial, int64_t pair) {
+  double q = 0;
+  for (int64_t row = 2 * pair; row < 2 * pair + 2; ++row)
+    q += (p.decoupled ? -1 : __builtin_expm1(-double(p.loss[row]))) *
+         double(p.grad[(p.row_offset + row) * p.grad_stride]);
+  const T* row = g + 2 * pair * padded_dim;
+  Z* out = p.grad_z + pair * p.dim;
+  radial[pair] = finish_pair<T, Z>({{p.z1 + pair * p.dim, p.z2 + pair * p.dim},
+                                    {row, row + padded_dim},
+                                    g_scale,
+                                    q * p.grad_scale / p.temperature,
+                                    {out, out + p.rows / 2 * p.dim}},
+                                   p.dim);
 }
 
 template <class T, class Z>
@@ -294,17 +306,30 @@ void backward(const NtXentBackward<T, Z>& p) {
 #else
   const int64_t padded_dim = round_up(p.dim, kLanes<T>);
 #endif
-  const Factors<T> factors = make_factors(p);
+  const Factors<T> factors = allocate_factors(p);
   T* g = allocate<T>(p.workspace, round_up(p.rows, kPanel<T>) * padded_dim);
-  weighted_sums(p, factors, g, padded_dim);
+  // g times this is dL/du.
+  const double g_scale = factors.largest * p.grad_scale / __builtin_sqrt(p.temperature * kLog2E);
+  double* radial = allocate<double>(p.workspace, p.rows);
+  int64_t parts = p.rows / 2;
+  Phase finishing;
 #if !defined(SIMCLR_BF16)
   if (p.classes.ids) {
-    finish_class_gradients(p, factors.scale / __builtin_sqrt(p.temperature * kLog2E), g,
-                           padded_dim);
-    return;
-  }
+    parts = p.rows;
+    weighted_sums(p, factors, g, padded_dim, [&] {
+      share_rows(finishing, parts, [&](int64_t row) {
+        finish_class_row_gradient(p, g_scale, g, padded_dim, radial, row);
+      });
+    });
+  } else
 #endif
-  finish(p, factors, g, padded_dim);
+    weighted_sums(p, factors, g, padded_dim, [&] {
+      share_rows(finishing, parts,
+                 [&](int64_t pair) { finish_row_pair(p, g_scale, g, padded_dim, radial, pair); });
+    });
+  double sum = 0;
+  for (int64_t part = 0; part < parts; ++part) sum += radial[part];
+  *p.grad_temperature = T(sum / (-2 * p.temperature));
 }
 
 }  // namespace

@@ -99,21 +99,26 @@ inline void scale_row(const Bf16* z, int64_t dim, float power, int64_t depth, fl
 
 inline int64_t pair_depth(int64_t dim) { return round_up((dim + 1) / 2, kDepthStep); }
 
+inline Packed<float> allocate_views(int64_t total, int64_t dim, int64_t block,
+                                    const Workspace& workspace) {
+  const int64_t depth = pair_depth(dim), padded = round_up(total, kPanel<float>);
+  Packed<float> packed = allocate_panels<float>(0, total, depth, block, 1, workspace);
+  packed.by_row = allocate<float>(workspace, padded * depth);
+  packed.scale = allocate<float>(workspace, padded);
+  return packed;
+}
+
 // Packs z, whose rows are interleaved. finite becomes false if a row holds NaN or infinity.
-inline Packed<float> pack_views(const Bf16* z1, const Bf16* z2, const float* inv_norm,
-                                int64_t total, int64_t dim, int64_t block, double temperature,
-                                const Workers& workers, const Workspace& workspace, bool* finite) {
+inline void pack_views(Phase& phase, const Bf16* z1, const Bf16* z2, const float* inv_norm,
+                       const Packed<float>& packed, int64_t dim, double temperature, bool* finite) {
   constexpr int64_t panel = kPanel<float>;
-  const int64_t depth = pair_depth(dim), padded = round_up(total, panel);
-  float* by_row = allocate<float>(workspace, padded * depth);
-  float* panels = allocate<float>(workspace, padded * depth);
-  float* scale = allocate<float>(workspace, padded);
+  const int64_t depth = packed.depth;
   const double unit = __builtin_sqrt(kLog2E / temperature);
-  parallel(workers, padded / panel, [&](int64_t p, int64_t) {
+  share(phase, packed.panel_count(), [&](int64_t p) {
     for (int64_t row = p * panel; row < (p + 1) * panel; ++row) {
-      float* out = by_row + row * depth;
-      scale[row] = 0;
-      if (row >= total) {
+      float* out = packed.by_row + row * depth;
+      packed.scale[row] = 0;
+      if (row >= packed.count) {
         __builtin_memset(out, 0, size_t(depth) * sizeof(float));
         continue;
       }
@@ -125,12 +130,11 @@ inline Packed<float> pack_views(const Bf16* z1, const Bf16* z2, const float* inv
       int exponent = 0;
       __builtin_frexp(inverse, &exponent);
       exponent = exponent < -126 ? -126 : exponent;
-      scale[row] = float(unit * inverse / double(power_of_two(exponent)));
+      packed.scale[row] = float(unit * inverse / double(power_of_two(exponent)));
       scale_row(z, dim, power_of_two(exponent), depth, out);
     }
-    pack_panel(by_row + p * panel * depth, panel, depth, panels + p * panel * depth);
+    pack_panel(packed.by_row + p * panel * depth, panel, depth, packed.panels + p * panel * depth);
   });
-  return {panels, 0, total, depth, block, 1, by_row, scale};
 }
 
 #if defined(SIMCLR_AMX)

@@ -31,7 +31,7 @@ ClassSums<T> sum_classes(const NtXentForward<T>& p) {
   double* sums = allocate<double>(p.workspace, classes * p.dim);
   // A thread adds whole features, so the order of a sum does not depend on the number of threads.
   constexpr int64_t chunk = 2 * kDoubles;
-  parallel(p.workers, round_up(p.dim, chunk) / chunk, [&](int64_t c, int64_t) {
+  parallel(p.workers, round_up(p.dim, chunk) / chunk, [&](int64_t c) {
     const int64_t end = smaller(p.dim, (c + 1) * chunk);
     for (int64_t k = c * chunk; k < end; k += kDoubles) {
       for (int64_t s = 0; s < classes; ++s) store_doubles(sums + s * p.dim + k, end - k, Doubles{});
@@ -79,31 +79,25 @@ void subtract_shares(const Block<T>& I, const Block<T>& J, int64_t j, const int3
   }
 }
 
-// From g = Σ_j W_ij u_j to dL/dz. dL/du is scale·g.
+// From g = Σ_j W_ij u_j to dL/dz and <u, dL/du> of one row. dL/du is scale·g.
 template <class T>
-void finish_class_gradients(const NtXentBackward<T>& p, double scale, const T* g,
-                            int64_t padded_dim) {
-  double* radial = allocate<double>(p.workspace, p.rows);
-  parallel_rows(p.workers, p.rows, [&](int64_t row) {
-    const int64_t dim = p.dim;
-    const T *z = p.z1 + row * dim, *grad = g + row * padded_dim;
-    const double length = norm(z, dim);
-    const bool clamped = !(length > kNormEps);
-    const double inverse = 1 / (clamped ? kNormEps : length);
-    Doubles along{};
-    for (int64_t k = 0; k < dim; k += kDoubles)
-      along += load_doubles(grad + k, dim - k) * load_doubles(z + k, dim - k);
-    radial[row] = sum_lanes(along) * scale * inverse;
-    const double projected = clamped ? 0 : radial[row] * inverse;
-    for (int64_t k = 0; k < dim; k += kDoubles)
-      store_doubles(
-          p.grad_z + row * dim + k, dim - k,
-          (scale * load_doubles(grad + k, dim - k) - projected * load_doubles(z + k, dim - k)) *
-              inverse);
-  });
-  double sum = 0;
-  for (int64_t row = 0; row < p.rows; ++row) sum += radial[row];
-  *p.grad_temperature = T(sum / (-2 * p.temperature));
+void finish_class_row_gradient(const NtXentBackward<T>& p, double scale, const T* g,
+                               int64_t padded_dim, double* radial, int64_t row) {
+  const int64_t dim = p.dim;
+  const T *z = p.z1 + row * dim, *grad = g + row * padded_dim;
+  const double length = norm(z, dim);
+  const bool clamped = !(length > kNormEps);
+  const double inverse = 1 / (clamped ? kNormEps : length);
+  Doubles along{};
+  for (int64_t k = 0; k < dim; k += kDoubles)
+    along += load_doubles(grad + k, dim - k) * load_doubles(z + k, dim - k);
+  radial[row] = sum_lanes(along) * scale * inverse;
+  const double projected = clamped ? 0 : radial[row] * inverse;
+  for (int64_t k = 0; k < dim; k += kDoubles)
+    store_doubles(
+        p.grad_z + row * dim + k, dim - k,
+        (scale * load_doubles(grad + k, dim - k) - projected * load_doubles(z + k, dim - k)) *
+            inverse);
 }
 
 }  // namespace

@@ -37,18 +37,34 @@ Views make_views(const Tensor& z1, const std::optional<Tensor>& z2) {
   return {first, dense(*z2, dtype), z1.size(0), z1.size(1)};
 }
 
+// u and inv_norm, without values.
+std::tuple<Tensor, Tensor> allocate_normalized(const Views& z, ScalarType dtype) {
+  return {empty({2 * z.pairs, z.dim}, dtype), empty({2 * z.pairs}, dtype)};
+}
+
+template <class T, class Z>
+NtXentNormalize<T, Z> normalization(const Views& z, double temperature, Tensor& u,
+                                    Tensor& inv_norm) {
+  return {z.z1<Z>(),
+          z.z2<Z>(),
+          z.dim,
+          2 * z.pairs,
+          z.dim,
+          temperature,
+          mutable_data<T>(u),
+          mutable_data<T>(inv_norm),
+          workers()};
+}
+
 std::tuple<Tensor, Tensor> normalize_views(const Views& z, ScalarType dtype, double temperature) {
-  Tensor u = empty({2 * z.pairs, z.dim}, dtype), inv_norm = empty({2 * z.pairs}, dtype);
-  const auto normalize_as = [&](auto type, auto element) {
-    using T = decltype(type);
-    using Z = decltype(element);
-    run(NtXentNormalize<T, Z>{z.z1<Z>(), z.z2<Z>(), z.dim, 2 * z.pairs, z.dim, temperature,
-                              mutable_data<T>(u), mutable_data<T>(inv_norm), workers()});
-  };
+  auto [u, inv_norm] = allocate_normalized(z, dtype);
   if (z.first.scalar_type() == ScalarType::BFloat16)
-    normalize_as(float(), Bf16());
+    run(normalization<float, Bf16>(z, temperature, u, inv_norm));
   else
-    with_type(dtype, [&](auto type) { normalize_as(type, type); });
+    with_type(dtype, [&, &u = u, &inv_norm = inv_norm](auto type) {
+      using T = decltype(type);
+      run(normalization<T, T>(z, temperature, u, inv_norm));
+    });
   return {u, inv_norm};
 }
 
@@ -57,13 +73,13 @@ std::tuple<Tensor, Tensor> normalize(const Tensor& z1, std::optional<Tensor> z2,
   return normalize_views(make_views(z1, z2), statistics_dtype(z1), value(temperature));
 }
 
-// kept: [kept_size] or empty. views, inv_norm: of which u_all was made, if its products may be
-// computed from them; otherwise null.
+// kept: [kept_size] or empty. views: of which u_all was made, or null. Of bfloat16 the products are
+// computed from them and inv_norm; otherwise u_all and inv_norm are made of them first.
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& u_all, const Tensor& temperature,
                                            int64_t row_offset, int64_t num_rows, bool decoupled,
                                            bool statistics, Tensor kept,
                                            const Views* views = nullptr,
-                                           const Tensor* inv_norm = nullptr) {
+                                           Tensor* inv_norm = nullptr) {
   const int64_t total = u_all.size(0);
   STD_TORCH_CHECK(row_offset >= 0 && row_offset % 2 == 0 && num_rows >= 0 && num_rows % 2 == 0 &&
                       row_offset + num_rows <= total,
@@ -90,9 +106,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& u_all, const Tensor& te
                        memory.workspace(),
                        {},
                        kept.numel() ? mutable_data<T>(kept) : nullptr};
-    if (views) {
+    NtXentNormalize<T> making;
+    if (views && views->first.scalar_type() == ScalarType::BFloat16) {
       p.z1 = views->z1<Bf16>(), p.z2 = views->z2<Bf16>();
       p.inv_norm = data<T>(*inv_norm);
+    } else if (views) {
+      Tensor made = u_all;
+      making = normalization<T, T>(*views, p.temperature, made, *inv_norm);
+      p.normalize = &making;
     }
     run(p);
   });
@@ -131,11 +152,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> nt_xent(
     const Tensor& z1, std::optional<Tensor> z2, const Tensor& temperature, int64_t reduction,
     bool decoupled, bool statistics, bool keep) {
   const Views views = make_views(z1, z2);
-  auto [u, inv_norm] = normalize_views(views, statistics_dtype(z1), value(temperature));
+  const ScalarType dtype = statistics_dtype(z1);
+  auto [u, inv_norm] = in_bf16(z1) ? normalize_views(views, dtype, value(temperature))
+                                   : allocate_normalized(views, dtype);
   const int64_t num_rows = u.size(0);
   Tensor kept = empty({keep ? kept_size(num_rows, u.size(1)) : 0}, u.scalar_type());
-  auto [row_loss, lse, stats] = forward(u, temperature, 0, num_rows, decoupled, statistics, kept,
-                                        in_bf16(z1) ? &views : nullptr, &inv_norm);
+  auto [row_loss, lse, stats] =
+      forward(u, temperature, 0, num_rows, decoupled, statistics, kept, &views, &inv_norm);
   Tensor loss;
   with_type(u.scalar_type(),
             [&](auto type) { loss = reduce<decltype(type)>(row_loss, reduction); });

@@ -7,22 +7,23 @@ namespace simclr::SIMCLR_ISA {
 namespace {
 
 template <class T, class Z>
-void normalize(const NtXentNormalize<T, Z>& p) {
+void normalize_row(const NtXentNormalize<T, Z>& p, int64_t row) {
   const double scale = __builtin_sqrt(kLog2E / p.temperature);
-  parallel_rows(p.workers, (p.rows + 1) / 2, [&](int64_t pair) {
-    for (int64_t row = 2 * pair; row < smaller(2 * pair + 2, p.rows); ++row) {
-      const Z* z = (row % 2 ? p.z2 : p.z1) + pair * p.stride;
-      const double length = norm(z, p.dim);
-      const double inverse = 1 / (length > kNormEps ? length : kNormEps);
-      // 0, or NaN when the row holds NaN or infinity.
-      const double poison = length - length;
-      T* u = p.u + row * p.dim;
-      for (int64_t k = 0; k < p.dim; k += kDoubles)
-        store_doubles(u + k, p.dim - k,
-                      load_doubles(z + k, p.dim - k) * (scale * inverse) + poison);
-      p.inv_norm[row] = T(inverse + poison);
-    }
+  const Z* z = (row % 2 ? p.z2 : p.z1) + row / 2 * p.stride;
+  const double length = norm(z, p.dim);
+  const double inverse = 1 / (length > kNormEps ? length : kNormEps);
+  // 0, or NaN when the row holds NaN or infinity.
+  const double poison = length - length;
+  T* u = p.u + row * p.dim;
+  for_doubles(p.dim, [&](int64_t k, int64_t count) {
+    store_doubles(u + k, count, load_doubles(z + k, count) * (scale * inverse) + poison);
   });
+  p.inv_norm[row] = T(inverse + poison);
+}
+
+template <class T, class Z>
+void normalize(const NtXentNormalize<T, Z>& p) {
+  parallel_rows(p.workers, p.rows, [&](int64_t row) { normalize_row(p, row); });
 }
 
 template <class T>
@@ -128,34 +129,33 @@ void collect_pair(const Block<T>& I, int64_t first_row, const Block<T>& J, int64
   add_rows<T, pass>(rows, first_row, I.count, sums);
 }
 
-// scratch: three vectors per row of a block, for each worker.
+// scratch: three vectors per row of a block.
 template <class T, Pass pass>
-void collect_blocks(const Packed<T>& rows, const Packed<T>& columns, const Sums& sums,
-                    const T* references, Vec<T>* scratch, const NtXentForward<T>& p) {
+void collect_blocks(BlockPairs& pairs, const Packed<T>& rows, const Packed<T>& columns,
+                    const Sums& sums, const T* references, Vec<T>* scratch,
+                    const NtXentForward<T>& p) {
   const bool symmetric = rows.panels == columns.panels;
   const int64_t block = rows.block;
-  for_block_pairs(rows, columns, p.workers, p.workspace,
-                  [&](int64_t b, int64_t c, int64_t worker, int64_t number) {
+  for_block_pairs(pairs, rows, columns, [&](int64_t b, int64_t c, int64_t number) {
 #if defined(SIMCLR_BF16)
-                    const TileRegisters tiles;
+    const TileRegisters tiles;
 #endif
-                    const Block<T> I = rows[b], J = columns[c];
-                    Vec<T>* own = scratch + worker * 3 * block;
-                    RowPartials<T> partials{own, own + block, own + 2 * block, nullptr, block};
-                    // The backward pass can use 2^x only without references.
-                    if (p.kept && (pass == Pass::sum || pass == Pass::stats))
-                      partials.kept = p.kept + number * block * block;
-                    collect_pair<T, pass>(I, I.first - rows.first, J, J.first - columns.first,
-                                          symmetric, references, partials, sums);
-                  });
+    const Block<T> I = rows[b], J = columns[c];
+    RowPartials<T> partials{scratch, scratch + block, scratch + 2 * block, nullptr, block};
+    // The backward pass can use 2^x only without references.
+    if (p.kept && (pass == Pass::sum || pass == Pass::stats))
+      partials.kept = p.kept + number * block * block;
+    collect_pair<T, pass>(I, I.first - rows.first, J, J.first - columns.first, symmetric,
+                          references, partials, sums);
+  });
 }
 
 // The x of every pair, [rows / 2], with the same bits as for negatives: it is compared with them,
 // and equal rows must tie.
 template <class T>
-T* positive_logits(const Packed<T>& rows, const Packed<T>& columns, const NtXentForward<T>& p) {
-  T* out = allocate<T>(p.workspace, p.rows / 2);
-  parallel(p.workers, round_up(p.rows, kTileRows<T>) / kTileRows<T>, [&](int64_t task, int64_t) {
+void positive_logits(Phase& phase, const Packed<T>& rows, const Packed<T>& columns,
+                     const NtXentForward<T>& p, T* out) {
+  share(phase, round_up(p.rows, kTileRows<T>) / kTileRows<T>, [&](int64_t task) {
 #if defined(SIMCLR_BF16)
     const TileRegisters tiles;
 #endif
@@ -173,7 +173,6 @@ T* positive_logits(const Packed<T>& rows, const Packed<T>& columns, const NtXent
       out[row / 2] = x[row - first][lane / kLanes<T>][lane % kLanes<T>];
     }
   });
-  return out;
 }
 
 // log2 Σ 2^x, mean of x under the softmax and maximum of x over a set of columns.
@@ -243,52 +242,64 @@ template <class T>
 void forward(const NtXentForward<T>& p) {
   const int64_t block = block_rows<T>(p.total);
   const int pair_bits = p.classes.ids ? 0 : 1;
-  bool finite = true;
+  const bool symmetric = p.rows == p.total, ranged = in_range<T>(p.temperature, p.total);
 #if defined(SIMCLR_BF16)
-  const Packed<T> columns = pack_views(p.z1, p.z2, p.inv_norm, p.total, p.dim, block, p.temperature,
-                                       p.workers, p.workspace, &finite);
+  const Packed<T> columns = allocate_views(p.total, p.dim, block, p.workspace);
 #else
-  const Packed<T> columns = pack(p.u, 0, p.total, p.dim, block, pair_bits, p.workers, p.workspace,
-                                 &finite, [](int64_t) {});
+  const Packed<T> columns = allocate_panels<T>(0, p.total, p.dim, block, pair_bits, p.workspace);
 #endif
-  const bool symmetric = p.rows == p.total;
-  const Packed<T> rows = symmetric ? columns
-                                   : pack(p.u, p.row_offset, p.rows, p.dim, block, pair_bits,
-                                          p.workers, p.workspace, &finite, [](int64_t) {});
-  if (!finite) {
-    for (int64_t i = 0; i < p.rows; ++i) p.lse[i] = p.loss[i] = T(__builtin_nan(""));
-    for (int64_t i = 0; p.stats && i < 4 * p.rows; ++i) p.stats[i] = T(__builtin_nan(""));
-    return;
-  }
-  Vec<T>* scratch = allocate<Vec<T>>(p.workspace, p.workers.count * 3 * block);
+  const Packed<T> rows =
+      symmetric ? columns
+                : allocate_panels<T>(p.row_offset, p.rows, p.dim, block, pair_bits, p.workspace);
+  const int64_t team = team_size(rows, columns, p.workers);
+  Vec<T>* scratch = allocate<Vec<T>>(p.workspace, team * 3 * block);
   double* values = allocate<double>(p.workspace, 6 * p.rows);
   for (int64_t i = 0; i < 4 * p.rows; ++i) values[i] = 0;
   for (int64_t i = 4 * p.rows; i < 6 * p.rows; ++i) values[i] = -1e30;
   Sums sums{values, values + 2 * p.rows, values + 4 * p.rows};
-  T* references = nullptr;
-  if (in_range<T>(p.temperature, p.total)) {
-    if (p.stats) {
-      collect_blocks<T, Pass::stats>(rows, columns, sums, nullptr, scratch, p);
-    } else {
-      collect_blocks<T, Pass::sum>(rows, columns, sums, nullptr, scratch, p);
-      sums.weighted = sums.highest = nullptr;
-    }
-  } else {
-    references = allocate<T>(p.workspace, 2 * round_up(p.rows, kPanel<T>));
-    collect_blocks<T, Pass::highest>(rows, columns, sums, nullptr, scratch, p);
-    for (int64_t i = 0; i < 2 * p.rows; ++i) references[i] = T(sums.highest[i]);
-    for (int64_t i = 2 * p.rows; i < 2 * round_up(p.rows, kPanel<T>); ++i) references[i] = 0;
-    collect_blocks<T, Pass::reference>(rows, columns, sums, references, scratch, p);
-  }
+  if (ranged && !p.stats) sums.weighted = sums.highest = nullptr;
+  const int64_t referenced = 2 * round_up(p.rows, kPanel<T>);
+  T* references = ranged ? nullptr : allocate<T>(p.workspace, referenced);
+  T* compared = p.stats ? allocate<T>(p.workspace, p.rows / 2) : nullptr;
   ClassSums<T> classes{};
   if (p.classes.ids) classes = sum_classes(p);
-  const T* compared = p.stats ? positive_logits(rows, columns, p) : nullptr;
-  parallel_rows(p.workers, (p.rows + 1) / 2, [&](int64_t pair) {
-    const T* u = p.u + (p.row_offset + 2 * pair) * p.dim;
-    const double positive = p.classes.ids ? 0 : dot(u, u + p.dim, p.dim);
-    for (int64_t row = 2 * pair; row < smaller(2 * pair + 2, p.rows); ++row)
-      finish_row(p, sums, references, &classes, positive, compared ? compared[pair] : T(0), row);
+  bool finite = true;
+  Phase packing, packing_rows, referring, comparing, finishing;
+  BlockPairs pairs = block_pairs(rows, p.workspace), again = block_pairs(rows, p.workspace);
+  run_team(p.workers, team, [&](int64_t worker) {
+#if defined(SIMCLR_BF16)
+    pack_views(packing, p.z1, p.z2, p.inv_norm, columns, p.dim, p.temperature, &finite);
+#else
+    pack(packing, p.u, columns, &finite, [&](int64_t row) {
+      if (p.normalize && row < p.total) normalize_row(*p.normalize, row);
+    });
+    if (!symmetric) pack(packing_rows, p.u, rows, &finite, [](int64_t) {});
+#endif
+    if (!__atomic_load_n(&finite, __ATOMIC_RELAXED)) return;
+    Vec<T>* own = scratch + worker * 3 * block;
+    if (ranged && p.stats) {
+      collect_blocks<T, Pass::stats>(pairs, rows, columns, sums, nullptr, own, p);
+    } else if (ranged) {
+      collect_blocks<T, Pass::sum>(pairs, rows, columns, sums, nullptr, own, p);
+    } else {
+      collect_blocks<T, Pass::highest>(pairs, rows, columns, sums, nullptr, own, p);
+      share(referring, 1, [&](int64_t) {
+        for (int64_t i = 0; i < referenced; ++i)
+          references[i] = i < 2 * p.rows ? T(sums.highest[i]) : T(0);
+      });
+      collect_blocks<T, Pass::reference>(again, rows, columns, sums, references, own, p);
+    }
+    if (compared) positive_logits(comparing, rows, columns, p, compared);
+    share_rows(finishing, (p.rows + 1) / 2, [&](int64_t pair) {
+      const T* u = p.u + (p.row_offset + 2 * pair) * p.dim;
+      const double positive = p.classes.ids ? 0 : dot(u, u + p.dim, p.dim);
+      for (int64_t row = 2 * pair; row < smaller(2 * pair + 2, p.rows); ++row)
+        finish_row(p, sums, references, &classes, positive, compared ? compared[pair] : T(0), row);
+    });
   });
+  if (finite) return;
+  for (int64_t i = 0; i < p.rows; ++i) p.lse[i] = p.loss[i] = T(__builtin_nan(""));
+  for (int64_t i = 0; p.stats && i < 4 * p.rows; ++i) p.stats[i] = T(__builtin_nan(""));
 }
 
 }  // namespace

@@ -7,9 +7,16 @@
 // pair in a round. A pair waits only for the pairs of the previous round that contain its blocks.
 // So every sum is taken in the same order for any number of threads, and a slow thread delays only
 // a few others.
+// A pass is one parallel region. Its threads go through phases, whose tasks they take as they come,
+// and wait at the end of a phase until the tasks of the others are done. So a thread that starts
+// late is not waited for, and one thread that runs all workers in turn does all work as the first.
 #pragma once
 
 #include <sched.h>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #include "nt_xent.h"
 #include "nt_xent_vector.h"
@@ -37,28 +44,60 @@ bool in_range(double temperature, int64_t total) {
          double(Lanes<T>::max_exponent);
 }
 
+// body(worker) for workers [0, count), on as many threads.
+template <class F>
+void run_team(const Workers& workers, int64_t count, const F& body) {
+  workers.run(
+      count, [](void* f, int64_t worker) { (*static_cast<const F*>(f))(worker); },
+      const_cast<F*>(&body));
+}
+
+inline void wait_for(const int64_t* done, int64_t count) {
+  // For some ten microseconds without a call of the system: most waits are shorter, and a busy
+  // system gives the core away for milliseconds.
+  for (int spins = 0; __atomic_load_n(done, __ATOMIC_ACQUIRE) < count; ++spins)
+    if (spins > 50000) sched_yield();
+}
+
+struct Phase {
+  int64_t next = 0, done = 0;  // tasks taken, tasks finished
+};
+
+// Every worker of a team calls this. task(number) runs once for every number in [0, count).
+template <class F>
+void share(Phase& phase, int64_t count, const F& task) {
+  int64_t own = 0;
+  for (;;) {
+    const int64_t number = __atomic_fetch_add(&phase.next, int64_t(1), __ATOMIC_RELAXED);
+    if (number >= count) break;
+    task(number);
+    ++own;
+  }
+  __atomic_fetch_add(&phase.done, own, __ATOMIC_RELEASE);
+  wait_for(&phase.done, count);
+}
+
+template <class F>
+void share_rows(Phase& phase, int64_t count, const F& f) {
+  constexpr int64_t chunk = 32;
+  share(phase, round_up(count, chunk) / chunk, [&](int64_t c) {
+    for (int64_t row = c * chunk; row < smaller(count, (c + 1) * chunk); ++row) f(row);
+  });
+}
+
+// One phase alone.
 template <class F>
 void parallel(const Workers& workers, int64_t count, const F& f) {
-  const int64_t used = smaller(workers.count, count);
-  struct Context {
-    const F* f;
-    int64_t count, step;
-  } context{&f, count, used};
-  workers.run(
-      used,
-      [](void* c, int64_t worker) {
-        const Context& p = *static_cast<const Context*>(c);
-        for (int64_t task = worker; task < p.count; task += p.step) (*p.f)(task, worker);
-      },
-      &context);
+  Phase phase;
+  run_team(workers, smaller(workers.count, count), [&](int64_t) { share(phase, count, f); });
 }
 
 template <class F>
 void parallel_rows(const Workers& workers, int64_t count, const F& f) {
   constexpr int64_t chunk = 32;
-  parallel(workers, round_up(count, chunk) / chunk, [&](int64_t c, int64_t) {
-    for (int64_t row = c * chunk; row < smaller(count, (c + 1) * chunk); ++row) f(row);
-  });
+  Phase phase;
+  run_team(workers, smaller(workers.count, round_up(count, chunk) / chunk),
+           [&](int64_t) { share_rows(phase, count, f); });
 }
 
 template <class T>
@@ -83,11 +122,12 @@ struct Block {
 // rows make a block.
 template <class T>
 struct Packed {
-  const T* panels;
+  T* panels;
   int64_t first, count, depth, block;
   int pair_bits;
-  const T *by_row = nullptr, *scale = nullptr;  // as in Block
+  T *by_row = nullptr, *scale = nullptr;  // as in Block
 
+  int64_t panel_count() const { return round_up(count, kPanel<T>) / kPanel<T>; }
   int64_t blocks() const { return (count + block - 1) / block; }
   Block<T> operator[](int64_t b) const {
     const int64_t rows = smaller(block, count - b * block);
@@ -139,22 +179,25 @@ bool pack_panel(const T* u, int64_t rows, int64_t dim, T* panel) {
   return poison[0] + poison[1] + poison[2] + poison[3] == 0;
 }
 
-// Calls each_row(row) for every row of a panel, also for those that fill it up, on the thread that
-// packs the panel.
+template <class T>
+Packed<T> allocate_panels(int64_t first, int64_t count, int64_t dim, int64_t block, int pair_bits,
+                          const Workspace& workspace) {
+  Packed<T> packed{nullptr, first, count, dim, block, pair_bits};
+  packed.panels = allocate<T>(workspace, packed.panel_count() * kPanel<T> * dim);
+  return packed;
+}
+
+// Fills the panels. Before, calls each_row(row) for every row of a panel, also for those that fill
+// it up, on the thread that packs the panel.
 template <class T, class F>
-Packed<T> pack(const T* u, int64_t first, int64_t count, int64_t dim, int64_t block, int pair_bits,
-               const Workers& workers, const Workspace& workspace, bool* finite,
-               const F& each_row) {
-  const int64_t panels = round_up(count, kPanel<T>) / kPanel<T>;
-  T* packed = allocate<T>(workspace, panels * kPanel<T> * dim);
-  parallel(workers, panels, [&](int64_t p, int64_t) {
+void pack(Phase& phase, const T* u, const Packed<T>& packed, bool* finite, const F& each_row) {
+  share(phase, packed.panel_count(), [&](int64_t p) {
     const int64_t row = p * kPanel<T>;
-    if (!pack_panel(u + (first + row) * dim, smaller(kPanel<T>, count - row), dim,
-                    packed + row * dim))
-      __atomic_store_n(finite, false, __ATOMIC_RELAXED);
     for (int64_t r = row; r < row + kPanel<T>; ++r) each_row(r);
+    if (!pack_panel(u + (packed.first + row) * packed.depth, smaller(kPanel<T>, packed.count - row),
+                    packed.depth, packed.panels + row * packed.depth))
+      __atomic_store_n(finite, false, __ATOMIC_RELAXED);
   });
-  return {packed, first, count, dim, block, pair_bits};
 }
 
 // Finds the pair with number t in the order of rounds. t must not become smaller between calls.
@@ -174,40 +217,49 @@ struct PairOrder {
   int64_t column(int64_t t) const { return (round - row(t) + blocks) % blocks; }
 };
 
-inline void wait_for(const int64_t* done, int64_t round) {
-  for (int spins = 0; __atomic_load_n(done, __ATOMIC_ACQUIRE) < round; ++spins)
-    if (spins > 1000) sched_yield();
+// The state of one pass over the pairs of blocks.
+struct BlockPairs {
+  int64_t* rounds;  // [blocks] that a block has finished
+  Phase phase{};
+};
+
+template <class T>
+BlockPairs block_pairs(const Packed<T>& rows, const Workspace& workspace) {
+  BlockPairs pairs{allocate<int64_t>(workspace, rows.blocks())};
+  for (int64_t b = 0; b < rows.blocks(); ++b) pairs.rounds[b] = 0;
+  return pairs;
 }
 
-// f(I, J, worker, number of the pair) for every pair of blocks I <= J, or, if rows and columns
-// differ, for all of them.
+// How many workers a pass over the pairs occupies. It is enough for the phases before and after,
+// unless few rows meet many columns.
+template <class T>
+int64_t team_size(const Packed<T>& rows, const Packed<T>& columns, const Workers& workers) {
+  const int64_t blocks = rows.blocks(), rest = columns.panel_count() / 8;
+  const int64_t busy = rows.panels == columns.panels ? (blocks + 1) / 2 : blocks;
+  return smaller(workers.count, busy > rest ? busy : rest);
+}
+
+// f(I, J, number of the pair) for every pair of blocks I <= J, or, if rows and columns differ, for
+// all of them.
 template <class T, class F>
-void for_block_pairs(const Packed<T>& rows, const Packed<T>& columns, const Workers& workers,
-                     const Workspace& workspace, const F& f) {
+void for_block_pairs(BlockPairs& pairs, const Packed<T>& rows, const Packed<T>& columns,
+                     const F& f) {
   const int64_t blocks = rows.blocks();
   if (rows.panels != columns.panels) {
-    parallel(workers, blocks, [&](int64_t I, int64_t worker) {
-      for (int64_t J = 0; J < columns.blocks(); ++J) f(I, J, worker, I * columns.blocks() + J);
+    share(pairs.phase, blocks, [&](int64_t I) {
+      for (int64_t J = 0; J < columns.blocks(); ++J) f(I, J, I * columns.blocks() + J);
     });
     return;
   }
-  // done[b]: the number of rounds that block b has finished.
-  int64_t* done = allocate<int64_t>(workspace, blocks);
-  for (int64_t b = 0; b < blocks; ++b) done[b] = 0;
-  int64_t next = 0;
-  parallel(workers, smaller(workers.count, (blocks + 1) / 2), [&](int64_t worker, int64_t) {
-    PairOrder order{blocks};
-    for (;;) {
-      const int64_t t = __atomic_fetch_add(&next, int64_t(1), __ATOMIC_RELAXED);
-      if (t >= blocks * (blocks + 1) / 2) return;
-      order.seek(t);
-      const int64_t I = order.row(t), J = order.column(t);
-      wait_for(done + I, order.round);
-      wait_for(done + J, order.round);
-      f(I, J, worker, t);
-      __atomic_store_n(done + I, order.round + 1, __ATOMIC_RELEASE);
-      __atomic_store_n(done + J, order.round + 1, __ATOMIC_RELEASE);
-    }
+  PairOrder order{blocks};
+  share(pairs.phase, blocks * (blocks + 1) / 2, [&](int64_t t) {
+    order.seek(t);
+    const int64_t I = order.row(t), J = order.column(t);
+    wait_for(pairs.rounds + I, order.round);
+    wait_for(pairs.rounds + J, order.round);
+    f(I, J, t);
+    __atomic_store_n(pairs.rounds + I, order.round + 1, __ATOMIC_RELEASE);
+    __atomic_store_n(pairs.rounds + J, order.round + 1, __ATOMIC_RELEASE);
   });
 }
 
@@ -227,11 +279,20 @@ SIMCLR_INLINE float to_float(Bf16 value) {
   return result;
 }
 
+template <class T>
+SIMCLR_INLINE Doubles to_doubles(typename Eight<T>::Type v) {
+  // GCC would convert two halves and join them, at half the speed. Without the mask it warns of an
+  // uninitialised value in its own header.
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (Doubles)_mm512_maskz_cvtps_pd(__mmask8(-1), (__m256)v);
+#endif
+  return __builtin_convertvector(v, Doubles);
+}
+
 // The first `count` elements, at most eight; lanes beyond are zero.
 template <class T>
 SIMCLR_INLINE Doubles load_doubles(const T* p, int64_t count) {
-  if (count >= kDoubles)
-    return __builtin_convertvector(*reinterpret_cast<const typename Eight<T>::Type*>(p), Doubles);
+  if (count >= kDoubles) return to_doubles<T>(*reinterpret_cast<const typename Eight<T>::Type*>(p));
   Doubles v{};
   for (int64_t l = 0; l < count; ++l) v[l] = double(p[l]);
   return v;
@@ -255,7 +316,7 @@ SIMCLR_INLINE Doubles load_doubles(const Bf16* p, int64_t count) {
   Eight<uint16_t>::Type halves;
   __builtin_memcpy(&halves, p, sizeof(halves));
   const Eight<uint32_t>::Type bits = __builtin_convertvector(halves, Eight<uint32_t>::Type) << 16;
-  return __builtin_convertvector((Eight<float>::Type)bits, Doubles);
+  return to_doubles<float>((Eight<float>::Type)bits);
 }
 
 // Rounds to the nearest, ties to even. NaN stays NaN.
@@ -272,12 +333,28 @@ SIMCLR_INLINE double sum_lanes(Doubles v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
+// f(k, count) for the elements from k on: eight, and at the end of a row the rest.
+template <class F>
+SIMCLR_INLINE void for_doubles(int64_t dim, const F& f) {
+  int64_t k = 0;
+  for (; k + kDoubles <= dim; k += kDoubles) f(k, kDoubles);
+  if (k < dim) f(k, dim - k);
+}
+
 template <class Z>
 double dot(const Z* a, const Z* b, int64_t dim) {
-  Doubles sum{};
-  for (int64_t k = 0; k < dim; k += kDoubles)
-    sum += load_doubles(a + k, dim - k) * load_doubles(b + k, dim - k);
-  return sum_lanes(sum);
+  // Four sums, as one would wait for each addition.
+  Doubles sums[4] = {};
+  int64_t k = 0;
+  for (; k + 4 * kDoubles <= dim; k += 4 * kDoubles)
+#pragma GCC unroll 4
+    for (int s = 0; s < 4; ++s)
+      sums[s] += load_doubles(a + k + s * kDoubles, kDoubles) *
+                 load_doubles(b + k + s * kDoubles, kDoubles);
+  for_doubles(dim - k, [&](int64_t from, int64_t count) {
+    sums[0] += load_doubles(a + k + from, count) * load_doubles(b + k + from, count);
+  });
+  return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 template <class Z>

@@ -180,7 +180,9 @@ def mean_statistics(
     both_views = stats[:, 2:].mean(0)
     positive = wide(lse - row_loss).mean() * temperature
     u, num_rows = wide(u), u.size(0)
-    total = (u.sum(0).square().sum() - u.square().sum()) * temperature / LOG2E
+    # Row by row first: over all values the order of torch's sum depends on the number of threads.
+    squares = u.square().sum(1).sum()
+    total = (u.sum(0).square().sum() - squares) * temperature / LOG2E
     if num_rows > 2:
         negative = (total - num_rows * positive) / (num_rows * (num_rows - 2))
     else:

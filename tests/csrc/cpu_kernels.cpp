@@ -97,7 +97,8 @@ Results<T> nt_xent(const Case& c, const Array<T>& z, const std::vector<int32_t>&
   const Workers workers{threads, run_threads};
   Array<T> u(rows * d), inv_norm(rows), grad(rows), inverse_count(rows), kept(kept_size(rows, d));
   Array<int32_t> own_ids(rows);
-  Array<double> lse(rows);
+  Array<double> lse(rows), lse_of_made(rows);
+  Array<T> made(rows * d), made_norm(rows), loss_of_made(rows), stats_of_made(4 * rows);
   T grad_temperature;
   for (int64_t i = 0; i < rows; ++i) {
     own_ids.data[i] = ids[i];
@@ -120,6 +121,27 @@ Results<T> nt_xent(const Case& c, const Array<T>& z, const std::vector<int32_t>&
     run(NtXentForward<T>{u.data, rows, d, 0, rows, c.temperature, c.decoupled, out.loss.data,
                          lse.data, c.classes ? nullptr : out.stats.data, workers,
                          memory.workspace(), classes, keep ? kept.data : nullptr});
+  }
+  if (!c.classes) {
+    Memory memory;
+    const NtXentNormalize<T> normalize{
+        z1, z2, d, rows, d, c.temperature, made.data, made_norm.data, workers};
+    NtXentForward<T> p{made.data,
+                       rows,
+                       d,
+                       0,
+                       rows,
+                       c.temperature,
+                       c.decoupled,
+                       loss_of_made.data,
+                       lse_of_made.data,
+                       stats_of_made.data,
+                       workers,
+                       memory.workspace()};
+    p.normalize = &normalize;
+    run(p);
+    if (!(made == u && made_norm == inv_norm && lse_of_made == lse))
+      fail("u made by the forward", double(pairs));
   }
   const auto backward = [&](T* grad_z, const T* from) {
     Memory memory;

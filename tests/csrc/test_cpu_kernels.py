@@ -21,7 +21,8 @@ FLAGS = {
 }
 # The sanitizer, the file, a piece of its source, the fault that replaces it, and what the sanitizer
 # must report. The first two go beyond an array, the third adds bits of floats as signed numbers,
-# the last reads sums that another thread may be adding to.
+# the fourth reads sums that another thread may be adding to, and the last begins a phase before the
+# one before it has ended.
 FAULTS = {
     "overflow": (
         *("address", "nt_xent_backward_kernel.cpp"),
@@ -42,7 +43,11 @@ FAULTS = {
         "signed integer overflow",
     ),
     "race": (
-        *("thread", "nt_xent_schedule.h", "      wait_for(done + J, order.round);\n", ""),
+        *("thread", "nt_xent_schedule.h", "    wait_for(pairs.rounds + J, order.round);\n", ""),
+        "data race",
+    ),
+    "phase": (
+        *("thread", "nt_xent_schedule.h", "  wait_for(&phase.done, count);\n", ""),
         "data race",
     ),
 }
