@@ -28,6 +28,15 @@ def features(labels, views=2, spread=0.5, seed=0):
     )
 
 
+def test_a_resumed_probe_reads_its_position_on_the_cpu():
+    """On a GPU every step would wait for it. Tensors on "meta" have no values to read."""
+    probe = OnlineProbe(np.arange(4), every=1, device=CPU)
+    probe.device = torch.device("meta")
+    probe.load_state_dict({"next": torch.tensor(3), "bank": torch.ones(4, 2)})
+    assert probe.state["next"].item() == 3
+    assert probe.state["bank"].is_meta
+
+
 def test_the_first_step_of_the_probe_equals_the_formula():
     labels = np.arange(8) % 4
     probe = OnlineProbe(labels, every=1, device=CPU)
