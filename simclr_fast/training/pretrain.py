@@ -62,42 +62,36 @@ def pretrain(config: PretrainConfig) -> Path:
             classes = positive_classes(source, world.device)
         if config.queue is not None:
             momentum = MomentumKeys(config, world, model, loader, embedding_dim(config))
+        is_pair = classes is None and momentum is None and loader.n_views == 2
 
         def loss(
             outputs: tuple[Tensor, Tensor], index: Tensor, logged: bool
         ) -> tuple[Tensor, dict[str, Tensor]]:
             _, z = outputs
-            # Rows of the first two views on each rank.
-            pairs = [2 * rows // loader.n_views for rows in loader.row_counts()]
-            decoupled = config.loss == "decoupled"
+            value, statistics = None, None
+            if is_pair or logged:
+                # Whatever the loss is, the statistics are those of NT-Xent on the first two views.
+                found = nt_xent_loss(
+                    z if is_pair else z[: 2 * len(index)].detach(),
+                    temperature=config.temperature,
+                    decoupled=config.loss == "decoupled",
+                    group=world.group,
+                    return_stats=logged,
+                    row_counts=[2 * rows // loader.n_views for rows in loader.row_counts()],
+                )
+                value, statistics = found if isinstance(found, tuple) else (found, None)
             if momentum is not None:
                 value = momentum.loss(z)
             elif classes is not None:
                 rows = classes[index.to(world.device, non_blocking=True)].repeat(loader.n_views)
                 value = sup_con_loss(z, rows, config.temperature, group=world.group)
-            elif loader.n_views > 2:
+            elif not is_pair:
                 value = multi_view_nt_xent_loss(
                     z, loader.n_views, config.temperature, group=world.group
                 )
-            else:
-                value = nt_xent_loss(
-                    z,
-                    temperature=config.temperature,
-                    decoupled=decoupled,
-                    group=world.group,
-                    row_counts=pairs,
-                )
+            assert value is not None
             shown = {"loss": value.detach()}
-            if logged:
-                # Whatever the loss is, these are of NT-Xent on the first two views.
-                _, statistics = nt_xent_loss(
-                    z[: 2 * len(index)].detach(),
-                    temperature=config.temperature,
-                    decoupled=decoupled,
-                    group=world.group,
-                    return_stats=True,
-                    row_counts=pairs,
-                )
+            if statistics is not None:
                 shown["contrastive_accuracy"] = statistics.contrastive_accuracy
                 shown["contrastive_entropy"] = statistics.contrastive_entropy
             return value, shown
