@@ -211,19 +211,26 @@ def _several_steps(rank, store):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     group = dist.group.WORLD
-    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-3)):
-        model, exact = with_norms().to(dtype), with_norms()
-        engine = LargeBatch(model, group=group, **PLAIN)
-        for pairs in ([4, 3], [3, 4], [2, 3], [5, 0], [4, 3]):
-            first = sum(pairs[:rank])
-            own = views(first, first + pairs[rank]).to(dtype)
-            found = step(model, lambda m, x=own, e=engine: e.backward(x, _loss))
-            whole = views(0, sum(pairs))
-            expected = step(exact, lambda m, x=whole: plain_autograd(m, x))
-            assert_equal(found, expected, tolerance)
-            model.load_state_dict(exact.state_dict())
-            model.zero_grad()
-            exact.zero_grad()
+    model, exact = with_norms(), with_norms()
+    engine = LargeBatch(model, group=group, **PLAIN)
+    for pairs in ([4, 3], [3, 4], [2, 3], [5, 0], [4, 3]):
+        first = sum(pairs[:rank])
+        own, whole = views(first, first + pairs[rank]), views(0, sum(pairs))
+        found = step(model, lambda m, x=own: engine.backward(x, _loss))
+        assert_equal(found, step(exact, lambda m, x=whole: plain_autograd(m, x)), 1e-11)
+        model.load_state_dict(exact.state_dict())
+        model.zero_grad()
+        exact.zero_grad()
+
+    # In float32 the error is at most twice that of the operations that are not compiled.
+    def gradient(dtype, **mode):
+        model, own = with_norms().to(dtype), views(4 * rank, 4 + 3 * rank).to(dtype)
+        LargeBatch(model, group=group, **mode).backward(own, _loss)
+        return torch.cat([p.grad.flatten().double() for p in model.parameters()])
+
+    true = gradient(torch.float64, memory="plain")
+    bound = 2 * (gradient(torch.float32, memory="plain") - true).norm()
+    assert 0 < (gradient(torch.float32, **PLAIN) - true).norm() <= bound
     dist.destroy_process_group()
 
 
