@@ -195,7 +195,7 @@ def global_statistics(
         squares = (inverses.double() ** -2 - norm.eps).clamp_min(0) * counts.double()[:, None]
         rows = torch.cat([means.double(), squares, counts.double()[:, None]], 1)
         return _from_row(merge(rows.unbind()), n, dtype, norm, batch)
-    if has_buffers(norm) and norm.momentum is not None and norm.running_mean.dtype == dtype:
+    if _has_buffers(norm) and norm.momentum is not None and norm.running_mean.dtype == dtype:
         batch.saw(norm)
         found = _merged(means, inverses, counts, norm.eps, norm)
         return Statistics(*found, n, norm.eps)
@@ -386,17 +386,21 @@ def _input_gradient_in_one_pass(
 
 @torch.no_grad()
 def update_running(
-    norm: Any, mean: Tensor, variance: Tensor, n: Tensor | int, batch: WholeBatch
+    norm: Any, mean: Tensor, variance: Tensor, n: Tensor | int, batch: WholeBatch | None
 ) -> None:
-    """Update a batch norm's running statistics as its forward would. variance: biased."""
-    if not has_buffers(norm):
+    """Update a batch norm's running statistics as its forward would. variance: biased.
+
+    batch: counts the batch, for all norms at once; None: it is counted here.
+    """
+    if not _has_buffers(norm):
         return
     momentum = norm.momentum
-    if momentum is None:
+    if momentum is None or batch is None:
         norm.num_batches_tracked.add_(1)
-        momentum = norm.num_batches_tracked.to(norm.running_mean.dtype).reciprocal()
     else:
         batch.saw(norm)
+    if momentum is None:
+        momentum = norm.num_batches_tracked.to(norm.running_mean.dtype).reciprocal()
     factor = n / max(n - 1, 1) if isinstance(n, int) else n / (n - 1).clamp_min(1)
     norm.running_mean.lerp_(mean.to(norm.running_mean), momentum)
     norm.running_var.lerp_((variance * factor).to(norm.running_var), momentum)
@@ -437,8 +441,7 @@ def _as(parameter: Tensor | None, s: Statistics) -> Tensor | None:
     return None if parameter is None else parameter.to(s.mean.dtype)
 
 
-def has_buffers(norm: Any) -> bool:
-    """Whether a batch norm keeps running statistics."""
+def _has_buffers(norm: Any) -> bool:
     return norm.running_mean is not None and bool(norm.track_running_stats)
 
 

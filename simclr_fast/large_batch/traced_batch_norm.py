@@ -66,14 +66,8 @@ def _statistics(norm: Any, x: Tensor, ranks: int, group: str) -> tuple[Tensor, T
     row = gbn.merge(table.unbind())  # [2C + 1]
     (mean, squares), count = row[:-1].unflatten(0, (2, -1)).unbind(), row[-1:]
     variance = squares / count
-    if gbn.has_buffers(norm):
-        norm.num_batches_tracked.add_(1)
-        momentum = norm.momentum
-        if momentum is None:
-            momentum = norm.num_batches_tracked.to(norm.running_mean.dtype).reciprocal()
-        unbiased = squares / (count - 1).clamp_min(1)
-        norm.running_mean.lerp_(mean.to(norm.running_mean), momentum)
-        norm.running_var.lerp_(unbiased.to(norm.running_var), momentum)
+    # The compiled graph counts the batch itself: what Python counts would be done only once.
+    gbn.update_running(norm, mean, variance, count, None)
     return mean.to(wide), (variance + norm.eps).rsqrt().to(wide), count.to(wide)
 
 

@@ -8,6 +8,17 @@ from PIL import Image
 from simclr_fast.augment.params import Augmentation
 from simclr_fast.training.config import PretrainConfig
 
+# Options of the command `pretrain`, for runs in processes of their own.
+TINY_OPTIONS = {
+    "preset": "demo",
+    "width": 0.125,
+    "augmentation.size": 16,
+    "batch-size": 8,
+    "log-every": 1,
+    "device": "cpu",
+    "precision": "float32",
+    "workers": 1,
+}
 TINY = PretrainConfig(
     model="resnet10",
     width=0.125,

@@ -11,20 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_runs import write_photos
+from tiny_runs import TINY_OPTIONS, write_photos
 
 from simclr_fast.utils.checkpoint import checkpoints, load_checkpoint
 
 ROOT = Path(__file__).parents[2]
-TINY = {
-    "preset": "demo",
-    "width": 0.125,
-    "augmentation.size": 16,
-    "batch-size": 8,
-    "log-every": 1,
-    "device": "cpu",
-    "precision": "float32",
-    "workers": 1,
+TINY = TINY_OPTIONS | {
     "steps": 1_000_000,
     "checkpoint-every": 5,
 }

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_runs import write_photos
+from tiny_runs import TINY_OPTIONS, write_photos
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "docs" / "examples" / "slurm.sh"
@@ -35,15 +35,7 @@ if not copying:
 # The highest status; srun counts a signal n as 128 + n.
 sys.exit(max(code if code >= 0 else 128 - code for code in [task.wait() for task in tasks]))
 """
-TINY = {
-    "preset": "demo",
-    "width": 0.125,
-    "augmentation.size": 16,
-    "batch-size": 8,
-    "log-every": 1,
-    "device": "cpu",
-    "precision": "float32",
-    "workers": 1,
+TINY = TINY_OPTIONS | {
     "timeout": 60,
     "checkpoint-every": 100000,
 }
