@@ -5,7 +5,6 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,8 +15,8 @@ from simclr_fast.commands.run_options import DEMO_DATA
 from simclr_fast.large_batch import planner
 from simclr_fast.large_batch.planner import Gpu, Setting, Workload
 from simclr_fast.large_batch.refusals import compile_refusal
+from simclr_fast.training import setup
 from simclr_fast.training.config import PretrainConfig
-from simclr_fast.training.setup import build_model
 from simclr_fast.utils.sizes import parse_size
 
 GpuName = Literal[
@@ -53,6 +52,9 @@ CASES: tuple[tuple[str, float, int, GpuName, int], ...] = (
     ("resnet34", 1, 1, "rtx4090", 15),
 )
 
+# Options that `pretrain` has as well, about what else than two views of an image is in a step.
+_VIEWS = ("views", "small_crops", "small_size", "queue", "ema")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -74,7 +76,18 @@ class Plan:
     image_size: int = 224
     """Side of a view in pixels."""
     batch_size: int = 4096
-    """Images per step over all GPUs. Each has two views."""
+    """Images per step over all GPUs."""
+    views: int = 2
+    """Views of each image. Other numbers than two are predicted as two views of more or fewer
+    images, with as many pixels in all."""
+    small_crops: int = 0
+    """Smaller views of each image beside them."""
+    small_size: int = 96
+    """Height and width of the small crops in pixels."""
+    queue: int | None = None
+    """Keys of past batches that are the negatives; a momentum encoder makes them."""
+    ema: float | None = None
+    """Decay of an average of the encoder's weights, kept beside them."""
     gpus: int = 1
     """Number of GPUs, in one machine."""
     gpu: GpuName | None = None
@@ -109,6 +122,7 @@ class Plan:
             projector_depth=self.projector_depth,
             augmentation=Augmentation(size=self.image_size),
             batch_size=self.batch_size,
+            **{name: getattr(self, name) for name in _VIEWS},
             precision=self.precision,
             optimizer=self.optimizer,
             # SGD has no default. Memory and time do not depend on it.
@@ -135,10 +149,12 @@ def run(arguments: list[str]) -> int:
     work = workload(config, given.gpus, gpu)
     # This builds the model, so a wrong model or width raises here, before any output.
     ghost = work.has_batch_norms
+    size, small = given.image_size, given.small_size
+    crops = f" and {given.small_crops} of {small}×{small}" if given.small_crops else ""
     title = (
-        f"{config.model}, width {config.width:g}, {config.batch_size} images in two views of "
-        f"{given.image_size}×{given.image_size}, {config.precision}, {given.gpus} × {gpu.name} "
-        f"with {given.memory}"
+        f"{config.model}, width {config.width:g}, {config.batch_size} images in {given.views} "
+        f"views of {size}×{size}{crops}, {config.precision}, {given.gpus} × {gpu.name} with "
+        f"{given.memory}"
     )
     if given.json:
         print(f"predicting {title}: less than a minute", file=sys.stderr, flush=True)
@@ -180,17 +196,8 @@ def run(arguments: list[str]) -> int:
 
 def workload(config: PretrainConfig, ranks: int, gpu: Gpu) -> Workload:
     """Describe a run on `ranks` GPUs to the planner."""
-    augmentation = config.augmentation
-    return Workload(
-        partial(build_model, config),
-        (augmentation.channels, augmentation.size, augmentation.size),
-        config.batch_size,
-        ranks,
-        None if config.precision == "float32" else getattr(torch, config.precision),
-        2 if config.optimizer in ("adam", "adamw") else 1,
-        gpu=gpu,
-        compile=config.compile,
-    )
+    work = setup.workload(config, ranks, torch.device("cuda"), config.all_views)
+    return replace(work, gpu=gpu)
 
 
 def _settings(work: Workload, limit: float, host: float) -> Iterable[Setting]:
@@ -279,7 +286,8 @@ def _command(given: Plan, setting: Setting) -> str:
     data = shlex.quote(config.data) + (" --preset imagenet" if config.data in DEMO_DATA else "")
     parts = [f"--data {data}", f"--model {config.model}", *parts]
     parts.append(f"--batch-size {config.batch_size}")
-    for name in ("width", "stem", "projector_dim", "projector_depth", "optimizer", "lr"):
+    shape = ("width", "stem", "projector_dim", "projector_depth")
+    for name in (*shape, *_VIEWS, "optimizer", "lr"):
         if (value := getattr(config, name)) != getattr(plain, name):
             parts.append(f"--{name.replace('_', '-')} {value}")
     if config.augmentation.size != plain.augmentation.size:

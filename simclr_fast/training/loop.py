@@ -87,7 +87,7 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
         if config.channels_last:
             part.to(memory_format=torch.channels_last)
 
-    work = workload(config, world, loader.n_views)
+    work = workload(config, world.size, world.device, loader.n_views)
     setting, options = choose_memory(config, world, work)
     if setting.memory == "lockstep":
         # The planner counts on it.

@@ -170,25 +170,29 @@ def loader_options(config: PretrainConfig, world: World) -> dict[str, Any]:
     }
 
 
-def workload(config: PretrainConfig, world: World, n_views: int) -> planner.Workload:
-    """Describe a run with `n_views` views per image to the planner.
+def workload(
+    config: PretrainConfig, ranks: int, device: torch.device, n_views: int
+) -> planner.Workload:
+    """Describe a run with `n_views` views per image on `ranks` devices to the planner.
 
     It always counts two views of one size, so other numbers count as more or fewer images with as
     many pixels.
     """
     size = config.augmentation.size
     views = n_views - config.small_crops * (1 - (config.small_size / size) ** 2)
-    images = max(world.size, math.ceil(config.batch_size * views / 2))
+    images = math.ceil(config.batch_size * views / 2)
+    # At least one on each rank; too small a batch size is refused as it is.
+    images = max(ranks, images) if config.batch_size >= ranks else config.batch_size
     followers = (config.queue is not None) + (config.ema is not None)
     return planner.Workload(
         partial(build_model, config),
         (config.augmentation.channels, size, size),
         images,
-        world.size,
-        autocast_dtype(config.precision, world.device),
+        ranks,
+        autocast_dtype(config.precision, device),
         (2 if config.optimizer in ("adam", "adamw") else 1) + followers,
         refused=config.refused_memory,
-        cuda=world.device.type == "cuda",
+        cuda=device.type == "cuda",
         compile=config.compile,
     )
 

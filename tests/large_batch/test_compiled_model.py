@@ -178,7 +178,7 @@ def test_who_cannot_compile(monkeypatch, caplog):
         monkeypatch.setattr(World, "least", lambda self, value: value)
         monkeypatch.setattr(planner, "choose", lambda *_, m=memory: planner.Setting(m, None, 1))
         world = World(0, ranks, device)
-        _, options = choose_memory(config, world, workload(config, world, 2))
+        _, options = choose_memory(config, world, workload(config, world.size, world.device, 2))
         assert options["compile"] is compiles
         said = f"compile has no effect: memory 'auto' chose {memory}; memory='{memory}' cannot"
         assert (said in caplog.text) is not compiles

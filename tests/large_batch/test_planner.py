@@ -11,6 +11,7 @@ from torch import nn
 from simclr_fast.augment.dali import dali_bytes
 from simclr_fast.augment.params import Augmentation
 from simclr_fast.commands.cli import run
+from simclr_fast.commands.plan import Plan, workload
 from simclr_fast.data.loader import TwoViewLoader
 from simclr_fast.large_batch import LargeBatch, planner
 from simclr_fast.large_batch.planner import Setting, Workload
@@ -263,6 +264,26 @@ def test_the_plan_command_prints_every_mode(capsys):
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "width must be positive" in printed.err
+
+
+def test_the_plan_counts_views_crops_and_followers(capsys):
+    given = Plan(model="resnet18", width=0.25, image_size=32, batch_size=64)
+
+    def plain_bytes(options):
+        work = workload(replace(given, **options).config, 1, planner.A100_80GB)
+        return work.setting("plain").device_bytes
+
+    # Four crops of 16² have the pixels of one view of 32².
+    two, four, crops = map(plain_bytes, ({}, {"views": 4}, {"small_crops": 4, "small_size": 16}))
+    assert four - two == pytest.approx(2 * (crops - two), rel=0.02)
+    # A momentum encoder and an average of weights.
+    assert plain_bytes({"queue": 1024, "ema": 0.99}) > two
+    small = ["--model", "resnet18", "--width", "0.25", "--image-size", "32", "--batch-size", "64"]
+    assert run(["plan", *small, "--small-crops", "4", "--small-size", "16", "--ema", "0.9"]) == 0
+    printed = capsys.readouterr().out
+    assert "64 images in 2 views of 32×32 and 4 of 16×16" in printed
+    assert "small_crops cannot be used with memory lockstep" in printed
+    assert " --small-crops 4 --small-size 16 --ema 0.9 " in printed
 
 
 class Stop(Exception):

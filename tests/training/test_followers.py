@@ -134,13 +134,13 @@ def test_grad_cache_trains_with_a_queue(config, monkeypatch):
 
 def test_the_planner_leaves_lockstep_out_and_counts_the_followers(config):
     with join_world("cpu", 60) as world:
-        bare = workload(replace(config, memory="auto"), world, 2)
-        work = workload(replace(config, memory="auto", **QUEUE), world, 2)
+        bare = workload(replace(config, memory="auto"), world.size, world.device, 2)
+        work = workload(replace(config, memory="auto", **QUEUE), world.size, world.device, 2)
         assert work.state == bare.state + 2
         setting = work.lockstep(1e9)
         assert "queue cannot be used with memory lockstep" in setting.refusal
         assert planner.choose(work, 1e9).memory == "plain"
-        more = workload(replace(config, memory="auto", **CROPS), world, 4)
+        more = workload(replace(config, memory="auto", **CROPS), world.size, world.device, 4)
         # Two crops of 12² have the pixels of 1.125 views of 16².
         assert more.batch_size == 15
         assert "small_crops cannot be used" in more.lockstep(1e9).refusal

@@ -230,7 +230,7 @@ def test_options_reach_the_optimizer():
         assert decayed == {0.1: 16, 0: 12}
         assert all(group["lr"] == 0.01 for group in made.param_groups)
         with join_world("cpu", 60) as world:
-            planned = workload(replace(TINY, optimizer=name, lr=0.01), world, 2)
+            planned = workload(replace(TINY, optimizer=name, lr=0.01), world.size, world.device, 2)
         assert planned.state == (1 if name == "sgd" else 2)
     with pytest.raises(ValueError, match="lr must be given for optimizer sgd"):
         PretrainConfig(optimizer="sgd")
