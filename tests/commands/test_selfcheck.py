@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from replayed_graph import ReplayedGraph
 
 from simclr_fast.commands import checks, selfcheck
 from simclr_fast.commands.cli import run
@@ -225,27 +225,6 @@ def test_wrong_views_of_an_array_are_found(monkeypatch):
 # The lines that only a GPU runs, with stand-ins for torch.cuda.
 
 
-class _Captured(TorchDispatchMode):
-    """Stands in for a CUDA graph: keeps the operators of a capture, and runs them again."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **kwargs or {})
-        self.calls.append((func, args, kwargs or {}, out))
-        return out
-
-    def replay(self):
-        for func, args, kwargs, out in self.calls:
-            again = func(*args, **kwargs)
-            pairs = zip(again, out, strict=True) if isinstance(out, tuple) else [(again, out)]
-            for new, old in pairs:
-                if isinstance(old, torch.Tensor) and not func.is_view:
-                    old.detach().copy_(new)
-
-
 @pytest.fixture
 def pretended_cuda(monkeypatch):
     """The checks believe that the CPU is a GPU."""
@@ -268,8 +247,8 @@ def pretended_cuda(monkeypatch):
         "get_device_properties": lambda index: SimpleNamespace(
             name="Pretended", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132
         ),
-        "CUDAGraph": _Captured,
-        "graph": lambda graph: graph,
+        "CUDAGraph": ReplayedGraph,
+        "graph": lambda graph: graph.capture(),
         "reset_peak_memory_stats": lambda device: None,
         "max_memory_allocated": lambda device: 5e9,
     }.items():
@@ -334,7 +313,7 @@ def test_a_second_gpu_is_checked(pretended_cuda, monkeypatch):
 
 def test_a_cuda_graph_is_replayed_and_checked(pretended_cuda, monkeypatch):
     assert checks.cuda_graph(CPU) == "a replay with other values equals eager"
-    monkeypatch.setattr(_Captured, "replay", lambda self: None)
+    monkeypatch.setattr(ReplayedGraph, "replay", lambda self: None)
     with pytest.raises(AssertionError):
         checks.cuda_graph(CPU)
 
