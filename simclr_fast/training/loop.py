@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from simclr_fast.models.average import WeightAverage
 from simclr_fast.models.encoders import SimCLR
 from simclr_fast.optim.schedule import warmup_cosine
 from simclr_fast.training.config import PretrainConfig
+from simclr_fast.training.cuda_graph import StepGraph, refuse_cuda_graph, step_graph
 from simclr_fast.training.loggers import require_loggers
 from simclr_fast.training.metrics import Metrics, line_is_due
 from simclr_fast.training.page import write_machine
@@ -89,6 +91,8 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
 
     work = workload(config, world.size, world.device, loader.n_views)
     setting, options = choose_memory(config, world, work)
+    if config.cuda_graph:
+        refuse_cuda_graph(world, setting.memory)
     if setting.memory == "lockstep":
         # The planner counts on it.
         loader.place_views(on_host=True)
@@ -116,16 +120,20 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
         probe = OnlineProbe(labels, config.probe_every, world.device)
 
     def where() -> str:
-        return f"rank {world.rank}, step {step + 1}"
+        twice = ", with --cuda-graph, which takes activations twice" if config.cuda_graph else ""
+        return f"rank {world.rank}, step {step + 1}{twice}"
 
-    def loss_of(outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scaled loss of this step's images, after a look at the outputs."""
+    def loss_of(
+        outputs: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """The scaled loss of this step's images, after a look at the outputs; h for the probe."""
         loss, shown = task.loss(outputs, index, logged)
-        if probe is not None:
-            probe.take(outputs[0])
         if metrics is not None and logged:
             metrics.look(*outputs, loader.n_views)
-        return scaler.scale(loss), shown
+        return scaler.scale(loss), shown, None if probe is None else outputs[0].detach()
+
+    def step_of(views: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        return large_batch.backward(views, loss_of, loader.row_counts())
 
     # Created only now: a wrong argument fails above and leaves no empty folder.
     with ExitStack() as stack:
@@ -150,6 +158,9 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
         caught = stack.enter_context(catch_signals())
         stack.enter_context(planner.out_of_memory(work, setting, where))
         model.train()
+        graph: StepGraph | None = None
+        if config.cuda_graph:
+            graph = stack.enter_context(step_graph(model, world.device))
         # Closed after an error too: a thread may be making the next batch.
         batches = stack.enter_context(closing(endless(loader)))
         saved_at = time.monotonic()
@@ -166,7 +177,12 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
             logged = line_is_due(step + 1, config.log_every, total_steps)
             optimizer.zero_grad(set_to_none=True)
             with task.around_backward(large_batch, views):
-                _, shown = large_batch.backward(views, loss_of, loader.row_counts())
+                run = step_of if graph is None else partial(graph.run, step_of, logged)
+                _, shown, h = run(views)
+            if probe is not None and h is not None:
+                probe.take(h)
+            # The probe frees it before the next step.
+            del h
             if metrics is not None and logged:
                 metrics.measure_gradients(model, scaler.get_scale())
             lr = optimizer.param_groups[0]["lr"]

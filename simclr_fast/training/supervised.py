@@ -36,7 +36,7 @@ def supervise(config: PretrainConfig) -> tuple[Path, Scores | None]:
     Raises:
         ValueError: the data have no labels. All errors of `pretrain`.
     """
-    for name in ("queue", "small_crops"):
+    for name in ("queue", "small_crops", "cuda_graph"):
         if getattr(config, name):
             raise ValueError(f"{name} is for pretrain, got {getattr(config, name)}")
     with join_world(config.device, config.timeout) as world:

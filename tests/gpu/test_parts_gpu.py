@@ -108,3 +108,30 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(gpu, tmp_path):
         lines = (config.out / "metrics.jsonl").read_text().splitlines()
         losses[name] = {row["step"]: row["loss"] for row in map(json.loads, lines)}
     assert losses["parts"] == pytest.approx(losses["whole"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("precision", "close"), [("float32", 1e-4), ("bfloat16", 1e-2), ("float16", 1e-2)]
+)
+def test_replayed_steps_train_as_eager_ones(precision, close, gpu, tmp_path, monkeypatch):
+    """With a probe and an average, which read and write between the replays."""
+    photos, replays = write_photos(tmp_path / "photos", 24), []
+    replay = torch.cuda.CUDAGraph.replay
+
+    def counted(self):
+        replays.append(1)
+        replay(self)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    own = {"data": str(photos), "device": str(gpu), "steps": 16, "memory": "plain"}
+    own |= {"log_every": 5, "precision": precision, "probe_every": 3, "ema": 0.9}
+    losses = []
+    for graphed in (False, True):
+        config = replace(TINY, **own, cuda_graph=graphed, out=tmp_path / f"graph-{graphed}")
+        pretrain(config)
+        lines = (config.out / "metrics.jsonl").read_text().splitlines()
+        losses.append({row["step"]: row["loss"] for row in map(json.loads, lines)})
+    # Steps 1 to 3 warm up, and 5, 10, 15 and 16 are logged.
+    assert len(replays) == 9
+    assert losses[1] == pytest.approx(losses[0], rel=close)

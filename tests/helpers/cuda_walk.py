@@ -227,9 +227,30 @@ class _Stream:
         waits("stream.synchronize")
 
 
+class Graph:
+    """record: what a walk saw in the capture, which is not in RECORD."""
+
+    record: dict[str, dict[str, int]]
+
+    def replay(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _capture(graph: Graph, **_: Any) -> Iterator[None]:
+    before = {name: Counter(counter) for name, counter in vars(RECORD).items()}
+    RECORD.clear()
+    yield
+    graph.record = {name: dict(counter) for name, counter in vars(RECORD).items()}
+    RECORD.clear()
+    for name, counter in before.items():
+        getattr(RECORD, name).update(counter)
+
+
 def _streams() -> None:
     cuda: Any = torch.cuda
     cuda.Event, cuda.Stream = _Event, _Stream
+    cuda.CUDAGraph, cuda.graph = Graph, _capture
     cuda.stream = lambda stream: contextlib.nullcontext()
     computing = _Stream()
     cuda.current_stream = cuda.default_stream = lambda device=None: computing

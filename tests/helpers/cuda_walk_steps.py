@@ -2,7 +2,7 @@
 
 Prints JSON: for each case what `cuda_walk` recorded in the third step. The first step creates the
 optimizer's state. In the first two, replay and grad-cache compare both runs of a layer, which waits
-for the device.
+for the device. Case "graph": what the capture of a step holds.
 """
 
 import json
@@ -28,6 +28,8 @@ from simclr_fast.losses.nt_xent import nt_xent_loss
 from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector
 from simclr_fast.optim.lars import LARS, lars_param_groups
 from simclr_fast.optim.schedule import warmup_cosine
+from simclr_fast.training import cuda_graph
+from simclr_fast.training.cuda_graph import step_graph
 
 ROWS, SIZE = 8, 64
 MODES: dict[str, dict[str, Any]] = {
@@ -50,6 +52,12 @@ FAULTS: dict[str, Callable[[Tensor], Any]] = {
     "from pageable memory": lambda z: z + torch.ones(1, 1).to(DEVICE, non_blocking=True),
     "made on the CPU": lambda z: z + torch.tensor([1.0], device=DEVICE),
     "wrong device": lambda z: z + torch.ones(len(z), 1),
+}
+# Faults in the loss of a step that is captured. A copy from pinned memory waits for nothing, but a
+# replay would copy again from memory that belongs to others by then.
+GRAPH_FAULTS = {
+    "graph item": FAULTS["item"],
+    "graph copy": lambda z: z + torch.ones(1, 1).pin_memory().to(DEVICE, non_blocking=True),
 }
 
 
@@ -130,6 +138,29 @@ def train(
     return seen
 
 
+def captured(dtype: str, fault: Callable[[Tensor], Any] | None = None) -> Any:
+    """What the capture of a step of plain holds, and the gradients that a replay leaves."""
+    autocast = DTYPES[dtype]
+    trained = model("resnet10")
+    step = large_batch(trained, memory="plain", autocast=autocast)
+    scaler = torch.amp.GradScaler("cuda", enabled=autocast is torch.float16)
+
+    def loss_fn(outputs: Any) -> Any:
+        h, z = outputs
+        if fault is not None:
+            fault(z)
+        loss = nt_xent_loss(z, temperature=0.1)
+        return scaler.scale(loss), loss.detach(), h.detach()
+
+    with step_graph(trained, DEVICE) as graph:
+        for _ in range(cuda_graph.WARM_UP + 1):
+            trained.zero_grad(set_to_none=True)
+            graph.run(lambda batch: step.backward(batch, loss_fn), False, views(autocast))
+    wrong = [n for n, p in trained.named_parameters() if p.requires_grad and p.grad is None]
+    assert isinstance(graph.graph, cuda_walk.Graph)
+    return {"captured": graph.graph.record, "wrong gradients": wrong}
+
+
 def layer(world: int) -> Any:
     """Launches and collectives of one batch norm, forward and backward."""
     batch = WholeBatch(dist.group.WORLD if world > 1 else None)
@@ -179,6 +210,8 @@ def stand_ins() -> None:
 def main(world: int, cases: list[str]) -> None:
     cuda_walk.pretend(world)
     stand_ins()
+    # One eager step suffices where nothing is compiled.
+    cuda_graph.WARM_UP = 1
     results = {}
     for case in cases:
         mode, _, dtype = case.partition(" ")
@@ -188,6 +221,9 @@ def main(world: int, cases: list[str]) -> None:
                     seen = evaluate()
                 elif case == "layer":
                     seen = layer(world)
+                elif mode == "graph":
+                    fault = GRAPH_FAULTS.get(case)
+                    seen = captured("bf16" if fault else dtype, fault)
                 elif case in FAULTS:
                     seen = train("plain", "bf16", world, FAULTS[case])
                 else:

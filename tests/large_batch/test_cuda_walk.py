@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_walk_steps import FAULTS
+from cuda_walk_steps import FAULTS, GRAPH_FAULTS
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 pytestmark = [
@@ -64,6 +64,16 @@ def check(case, seen, world):
     assert seen["gradient"] <= BUDGET[world].get(mode, 1e9), case
 
 
+def check_capture(case, seen):
+    """A capture may neither wait nor copy between host and GPU, not even from pinned memory."""
+    assert "error" not in seen, (case, seen["error"])
+    found = seen["captured"]
+    assert not found["waits"], case
+    assert not found["copies"], case
+    assert {"convolution", "convolution_backward"} <= found["operations"].keys(), case
+    assert not seen["wrong gradients"], case
+
+
 def check_all(found, cases, world):
     for case in cases:
         check(case, found[case], world)
@@ -79,13 +89,20 @@ def assert_layer(seen, collectives):
 
 def test_a_step_on_one_gpu():
     cases = "plain bf16", "replay bf16", "lockstep bf16", "plain fp16", "grad-cache bf16"
-    found = walked(1, *cases, "evaluate", "layer", *FAULTS)
+    captures = "graph bf16", "graph fp16"
+    found = walked(1, *cases, *captures, "evaluate", "layer", *FAULTS, *GRAPH_FAULTS)
     assert_layer(found["layer"], 0)
     check_all(found, cases, 1)
     for fault in FAULTS:
         with pytest.raises(AssertionError):
             check("plain bf16", found[fault], 1)
     assert "same device" in found["wrong device"]["error"]
+    for case in captures:
+        check_capture(case, found[case])
+    for fault in GRAPH_FAULTS:
+        assert "error" not in found[fault]
+        with pytest.raises(AssertionError, match=fault):
+            check_capture(fault, found[fault])
     evaluated = found["evaluate"]
     assert evaluated["features"] == ["torch.float32", "cuda"]
     assert not evaluated["waits"]
