@@ -42,7 +42,6 @@ from simclr_fast.large_batch.planner import Workload
 from simclr_fast.losses.nt_xent import nt_xent_loss
 from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector
 from simclr_fast.optim.lars import LARS, lars_param_groups
-from simclr_fast.utils.checkpoint import write_json
 from simclr_fast.utils.distributed import join_world
 
 MODES: dict[str, dict[str, Any]] = {
@@ -91,7 +90,7 @@ class CommandLine:
     schedules: bool = False
     """Compare predicted and measured times of schedules instead."""
     out: Path | None = None
-    """Put the results into large_batch.json of this folder, beside those of other models."""
+    """Put the results into the machine's JSON file in this folder."""
     mode: str | None = None
     """Run one rank of this mode in this process and print JSON; for internal use."""
 
@@ -203,11 +202,8 @@ def compare_schedules(given: "CommandLine") -> dict:
 def save(given: "CommandLine", kind: str, title: str, result: dict) -> None:
     if given.out is None:
         return
-    path = given.out / "large_batch.json"
-    content = json.loads(path.read_text()) if path.is_file() else {}
     where = harness.environment(torch.device("cpu"), "python -m benchmarks.bench_large_batch")
-    content.setdefault(kind, {})[title] = {"environment": where, **result}
-    write_json(path, content, indent=1)
+    harness.save(f"{kind}: {title}", result, where, given.out)
 
 
 def main() -> None:

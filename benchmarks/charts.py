@@ -38,8 +38,9 @@ class CommandLine:
 def speed(results: Path, path: Path) -> None:
     """A panel of bars for each subject that is recorded."""
     panels, machines, commands = [], [], []
+    measured = load(results)
     for subject, wanted, column, label in SUMMARY:
-        found = load(subject, results)
+        found = measured.get(subject)
         tables = [t for t in found["tables"] if wanted in t["title"]] if found else []
         if tables:
             assert found is not None

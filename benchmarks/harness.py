@@ -3,13 +3,15 @@
 import contextlib
 import ctypes
 import gc
+import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import import_module
@@ -321,10 +323,19 @@ def _commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def save(tables: Iterable[Table], where: dict[str, Any], path: Path) -> None:
-    """Write the tables as JSON, atomically."""
-    content = {"environment": where, "tables": [table.to_json() for table in tables]}
-    write_json(path, content, indent=1)
+def save(subject: str, content: dict[str, Any], where: dict[str, Any], folder: Path) -> Path:
+    """Write what was measured into the JSON file of the machine `where`, beside other subjects."""
+    path = folder / f"{machine_name(where)}.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    write_json(path, found | {subject: {"environment": where, **content}}, indent=1)
+    return path
+
+
+def machine_name(where: dict[str, Any]) -> str:
+    """A file name for a machine: its GPU if that was measured, else processor and cores."""
+    name = where.get("gpu") or f"{where['cpu']} {where['cores']} cores"
+    words = re.sub(r"\((R|TM)\)|@.*?GHz", " ", name, flags=re.IGNORECASE).lower()
+    return "-".join(re.findall("[a-z0-9.]+", words))
 
 
 def number(value: float) -> str:

@@ -33,7 +33,6 @@ from simclr_fast.large_batch.planner import Gpu, Setting, Workload
 from simclr_fast.losses.nt_xent import nt_xent_loss
 from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector
 from simclr_fast.optim.lars import LARS, lars_param_groups
-from simclr_fast.utils.checkpoint import write_json
 from simclr_fast.utils.pinned import pinned_empty
 
 SIZE = 224
@@ -60,7 +59,7 @@ class CommandLine:
     bus: float = 44e9
     """Bytes per second to and from RAM, for the prediction."""
     out: Path | None = None
-    """Folder for large_batch_gpu.json."""
+    """Folder for the JSON file of this GPU."""
     case: Path | None = None
     """Run the pickled case in this process and print JSON; for internal use."""
 
@@ -185,8 +184,7 @@ def main() -> None:
         print(text, flush=True)
     if given.out is not None:
         where = harness.environment(torch.device("cuda"), "python -m benchmarks.large_batch_gpu")
-        content = {"environment": where, "rows": rows}
-        write_json(given.out / "large_batch_gpu.json", content, indent=1)
+        harness.save("limits", {"rows": rows}, where, given.out)
 
 
 if __name__ == "__main__":

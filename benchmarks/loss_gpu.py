@@ -1,6 +1,6 @@
 """NT-Xent, forward and backward, on a GPU: the time of its kernels, and that of a call.
 
-    python -m benchmarks.loss_gpu [--out benchmarks/results/gpu]
+    python -m benchmarks.loss_gpu [--out benchmarks/results]
 
 The kernels are timed as a CUDA graph that is replayed, so the host does not count. A call from
 Python also waits for the host, which takes longer than the kernels up to some thousand pairs.
@@ -18,7 +18,6 @@ import torch
 from simclr_fast import nt_xent_loss
 from simclr_fast.benchmarks import harness
 from simclr_fast.benchmarks.peers import textbook
-from simclr_fast.utils.checkpoint import write_json
 
 SIZES = ((256, 128), (1024, 128), (4096, 128), (4096, 512), (16384, 128))
 TEMPERATURE = 0.1
@@ -30,7 +29,7 @@ REPEATS, WARM_UP = 60, 8
 @dataclass(frozen=True)
 class CommandLine:
     out: Path | None = None
-    """Folder for loss_gpu.json."""
+    """Folder for the JSON file of this GPU."""
 
 
 def microseconds(call: Callable[[], object]) -> float:
@@ -81,7 +80,7 @@ def main() -> None:
             print(rows[-1], flush=True)
     if given.out is not None:
         where = harness.environment(torch.device("cuda"), "python -m benchmarks.loss_gpu")
-        write_json(given.out / "loss_gpu.json", {"environment": where, "rows": rows}, indent=1)
+        harness.save("kernels", {"rows": rows}, where, given.out)
 
 
 if __name__ == "__main__":

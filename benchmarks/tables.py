@@ -7,9 +7,9 @@
 In a document, the text between `<!-- results: NAME -->` and `<!-- end of results -->` is replaced.
 NAME is a subject of `simclr-fast bench`; `summary`, one row for each subject; `predicted`, what the
 models of this folder predict for GPUs; `fits` or `cards`, what `simclr-fast plan --fits` predicts;
-`modes` or `schedules`, what `benchmarks.bench_large_batch` measured. A NAME that begins with `gpu_`
-is read from the folder results/gpu, which has what was measured on a GPU; `gpu_limits` and
-`gpu_kernels` are what `benchmarks.large_batch_gpu` and `benchmarks.loss_gpu` measured there.
+`modes` or `schedules`, what `benchmarks.bench_large_batch` measured. Each machine has a file; the
+documents show `CPU`'s, and `GPU`'s where a NAME begins with `gpu_`: `gpu_limits` and `gpu_kernels`
+are what `benchmarks.large_batch_gpu` and `benchmarks.loss_gpu` measured there.
 """
 
 import json
@@ -24,6 +24,8 @@ from simclr_fast.benchmarks.harness import number
 from simclr_fast.commands.plan import fits_lines
 
 RESULTS = Path(__file__).resolve().parent / "results"
+# The machines whose results the documents show.
+CPU, GPU = "intel-xeon-processor-2-cores", "nvidia-h200"
 SUBJECTS = ("loss", "augment", "lars", "step")
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
@@ -59,20 +61,19 @@ NO_ALTERNATIVES = ("simclr_fast foreach", "SGD fused", "dali_only")
 RESNET50_PARAMETERS = 25_557_032
 
 
-def load(subject: str, results: Path = RESULTS) -> dict[str, Any] | None:
-    """The results of a subject; None if there are none."""
-    path = results / f"{subject}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+def load(results: Path, machine: str = CPU) -> dict[str, Any]:
+    """What was measured on a machine: subject → results."""
+    path = results / f"{machine}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def text(name: str, results: Path = RESULTS) -> str:
     """Markdown for a mark: the tables of a subject, or the summary."""
-    if name.startswith("gpu_"):
-        return text(name.removeprefix("gpu_"), results / "gpu")
-    if name == "limits":
-        return limits(results)
-    if name == "kernels":
-        return loss_kernels(results)
+    measured = load(results, GPU if name.startswith("gpu_") else CPU)
+    if name == "gpu_limits":
+        return limits(measured)
+    if name == "gpu_kernels":
+        return loss_kernels(measured)
     if name == "summary":
         return summary(results)
     if name == "predicted":
@@ -80,15 +81,17 @@ def text(name: str, results: Path = RESULTS) -> str:
     if name in ("fits", "cards"):
         return fits(results, name == "cards")
     if name in ("modes", "schedules"):
-        return large_batch(results, name)
-    if name not in SUBJECTS:
+        return large_batch(measured, name)
+    subject = name.removeprefix("gpu_")
+    if subject not in SUBJECTS:
         others = ("summary", "predicted", "fits", "cards", "modes", "schedules")
         allowed = ", ".join((*SUBJECTS, *others))
         raise ValueError(f"results must be one of {allowed}, got {name!r}")
-    found = load(name, results)
+    found = measured.get(subject)
     if found is None:
-        where = "/gpu --device cuda" if results.name == "gpu" else ""
-        return f"Not recorded yet: `simclr-fast bench {name} --out benchmarks/results{where}`.\n"
+        device = " --device cuda" if subject != name else ""
+        command = f"simclr-fast bench {subject}{device} --out benchmarks/results"
+        return f"Not recorded yet: `{command}`.\n"
     tables = (_table(table, FACTS[name]) for table in found["tables"])
     return "\n".join([f"{machine(found['environment'])}\n", *tables])
 
@@ -114,15 +117,13 @@ def fits(results: Path, cards: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def large_batch(results: Path, kind: str) -> str:
+def large_batch(measured: dict[str, Any], kind: str) -> str:
     """The memory modes on the CPU, or schedules of lockstep: their predicted and measured time."""
-    found = load("large_batch", results)
-    if found is None or kind not in found:
-        return (
-            "Not recorded yet: `python -m benchmarks.bench_large_batch --out benchmarks/results`.\n"
-        )
     parts = []
-    for title, case in found[kind].items():
+    for name, case in measured.items():
+        found, _, title = name.partition(": ")
+        if found != kind:
+            continue
         rows = case["rows"]
         if kind == "schedules":
             heads = "| memory of plain's | predicted time | measured time |\n|---|---|---|"
@@ -145,14 +146,15 @@ def large_batch(results: Path, kind: str) -> str:
                 lines.append(f"| `{row['mode']}` | {' | '.join(pairs)} | {losses} |")
         table = "\n".join([heads, *lines])
         parts.append(f"**{title}**\n\n{machine(case['environment'])}\n\n{table}\n")
-    return "\n".join(parts)
+    command = "python -m benchmarks.bench_large_batch --out benchmarks/results"
+    return "\n".join(parts) or f"Not recorded yet: `{command}`.\n"
 
 
-def limits(results: Path) -> str:
+def limits(measured: dict[str, Any]) -> str:
     """A batch of 4096 in limited memory of one GPU: predicted and measured."""
-    found = load("large_batch_gpu", results)
+    found = measured.get("limits")
     if found is None:
-        command = "python -m benchmarks.large_batch_gpu --out benchmarks/results/gpu"
+        command = "python -m benchmarks.large_batch_gpu --out benchmarks/results"
         return f"Not recorded yet: `{command}`.\n"
     lines = [
         "| GB of the GPU + of RAM | work | predicted GB | reserved GB | predicted s | s/step | "
@@ -177,11 +179,11 @@ def limits(results: Path) -> str:
     return f"{machine(found['environment'])}\n\n" + "\n".join(lines) + "\n"
 
 
-def loss_kernels(results: Path) -> str:
+def loss_kernels(measured: dict[str, Any]) -> str:
     """NT-Xent on one GPU: the time of its kernels, and of calls."""
-    found = load("loss_gpu", results)
+    found = measured.get("kernels")
     if found is None:
-        return "Not recorded yet: `python -m benchmarks.loss_gpu --out benchmarks/results/gpu`.\n"
+        return "Not recorded yet: `python -m benchmarks.loss_gpu --out benchmarks/results`.\n"
     lines = [f"| N | D | dtype | our kernels, µs | our call, µs | textbook, µs |\n{6 * '|---'}|"]
     for row in found["rows"]:
         times = [f"{row[name]:,.0f}" if name in row else "" for name in ("kernels", "call")]
@@ -236,8 +238,9 @@ def predicted() -> str:
 def summary(results: Path = RESULTS) -> str:
     """One row per subject: our time, the fastest alternative's and lightly's."""
     lines = ["| | simclr_fast | fastest alternative | lightly |", "|---|---|---|---|"]
+    measured = load(results)
     for subject, wanted, column, label in SUMMARY:
-        found = load(subject, results)
+        found = measured.get(subject)
         # The largest number of pairs is the last table.
         tables = [t for t in found["tables"] if wanted in t["title"]] if found else []
         if not tables:

@@ -61,7 +61,7 @@ class Bench(harness.CommandLine):
     what: tyro.conf.Positional[Literal["loss", "augment", "lars", "step", "all"]] = "all"
     """The part to time."""
     out: Path = Path("bench")
-    """Folder for the JSON files and pictures."""
+    """Folder for pictures, and for a JSON file with the name of the machine."""
 
 
 def run(arguments: list[str]) -> int:
@@ -90,8 +90,8 @@ def run(arguments: list[str]) -> int:
             continue
         where = harness.environment(options.device) | {"floor": limits}
         where["cores_of_others"] = others.cores()
-        written = [given.out / f"{name}.json"]
-        harness.save(tables, where, written[0])
+        content = {"tables": [table.to_json() for table in tables]}
+        written = [harness.save(name, content, where, given.out)]
         if "matplotlib" not in absent:
             written.append(given.out / f"{name}.png")
             harness.draw(tables, written[1])

@@ -92,7 +92,9 @@ def test_lars_side_by_side_from_the_command_line(tmp_path, capsys, monkeypatch):
     command = ["bench", "lars", "--quick", "--rounds", "1", "--out", str(tmp_path)]
     assert run([*command, "--device", "cpu", "--threads", "1"]) == 0
     assert "| lightly |" in capsys.readouterr().out
-    content = json.loads((tmp_path / "lars.json").read_text())
+    (path,) = tmp_path.glob("*.json")
+    content = json.loads(path.read_text())["lars"]
+    assert path.stem == harness.machine_name(content["environment"])
     assert content["environment"]["versions"]["torch"]
     assert content["environment"]["threads"] == 1
     assert content["tables"][0]["ratios"]["step"]["simclr_fast"] == 1
@@ -230,7 +232,8 @@ def test_without_matplotlib_only_the_picture_is_missing(tmp_path, capsys, monkey
     assert run([*command, "--device", "cpu", "--threads", "1"]) == 0
     printed = capsys.readouterr().out
     assert printed.index("pip install matplotlib") < printed.index("| simclr_fast |")
-    assert [path.name for path in tmp_path.iterdir()] == ["lars.json"]
+    (path,) = tmp_path.iterdir()
+    assert list(json.loads(path.read_text())) == ["lars"]
 
 
 @pytest.mark.parametrize("module", [bench_augment, augment_epochs, bench_step])
@@ -275,4 +278,5 @@ def test_a_subject_that_cannot_run_does_not_stop_the_others(tmp_path, capsys, mo
     printed = capsys.readouterr()
     assert "pip install scikit-learn" in printed.out
     assert printed.err.strip() == "simclr-fast bench: not timed: augment, step"
-    assert sorted(path.name for path in tmp_path.glob("*.json")) == ["lars.json", "loss.json"]
+    (path,) = tmp_path.glob("*.json")
+    assert sorted(json.loads(path.read_text())) == ["lars", "loss"]

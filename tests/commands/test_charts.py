@@ -21,6 +21,12 @@ def table(title, column, base, **times):
     return harness.Table(title, base, {column: times}, floors=("floor",)).to_json()
 
 
+def record(folder, *found):
+    """Record tables of the loss, on the machine that the documents show."""
+    content = {"loss": {"environment": ENVIRONMENT, "tables": found}}
+    (folder / f"{tables.CPU}.json").write_text(json.dumps(content))
+
+
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that are saved."""
@@ -42,8 +48,7 @@ def results(tmp_path):
         "NT-Xent, N = 1024, D = 128", "forward+backward", "simclr_fast", simclr_fast=8.0,
         lightly=90.0, floor=1.0, **peers,
     )  # fmt: skip
-    content = {"environment": ENVIRONMENT, "tables": [one, two]}
-    (tmp_path / "loss.json").write_text(json.dumps(content))
+    record(tmp_path, one, two)
     row = {"model": "resnet50", "width": 1, "gpus": 1, "gpu": "A card", "gpu_gb": 24, "host_gb": 8}
     row |= {"plain_bytes": 700e9, "device_bytes": 22e9, "host_bytes": 8e9, "view_bytes": 5e9}
     row |= {"compute": 1.4, "seconds": 9.0, "bus_bytes": 80e9, "memory": "lockstep"}
@@ -80,7 +85,7 @@ def test_charts_and_tables_round_alike_and_show_the_same_ratio(tmp_path, figures
         "NT-Xent, N = 1024, D = 128", "forward+backward", "simclr_fast",
         simclr_fast=[100.0, 113.3, 120.0], lightly=[1700.4, 1586.2, 1680.0],
     )  # fmt: skip
-    (tmp_path / "loss.json").write_text(json.dumps({"environment": ENVIRONMENT, "tables": [slow]}))
+    record(tmp_path, slow)
     charts.speed(tmp_path, tmp_path / "speed.png")
     (axis,) = figures[0].axes
     assert [text.get_text() for text in axis.texts] == ["113 ms", "1,680 ms  (14×)"]

@@ -271,9 +271,8 @@ def test_every_check_runs_where_there_is_a_gpu(pretended_cuda, monkeypatch, tmp_
 
     def bounded(command, folder, seconds):
         if command[3] == "bench":
-            (Path(command[-1]) / "loss.json").write_text(
-                json.dumps({"tables": [{"ratios": {"step": {"eager": 2.0}}}]})
-            )
+            result = {"tables": [{"ratios": {"step": {"eager": 2.0}}}]}
+            (Path(command[-1]) / "machine.json").write_text(json.dumps({"loss": result}))
         return 0, ["3 passed"]
 
     monkeypatch.setattr(checks, "_bounded", bounded)
@@ -455,7 +454,7 @@ def test_the_benchmark_results_are_kept(monkeypatch):
         assert command[1:6] == ["-m", "simclr_fast", "bench", "all", "--quick"]
         out = checks.Path(command[-1])
         if status != 1:
-            (out / "loss.json").write_text(json.dumps(result))
+            (out / "machine.json").write_text(json.dumps({"loss": result}))
         if status == 2:
             raise AssertionError("not done after 180 s")
         return status, ["some output"]

@@ -1,7 +1,6 @@
 """The documents: examples run, commands exist, links lead somewhere, the site builds."""
 
 import ast
-import json
 import re
 import subprocess
 import sys
@@ -199,7 +198,10 @@ def results(folder, title="NT-Xent, N = 64, D = 8", column="forward+backward"):
     table = harness.Table(title, "simclr_fast", {column: times}, facts, ("floor",), notes)
     where = {"when": "2026-01-02T03:04", "cores": 2, "cpu": "CPU", "instruction_set": "avx2"}
     where |= {"threads": 1, "commit": "abc", "command": "simclr-fast bench loss"}
-    harness.save([table], where | {"versions": {"torch": "2"}}, folder / "loss.json")
+    where |= {"versions": {"torch": "2"}}
+    path = harness.save("loss", {"tables": [table.to_json()]}, where, folder)
+    assert path.name == "cpu-2-cores.json"
+    path.rename(folder / f"{tables.CPU}.json")
 
 
 def test_a_table_of_results(tmp_path):
@@ -241,7 +243,7 @@ def test_a_document_is_filled_between_its_marks(tmp_path):
 
 
 def test_the_charts_have_their_sources():
-    for picture, source in (("memory.png", "plan.json"), ("speed.png", "step.json")):
+    for picture, source in (("memory.png", "plan.json"), ("speed.png", f"{tables.CPU}.json")):
         if (ROOT / "docs" / picture).exists():
             assert (tables.RESULTS / source).exists(), picture
             assert f"docs/{picture}" in PAGES[0].read_text()
@@ -273,10 +275,14 @@ def test_no_table_stands_in_two_documents():
 
 
 def test_recorded_results_are_complete():
-    for path in tables.RESULTS.glob("*.json"):
-        found = json.loads(path.read_text())
-        if path.stem in tables.SUBJECTS:
-            assert {"when", "cpu", "commit", "command", "versions"} <= set(found["environment"])
+    for machine in (tables.CPU, tables.GPU):
+        measured = tables.load(tables.RESULTS, machine)
+        assert measured
+        for found in measured.values():
+            where = found["environment"]
+            assert {"when", "cpu", "commit", "command", "versions"} <= set(where)
+            assert harness.machine_name(where) == machine
+    assert set(tables.SUBJECTS) <= set(tables.load(tables.RESULTS))
 
 
 REFERENCE = sorted((ROOT / "docs" / "reference").glob("*.md"))
