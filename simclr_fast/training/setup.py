@@ -148,7 +148,11 @@ def build_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.Opt
         group.pop("adapt", None)
     if config.optimizer == "sgd":
         assert config.lr is not None
-        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True, fused=True)
+        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True, fused=True)
+        # SGD makes them in its first step, and leaves them unset if the scaler skips that step.
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     return kind(groups, lr=config.lr or _ADAM_LR, fused=True)
 

@@ -253,6 +253,33 @@ def test_options_reach_the_optimizer():
             PretrainConfig(**options)
 
 
+@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adam", "adamw"])
+def test_a_first_step_that_overflows_is_skipped(optimizer, monkeypatch):
+    """Memory that is not set is NaN in deterministic mode."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        plain = copy.deepcopy(model)
+        config = replace(TINY, optimizer=optimizer, lr=0.01)
+        made, bare = build_optimizer(model, config), build_optimizer(plain, config)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+        for x in (torch.full((4, 3), torch.inf), torch.ones(4, 3), torch.rand(4, 3)):
+            made.zero_grad()
+            scaler.scale(model(x).sum()).backward()
+            scaler.step(made)
+            scaler.update()
+            if x.isfinite().all():
+                bare.zero_grad()
+                plain(x).sum().backward()
+                bare.step()
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p, q)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_zero_gamma_makes_every_block_the_identity_at_first():
     model = build_model(replace(TINY, model="resnet50", zero_gamma=True)).encoder
     assert all(
