@@ -143,7 +143,8 @@ class Workload:
     optimizer's. cuda: whether the run is on a GPU, with its operations and overheads. loader:
     whether our loader makes the views; it needs memory, and lockstep lets it keep them on the host.
     refused: modes that the run cannot use, and why. compile: whether lockstep compiles; the other
-    modes are predicted as without.
+    modes are predicted as without. captured: whether plain replays its steps, all but a few, as a
+    CUDA graph, whose activations lie beside those of the few.
     """
 
     make: Callable[[], nn.Module]
@@ -157,6 +158,7 @@ class Workload:
     loader: bool = True
     refused: Mapping[str, str] = field(default_factory=dict)
     compile: bool = False
+    captured: bool = False
 
     def __post_init__(self) -> None:
         if self.ranks < 1:
@@ -195,7 +197,10 @@ class Workload:
             phases = self._phases(memory, micro_batch)
         except ValueError as error:
             return _refused(memory, error)
-        peak = max(p.peak for p in phases.values()) + self.bytes_outside_step(memory)
+        peak = max(p.peak for p in phases.values())
+        if self.captured and memory == "plain":
+            peak *= 2
+        peak += self.bytes_outside_step(memory)
         return Setting(
             memory,
             micro_batch,

@@ -198,6 +198,7 @@ def workload(
         refused=config.refused_memory,
         cuda=device.type == "cuda",
         compile=config.compile,
+        captured=config.cuda_graph,
     )
 
 

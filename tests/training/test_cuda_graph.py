@@ -24,6 +24,7 @@ from simclr_fast.training import cuda_graph, loop
 from simclr_fast.training import pretrain as module
 from simclr_fast.training.cuda_graph import StepGraph, refuse_cuda_graph, step_graph
 from simclr_fast.training.pretrain import pretrain
+from simclr_fast.training.setup import workload
 from simclr_fast.training.supervised import supervise
 from simclr_fast.utils.checkpoint import checkpoints, load_checkpoint
 
@@ -257,3 +258,16 @@ def test_runs_that_are_refused(config, monkeypatch):
     assert not graphed(config).out.exists()
     with pytest.raises(ValueError, match="cuda_graph is for pretrain, got True"):
         supervise(graphed(config))
+
+
+def test_the_planner_counts_activations_twice(config):
+    """A CUDA graph keeps its own, beside those of logged steps."""
+    cpu = torch.device("cpu")
+    given = (config, graphed(config))
+    eager, captured = (workload(c, 1, cpu, 2) for c in given)
+    fixed = eager.bytes_outside_step("plain")
+    plain, twice = (w.setting("plain").device_bytes - fixed for w in (eager, captured))
+    assert plain > 0
+    assert twice == 2 * plain
+    assert captured.setting("replay") == eager.setting("replay")
+    assert captured.setting("grad-cache", 4) == eager.setting("grad-cache", 4)
