@@ -131,8 +131,10 @@ def norm_act(
     rows, columns = (places, channels) if last else (x.size(0) * channels, places // x.size(0))
     unit = 1 if columns % UNIT else UNIT
     block_columns = _block_columns(columns)
-    # Ragged rows have no wide loads, and so an address for every value: ptxas spills with all.
-    block_rows = BLOCK_VALUES // block_columns // (2 if unit == 1 else 1)
+    # Ragged rows have no wide loads, and so an address for every value; of narrow rows a thread has
+    # as many as values. With all, ptxas spills.
+    halved = unit == 1 or block_columns == BLOCK_COLUMNS // 8
+    block_rows = BLOCK_VALUES // block_columns // (2 if halved else 1)
     grid = -(-rows // block_rows) * -(-columns // block_columns)
     with torch.cuda.device_of(x):
         norm_act_kernel[(grid,)](
