@@ -266,7 +266,7 @@ def test_the_plan_command_prints_every_mode(capsys):
     assert "width must be positive" in printed.err
 
 
-def test_the_plan_counts_views_crops_and_followers(capsys):
+def test_the_plan_counts_views_crops_and_followers(capsys, monkeypatch):
     given = Plan(model="resnet18", width=0.25, image_size=32, batch_size=64)
 
     def plain_bytes(options):
@@ -278,6 +278,8 @@ def test_the_plan_counts_views_crops_and_followers(capsys):
     assert four - two == pytest.approx(2 * (crops - two), rel=0.02)
     # A momentum encoder and an average of weights.
     assert plain_bytes({"queue": 1024, "ema": 0.99}) > two
+    kinds = ("plain", "lockstep")
+    monkeypatch.setattr(planner, "settings", lambda work, *_: map(work.setting, kinds))
     small = ["--model", "resnet18", "--width", "0.25", "--image-size", "32", "--batch-size", "64"]
     assert run(["plan", *small, "--small-crops", "4", "--small-size", "16", "--ema", "0.9"]) == 0
     printed = capsys.readouterr().out
