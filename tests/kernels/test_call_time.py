@@ -59,8 +59,8 @@ def test_nt_xent_makes_few_calls_in_a_step(calls):
 
     # The first ones fill caches, and the garbage collector may call something in one of them.
     least = min(counted() for _ in range(5))
-    # 171 + 216 where it was written: unlike times, they are the same on every machine.
-    assert least <= 400
+    # 387 with torch 2.14 and 408 with 2.10: unlike times, they are the same on every machine.
+    assert least <= 420
 
 
 def test_nt_xent_takes_the_host_about_as_long_as_the_textbook_loss(calls):
