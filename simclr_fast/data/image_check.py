@@ -10,6 +10,7 @@ decodes each file once, before its first use; a JPEG at an eighth of its size.
 """
 
 import io
+import math
 import re
 import struct
 import warnings
@@ -38,6 +39,12 @@ _EXIF_TYPES = {3: "H", 4: "I"}
 _PNG_METADATA = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 # Flags of an extended WebP: animation, XMP, EXIF.
 _WEBP_ODD = 0x02 | 0x04 | 0x08
+# The start of a NumPy file, version 1: data type, order of the axes, shape.
+_NPY = re.compile(
+    rb"\x93NUMPY\x01\0..\{'descr': '([<>|](?:b1|[iu][1248]|f[248]))', "
+    rb"'fortran_order': (True|False), 'shape': \(([0-9, ]*)\), \} *\n",
+    re.DOTALL,
+)
 # Larger images are refused as decompression bombs. Pillow has the same limit.
 _MAX_PIXELS = 178_956_970
 
@@ -107,7 +114,7 @@ def channel_pixels(encoded: np.ndarray, channels: int) -> np.ndarray:
     data = encoded.tobytes()
     try:
         if data.startswith(b"\x93NUMPY"):
-            return as_channels(np.load(io.BytesIO(data), allow_pickle=False), channels)
+            return as_channels(_npy_array(data), channels)
         if data.startswith(_TIFF) and not missing(["tifffile"]):
             return as_channels(need("tifffile").imread(io.BytesIO(data)), channels)
     # Damaged files raise errors of many types.
@@ -122,6 +129,22 @@ def channel_pixels(encoded: np.ndarray, channels: int) -> np.ndarray:
     except Exception as error:
         more = "; pip install tifffile reads more kinds of TIFF" if data.startswith(_TIFF) else ""
         raise ValueError(f"{error or type(error).__name__}{more}") from error
+
+
+def _npy_array(data: bytes) -> np.ndarray:
+    """np.load of a whole file, without its parser for the usual headers.
+
+    np.load parses them with Python's ast module. When several threads do so at once, ast of Python
+    3.11 may say of a sound header "AST constructor recursion depth mismatch" (cpython#106905).
+    """
+    if found := _NPY.match(data):
+        dtype = np.dtype(found[1].decode())
+        shape = tuple(int(n) for n in found[3].split(b",") if n.strip())
+        if len(data) - found.end() >= dtype.itemsize * math.prod(shape) > 0:
+            flat = np.frombuffer(data, dtype, math.prod(shape), found.end())
+            return np.array(flat.reshape(shape, order="F" if found[2] == b"True" else "C"))
+    array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
+    return array
 
 
 def _checked_header(data: bytes) -> _Header | None:

@@ -1,6 +1,10 @@
 """Images that are not RGB: 1, 2, 4 … 16 channels as arrays and files, from views to export."""
 
+import gc
 import io
+import re
+import sys
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +20,7 @@ from simclr_fast.augment.preview import COLUMNS, contact_sheet
 from simclr_fast.augment.views import SimCLRViews, apply_views
 from simclr_fast.data.datasets import open_source
 from simclr_fast.data.decode import CorruptImageError, decode_some
+from simclr_fast.data.image_check import channel_pixels
 from simclr_fast.data.loader import ImageLoader
 from simclr_fast.models.encoders import build_encoder
 from simclr_fast.models.export import export_encoder
@@ -133,11 +138,6 @@ def test_simclr_views_take_every_layout(channels):
 def files_of(pixels):
     """The same image [H, W, C] as files of every kind that holds this many channels."""
 
-    def npy(array):
-        buffer = io.BytesIO()
-        np.save(buffer, array)
-        return buffer.getvalue()
-
     def saved(picture, kind, **options):
         buffer = io.BytesIO()
         picture.save(buffer, kind, **options)
@@ -185,6 +185,65 @@ def test_sixteen_bits_are_kept(channels, tmp_path):
     assert np.array_equal(
         decode_some(open_source(pixels[None], channels=channels), [0])[0], expected
     )
+
+
+def npy(array, version=None):
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, array, version)
+    return buffer.getvalue()
+
+
+def test_arrays_are_read_as_numpy_reads_them():
+    (pixels,) = images(2, sizes=((9, 8),))
+    floats = (pixels / 255).astype(">f4")
+    for array in (pixels, np.asfortranarray(pixels), floats, pixels > 99, pixels[:, :, 0]):
+        for version in ((1, 0), (2, 0)):
+            channels = array.shape[2] if array.ndim == 3 else 1
+            found = channel_pixels(np.frombuffer(npy(array, version), np.uint8), channels)
+            assert np.array_equal(found, as_channels(array, channels))
+    whole = npy(pixels)
+    empty, objects = npy(pixels[:0]), npy(np.array([[[1, None]]]))
+    for bad in (whole[:-1], whole[:40], whole.replace(b"'|u1'", b"'|q9'"), objects):
+        with pytest.raises(ValueError, match=r".") as numpys:
+            np.load(io.BytesIO(bad))
+        with pytest.raises(ValueError, match=re.escape(str(numpys.value))):
+            channel_pixels(np.frombuffer(bad, np.uint8), 2)
+    assert channel_pixels(np.frombuffer(empty, np.uint8), 2).shape == (0, 8, 2)
+
+
+def test_threads_read_arrays_while_garbage_is_collected():
+    """In Python 3.11 ast, by which np.load reads a header, says that some of them are damaged."""
+
+    class Garbage:
+        def __init__(self):
+            self.me = self
+
+        def __del__(self):
+            sum(range(50))
+
+    data, failed = np.frombuffer(npy(images(5, sizes=((12, 10),))[0]), np.uint8), []
+
+    def read():
+        for _ in range(1500):
+            Garbage()
+            try:
+                channel_pixels(data, 5)
+            except ValueError as error:
+                failed.append(error)
+
+    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    sys.setswitchinterval(1e-6)
+    gc.set_threshold(20)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*thresholds)
+    assert not failed
 
 
 def test_channels_in_tars_and_tfrecords(tmp_path):
