@@ -88,6 +88,7 @@ def test_the_loss_has_a_floor_and_a_table_in_half_precision(monkeypatch):
 
 def test_lars_side_by_side_from_the_command_line(tmp_path, capsys, monkeypatch):
     pytest.importorskip("lightly")
+    monkeypatch.setattr(bench.machine, "floors", lambda options: {"copy, GB/s": 1.0})
     monkeypatch.setattr(bench_lars, "shapes_of", lambda model: [(30, 40), (50,)] * 5)
     command = ["bench", "lars", "--quick", "--rounds", "1", "--out", str(tmp_path)]
     assert run([*command, "--device", "cpu", "--threads", "1"]) == 0
@@ -227,6 +228,7 @@ def test_missing_libraries_are_named_in_the_notes(monkeypatch):
 
 def test_without_matplotlib_only_the_picture_is_missing(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(bench.machine, "floors", lambda options: {"copy, GB/s": 1.0})
     monkeypatch.setattr(bench_lars, "shapes_of", lambda model: [(30, 40), (50,)] * 5)
     command = ["bench", "lars", "--quick", "--rounds", "1", "--out", str(tmp_path)]
     assert run([*command, "--device", "cpu", "--threads", "1"]) == 0

@@ -74,6 +74,7 @@ def test_a_run_killed_within_a_step_resumes_bit_for_bit(config):
     assert all(torch.equal(value, two["model"][key]) for key, value in one["model"].items())
 
 
+@pytest.mark.slow
 def test_float16_resumes_with_its_scale(config):
     config = replace(config, memory="lockstep", micro_batch=5, precision="float16")
     whole = pretrain(config)

@@ -159,7 +159,7 @@ print("right")
 """
 
 
-@pytest.mark.parametrize("knows", [True, False])
+@pytest.mark.parametrize("knows", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_everything_runs_without_float64(knows):
     program = PROGRAM.format(allow="" if knows else "# ")
     done = subprocess.run(
