@@ -67,7 +67,7 @@ lint: install
 	.venv/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*.cu \
 	  csrc/host_emulation/*.h tests/csrc/*.cpp
 	$(RUN) -m mypy
-	$(RUN) -m pytest -q -m slow tests/project/test_docs.py -k typed
+	$(RUN) -m pytest -q -m slow tests/project/test_docs.py -k "typed or site"
 
 docs: install
 	$(RUN) -m mkdocs build --strict

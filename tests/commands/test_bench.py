@@ -160,6 +160,7 @@ def test_the_gpu_contenders_of_augment_run_an_epoch(monkeypatch):
     assert table.names()[-1] == augment_epochs.FLOOR
 
 
+@pytest.mark.slow
 def test_a_table_of_whole_steps_has_every_share_and_rate(monkeypatch):
     """The shares of the parts add up to 100%, and every rate is there."""
     pytest.importorskip("nvidia.dali", reason="decoding needs DALI (Linux)")

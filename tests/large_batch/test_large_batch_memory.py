@@ -120,9 +120,8 @@ def small(name):
     return simclr(name, stem="imagenet", width=0.125)
 
 
-@pytest.mark.parametrize(
-    ("name", "share"), [("resnet50", 0.14), pytest.param("resnet34", 0.3, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "share"), [("resnet50", 0.14), ("resnet34", 0.3)])
 def test_peak_is_a_fraction_of_plain(name, share):
     rows = 128
     x = views(size=64).repeat(10, 1, 1, 1)[:rows]

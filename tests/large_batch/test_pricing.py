@@ -87,8 +87,10 @@ def measured(name, dtype, given, fake):
     ("name", "dtype", "seed"),
     [
         ("resnet18", None, 0),
-        ("resnet18", torch.bfloat16, 1),
-        pytest.param("resnet50", torch.bfloat16, 2, marks=pytest.mark.slow),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("resnet18", torch.bfloat16, 1), ("resnet50", torch.bfloat16, 2))
+        ),
     ],
 )
 def test_a_price_is_what_a_step_takes(name, dtype, seed):

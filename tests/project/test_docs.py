@@ -322,6 +322,7 @@ def test_the_reference_has_every_command():
     assert marks == set(COMMANDS)
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_warnings(tmp_path):
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings")

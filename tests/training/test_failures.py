@@ -223,14 +223,9 @@ class AsNccl:
         setattr(kind, name, patched)
 
 
+@slow
 @pytest.mark.parametrize(
-    ("who", "place"),
-    [
-        (1, "loss"),
-        pytest.param(0, "optimizer", marks=slow),
-        pytest.param(1, "loader", marks=slow),
-        pytest.param(0, "forward", marks=slow),
-    ],
+    ("who", "place"), [(1, "loss"), (0, "optimizer"), (1, "loader"), (0, "forward")]
 )
 def test_with_nccl_a_failure_ends_all_ranks_quickly(config, begin, tmp_path, who, place):
     run = begin(config, 2, AsNccl(who, place, tmp_path))
