@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from simclr_fast.benchmarks import harness
-from simclr_fast.benchmarks.tables import LABELS, NO_ALTERNATIVES, RESULTS, SUMMARY, load
+from simclr_fast.benchmarks.tables import LABELS, NO_ALTERNATIVES, RESULTS, SUMMARY, load, named
 from simclr_fast.utils.checkpoint import write_atomic
 from simclr_fast.utils.extras import need
 
@@ -60,11 +60,10 @@ def _panel(table: dict[str, Any], column: str, label: str, threads: int) -> harn
     others = set(times) - {ours, *table["floors"], *NO_ALTERNATIVES}
     by_time = sorted(others, key=lambda name: (not name.startswith("lightly"), times[name]))
     chosen = sorted(by_time[: _BARS - 1], key=times.__getitem__)
-    pairs = table["title"].partition("N = ")[2].partition(",")[0]
     names = {name: LABELS.get(name, name) for name in [ours, *chosen]}
     values = {shown: times[name] for name, shown in names.items()}
     ratios = {shown: table["ratios"][column][name] for name, shown in names.items()}
-    title = f"{label.format(n=pairs)} ({threads} thread{'s' if threads > 1 else ''})"
+    title = f"{named(label, table['title'])} ({threads} thread{'s' if threads > 1 else ''})"
     return harness.Panel(title, values, ratios, names[ours])
 
 

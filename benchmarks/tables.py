@@ -54,7 +54,7 @@ SUMMARY = (
     ("loss", "NT-Xent", "forward+backward", "loss, forward and backward, N = {n}"),
     ("augment", "denormals kept", "CPU", "two 224² views of a JPEG, CPU time"),
     ("lars", "resnet50", "step", "LARS step, ResNet-50"),
-    ("step", "32×32", "step", "whole training step, 256 images of 32²"),
+    ("step", "32×32", "step", "whole training step, 256 images of 32²{dtype}"),
 )
 # Left out of the summary: ours in another setting, or another computation.
 NO_ALTERNATIVES = ("simclr_fast foreach", "SGD fused", "dali_only")
@@ -244,22 +244,30 @@ def summary(results: Path = RESULTS) -> str:
         # The largest number of pairs is the last table.
         tables = [t for t in found["tables"] if wanted in t["title"]] if found else []
         if not tables:
-            lines.append(f"| {label.replace(', N = {n}', '')} | not recorded yet | | |")
+            lines.append(
+                f"| {label.partition('{')[0].removesuffix(', N = ')} | not recorded yet | | |"
+            )
             continue
         times, ratios = tables[-1]["milliseconds"][column], tables[-1]["ratios"][column]
         ours = tables[-1]["base"]
         others = set(times) - {ours, *tables[-1]["floors"], *NO_ALTERNATIVES}
         best = min(others, key=lambda name: median(times[name]))
         lightly = next((name for name in sorted(others) if name.startswith("lightly")), None)
-        pairs = re.search(r"N = (\d+)", tables[-1]["title"])
         cells = [
-            label.format(n=pairs[1] if pairs else ""),
+            named(label, tables[-1]["title"]),
             f"**{number(median(times[ours]))} ms**",
             f"{_cell(best, times, ratios)} ({LABELS.get(best, best)})",
             _cell(lightly, times, ratios) if lightly else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def named(label: str, title: str) -> str:
+    """A label of `SUMMARY` with what the title of its table says."""
+    pairs = re.search(r"N = (\d+)", title)
+    dtype = ", bfloat16" if ", bfloat16" in title else ""
+    return label.format(n=pairs[1] if pairs else "", dtype=dtype)
 
 
 def _cell(name: str, times: dict[str, list[float]], ratios: dict[str, float]) -> str:
