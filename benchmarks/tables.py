@@ -92,7 +92,7 @@ def text(name: str, results: Path = RESULTS) -> str:
         device = " --device cuda" if subject != name else ""
         command = f"simclr-fast bench {subject}{device} --out benchmarks/results"
         return f"Not recorded yet: `{command}`.\n"
-    tables = (_table(table, FACTS[name]) for table in found["tables"])
+    tables = (_table(table, FACTS[subject]) for table in found["tables"])
     return "\n".join([f"{machine(found['environment'])}\n", *tables])
 
 

@@ -221,6 +221,15 @@ def test_a_table_of_results(tmp_path):
     ]
 
 
+def test_a_table_of_a_gpu_is_from_its_own_file(tmp_path):
+    command = "simclr-fast bench loss --device cuda --out benchmarks/results"
+    results(tmp_path)
+    assert tables.text("gpu_loss", tmp_path) == f"Not recorded yet: `{command}`.\n"
+    (tmp_path / f"{tables.CPU}.json").rename(tmp_path / f"{tables.GPU}.json")
+    assert "| lightly | 6 | 3 |  |" in tables.text("gpu_loss", tmp_path)
+    assert tables.text("loss", tmp_path).startswith("Not recorded yet")
+
+
 def test_the_summary_has_the_fastest_alternative(tmp_path):
     results(tmp_path)
     found = tables.text("summary", tmp_path).splitlines()
