@@ -133,15 +133,17 @@ class _Loader:
     def place_views(self, on_host: bool) -> None:
         """Yield the views in pinned host memory, or on the device. Only before the first batch."""
         self.views_on_host = on_host and self.device.type == "cuda"
-        home = torch.device("cpu") if self.views_on_host else self.device
-        self._slots = Slots(
-            lambda: self._new_views(self.rows, home), self.device, self.views_on_host
-        )
+        self._slots = Slots(self.empty_views, self.device, self.views_on_host)
         self._pinned: PinnedViews | None = None
-        if self._pipeline.on_host and home.type != "cpu":
+        if self._pipeline.on_host and not self.views_on_host and self.device.type != "cpu":
             self._pinned = PinnedViews(
                 lambda: self._new_views(self._pipeline.part_size, torch.device("cpu")), self.device
             )
+
+    def empty_views(self) -> list[Tensor]:
+        """Uninitialised views, as large as those of a whole batch, where the views are yielded."""
+        home = torch.device("cpu") if self.views_on_host else self.device
+        return self._new_views(self.rows, home)
 
     def describe(self) -> str:
         """One line for a log: what decodes the images and makes the views, and where."""

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 # Some values are made beside the result, in so many parts, as they need memory.
@@ -62,4 +62,5 @@ def _normalize(
     """A new tensor."""
     if mean is None or inverse is None:
         return x.clone()
-    return F.batch_norm(x, mean, inverse.pow(-2), weight, bias, False, 0.0, 0.0)
+    # F.batch_norm refuses an eps of 0 in torch 2.10 and 2.11.
+    return torch.batch_norm(x, weight, bias, mean, inverse.pow(-2), False, 0.0, 0.0, True)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from simclr_fast.utils.distributed import World
 
-# Unlogged steps before the capture. The first ones compile kernels, choose algorithms and make
-# workspaces, which a capture cannot do. torch's notes on CUDA graphs take three.
+# Steps before the capture. The first ones compile kernels, choose algorithms and make workspaces,
+# which a capture cannot do. torch's notes on CUDA graphs take three.
 WARM_UP = 3
 
 
@@ -35,11 +35,11 @@ def refuse_cuda_graph(world: World, memory: str) -> None:
 
 
 class StepGraph:
-    """Runs the steps of `model`: eagerly, and after `WARM_UP` unlogged steps by replay.
+    """Runs the steps of `model`: logged ones eagerly, all others by replay.
 
-    Logged steps always run eagerly, since their statistics and what they keep for the next line
-    differ from those of other steps. Their activations lie beside those of the graph, so a run
-    needs the memory of activations twice.
+    Logged steps differ from the others in their statistics and in what they keep for the next
+    line. Their activations lie beside those of the graph, so a run needs the memory of activations
+    twice.
 
     stream: that of the whole run, since the default stream cannot be captured.
     """
@@ -47,45 +47,35 @@ class StepGraph:
     def __init__(self, model: nn.Module, stream: torch.cuda.Stream) -> None:
         self.model, self.stream = model, stream
         self.graph: torch.cuda.CUDAGraph | None = None
-        self._eager_steps = 0
         # The memory that a replay reads and writes.
         self._views: list[Tensor] = []
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
         self._result: Any = None
 
-    def run(
-        self, step: Callable[[Sequence[Tensor]], Any], logged: bool, views: Sequence[Tensor]
-    ) -> Any:
-        """Make the gradients of a step; return what step(views) returns.
+    def capture(self, step: Callable[[Sequence[Tensor]], Any], views: Sequence[Tensor]) -> None:
+        """Capture `step`, which does forward, loss and backward and the same in every call.
 
-        The tensors of the result are overwritten in the next step. All gradients must be None.
+        Weights, buffers and gradients stay as they are. All gradients must be None.
 
-        step: does forward, loss and backward. Without `logged` it must do the same in every step.
+        Call it before a thread of the loader uses the GPU: a thread that frees memory or waits for
+        the whole GPU ends every capture.
+
+        views: of a step's shapes, dtypes and formats. They are overwritten.
         """
-        if logged:
-            return step(views)
-        if self._eager_steps < WARM_UP:
-            self._eager_steps += 1
-            return step(views)
-        graph = self.graph or self._capture(step, views)
-        for own, view in zip(self._views, views, strict=True):
-            own.copy_(view)
-        graph.replay()
-        for parameter, gradient in self._gradients:
-            parameter.grad = gradient
-        return self._result
-
-    def _capture(
-        self, step: Callable[[Sequence[Tensor]], Any], views: Sequence[Tensor]
-    ) -> torch.cuda.CUDAGraph:
-        self._views = [torch.empty_like(view) for view in views]
+        kept = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        with torch.no_grad():
+            for view in views:
+                view.normal_()
+        for _ in range(WARM_UP):
+            step(views)
+            self.model.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         try:
-            # Meanwhile the loader's thread may allocate and query events, which "global" forbids.
             # LargeBatch enters and leaves autocast within the step, so the weights that autocast
-            # casts and keeps are cast anew in each replay.
+            # casts and keeps are cast anew in each replay. Other threads, of loggers for example,
+            # may allocate and query events, which "global" forbids.
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                self._result = step(self._views)
+                self._result = step(views)
         except Exception as error:
             # The end of a capture that failed raises an error of its own.
             cause = error.__context__ or error
@@ -95,8 +85,27 @@ class StepGraph:
             ) from error
         parameters = self.model.parameters()
         self._gradients = [(p, p.grad) for p in parameters if p.grad is not None]
-        self.graph = graph
-        return graph
+        self.model.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
+        self._views, self.graph = list(views), graph
+
+    def run(
+        self, step: Callable[[Sequence[Tensor]], Any], logged: bool, views: Sequence[Tensor]
+    ) -> Any:
+        """Make the gradients of a step; return what step(views) returns.
+
+        The tensors of the result are overwritten in the next step. All gradients must be None.
+        """
+        if logged or self.graph is None:
+            return step(views)
+        for own, view in zip(self._views, views, strict=True):
+            own.copy_(view)
+        self.graph.replay()
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+        return self._result
 
 
 @contextmanager

@@ -161,6 +161,8 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
         graph: StepGraph | None = None
         if config.cuda_graph:
             graph = stack.enter_context(step_graph(model, world.device))
+            index, logged = torch.empty(0, dtype=torch.int64), False
+            graph.capture(step_of, loader.empty_views())
         # Closed after an error too: a thread may be making the next batch.
         batches = stack.enter_context(closing(endless(loader)))
         saved_at = time.monotonic()

@@ -153,9 +153,8 @@ def captured(dtype: str, fault: Callable[[Tensor], Any] | None = None) -> Any:
         return scaler.scale(loss), loss.detach(), h.detach()
 
     with step_graph(trained, DEVICE) as graph:
-        for _ in range(cuda_graph.WARM_UP + 1):
-            trained.zero_grad(set_to_none=True)
-            graph.run(lambda batch: step.backward(batch, loss_fn), False, views(autocast))
+        graph.capture(lambda batch: step.backward(batch, loss_fn), views(autocast))
+        graph.run(lambda batch: step.backward(batch, loss_fn), False, views(autocast))
     wrong = [n for n, p in trained.named_parameters() if p.requires_grad and p.grad is None]
     assert isinstance(graph.graph, cuda_walk.Graph)
     return {"captured": graph.graph.record, "wrong gradients": wrong}

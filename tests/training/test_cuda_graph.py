@@ -28,7 +28,7 @@ from simclr_fast.training.setup import workload
 from simclr_fast.training.supervised import supervise
 from simclr_fast.utils.checkpoint import checkpoints, load_checkpoint
 
-# Step 1 warms up, and step 2 is captured. Steps 4, 8 and 10 are logged, so they run eagerly.
+# Steps 4, 8 and 10 are logged, so they run eagerly.
 STEPS, LOG_EVERY = 10, 4
 
 
@@ -49,8 +49,8 @@ def graphed(config):
 
 
 def replayed(config):
-    """The steps from 2 on that are not logged."""
-    return [step for step in range(2, config.steps) if step % LOG_EVERY]
+    """The steps that are not logged."""
+    return [step for step in range(1, config.steps) if step % LOG_EVERY]
 
 
 def with_dropout(config):
@@ -127,8 +127,8 @@ def test_a_resumed_run_captures_anew(config):
         pretrain(graphed(config))
         checkpoints(graphed(config).out / "checkpoints")[-1].unlink()
         pretrain(replace(graphed(config), resume=True))
-    # Step 6 warms up again.
-    assert [graph.replays for graph in graphs] == [len(replayed(config)), 2]
+    # Of the steps from 6 on, 8 and 10 are logged.
+    assert [graph.replays for graph in graphs] == [len(replayed(config)), 3]
     assert_same(config, graphed(config))
 
 
@@ -143,15 +143,14 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_a_replay_is_seen(config, monkeypatch, fault):
-    capture = StepGraph._capture
+    capture = StepGraph.capture
 
     def faulty(self, *given):
-        graph = capture(self, *given)
+        capture(self, *given)
         for name, change in FAULTS[fault].items():
             setattr(self, name, change(getattr(self, name)))
-        return graph
 
-    monkeypatch.setattr(StepGraph, "_capture", faulty)
+    monkeypatch.setattr(StepGraph, "capture", faulty)
     # Memory that was never filled may hold NaN.
     with pytest.raises((AssertionError, FloatingPointError)):
         train_both(config)
@@ -180,7 +179,7 @@ def test_the_stand_in_repeats_no_python():
     ("cause", "kind", "words"),
     [
         ("operation not permitted", RuntimeError, "operation not permitted.*--no-cuda-graph"),
-        ("CUDA out of memory", planner.OutOfMemory, "step 2, with --cuda-graph, which takes activ"),
+        ("CUDA out of memory", planner.OutOfMemory, "step 1, with --cuda-graph, which takes activ"),
     ],
 )
 def test_a_failed_capture_says_how_to_go_on(config, monkeypatch, cause, kind, words):
@@ -207,6 +206,26 @@ def test_a_failed_capture_says_how_to_go_on(config, monkeypatch, cause, kind, wo
         monkeypatch.setattr(torch.cuda, "graph", capture)
         with pytest.raises(kind, match=words):
             pretrain(graphed(config))
+
+
+def test_the_capture_is_over_before_the_loader_starts(config, monkeypatch):
+    """On a GPU, a thread of DALI ended the capture of a step."""
+    done, read = [], ArraySource.read
+    capture = StepGraph.capture
+
+    def captured(self, *given):
+        capture(self, *given)
+        done.append(1)
+
+    def read_after_it(self, i):
+        assert done, "the loader reads images during the capture"
+        return read(self, i)
+
+    monkeypatch.setattr(StepGraph, "capture", captured)
+    with replayed_graphs():
+        monkeypatch.setattr(ArraySource, "read", read_after_it)
+        pretrain(replace(graphed(config), steps=2))
+    assert done == [1]
 
 
 @pytest.mark.parametrize("missing", ["nothing", "wait_stream"])
