@@ -154,14 +154,25 @@ def _apply_native(
 def _apply_triton(
     images: Tensor | list[Tensor], params: ViewParams, aug: Augmentation, out: Tensor
 ) -> Tensor:
-    from simclr_fast.kernels import augment as kernels
-
     # A variable keeps the copies of images without dense rows alive until the launch.
     dense = _dense_rows(images) if isinstance(images, Tensor) else [_dense_rows(i) for i in images]
+    return views_at(_addresses(dense), dense[0].dtype == torch.uint8, params, aug, out)
+
+
+def views_at(
+    where: np.ndarray, as_bytes: bool, params: ViewParams, aug: Augmentation, out: Tensor
+) -> Tensor:
+    """`fill_views` by Triton, for RGB images at addresses on the device of `out`.
+
+    where: int64 [2, n]: the address of each image, and the stride of its rows in elements.
+    as_bytes: whether the images are uint8; otherwise float32.
+    """
+    from simclr_fast.kernels import augment as kernels
+
     ints, floats = pack_params(params)
     kernels.augment_views(
-        _upload(_addresses(dense), out.device),
-        dense[0].dtype == torch.uint8,
+        _upload(where, out.device),
+        as_bytes,
         _upload(ints, out.device),
         _upload(floats, out.device),
         _upload(_constants(aug), out.device),

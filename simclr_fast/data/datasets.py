@@ -135,7 +135,10 @@ def _torchvision_source(name: str, root: str, split: Literal["train", "test"]) -
     files = [_files(part) for part in parts]
     if not all(files):
         (part,) = parts
-        return DatasetSource(part)
+        source = DatasetSource(part)
+        # It was made without a transform.
+        source.repeats = True
+        return source
     paths, labels = zip(*(pair for part in files for pair in part), strict=True)
     classes = tuple(getattr(parts[0], "classes", ()))
     return FileSource(paths, np.array(labels, np.int64), classes, "classes of the data set")

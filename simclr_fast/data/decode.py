@@ -6,7 +6,7 @@ Every decoder has `run(parts)`, which yields each part with its images, in order
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -83,20 +83,75 @@ def dali_import_error() -> ImportError | None:
 
 
 def image_decoder(source: Source, batch_size: int, num_threads: int) -> ImageDecoder:
-    """The decoder for a source: DALI's for files, Pillow's if DALI is missing or the images are not
-    RGB, none for pixels.
+    """The decoder for a source: that of `single_decoder`, which decodes every image only once if
+    the source is small.
 
     batch_size: the largest number of samples in a part.
     """
+    decoder = single_decoder(source, batch_size, num_threads)
+    return KeepingDecoder(source, decoder) if source.encoded else decoder
+
+
+def single_decoder(source: Source, batch_size: int, num_threads: int) -> ImageDecoder:
+    """DALI for files, Pillow if DALI is missing or the images are not RGB, none for pixels."""
     if not source.encoded:
         return PixelReader(source, num_threads)
     reader = FileReader(source, num_threads)
-    if source.channels != 3:
-        return KeepingDecoder(source, PillowDecoder(reader))
-    if dali_import_error() is None:
-        return KeepingDecoder(source, DaliDecoder(reader, batch_size))
-    _check_pillow()
-    return KeepingDecoder(source, PillowDecoder(reader))
+    if source.channels == 3:
+        if dali_import_error() is None:
+            return DaliDecoder(reader, batch_size)
+        _check_pillow()
+    return PillowDecoder(reader)
+
+
+def largest_image(source: Source, samples: int) -> int:
+    """The pixels of the largest of `samples` images, evenly spaced in the source; 0 if all are
+    corrupt."""
+
+    def pixels(i: int) -> int:
+        try:
+            read = source.read(i)
+            height, width = in_common_format(read)[1] if source.encoded else read.shape[:2]
+        except (OSError, ValueError):
+            return 0
+        return height * width
+
+    ids = evenly(source, samples).tolist()
+    if not source.encoded:
+        return max(map(pixels, ids))
+    with ThreadPoolExecutor(_READERS) as pool:
+        return max(pool.map(pixels, ids))
+
+
+def decode_new(
+    decoder: ImageDecoder, parts: Iterable[Part], known: Container[int]
+) -> Iterator[tuple[Part, dict[int, Any]]]:
+    """Each part with the images, by number, of those samples that are not `known`.
+
+    The images stay valid until the next part is requested. A sample may come twice, since parts are
+    read ahead.
+    """
+    # Parts in order, each with a part of only its new images, which may be empty.
+    waiting: deque[tuple[Part, Part]] = deque()
+
+    def new_images() -> Iterator[Part]:
+        for part in parts:
+            ids = np.array([i for i in part.ids.tolist() if i not in known], np.int64)
+            new = part._replace(ids=ids)
+            waiting.append((part, new))
+            if len(ids):
+                yield new
+
+    for new, decoded in decoder.run(new_images()):
+        while waiting[0][1] is not new:
+            yield waiting.popleft()[0], {}
+        fresh = dict(zip(new.ids.tolist(), decoded, strict=True))
+        yield waiting.popleft()[0], fresh
+        # Drop references to images in the decoder's memory, so that it can be freed.
+        fresh.clear()
+        decoded.clear()
+    for part, _ in waiting:
+        yield part, {}
 
 
 @cache
@@ -105,7 +160,7 @@ def _check_pillow() -> None:
     warnings.warn(
         f"Pillow decodes the image files, since DALI cannot be imported ({dali_import_error()})",
         RuntimeWarning,
-        stacklevel=5,
+        stacklevel=6,
     )
 
 
@@ -277,19 +332,6 @@ class FileReader:
         self._tried[ids] = False
         self.read(ids)
 
-    def largest_image(self, samples: int) -> int:
-        """The pixels of the largest of `samples` images, evenly spaced in the source; 0 if all are
-        corrupt."""
-
-        def pixels(i: int) -> int:
-            try:
-                _, (height, width) = in_common_format(self.source.read(i))
-            except (OSError, ValueError):
-                return 0
-            return height * width
-
-        return max(self._pool.map(pixels, evenly(self.source, samples).tolist()))
-
     def _checked_file(self, i: int) -> tuple[np.ndarray, tuple[int, int]]:
         encoded, size = in_common_format(self.ahead.read(i))
         if not self._tried[i]:
@@ -450,36 +492,12 @@ class KeepingDecoder:
     def run(self, parts: Iterable[Part]) -> Iterator[tuple[Part, list[Any]]]:
         if not self._keeps:
             self._kept = {}
-        # Parts in order, each with a part of only its new images, which may be empty.
-        waiting: deque[tuple[Part, Part]] = deque()
-
-        def new_images() -> Iterator[Part]:
-            for part in parts:
-                ids = np.array([i for i in part.ids.tolist() if i not in self._kept], np.int64)
-                new = part._replace(ids=ids)
-                waiting.append((part, new))
-                if len(ids):
-                    yield new
-
-        for new, decoded in self.decoder.run(new_images()):
-            while waiting[0][1] is not new:
-                part, _ = waiting.popleft()
-                yield part, self._images(part.ids, {})
-            part, _ = waiting.popleft()
-            fresh = dict(zip(new.ids.tolist(), decoded, strict=True))
-            images = self._images(part.ids, fresh)
+        for part, fresh in decode_new(self.decoder, parts, self._kept):
+            images = [fresh[i] if i in fresh else self._kept[i] for i in part.ids.tolist()]
             if self._keeps:
                 self._keep(fresh)
             yield part, images
-            # Drop references to images in the decoder's memory, so that it can be freed.
-            fresh.clear()
             images.clear()
-            decoded.clear()
-        for part, _ in waiting:
-            yield part, self._images(part.ids, {})
-
-    def _images(self, ids: np.ndarray, fresh: dict[int, np.ndarray]) -> list[Any]:
-        return [fresh[i] if i in fresh else self._kept[i] for i in ids.tolist()]
 
     def _keep(self, fresh: dict[int, np.ndarray]) -> None:
         for i, image in fresh.items():

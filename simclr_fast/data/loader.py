@@ -372,13 +372,15 @@ class TwoViewLoader(_Loader):
     backend: what makes the views. `describe()` says in one line what was chosen.
         "dali": DALI does everything, on the CPU or an NVIDIA GPU.
         "fused": DALI or Pillow decodes files on the CPU, and one native op does the rest there. For
-        a GPU, the views are copied from pinned memory, asynchronously. On an NVIDIA GPU with DALI
-        and Triton it works differently: DALI decodes, cuts and resizes on the GPU to uint8 crops,
-        and Triton kernels do the rest. Rounding the crops to 8 bits cuts off the bicubic overshoot
-        of spec="simclr" before the jitter, while TensorFlow keeps it until the first clip. This
-        changes a view's values by 0.1/255 on average, and one value in 2,000 by more than 2/255.
-        Default: "dali" for files on an NVIDIA GPU, if DALI is installed and views have at least 64
-        pixels; otherwise "fused".
+        a GPU without Triton, the views are copied from pinned memory, asynchronously. With Triton,
+        all images that take up to 1 GiB are kept on the GPU when they have been decoded once, and
+        kernels make the views. For more images and an NVIDIA GPU with DALI, it decodes, cuts and
+        resizes on the GPU to uint8 crops, and Triton kernels do the rest. Rounding the crops to 8
+        bits cuts off the bicubic overshoot of spec="simclr" before the jitter, while TensorFlow
+        keeps it until the first clip. This changes a view's values by 0.1/255 on average, and one
+        value in 2,000 by more than 2/255.
+        Default: "dali" for files of more than 1 GiB of pixels on an NVIDIA GPU, if DALI is
+        installed and views have at least 64 pixels; otherwise "fused".
     channels_last: memory format of the views. dtype: float32, float16 or bfloat16.
     on_error: "raise": a corrupt image raises `CorruptImageError`, which names it, and a damaged
         archive ValueError. "skip": the image is logged, counted in `skipped` and replaced by

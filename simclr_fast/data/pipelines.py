@@ -1,6 +1,7 @@
-"""Three pipelines that make the views of a part of a batch. Device and source decide which is used.
+"""Four pipelines that make the views of a part of a batch. Device and source decide which is used.
 
     HostViews   a decoder and the fused op, both on the CPU. For a GPU the loader copies the views.
+    KeptViews   a decoder on the CPU, once per image. The GPU keeps the pixels and makes the views.
     DaliCrops   DALI decodes, cuts and resizes on the GPU. Triton kernels do the rest.
     DaliViews   DALI does everything, on the CPU or the GPU.
 
@@ -35,6 +36,7 @@ from simclr_fast.augment.views import (
     image_sizes,
     pack_params,
     runs_in_threes,
+    views_at,
 )
 from simclr_fast.data.decode import (
     READ_AHEAD,
@@ -43,7 +45,10 @@ from simclr_fast.data.decode import (
     Part,
     PixelReader,
     dali_import_error,
+    decode_new,
     image_decoder,
+    largest_image,
+    single_decoder,
 )
 from simclr_fast.data.sources import Source
 from simclr_fast.utils.extras import need
@@ -54,6 +59,9 @@ Draw = Callable[[np.ndarray, np.ndarray], list[ViewParams]]
 # For smaller views, a GPU spends more time on the launches of DALI's graph than on its work.
 _SMALLEST_IN_DALI = 64
 _SAMPLED_IMAGES = 64
+# KeptViews keeps at most these bytes on the GPU. The planner counts with DALI there, which takes as
+# much or more.
+_KEPT_ON_GPU = 1 << 30
 
 
 class Pipeline(Protocol):
@@ -87,15 +95,19 @@ def make_pipeline(
 
     rows: the largest number of images per batch on this rank. augmentations: of every view. They
     differ in size and area only.
-    backend: as for `TwoViewLoader`. With None, an NVIDIA GPU with DALI runs DaliViews for files and
-        views of at least 64 pixels; otherwise "fused" is chosen. "fused" means DaliCrops if DALI
-        and Triton can run on the GPU, else HostViews.
+    backend: as for `TwoViewLoader`. "fused", and None too, mean KeptViews for a small data set on a
+        GPU with Triton. Otherwise with None, an NVIDIA GPU with DALI runs DaliViews for files and
+        views of at least 64 pixels, and "fused" is chosen for the rest. "fused" means DaliCrops if
+        DALI and Triton can run on the GPU, else HostViews.
     """
     size, channels = augmentations[0].size, augmentations[0].channels
+    triton_on_gpu = device.type == "cuda" and ops.why_plain(device) is None
+    if backend != "dali" and triton_on_gpu and _fits_on_gpu(source):
+        return KeptViews(source, min(rows, PART), num_threads, augmentations, draw, device)
     dali_on_gpu = _dali_on_gpu(source, device)
     if backend is None:
         backend = "dali" if dali_on_gpu and size >= _SMALLEST_IN_DALI else "fused"
-    if backend == "fused" and not (dali_on_gpu and ops.why_plain(device) is None):
+    if backend == "fused" and not (dali_on_gpu and triton_on_gpu):
         return HostViews(source, min(rows, PART), num_threads, augmentations, draw)
     if channels != 3:
         raise ValueError(f'backend="dali" needs RGB images, got channels={channels}')
@@ -119,6 +131,14 @@ def _dali_on_gpu(source: Source, device: torch.device) -> bool:
     )
 
 
+def _fits_on_gpu(source: Source) -> bool:
+    """Whether KeptViews can keep all images, if they are as large as the largest of a sample."""
+    if source.channels != 3 or not source.repeats:
+        return False
+    pixels = largest_image(source, _SAMPLED_IMAGES)
+    return 0 < 3 * pixels * len(source) <= _KEPT_ON_GPU
+
+
 def dali_part(reader: FileReader | PixelReader, size: int) -> int:
     """The number of images per part for which DALI needs no more than `dali_bytes(size)`.
 
@@ -127,7 +147,7 @@ def dali_part(reader: FileReader | PixelReader, size: int) -> int:
     """
     if isinstance(reader, PixelReader):
         return PART
-    pixels = max(reader.largest_image(_SAMPLED_IMAGES), 1)
+    pixels = max(largest_image(reader.source, _SAMPLED_IMAGES), 1)
     return max(1, min(PART, dali_bytes(size) // dali_bytes(size, pixels, 1)))
 
 
@@ -169,6 +189,60 @@ def _one_dtype(images: list[Any]) -> list[Any]:
     if len({tensor.dtype for tensor in tensors}) < 2:
         return images
     return [t if t.is_floating_point() else t.float() / 255 for t in tensors]
+
+
+class KeptViews:
+    """Decodes each image once, on the CPU, and keeps its pixels on a GPU, where Triton makes the
+    views: equal to those of `HostViews` up to rounding."""
+
+    on_host = False
+
+    def __init__(
+        self,
+        source: Source,
+        part_size: int,
+        num_threads: int,
+        augmentations: list[Augmentation],
+        draw: Draw,
+        device: torch.device,
+    ) -> None:
+        self.part_size, self.augmentations, self.draw = part_size, augmentations, draw
+        self.device = device
+        self.decoder = single_decoder(source, part_size, num_threads)
+        # Pixels of some images each, uint8 [k].
+        self._pixels: list[Tensor] = []
+        # Of each image that is kept: its address, and the elements of a row; height and width.
+        self._known: set[int] = set()
+        self._where = np.zeros((2, len(source)), np.int64)
+        self._sizes = np.zeros((len(source), 2), np.int64)
+
+    def describe(self) -> str:
+        once = "" if isinstance(self.decoder, PixelReader) else " once"
+        return f"{self.decoder.describe()}{once}, kept on {self.device}; views by Triton"
+
+    def run(self, parts: Iterable[Part]) -> Iterator[tuple[Part, list[Any]]]:
+        for part, fresh in decode_new(self.decoder, parts, self._known):
+            self._keep({i: image for i, image in fresh.items() if i not in self._known})
+            yield part, []
+
+    def _keep(self, images: dict[int, np.ndarray]) -> None:
+        if not images:
+            return
+        flat = np.concatenate([image.reshape(-1) for image in images.values()])
+        pixels = torch.from_numpy(flat).to(self.device)
+        self._pixels.append(pixels)
+        address = pixels.data_ptr()
+        for i, image in images.items():
+            self._where[:, i] = address, 3 * image.shape[1]
+            self._sizes[i] = image.shape[:2]
+            address += image.size
+        self._known.update(images)
+
+    def write(self, part: Part, outputs: list[Any], views: list[Tensor]) -> None:
+        where = self._where.take(part.ids, axis=1)
+        params_of_views = self.draw(part.ids, self._sizes[part.ids])
+        for params, aug, view in zip(params_of_views, self.augmentations, views, strict=True):
+            views_at(where, True, params, aug, view)
 
 
 class DaliViews(DaliRunner):

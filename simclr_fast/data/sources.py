@@ -36,11 +36,13 @@ class Source:
 
     encoded: True if `read(i)` returns a file's bytes, uint8 [k]; False for pixels, uint8 [H, W, 3].
     channels: of the images. With another number than 3, pixels are uint8 or float32 [H, W, C].
+    repeats: whether sample i is the same at every read. A data set of the user's may draw it anew.
     about_labels: what the labels are, such as "folder names"; without labels, why.
     """
 
     encoded = True
     channels = 3
+    repeats = True
     labels: np.ndarray | None = None
     classes: tuple[str, ...] = ()
     about_labels = ""
@@ -232,7 +234,7 @@ class DatasetSource(Source):
     Such are those of torchvision.datasets, also in torch's Subset and ConcatDataset.
     """
 
-    encoded = False
+    encoded, repeats = False, False
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -361,6 +363,7 @@ class _Subset(Source):
     def __init__(self, source: Source, ids: np.ndarray, why: str) -> None:
         self.source, self.ids = source, ids
         self.encoded, self.channels, self.classes = source.encoded, source.channels, source.classes
+        self.repeats = source.repeats
         self.about_labels = source.about_labels
         self.labels = None if source.labels is None else source.labels[ids]
         self.scanned = copy.deepcopy(source.scanned)

@@ -194,7 +194,8 @@ def test_pillow_after_failures_and_early_stops(tmp_path, no_dali, prefetch):
 
 
 @pytest.mark.filterwarnings("ignore:Pillow decodes")
-def test_a_gpu_without_dali_gets_the_views_of_the_cpu(folder, no_dali):
+def test_a_gpu_without_dali_gets_the_views_of_the_cpu(folder, no_dali, monkeypatch):
+    monkeypatch.setattr(pipelines, "_KEPT_ON_GPU", 0)
     pixels = np.random.default_rng(1).integers(0, 255, (23, 12, 10, 3), dtype=np.uint8)
     for source in (folder, pixels):
         options = {"augmentation": AUG, "channels_last": True, "dtype": torch.float16}
@@ -212,10 +213,45 @@ def test_arrays_need_no_decoder(no_dali, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     pixels = np.zeros((4, 12, 10, 3), np.uint8)
     assert len(run(TwoViewLoader(pixels, 2, augmentation=AUG))) == 2
+    monkeypatch.setattr(pipelines, "_KEPT_ON_GPU", 0)
     with FakeCuda():
         assert len(run(TwoViewLoader(pixels, 2, augmentation=AUG, device="cuda"))) == 2
     with pytest.raises(ImportError, match=r"pip install nvidia-dali-cuda"):
         TwoViewLoader(pixels, 2, augmentation=AUG, backend="dali")
+
+
+class Random(torch.utils.data.Dataset):
+    """A data set that may give another image at every read."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        return Image.new("RGB", (12, 10))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        ("files", {"size": 224, "device": "cpu"}, pipelines.HostViews),
+        ("files", {"size": 224}, pipelines.KeptViews),
+        ("pixels", {"size": 32, "backend": "fused"}, pipelines.KeptViews),
+        ("data set", {"size": 32}, pipelines.HostViews),
+        ("files", {"size": 224, "backend": "dali"}, pipelines.DaliViews),
+        ("pixels", {"size": 32, "backend": "dali"}, pipelines.DaliViews),
+    ],
+)
+def test_small_sets_stay_on_the_gpu(folder, kind, options, expected, monkeypatch):
+    pytest.importorskip("nvidia.dali", reason="DALI is optional (Linux)")
+    source = {"files": folder, "pixels": np.zeros((4, 12, 10, 3), np.uint8), "data set": Random()}
+    with FakeCuda():
+        loader = TwoViewLoader(source[kind], 4, **{"device": "cuda", **options})
+        assert type(loader._pipeline) is expected
+        most = 3 * decode.largest_image(loader.source, 64) * len(loader.source)
+        if expected is pipelines.KeptViews:
+            monkeypatch.setattr(pipelines, "_KEPT_ON_GPU", most - 1)
+            loader = TwoViewLoader(source[kind], 4, **{"device": "cuda", **options})
+            assert type(loader._pipeline) is not expected
 
 
 @pytest.mark.parametrize(
@@ -232,15 +268,17 @@ def test_arrays_need_no_decoder(no_dali, monkeypatch):
         ("pixels", {"size": 32, "backend": "dali"}, pipelines.DaliViews),
     ],
 )
-def test_each_backend_and_source_gets_its_pipeline(folder, kind, options, expected):
+def test_larger_sets_get_their_pipeline(folder, kind, options, expected, monkeypatch):
     pytest.importorskip("nvidia.dali", reason="DALI is optional (Linux)")
+    monkeypatch.setattr(pipelines, "_KEPT_ON_GPU", 0)
     source = folder if kind == "files" else np.zeros((4, 12, 10, 3), np.uint8)
     with FakeCuda():
         loader = TwoViewLoader(source, 4, **{"device": "cuda", **options})
     assert type(loader._pipeline) is expected
 
 
-def test_large_images_go_through_dali_in_smaller_parts(tmp_path):
+def test_large_images_go_through_dali_in_smaller_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipelines, "_KEPT_ON_GPU", 0)
     pytest.importorskip("nvidia.dali", reason="DALI is optional (Linux)")
     sizes = [(400, 475), (10, 10), (4000, 3000)]
     for number, (height, width) in enumerate(sizes):
@@ -254,7 +292,7 @@ def test_large_images_go_through_dali_in_smaller_parts(tmp_path):
         for number, size in enumerate(sizes):
             for side in (64, 224):
                 loader = TwoViewLoader(tmp_path / str(number), 5, side, device="cuda")
-                largest = loader._pipeline.reader.largest_image(64)
+                largest = decode.largest_image(loader.source, 64)
                 assert largest == size[0] * size[1]
                 assert loader._pipeline.part_size <= 5
                 part = pipelines.dali_part(loader._pipeline.reader, side)
@@ -267,6 +305,7 @@ def test_large_images_go_through_dali_in_smaller_parts(tmp_path):
 
 
 def test_on_rocm_views_are_made_without_dali(folder, monkeypatch):
+    monkeypatch.setattr(pipelines, "_KEPT_ON_GPU", 0)
     monkeypatch.setattr(torch.version, "hip", "6.4")
     with FakeCuda():
         loader = TwoViewLoader(folder, 4, 64, device="cuda")

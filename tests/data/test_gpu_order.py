@@ -1,5 +1,6 @@
 """What a GPU's streams do to a loader's batches, on GPUs that are not there."""
 
+import ctypes
 import io
 import threading
 from contextlib import contextmanager
@@ -11,12 +12,20 @@ from fake_cuda import FakeCuda, FakeEvent
 from fake_dali import FakePipeline
 
 from simclr_fast.augment.params import Augmentation
+from simclr_fast.augment.views import _unpack_params, apply_views
 from simclr_fast.data import decode, pipelines, prefetch
 from simclr_fast.data.loader import TwoViewLoader
 from simclr_fast.data.sources import Source
+from simclr_fast.kernels import augment as kernels
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (22, 12, 10, 3), dtype=np.uint8)
 AUG = Augmentation(size=8)
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch):
+    """Also small sets take the way of large ones."""
+    monkeypatch.setattr(pipelines, "_KEPT_ON_GPU", 0)
 
 
 @contextmanager
@@ -62,6 +71,38 @@ def test_two_epochs_and_early_stops_have_every_wait(prefetch):
 def copied(views):
     """What a step does with views in host memory."""
     return [view.to("cuda", non_blocking=True) * 1.0 for view in views]
+
+
+def views_by_address(where, as_bytes, ints, floats, *steps):
+    """Stands in for the kernels: the same views, of the images at these addresses."""
+    assert as_bytes
+    *_, out = steps
+    params = _unpack_params(ints.numpy(force=True), floats.numpy(force=True))
+    images = []
+    for address, row, (y, x, height, width) in zip(
+        *where.tolist(), params.box.tolist(), strict=True
+    ):
+        # Up to the end of the box.
+        end = (y + height - 1) * row + 3 * (x + width)
+        flat = np.frombuffer((ctypes.c_uint8 * end).from_address(address), np.uint8)
+        shape = y + height, x + width, 3
+        images.append(np.lib.stride_tricks.as_strided(flat, shape, (row, 3, 1)).copy())
+    out.copy_(apply_views(images, params, AUG))
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_kept_images_have_every_wait(prefetch, monkeypatch):
+    monkeypatch.setattr(pipelines, "_KEPT_ON_GPU", PIXELS.nbytes)
+    monkeypatch.setattr(kernels, "augment_views", views_by_address)
+    exact = TwoViewLoader(PIXELS, 4, augmentation=AUG)
+    with gpus() as cuda:
+        loader = TwoViewLoader(PIXELS, 4, augmentation=AUG, device="cuda", prefetch=prefetch)
+        assert loader.describe().startswith("pixels in memory, kept on cuda:0; views by Triton")
+        for stop in (None, 2, None):
+            assert equal(train(loader, stop), train(exact, stop))
+            loader.set_epoch(3)
+            exact.set_epoch(3)
+    assert not cuda.faults
 
 
 @pytest.mark.parametrize("prefetch", [True, False])

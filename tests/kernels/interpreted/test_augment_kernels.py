@@ -1,6 +1,7 @@
 """The views' Triton kernels beside the CPU's, and every load and store."""
 
 import os
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,6 +17,9 @@ from simclr_fast.augment.views import (
     apply_views,
     pack_params,
 )
+from simclr_fast.data.decode import Part
+from simclr_fast.data.pipelines import HostViews, KeptViews
+from simclr_fast.data.sources import ArraySource
 from simclr_fast.kernels import augment as kernels
 from simclr_fast.ops import Implementation
 
@@ -119,6 +123,38 @@ def test_a_batch_in_one_tensor(which, size, photograph, device):
     out = torch.full((n, 3, size, size), float("nan"))
     _apply_triton(given, p, aug, out)
     assert_close(out, apply_views(given.cpu(), p, aug))
+
+
+def test_kept_images_give_the_views_of_the_host(photograph, device):
+    """Two epochs of parts with new and kept images. Each image is read once."""
+    photos = [
+        photograph.numpy()[y : y + height, x : x + width]
+        for (height, width), (y, x) in zip(SHAPES, CORNERS, strict=True)
+    ]
+    augmentations = [Augmentation(16, p_blur=0.5), Augmentation(7)]
+    reads = Counter()
+
+    class Counted(ArraySource):
+        def read(self, i):
+            reads[i] += 1
+            return super().read(i)
+
+    def draw(ids, sizes):
+        return [draw_params(aug, 0, 0, ids, v, sizes) for v, aug in enumerate(augmentations)]
+
+    host = HostViews(ArraySource(photos), 3, 1, augmentations, draw)
+    kept = KeptViews(Counted(photos), 3, 1, augmentations, draw, device)
+    for epoch in ([[2, 0], [1, 2, 3]], [[3], [0, 1, 2]]):
+        parts = [Part(0, np.array(ids)) for ids in epoch]
+        for (part, outputs), own in zip(host.run(parts), kept.run(parts), strict=True):
+            exact = [torch.empty(len(part.ids), 3, aug.size, aug.size) for aug in augmentations]
+            exact = on_cpu(exact)
+            views = [torch.full_like(view, torch.nan, device=device) for view in exact]
+            host.write(part, outputs, exact)
+            kept.write(*own, views)
+            for view, other in zip(views, exact, strict=True):
+                assert_close(view, other)
+    assert dict(reads) == {0: 1, 1: 1, 2: 1, 3: 1}
 
 
 @pytest.mark.parametrize("joined", [False, True])
