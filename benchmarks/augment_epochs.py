@@ -22,6 +22,7 @@ from simclr_fast.benchmarks.bench_augment import (
     torchvision_views,
 )
 from simclr_fast.benchmarks.harness import Options, Table
+from simclr_fast.data import pipelines
 from simclr_fast.data.loader import TwoViewLoader
 
 OURS, FLOOR = "simclr_fast, fused", "floor: decoding"
@@ -82,7 +83,12 @@ def exhaust(epoch: Callable[[], Iterator]) -> None:
         pass
 
 
-def ours(folder: Path, batch: int, options: Options, backend: str) -> Callable[[], None]:
+def ours(
+    folder: Path, batch: int, options: Options, backend: str, kept: bool = False
+) -> Callable[[], None]:
+    """kept: as the loader does it for a set that is as small as this one; else as for a large one,
+    which is decoded in every epoch."""
+    most, pipelines.KEPT_ON_GPU = pipelines.KEPT_ON_GPU, pipelines.KEPT_ON_GPU if kept else 0
     loader = TwoViewLoader(
         str(folder),
         batch,
@@ -91,6 +97,7 @@ def ours(folder: Path, batch: int, options: Options, backend: str) -> Callable[[
         backend=backend,
         num_threads=options.threads,
     )
+    pipelines.KEPT_ON_GPU = most
     return partial(exhaust, lambda: iter(loader))
 
 
@@ -137,6 +144,7 @@ def kornia(folder: Path, batch: int, options: Options) -> Callable[[], None]:
 
 CASES = {
     OURS: partial(ours, backend="fused"),
+    "simclr_fast, kept images": partial(ours, backend="fused", kept=True),
     "simclr_fast, DALI": partial(ours, backend="dali"),
     "solo-learn's DALI pipeline": solo_learn,
     "torchvision v2 on tensors": torchvision,

@@ -15,6 +15,7 @@ processes that compute at the same time.
 """
 
 import contextlib
+import inspect
 import statistics
 import subprocess
 import sys
@@ -153,11 +154,16 @@ def contenders(params: list[nn.Parameter], compiled: bool, notes: list[str]) -> 
     except ImportError:
         notes.append("timm is not installed and left out.")
     else:
-        for name, foreach in (("timm foreach", True), ("timm loop", False)):
-            steps[name] = Lars(groups(params), foreach=foreach, **kwargs).step
-        if compiled:
-            step = Lars(groups(params), foreach=True, **kwargs).step
-            steps["torch.compile(timm foreach)"] = torch.compile(step)
+        if "foreach" in inspect.signature(Lars).parameters:
+            for name, foreach in (("timm foreach", True), ("timm loop", False)):
+                steps[name] = Lars(groups(params), foreach=foreach, **kwargs).step
+            if compiled:
+                step = Lars(groups(params), foreach=True, **kwargs).step
+                steps["torch.compile(timm foreach)"] = torch.compile(step)
+        else:
+            # Until timm 1.0.29.
+            steps["timm loop"] = Lars(groups(params), **kwargs).step
+            notes.append("this timm has no foreach.")
     return steps
 
 

@@ -56,12 +56,10 @@ from simclr_fast.utils.extras import need
 Backend = Literal["fused", "dali"]
 # Draws the parameters of each view from sample ids [n] and image sizes [n, 2].
 Draw = Callable[[np.ndarray, np.ndarray], list[ViewParams]]
-# For smaller views, a GPU spends more time on the launches of DALI's graph than on its work.
-_SMALLEST_IN_DALI = 64
 _SAMPLED_IMAGES = 64
 # KeptViews keeps at most these bytes on the GPU. The planner counts with DALI there, which takes as
 # much or more.
-_KEPT_ON_GPU = 1 << 30
+KEPT_ON_GPU = 1 << 30
 
 
 class Pipeline(Protocol):
@@ -95,19 +93,14 @@ def make_pipeline(
 
     rows: the largest number of images per batch on this rank. augmentations: of every view. They
     differ in size and area only.
-    backend: as for `TwoViewLoader`. "fused", and None too, mean KeptViews for a small data set on a
-        GPU with Triton. Otherwise with None, an NVIDIA GPU with DALI runs DaliViews for files and
-        views of at least 64 pixels, and "fused" is chosen for the rest. "fused" means DaliCrops if
-        DALI and Triton can run on the GPU, else HostViews.
+    backend: as for `TwoViewLoader`. "fused", or None, means on a GPU with Triton KeptViews for a
+        small data set, and DaliCrops for other files if DALI is there; else HostViews.
     """
     size, channels = augmentations[0].size, augmentations[0].channels
     triton_on_gpu = device.type == "cuda" and ops.why_plain(device) is None
     if backend != "dali" and triton_on_gpu and _fits_on_gpu(source):
         return KeptViews(source, min(rows, PART), num_threads, augmentations, draw, device)
-    dali_on_gpu = _dali_on_gpu(source, device)
-    if backend is None:
-        backend = "dali" if dali_on_gpu and size >= _SMALLEST_IN_DALI else "fused"
-    if backend == "fused" and not (dali_on_gpu and triton_on_gpu):
+    if backend != "dali" and not (triton_on_gpu and _dali_on_gpu(source, device)):
         return HostViews(source, min(rows, PART), num_threads, augmentations, draw)
     if channels != 3:
         raise ValueError(f'backend="dali" needs RGB images, got channels={channels}')
@@ -116,9 +109,9 @@ def make_pipeline(
     need("nvidia.dali")
     reader = (FileReader if source.encoded else PixelReader)(source, num_threads)
     where = (reader, min(rows, dali_part(reader, size)), augmentations, draw, device)
-    if backend == "fused":
-        return DaliCrops(*where)
-    return DaliViews(*where, dtype=dtype, channels_last=channels_last)
+    if backend == "dali":
+        return DaliViews(*where, dtype=dtype, channels_last=channels_last)
+    return DaliCrops(*where)
 
 
 def _dali_on_gpu(source: Source, device: torch.device) -> bool:
@@ -136,7 +129,7 @@ def _fits_on_gpu(source: Source) -> bool:
     if source.channels != 3 or not source.repeats:
         return False
     pixels = largest_image(source, _SAMPLED_IMAGES)
-    return 0 < 3 * pixels * len(source) <= _KEPT_ON_GPU
+    return 0 < 3 * pixels * len(source) <= KEPT_ON_GPU
 
 
 def dali_part(reader: FileReader | PixelReader, size: int) -> int:

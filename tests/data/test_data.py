@@ -195,7 +195,7 @@ def test_pillow_after_failures_and_early_stops(tmp_path, no_dali, prefetch):
 
 @pytest.mark.filterwarnings("ignore:Pillow decodes")
 def test_a_gpu_without_dali_gets_the_views_of_the_cpu(folder, no_dali, monkeypatch):
-    monkeypatch.setattr(pipelines, "_KEPT_ON_GPU", 0)
+    monkeypatch.setattr(pipelines, "KEPT_ON_GPU", 0)
     pixels = np.random.default_rng(1).integers(0, 255, (23, 12, 10, 3), dtype=np.uint8)
     for source in (folder, pixels):
         options = {"augmentation": AUG, "channels_last": True, "dtype": torch.float16}
@@ -213,7 +213,7 @@ def test_arrays_need_no_decoder(no_dali, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     pixels = np.zeros((4, 12, 10, 3), np.uint8)
     assert len(run(TwoViewLoader(pixels, 2, augmentation=AUG))) == 2
-    monkeypatch.setattr(pipelines, "_KEPT_ON_GPU", 0)
+    monkeypatch.setattr(pipelines, "KEPT_ON_GPU", 0)
     with FakeCuda():
         assert len(run(TwoViewLoader(pixels, 2, augmentation=AUG, device="cuda"))) == 2
     with pytest.raises(ImportError, match=r"pip install nvidia-dali-cuda"):
@@ -249,7 +249,7 @@ def test_small_sets_stay_on_the_gpu(folder, kind, options, expected, monkeypatch
         assert type(loader._pipeline) is expected
         most = 3 * decode.largest_image(loader.source, 64) * len(loader.source)
         if expected is pipelines.KeptViews:
-            monkeypatch.setattr(pipelines, "_KEPT_ON_GPU", most - 1)
+            monkeypatch.setattr(pipelines, "KEPT_ON_GPU", most - 1)
             loader = TwoViewLoader(source[kind], 4, **{"device": "cuda", **options})
             assert type(loader._pipeline) is not expected
 
@@ -257,10 +257,10 @@ def test_small_sets_stay_on_the_gpu(folder, kind, options, expected, monkeypatch
 @pytest.mark.parametrize(
     ("kind", "options", "expected"),
     [
-        ("files", {"size": 224}, pipelines.DaliViews),
-        ("files", {"size": 64}, pipelines.DaliViews),
+        ("files", {"size": 224}, pipelines.DaliCrops),
         ("files", {"size": 32}, pipelines.DaliCrops),
-        ("files", {"size": 224, "backend": "fused"}, pipelines.DaliCrops),
+        ("files", {"size": 32, "backend": "fused"}, pipelines.DaliCrops),
+        ("files", {"size": 224, "backend": "dali"}, pipelines.DaliViews),
         ("files", {"size": 224, "device": "cpu"}, pipelines.HostViews),
         ("files", {"size": 224, "device": "cpu", "backend": "dali"}, pipelines.DaliViews),
         ("pixels", {"size": 224}, pipelines.HostViews),
@@ -270,7 +270,7 @@ def test_small_sets_stay_on_the_gpu(folder, kind, options, expected, monkeypatch
 )
 def test_larger_sets_get_their_pipeline(folder, kind, options, expected, monkeypatch):
     pytest.importorskip("nvidia.dali", reason="DALI is optional (Linux)")
-    monkeypatch.setattr(pipelines, "_KEPT_ON_GPU", 0)
+    monkeypatch.setattr(pipelines, "KEPT_ON_GPU", 0)
     source = folder if kind == "files" else np.zeros((4, 12, 10, 3), np.uint8)
     with FakeCuda():
         loader = TwoViewLoader(source, 4, **{"device": "cuda", **options})
@@ -278,7 +278,7 @@ def test_larger_sets_get_their_pipeline(folder, kind, options, expected, monkeyp
 
 
 def test_large_images_go_through_dali_in_smaller_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipelines, "_KEPT_ON_GPU", 0)
+    monkeypatch.setattr(pipelines, "KEPT_ON_GPU", 0)
     pytest.importorskip("nvidia.dali", reason="DALI is optional (Linux)")
     sizes = [(400, 475), (10, 10), (4000, 3000)]
     for number, (height, width) in enumerate(sizes):
@@ -305,7 +305,7 @@ def test_large_images_go_through_dali_in_smaller_parts(tmp_path, monkeypatch):
 
 
 def test_on_rocm_views_are_made_without_dali(folder, monkeypatch):
-    monkeypatch.setattr(pipelines, "_KEPT_ON_GPU", 0)
+    monkeypatch.setattr(pipelines, "KEPT_ON_GPU", 0)
     monkeypatch.setattr(torch.version, "hip", "6.4")
     with FakeCuda():
         loader = TwoViewLoader(folder, 4, 64, device="cuda")

@@ -25,7 +25,7 @@ AUG = Augmentation(size=8)
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch):
     """Also small sets take the way of large ones."""
-    monkeypatch.setattr(pipelines, "_KEPT_ON_GPU", 0)
+    monkeypatch.setattr(pipelines, "KEPT_ON_GPU", 0)
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def views_by_address(where, as_bytes, ints, floats, *steps):
 
 @pytest.mark.parametrize("prefetch", [True, False])
 def test_kept_images_have_every_wait(prefetch, monkeypatch):
-    monkeypatch.setattr(pipelines, "_KEPT_ON_GPU", PIXELS.nbytes)
+    monkeypatch.setattr(pipelines, "KEPT_ON_GPU", PIXELS.nbytes)
     monkeypatch.setattr(kernels, "augment_views", views_by_address)
     exact = TwoViewLoader(PIXELS, 4, augmentation=AUG)
     with gpus() as cuda:
@@ -291,7 +291,7 @@ def dali(monkeypatch):
 
 
 def loader_of(source, **options):
-    loader = TwoViewLoader(source, 4, SIZE, device="cuda", **options)
+    loader = TwoViewLoader(source, 4, SIZE, device="cuda", backend="dali", **options)
     assert isinstance(loader._pipeline, pipelines.DaliViews)
     return loader
 

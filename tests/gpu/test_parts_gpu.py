@@ -68,7 +68,7 @@ def test_views_of_files_are_close_to_those_of_the_cpu(way, gpu, tmp_path, monkey
     """GPUs decode JPEG with another inverse transform, so single pixels differ."""
     if way != "kept":
         pytest.importorskip("nvidia.dali")
-        monkeypatch.setattr(pipelines, "_KEPT_ON_GPU", 0)
+        monkeypatch.setattr(pipelines, "KEPT_ON_GPU", 0)
     pil = pytest.importorskip("PIL.Image")
     generator = np.random.default_rng(0)
     for i in range(40):
