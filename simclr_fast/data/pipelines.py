@@ -60,6 +60,8 @@ _SAMPLED_IMAGES = 64
 # KeptViews keeps at most these bytes on the GPU. The planner counts with DALI there, which takes as
 # much or more.
 KEPT_ON_GPU = 1 << 30
+# Pixels of a view that KeptViews makes at a time: small views in larger parts, with fewer launches.
+_KEPT_PIXELS = PART * 224**2
 
 
 class Pipeline(Protocol):
@@ -99,7 +101,8 @@ def make_pipeline(
     size, channels = augmentations[0].size, augmentations[0].channels
     triton_on_gpu = device.type == "cuda" and ops.why_plain(device) is None
     if backend != "dali" and triton_on_gpu and _fits_on_gpu(source):
-        return KeptViews(source, min(rows, PART), num_threads, augmentations, draw, device)
+        part = min(rows, max(PART, _KEPT_PIXELS // size**2))
+        return KeptViews(source, part, num_threads, augmentations, draw, device)
     if backend != "dali" and not (triton_on_gpu and _dali_on_gpu(source, device)):
         return HostViews(source, min(rows, PART), num_threads, augmentations, draw)
     if channels != 3:

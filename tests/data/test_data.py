@@ -249,6 +249,13 @@ def test_small_sets_stay_on_the_gpu(folder, kind, options, expected, monkeypatch
         assert type(loader._pipeline) is expected
         most = 3 * decode.largest_image(loader.source, 64) * len(loader.source)
         if expected is pipelines.KeptViews:
+            # A whole batch, or as many views as have the pixels of 128 of 224².
+            parts = {(4096, 32): 4096, (4096, 64): 1568, (4096, 224): 128, (4096, 448): 128}
+            for (rows, size), part in parts.items():
+                aug = [Augmentation(size)]
+                given = loader.source, rows, 1, aug, loader._draw, loader.device, None
+                made = pipelines.make_pipeline(*given, dtype=torch.float32, channels_last=False)
+                assert made.part_size == part
             monkeypatch.setattr(pipelines, "KEPT_ON_GPU", most - 1)
             loader = TwoViewLoader(source[kind], 4, **{"device": "cuda", **options})
             assert type(loader._pipeline) is not expected
