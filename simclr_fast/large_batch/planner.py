@@ -72,14 +72,15 @@ class Gpu:
     """Peak bfloat16 FLOP/s (dense) and memory bytes/s, from NVIDIA's data sheets.
 
     bus: bytes/s of copies from and to pinned host memory, in each direction; assumed. launch:
-    seconds of the shortest operation.
+    seconds of the shortest operation, which is the host's time for it in eager PyTorch. It differs
+    between hosts: a virtual machine with an H200 took 45e-6.
     """
 
     name: str
     flops: float
     bandwidth: float
     bus: float = PCIE4
-    launch: float = 4e-6
+    launch: float = 15e-6
 
     def seconds(self, flops: float, moved: float) -> float:
         """The seconds of one operation."""
