@@ -1,6 +1,5 @@
 """Run a function, or a pretraining run that may be killed anywhere, with one process per rank."""
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -14,19 +13,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.multiprocessing
+from forks import context
 
 from simclr_fast.training import pretrain as train
 from simclr_fast.training.config import PretrainConfig
 from simclr_fast.utils import rank_watch
 
-# One process imports torch and the package; every rank is a fork of it.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torchvision.models", "rank_runs"])
-
 
 def on_ranks(function: Callable, arguments: tuple, size: int) -> None:
     """Call function(rank, *arguments) on every rank; if one raises an error, raise it here."""
-    torch.multiprocessing.start_processes(function, arguments, size, start_method="forkserver")
+    torch.multiprocessing.start_processes(
+        function, arguments, size, start_method=context.get_start_method()
+    )
 
 
 def pixels() -> np.ndarray:
@@ -77,7 +75,7 @@ class Run:
             self.errors.append(config.out.parent / name)
             own = config if outs is None else replace(config, out=outs[rank])
             arguments = (rank, size, port, own, self.errors[-1], plan)
-            self.processes.append(_context.Process(target=_rank, args=arguments))
+            self.processes.append(context.Process(target=_rank, args=arguments))
             self.processes[-1].start()
 
     def wait(self, ranks: list[int] | None = None, seconds: float = 90) -> list[int | None]:

@@ -1,12 +1,12 @@
 """Every memory mode over 1, 2 and 4 gloo ranks, unequal and empty shares, against one process."""
 
-import multiprocessing
 from collections import Counter
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
+from forks import context
 from large_batch_cases import (
     MODES,
     PAIRS,
@@ -197,9 +197,6 @@ def accumulate(rank, group, mode):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    # One process imports torch; the ranks are its forks.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torchvision.models", "test_large_batch_ranks"])
     processes = [context.Process(target=worker, args=(rank, str(folder))) for rank in range(4)]
     for process in processes:
         process.start()

@@ -6,7 +6,6 @@ bits as in a process without modes.
 """
 
 import contextlib
-import multiprocessing
 import os
 import tempfile
 import threading
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import context
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -36,9 +36,6 @@ from simclr_fast.losses import queue_loss
 from simclr_fast.models.encoders import build_encoder
 from simclr_fast.optim.lars import lars_param_groups
 from simclr_fast.utils.checkpoint import save_encoder
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torchvision.models", "test_ambient_state"])
 
 
 def numbers(*shape, seed=0):
@@ -301,7 +298,7 @@ def folder(tmp_path_factory):
 def run(folder, mode):
     path = folder / f"{mode}.pt"
     if not path.exists():
-        process = _context.Process(target=worker, args=(mode, path))
+        process = context.Process(target=worker, args=(mode, path))
         process.start()
         process.join(100)
         if process.is_alive():
