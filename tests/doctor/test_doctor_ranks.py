@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from doctor_cases import Steps, both_at_once, small_model, textbook, views
+from made_once import made_once
 from rank_runs import on_ranks
 from torch import nn
 from torch.nn import functional as F
@@ -123,11 +124,15 @@ def _run(rank, url, folder):
     dist.destroy_process_group()
 
 
+def run_ranks(folder):
+    folder.mkdir()
+    on_ranks(_run, (f"file://{folder / 'meet'}", folder), 2)
+
+
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     pytest.importorskip("lightly")
-    folder = tmp_path_factory.mktemp("ranks")
-    on_ranks(_run, (f"file://{folder / 'meet'}", folder), 2)
+    folder = made_once(tmp_path_factory, "doctor-ranks", run_ranks)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from made_once import made_once
 from rank_runs import on_ranks
 from torch import nn
 from torch.nn import functional as F
@@ -285,10 +286,14 @@ def on_rank(rank, folder):
     dist.destroy_process_group()
 
 
+def run_ranks(folder):
+    folder.mkdir()
+    on_ranks(on_rank, (str(folder),), RANKS)
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("changes")
-    on_ranks(on_rank, (str(folder),), RANKS)
+    folder = made_once(tmp_path_factory, "changes", run_ranks)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 

@@ -23,6 +23,7 @@ from large_batch_cases import (
     step,
     views,
 )
+from made_once import made_once
 from torch import nn
 
 from simclr_fast.large_batch import LargeBatch, averaging
@@ -194,16 +195,19 @@ def accumulate(rank, group, mode):
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
+def run_ranks(folder):
+    folder.mkdir()
     processes = [context.Process(target=worker, args=(rank, str(folder))) for rank in range(4)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * 4
-    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return made_once(tmp_path_factory, "large-batch-ranks", run_ranks)
 
 
 @pytest.fixture(scope="module")
