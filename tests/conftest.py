@@ -23,6 +23,9 @@ def pytest_configure(config):
     # A shell that starts the suite with & makes it ignore Ctrl-C.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # OpenMP's threads would spin while they wait, on cores that other tests need. Read when torch
+    # is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if _natively(config):
         config.pluginmanager.register(_NameFailures(config))
         return
