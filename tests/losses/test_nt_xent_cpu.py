@@ -7,79 +7,71 @@ import sys
 
 import pytest
 import torch
-from instruction_sets import has_isa
+from instruction_sets import under_isa
 
-from simclr_fast import nt_xent_loss, ops
+from simclr_fast import nt_xent_loss, ops, reference
 from simclr_fast.ops import nt_xent, nt_xent_plain
 
 needs_extension = pytest.mark.skipif(not ops.has_extension(), reason="no native extension")
 
-# Against the reference, for one process and for some of its rows; run under each instruction set.
-CHECK = """
-import torch
-from simclr_fast import nt_xent_loss, reference
 
 def error(a, b):
     return ((a.double() - b).norm() / b.norm()).item()
 
-torch.manual_seed(0)
-for n, d in ((3, 5), (70, 33), (260, 40), (260, 150)):
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-13)):
+
+def equals_the_reference():
+    """For one process and for some of its rows."""
+    torch.manual_seed(0)
+    for n, d in ((3, 5), (70, 33), (260, 40), (260, 150)):
+        for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-13)):
+            for tau in (0.1, 0.005):
+                z = [torch.randn(n, d, dtype=dtype).requires_grad_() for _ in range(2)]
+                exact = [t.detach().double().requires_grad_() for t in z]
+                loss, stats = nt_xent_loss(*z, tau, return_stats=True)
+                wanted = reference.nt_xent(*exact, tau).mean()
+                pairs = [(loss.detach(), wanted.detach())]
+                grads = torch.autograd.grad(loss, z), torch.autograd.grad(wanted, exact)
+                pairs += zip(*grads, strict=True)
+                for actual, expected in pairs:
+                    assert error(actual, expected) < tolerance / min(1, 10 * tau), (n, dtype, tau)
+                assert 0 <= stats.accuracy <= 1
+
+
+def bfloat16_is_close():
+    """The error is at most twice that of the textbook's formula in bfloat16, and little more than
+    that of rounding the result."""
+    torch.manual_seed(0)
+    for n, d in ((3, 5), (70, 33), (260, 40), (260, 150)):
         for tau in (0.1, 0.005):
-            z = [torch.randn(n, d, dtype=dtype).requires_grad_() for _ in range(2)]
-            exact = [t.detach().double().requires_grad_() for t in z]
-            loss, stats = nt_xent_loss(*z, tau, return_stats=True)
-            wanted = reference.nt_xent(*exact, tau).mean()
-            pairs = [(loss.detach(), wanted.detach())]
-            pairs += zip(torch.autograd.grad(loss, z), torch.autograd.grad(wanted, exact))
-            for actual, expected in pairs:
-                assert error(actual, expected) < tolerance / min(1, 10 * tau), (n, dtype, tau)
-            assert 0 <= stats.accuracy <= 1
-print("right")
-"""
+            for noise, length in ((1, 1), (0.05, 1e-4)):
+                z1 = torch.randn(n, d) + 3 * (noise < 1) * torch.randn(d)
+                z2 = z1 + noise * torch.randn(n, d)
+                z = [(length * t).bfloat16().requires_grad_() for t in (z1, z2)]
+                exact = [t.detach().double().requires_grad_() for t in z]
+                grad = torch.rand(2 * n)
+                out, stats = nt_xent_loss(*z, tau, reduction="none", return_stats=True)
+                wanted = reference.nt_xent(*exact, tau)
+                u = torch.nn.functional.normalize(torch.cat(z), dim=1)
+                s = (u @ u.T / tau).masked_fill(torch.eye(2 * n, dtype=torch.bool), -torch.inf)
+                other = (torch.arange(2 * n) + n) % (2 * n)
+                textbook = torch.nn.functional.cross_entropy(s, other, reduction="none")
+                case = (n, d, tau, noise)
+                assert out.dtype == torch.float32
+                assert error(out, wanted) <= max(2 * error(textbook, wanted), 1e-6), case
+                expected = torch.autograd.grad((wanted * grad).sum(), exact)
+                actual = torch.autograd.grad((out * grad).sum(), z)
+                plain = torch.autograd.grad((textbook * grad).sum(), z)
+                for a, b, p in zip(actual, expected, plain, strict=True):
+                    assert a.dtype == torch.bfloat16
+                    assert error(a, b) <= 2 * error(p, b), case
+                    assert error(a, b) <= 4e-3, case
+                assert 0 <= stats.accuracy <= 1
+    z = torch.randn(40, 20).bfloat16().requires_grad_()
+    z.data[3, 4] = torch.inf
+    assert nt_xent_loss(z, z, 0.1, reduction="none").isnan().all()
+    _, stats = nt_xent_loss(torch.ones(6, 20).bfloat16(), None, 0.1, return_stats=True)
+    assert stats.accuracy == 0, "equal rows must tie"
 
-# The same for bfloat16 inputs, whose error must be at most twice that of the textbook's formula in
-# bfloat16, and little more than that of rounding the result.
-CHECK_BF16 = """
-import torch
-from simclr_fast import nt_xent_loss, reference
-
-def error(a, b):
-    return ((a.double() - b).norm() / b.norm()).item()
-
-torch.manual_seed(0)
-for n, d in ((3, 5), (70, 33), (260, 40), (260, 150)):
-    for tau in (0.1, 0.005):
-        for noise, length in ((1, 1), (0.05, 1e-4)):
-            z1 = torch.randn(n, d) + 3 * (noise < 1) * torch.randn(d)
-            z2 = z1 + noise * torch.randn(n, d)
-            z = [(length * t).bfloat16().requires_grad_() for t in (z1, z2)]
-            exact = [t.detach().double().requires_grad_() for t in z]
-            grad = torch.rand(2 * n)
-            out, stats = nt_xent_loss(*z, tau, reduction="none", return_stats=True)
-            wanted = reference.nt_xent(*exact, tau)
-            u = torch.nn.functional.normalize(torch.cat(z), dim=1)
-            s = (u @ u.T / tau).masked_fill(torch.eye(2 * n, dtype=torch.bool), -torch.inf)
-            other = (torch.arange(2 * n) + n) % (2 * n)
-            textbook = torch.nn.functional.cross_entropy(s, other, reduction="none")
-            case = (n, d, tau, noise)
-            assert out.dtype == torch.float32
-            assert error(out, wanted) <= max(2 * error(textbook, wanted), 1e-6), case
-            expected = torch.autograd.grad((wanted * grad).sum(), exact)
-            actual = torch.autograd.grad((out * grad).sum(), z)
-            plain = torch.autograd.grad((textbook * grad).sum(), z)
-            for a, b, p in zip(actual, expected, plain):
-                assert a.dtype == torch.bfloat16
-                assert error(a, b) <= 2 * error(p, b), case
-                assert error(a, b) <= 4e-3, case
-            assert 0 <= stats.accuracy <= 1
-z = torch.randn(40, 20).bfloat16().requires_grad_()
-z.data[3, 4] = torch.inf
-assert nt_xent_loss(z, z, 0.1, reduction="none").isnan().all()
-loss, stats = nt_xent_loss(torch.ones(6, 20).bfloat16(), None, 0.1, return_stats=True)
-assert stats.accuracy == 0, "equal rows must tie"
-print("right")
-"""
 
 # Peak memory of a step beyond what was resident before it, in MB.
 MEMORY = """
@@ -101,37 +93,27 @@ print(*(step(n) for n in (2048, 4096)))
 """
 
 
-def run(script, **environment):
-    command = [sys.executable, "-c", script]
-    env = {**os.environ, "OMP_NUM_THREADS": "2", **environment}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), env.get("PYTHONPATH")]))
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
-
-
 @needs_extension
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set off x86-64")
 @pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
 def test_every_instruction_set_equals_the_reference(isa):
-    if not has_isa(isa):
-        pytest.skip(f"this CPU has no {isa}")
-    result = run(CHECK, SIMCLR_FAST_ISA=isa)
-    assert result.stdout.strip() == "right", result.stderr
+    under_isa(isa, equals_the_reference, threads=2)
 
 
 @needs_extension
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set off x86-64")
 @pytest.mark.parametrize("isa", ["avx512_bf16", "amx"])
 def test_bfloat16_under_every_instruction_set(isa):
-    if not has_isa(isa):
-        pytest.skip(f"this CPU has no {isa}")
-    result = run(CHECK_BF16, SIMCLR_FAST_ISA=isa)
-    assert result.stdout.strip() == "right", result.stderr
+    under_isa(isa, bfloat16_is_close, threads=2)
 
 
 @needs_extension
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
 def test_memory_grows_linearly_with_the_batch():
-    result = run(MEMORY)
+    command = [sys.executable, "-c", MEMORY]
+    env = {**os.environ, "OMP_NUM_THREADS": "2"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), env.get("PYTHONPATH")]))
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
     half, full = map(float, result.stdout.split())
     assert half > 2048 * 128 * 4 / 1e6, "less than one matrix of gradients is no measurement"
     assert full <= 32, result.stdout

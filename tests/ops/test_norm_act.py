@@ -1,13 +1,10 @@
 """A batch norm, a residual and ReLU in one pass, on the CPU, against float64."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from instruction_sets import has_isa
+from instruction_sets import under_isa
 from norm_act_cases import DENSE, LAST, PATTERNS, Case, relative
 
 from simclr_fast import ops
@@ -111,16 +108,10 @@ def test_arguments_that_do_not_belong_together_are_refused():
             norm_act(*arguments)
 
 
-ISA_PROGRAM = """
-import sys
-import torch
-from test_norm_act import LIMITS, SHAPES, test_it_equals_float64_and_rounds_once as check
-from simclr_fast import ops
-assert ops.library.EXTENSION.instruction_set() == sys.argv[1]
-for shape, layout in SHAPES:
-    for dtype in LIMITS:
-        check(dtype, shape, layout)
-"""
+def check_all():
+    for shape, layout in SHAPES:
+        for dtype in LIMITS:
+            test_it_equals_float64_and_rounds_once(dtype, shape, layout)
 
 
 @pytest.mark.skipif(not ops.has_extension(), reason="the extension is not built")
@@ -128,9 +119,4 @@ for shape, layout in SHAPES:
     "isa", ["base", *(pytest.param(isa, marks=pytest.mark.slow) for isa in ("avx2", "avx512"))]
 )
 def test_every_instruction_set(isa):
-    if not has_isa(isa):
-        pytest.skip(f"this CPU lacks {isa}")
-    paths = [*sys.path, os.path.dirname(__file__)]
-    environment = os.environ | {"SIMCLR_FAST_ISA": isa, "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run([sys.executable, "-c", ISA_PROGRAM, isa], env=environment)
-    assert done.returncode == 0
+    under_isa(isa, check_all)
