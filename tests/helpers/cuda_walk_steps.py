@@ -1,14 +1,13 @@
-"""Run whole steps on device "cuda" without a GPU: python cuda_walk_steps.py WORLD CASE...
+"""Run whole steps on device "cuda" without a GPU.
 
-Prints JSON: for each case what `cuda_walk` recorded in the third step. The first step creates the
-optimizer's state. In the first two, replay and grad-cache compare both runs of a layer, which waits
-for the device. Case "graph": what the capture of a step holds.
+`main` writes JSON: for each case what `cuda_walk` recorded in the third step. The first step
+creates the optimizer's state. In the first two, replay and grad-cache compare both runs of a layer,
+which waits for the device. Case "graph": what the capture of a step holds.
 """
 
 import json
-import os
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import cuda_walk
@@ -206,7 +205,9 @@ def stand_ins() -> None:
     kernels.augment_crops = lambda *args: args[-1].zero_()
 
 
-def main(world: int, cases: list[str]) -> None:
+def main(rank: int, world: int, cases: Sequence[str], out: Path) -> None:
+    """To be called in a process of its own."""
+    torch.set_num_threads(1)
     cuda_walk.pretend(world)
     stand_ins()
     # One eager step suffices where nothing is compiled.
@@ -231,10 +232,4 @@ def main(world: int, cases: list[str]) -> None:
             except Exception as error:
                 seen = {"error": f"{type(error).__name__}: {error}"[:500]}
         results[case] = {name: dict(counter) for name, counter in vars(record).items()} | seen
-    print(json.dumps(results), flush=True)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
-    # torch 2.14 crashes when some fake tensors are freed at the end.
-    os._exit(0)
+    out.write_text(json.dumps(results))

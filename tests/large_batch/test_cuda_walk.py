@@ -1,16 +1,13 @@
 """Whole training steps on device "cuda" without a GPU: what waits, dtypes, layouts, operations."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from cuda_walk_steps import FAULTS, GRAPH_FAULTS
+from cuda_walk_steps import FAULTS, GRAPH_FAULTS, main
+from rank_runs import on_ranks
 
-HELPERS = Path(__file__).parents[1] / "helpers"
 pytestmark = [
     pytest.mark.skipif(torch.version.cuda is None, reason="a torch that is built for CUDA"),
     pytest.mark.skipif(sys.platform != "linux", reason="changes a loaded library in memory"),
@@ -37,14 +34,10 @@ BUDGET = {
 }
 
 
-def walked(world, *cases):
+def walked(folder, world, *cases):
     """What `cuda_walk_steps` saw. A process of its own, as the walk changes torch."""
-    command = [sys.executable, str(HELPERS / "cuda_walk_steps.py"), str(world), *cases]
-    paths = os.pathsep.join([str(HELPERS.parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    on_ranks(main, (world, cases, folder / "seen.json"), 1)
+    return json.loads((folder / "seen.json").read_text())
 
 
 def places(found, allowed):
@@ -87,10 +80,10 @@ def assert_layer(seen, collectives):
     assert [seen[way][1] for way in ("forward", "backward")] == [collectives] * 2
 
 
-def test_a_step_on_one_gpu():
+def test_a_step_on_one_gpu(tmp_path):
     cases = "plain bf16", "replay bf16", "lockstep bf16", "plain fp16", "grad-cache bf16"
     captures = "graph bf16", "graph fp16"
-    found = walked(1, *cases, *captures, "evaluate", "layer", *FAULTS, *GRAPH_FAULTS)
+    found = walked(tmp_path, 1, *cases, *captures, "evaluate", "layer", *FAULTS, *GRAPH_FAULTS)
     assert_layer(found["layer"], 0)
     check_all(found, cases, 1)
     for fault in FAULTS:
@@ -109,9 +102,9 @@ def test_a_step_on_one_gpu():
     assert list(evaluated["convolutions"]) == ["bfloat16"]
 
 
-def test_a_step_on_eight_gpus():
+def test_a_step_on_eight_gpus(tmp_path):
     cases = "plain bf16", "replay bf16", "lockstep bf16", "plain bf16 untold"
-    found = walked(8, *cases, "layer")
+    found = walked(tmp_path, 8, *cases, "layer")
     assert_layer(found["layer"], 1)
     check_all(found, cases, 8)
     for case in cases:
@@ -121,7 +114,7 @@ def test_a_step_on_eight_gpus():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 8])
-def test_further_dtypes_and_modes(world):
+def test_further_dtypes_and_modes(world, tmp_path):
     modes = "plain", "replay", "lockstep", "lean", "host", "grad-cache"
     cases = [f"{mode} {dtype}" for mode in modes for dtype in DTYPE]
-    check_all(walked(world, *cases), cases, world)
+    check_all(walked(tmp_path, world, *cases), cases, world)
