@@ -1,29 +1,37 @@
 """Damaged files by the hundred, several threads at once, long runs, full disks."""
 
+import ctypes
 import io
+import json
+import logging
 import os
+import re
 import resource
 import struct
-import subprocess
 import sys
 import threading
 import time
 import zlib
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forks import context
 from PIL import Image
+from rank_runs import on_ranks
 from torch import nn
 
 from simclr_fast import nt_xent_loss
+from simclr_fast.augment.params import Augmentation
 from simclr_fast.augment.views import SimCLRViews
 from simclr_fast.commands.cli import run
+from simclr_fast.data.loader import TwoViewLoader
 from simclr_fast.optim.lars import LARS
 from simclr_fast.utils.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 
-ROOT = Path(__file__).parents[2]
 KINDS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
 
 
@@ -74,29 +82,24 @@ def damage(data: bytes, way: str, rng: np.random.Generator) -> bytes:
 
 
 WAYS = ("cut", "bytes", "noise", "bomb", "short", "empty")
-# Shows an epoch, and says of each whole image that came whether its view has its own colour.
-PROGRAM = """
-import sys, logging, numpy as np
-from tests.training.test_robustness import colour
-from simclr_fast.augment.params import Augmentation
-from simclr_fast.data.loader import TwoViewLoader
 
-folder, whole = sys.argv[1], set(map(int, sys.argv[2].split(",")))
-logging.disable(logging.WARNING)
-aug = Augmentation(16, p_jitter=0, p_gray=0, p_blur=0)
-loader = TwoViewLoader(folder, 32, augmentation=aug, backend=sys.argv[3], on_error="skip")
-seen = rows = 0
-for view1, view2, index in loader:
-    rows += len(index)
-    for one, two, i in zip(view1, view2, index.tolist()):
-        if i in whole:
-            seen += 1
-            for view in (one, two):
-                off = np.abs(view.mean((1, 2)).numpy() * 255 - colour(i)).max()
-                assert off < 10, (i, off)
-assert not loader.skipped & whole, sorted(loader.skipped & whole)
-print(rows, seen, len(loader.skipped))
-"""
+
+def show(rank: int, folder: Path, whole: set[int], backend: str) -> None:
+    """Show an epoch. Each whole image that comes has a view of its own colour."""
+    logging.disable(logging.WARNING)
+    aug = Augmentation(16, p_jitter=0, p_gray=0, p_blur=0)
+    loader = TwoViewLoader(folder, 32, augmentation=aug, backend=backend, on_error="skip")
+    seen = rows = 0
+    for view1, view2, index in loader:
+        rows += len(index)
+        for one, two, i in zip(view1, view2, index.tolist(), strict=True):
+            if i in whole:
+                seen += 1
+                for view in (one, two):
+                    off = np.abs(view.mean((1, 2)).numpy() * 255 - colour(i)).max()
+                    assert off < 10, (i, off)
+    assert not loader.skipped & whole, sorted(loader.skipped & whole)
+    (folder / "counts.json").write_text(json.dumps([rows, seen, len(loader.skipped)]))
 
 
 @pytest.mark.parametrize(
@@ -115,17 +118,9 @@ def test_no_damaged_file_crashes_hangs_or_moves_another(tmp_path, backend, n, da
         # Half of the names lie about the format.
         suffix = KINDS[(i + int(rng.integers(2))) % len(KINDS)].lower()
         (tmp_path / f"{i:04d}.{suffix}").write_bytes(data)
-    whole = ",".join(str(i) for i in range(n) if i not in broken)
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path), whole, backend],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows, seen, skipped = map(int, done.stdout.split())
+    # In a process of its own, which may crash.
+    on_ranks(show, (tmp_path, set(range(n)) - broken, backend), 1)
+    rows, seen, skipped = json.loads((tmp_path / "counts.json").read_text())
     assert rows == n
     assert seen >= n - damaged
     # Zeroed, cut and faked files are always found; some changed bytes are pixels, and fine.
@@ -185,12 +180,12 @@ def test_memory_does_not_grow_over_a_thousand_steps():
     assert sizes[1] - sizes[0] < 5, sizes
 
 
-LIMITED = """
-import resource, sys
-from simclr_fast.commands.cli import run
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
-sys.exit(run(sys.argv[2:]))
-"""
+def run_limited(rank: int, words: list[str], errors: Path) -> None:
+    """No file may pass 200 kB."""
+    sys.stderr = errors.open("w", buffering=1)
+    os.dup2(sys.stderr.fileno(), 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    assert run(words) == 1
 
 
 def arguments(out: Path) -> list[str]:
@@ -204,21 +199,13 @@ def arguments(out: Path) -> list[str]:
 
 
 def test_a_full_disk_ends_the_run_with_its_cause_and_keeps_what_was_there(tmp_path):
-    """No file may pass 200 kB: the checkpoint does not fit."""
+    """The checkpoint does not fit."""
     pytest.importorskip("nvidia.dali", reason="decoding needs DALI (Linux)")
     out = tmp_path / "run"
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, "200000", *arguments(out)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    assert str(out / "checkpoints") in done.stderr
+    on_ranks(run_limited, (arguments(out), tmp_path / "errors.txt"), 1)
+    errors = (tmp_path / "errors.txt").read_text()
+    assert "Traceback" not in errors
+    assert str(out / "checkpoints") in errors
     assert list((out / "checkpoints").iterdir()) == []
     assert len((out / "metrics.jsonl").read_text()) == 0
     # With room again, the same folder goes on.
@@ -235,31 +222,24 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
     assert str(tmp_path / "file") in errors
 
 
-# Root may write anywhere, but for this.
-WITHOUT_PRIVILEGES = """
-import ctypes, os
-def drop_privileges():
+def drop_privileges() -> None:
+    """Root may write anywhere, but for this."""
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     if os.geteuid() == 0 and ctypes.CDLL(None).capset(header, (ctypes.c_uint32 * 6)()):
         raise OSError("capset")
-"""
-SAVE_INTO_READ_ONLY = """
-import sys, pathlib, torch
-from simclr_fast.utils.checkpoint import save_checkpoint
-drop_privileges()
-try:
-    save_checkpoint(pathlib.Path(sys.argv[1]), 2, {"step": 2})
-except OSError as error:
-    print(error)
-"""
-SAVE_FOREVER = """
-import sys, pathlib, torch
-from simclr_fast.utils.checkpoint import save_checkpoint
-for step in range(1, 10_000):
-    state = {"step": step, "model": {"w": torch.full((400_000,), float(step))}}
-    save_checkpoint(pathlib.Path(sys.argv[1]), step, state)
-    print(step, flush=True)
-"""
+
+
+def save_into_read_only(rank: int, folder: Path) -> None:
+    drop_privileges()
+    with pytest.raises(OSError, match=re.escape(str(folder))):
+        save_checkpoint(folder, 2, {"step": 2})
+
+
+def save_forever(folder: Path, said: Connection) -> None:
+    for step in range(1, 10_000):
+        state = {"step": step, "model": {"w": torch.full((400_000,), float(step))}}
+        save_checkpoint(folder, step, state)
+        said.send(step)
 
 
 def test_a_read_only_folder_is_named_and_keeps_its_checkpoint(tmp_path):
@@ -267,16 +247,9 @@ def test_a_read_only_folder_is_named_and_keeps_its_checkpoint(tmp_path):
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     tmp_path.chmod(0o555)
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", WITHOUT_PRIVILEGES + SAVE_INTO_READ_ONLY, str(tmp_path)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        on_ranks(save_into_read_only, (tmp_path,), 1)
     finally:
         tmp_path.chmod(0o755)
-    assert str(tmp_path) in done.stdout
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -284,14 +257,18 @@ def test_a_kill_at_any_moment_loses_no_checkpoint(tmp_path):
     """It is killed 3 times while it saves. Every checkpoint that it reported is there."""
     for moment in range(3):
         folder = tmp_path / str(moment)
-        process = subprocess.Popen(
-            [sys.executable, "-c", SAVE_FOREVER, str(folder)], cwd=ROOT, stdout=subprocess.PIPE
-        )
-        said = int(process.stdout.readline())
+        hears, says = context.Pipe(duplex=False)
+        process = context.Process(target=save_forever, args=(folder, says))
+        process.start()
+        says.close()
+        said = hears.recv()
         time.sleep(0.05 + 0.023 * moment)
         process.kill()
-        said = max([said, *map(int, process.stdout.read().split())])
-        process.wait()
+        # Until its end of the pipe is closed.
+        with suppress(EOFError):
+            while True:
+                said = hears.recv()
+        process.join()
         newest = load_checkpoint(checkpoints(folder)[-1])
         assert newest["step"] >= said
         assert (newest["model"]["w"] == newest["step"]).all()
