@@ -1,7 +1,6 @@
 """The rule for which implementation runs. Every reason for plain torch is given, once."""
 
 import json
-import subprocess
 import sys
 import types
 import warnings
@@ -9,9 +8,10 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from rank_runs import on_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from simclr_fast import ops
+from simclr_fast import nt_xent_loss, ops, sup_con_loss
 from simclr_fast.ops import Implementation, library
 from simclr_fast.optim.lars_native import use_native
 from simclr_fast.utils import install
@@ -219,26 +219,21 @@ def test_cuda_code_runs_on_the_gpus_it_is_for(monkeypatch, architectures, capabi
             use_native({"fused": True, "foreach": None}, [p])
 
 
-FAKE_WALK = """
-import torch, warnings
-from torch._subclasses.fake_tensor import FakeTensorMode
-from simclr_fast import nt_xent_loss, ops, sup_con_loss
-torch.cuda._lazy_init = None
-with warnings.catch_warnings(), FakeTensorMode():
-    warnings.simplefilter("error")
-    z = torch.randn(6, 20, device="cuda")
-    loss, stats = nt_xent_loss(z, temperature=0.1, return_stats=True)
-    sup_con = sup_con_loss(z, torch.arange(6, device="cuda") // 2)
-    u, _ = ops.nt_xent.normalize(z, None, torch.ones((), device="cuda"))
-    assert (u.shape, u.dtype) == ((6, 32), torch.float32), (u.shape, u.dtype)
-assert sup_con.device.type == loss.device.type == "cuda"
-assert not torch.cuda.is_initialized()
-"""
+def walk_of_fakes(rank):
+    torch.cuda._lazy_init = None
+    with warnings.catch_warnings(), FakeTensorMode():
+        warnings.simplefilter("error")
+        z = torch.randn(6, 20, device="cuda")
+        loss, _ = nt_xent_loss(z, temperature=0.1, return_stats=True)
+        sup_con = sup_con_loss(z, torch.arange(6, device="cuda") // 2)
+        u, _ = ops.nt_xent.normalize(z, None, torch.ones((), device="cuda"))
+        assert (u.shape, u.dtype) == ((6, 32), torch.float32), (u.shape, u.dtype)
+    assert sup_con.device.type == loss.device.type == "cuda"
+    assert not torch.cuda.is_initialized()
 
 
 def test_fake_cuda_tensors_take_the_kernels_shapes_and_leave_cuda_alone():
-    done = subprocess.run([sys.executable, "-c", FAKE_WALK], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    on_ranks(walk_of_fakes, (), 1)
 
 
 def test_an_unsupported_gpu_gives_plain_shapes(monkeypatch):

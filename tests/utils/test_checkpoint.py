@@ -1,12 +1,15 @@
 """Writes are all or nothing, and what cannot be read is named."""
 
 import errno
+import os
+import signal
 import subprocess
 import sys
 import warnings
 
 import pytest
 import torch
+from forks import context
 
 from simclr_fast.utils import checkpoint, locks
 
@@ -25,21 +28,21 @@ def test_an_interrupted_write_loses_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from simclr_fast.utils import checkpoint
-def write(part):
-    part.write_bytes(b"half of the n")
-    os.kill(os.getpid(), signal.SIGKILL)
-checkpoint.write_atomic(Path(sys.argv[1]), write)
-"""
+def write_and_die(path):
+    def write(part):
+        part.write_bytes(b"half of the n")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.write_atomic(path, write)
 
 
 def test_the_next_write_removes_files_of_killed_writes(tmp_path):
     path, hidden = tmp_path / "step-00000007.pt", tmp_path / ".step-00000007.pt-mine"
     hidden.write_bytes(b"not ours")
-    subprocess.run([sys.executable, "-c", KILLED, path], check=False)
+    process = context.Process(target=write_and_die, args=(path,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     (left,) = set(tmp_path.iterdir()) - {hidden}
     assert left.read_bytes() == b"half of the n"
 
