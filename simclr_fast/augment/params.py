@@ -7,7 +7,7 @@ change them.
 
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import permutations
 from typing import Any, Literal
@@ -227,6 +227,14 @@ def draw_views(
         both = _draw(aug, seed, streams, np.tile(ids, 2), np.tile(sizes, (2, 1)), pair)
         views += [both[:n], both[n:]]
     return views[:n_views]
+
+
+def covering(views: Sequence[ViewParams]) -> np.ndarray:
+    """The smallest boxes that cover the boxes of all views: int32 [n, 4], as `ViewParams.box`."""
+    boxes = np.stack([view.box for view in views])
+    corners, ends = boxes[..., :2], boxes[..., :2] + boxes[..., 2:]
+    corner = corners.min(axis=0)
+    return np.concatenate([corner, ends.max(axis=0) - corner], axis=1)
 
 
 def _checked(epoch: int, ids: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

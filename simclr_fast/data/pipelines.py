@@ -28,7 +28,7 @@ from simclr_fast.augment.dali import (
     make_views,
     param_types,
 )
-from simclr_fast.augment.params import Augmentation, ViewParams
+from simclr_fast.augment.params import Augmentation, ViewParams, covering
 from simclr_fast.augment.views import (
     as_tensors,
     fill_views,
@@ -40,6 +40,7 @@ from simclr_fast.augment.views import (
 )
 from simclr_fast.data.decode import (
     READ_AHEAD,
+    Cut,
     DaliRunner,
     FileReader,
     Part,
@@ -54,7 +55,7 @@ from simclr_fast.data.sources import Source
 from simclr_fast.utils.extras import need
 
 Backend = Literal["fused", "dali"]
-# Draws the parameters of each view from sample ids [n] and image sizes [n, 2].
+# Draws the parameters of each view from sample ids [n] and image sizes [n, 2]: new ones each time.
 Draw = Callable[[np.ndarray, np.ndarray], list[ViewParams]]
 _SAMPLED_IMAGES = 64
 # KeptViews keeps at most these bytes on the GPU. The planner counts with DALI there, which takes as
@@ -148,7 +149,10 @@ def dali_part(reader: FileReader | PixelReader, size: int) -> int:
 
 
 class HostViews:
-    """Decodes images and makes views by the fused op, both on the CPU."""
+    """Decodes images and makes views by the fused op, both on the CPU.
+
+    Of an image that is not kept, only the region is decoded that its views need together.
+    """
 
     on_host = True
 
@@ -163,7 +167,7 @@ class HostViews:
         self.part_size, self.augmentations, self.draw = part_size, augmentations, draw
         self.channels = augmentations[0].channels
         self.fused = self.channels == 3 or runs_in_threes(augmentations[0])
-        self.decoder = image_decoder(source, part_size, num_threads)
+        self.decoder = image_decoder(source, part_size, num_threads, self._regions)
 
     def describe(self) -> str:
         how = "the fused op" if self.fused else "plain torch"
@@ -173,10 +177,20 @@ class HostViews:
         return self.decoder.run(parts)
 
     def write(self, part: Part, outputs: list[Any], views: list[Tensor]) -> None:
-        images = as_tensors(_one_dtype(outputs), self.channels)
-        params_of_views = self.draw(part.ids, image_sizes(images))
+        pixels = [image.pixels if isinstance(image, Cut) else image for image in outputs]
+        images = as_tensors(_one_dtype(pixels), self.channels)
+        sizes = image_sizes(images)
+        corners = np.zeros_like(sizes)
+        for i, image in enumerate(outputs):
+            if isinstance(image, Cut):
+                corners[i], sizes[i] = image.corner, image.size
+        params_of_views = self.draw(part.ids, sizes)
         for params, aug, view in zip(params_of_views, self.augmentations, views, strict=True):
+            params.box[:, :2] -= corners
             fill_views(images, params, aug, view)
+
+    def _regions(self, ids: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        return covering(self.draw(ids, sizes))
 
 
 def _one_dtype(images: list[Any]) -> list[Any]:

@@ -80,6 +80,103 @@ def test_unusual_files_decode_as_pillow_reads_them(name, decoder, tmp_path):
     assert np.array_equal(decoded, expected)
 
 
+# Of each subsampling its name for Pillow, and the luma's factors that are written into the file.
+# Where these are not Pillow's, there are as many blocks: the file is sound, with another picture.
+SAMPLINGS = {
+    "444": ("4:4:4", 0x11),
+    "422": ("4:2:2", 0x21),
+    "440": ("4:2:2", 0x12),
+    "420": ("4:2:0", 0x22),
+    "411": ("4:2:0", 0x41),
+    "1x4": ("4:2:0", 0x14),
+}
+
+
+def save_all_kinds(folder, rng):
+    """JPEGs of every subsampling, also progressive or to be turned, and FILES cut small."""
+    for name, (subsampling, factors) in SAMPLINGS.items():
+        for i in range(40):
+            # First those that are whole blocks for any factors.
+            size = 64 * rng.integers(1, 3, 2) if i < 20 else rng.integers(1, 90, 2)
+            if i == 20 and name in ("440", "411", "1x4"):
+                break
+            buffer = io.BytesIO()
+            options = {"quality": 90, "progressive": i % 2 == 1, "subsampling": subsampling}
+            CHINA.resize(size.tolist()).save(buffer, "JPEG", **options)
+            data = bytearray(buffer.getvalue())
+            data[data.find(b"\xff\xc2" if i % 2 else b"\xff\xc0") + 11] = factors
+            (folder / f"{name}-{i}.jpg").write_bytes(data)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        CHINA.resize((70, 50)).save(folder / f"exif-{orientation}.jpg", exif=exif)
+    for name, (image, options, _) in FILES.items():
+        more = {"append_images": [TRANSPARENT]} if "append_images" in options else {}
+        image.crop((20, 30, 121, 91)).save(folder / name, **options | more)
+
+
+@needs_dali
+def test_regions_equal_those_of_whole_images(tmp_path):
+    rng = np.random.default_rng(0)
+    save_all_kinds(tmp_path, rng)
+
+    def boxes(ids, sizes):
+        extents = np.ceil(sizes * rng.uniform(0.01, 1, (len(ids), 2)) ** 2).astype(int)
+        corners = np.floor(rng.random((len(ids), 2)) * (sizes - extents + 1)).astype(int)
+        # Some at the edges, where the chroma has no neighbours to be interpolated with.
+        corners *= rng.random(corners.shape) > 0.3
+        drawn.append(np.concatenate([corners, extents], axis=1))
+        return drawn[-1]
+
+    source, drawn, cut = open_source(tmp_path), [], 0
+    part = decode.Part(0, np.arange(len(source)))
+    reader = decode.FileReader(source, 2)
+    runs = decode.DaliDecoder(reader, len(source)).run([part])
+    (whole,) = ([image.copy() for image in images] for _, images in runs)
+    regions = decode.DaliDecoder(reader, len(source), boxes)
+    for _, found in regions.run([part] * 8):
+        for i, (y, x, h, w) in enumerate(drawn.pop(0)):
+            y0, x0 = 0, 0
+            if isinstance(found[i], decode.Cut):
+                pixels, (y0, x0), size = found[i]
+                assert size == whole[i].shape[:2]
+                assert len(pixels) == h
+                cut += 1
+            else:
+                pixels = found[i]
+            same = pixels[y - y0 : y - y0 + h, x - x0 : x - x0 + w]
+            assert np.array_equal(same, whole[i][y : y + h, x : x + w]), source.name(i)
+    assert cut > 7 * len(source)
+
+
+@needs_dali
+@pytest.mark.parametrize("spec", ["simclr", "torchvision"])
+def test_views_from_regions_equal_those_of_whole_images(spec, tmp_path, monkeypatch):
+    """Whole images are decoded until it is known that they are too large to be kept."""
+    for i in range(12):
+        CHINA.crop((0, 0, 300 - i, 200 + i)).save(tmp_path / f"{i:02d}.jpg")
+
+    def epoch():
+        """The views of an epoch, and of each batch whether the images are cut."""
+        loader = TwoViewLoader(tmp_path, 2, augmentation=Augmentation(32, spec=spec))
+        write, cut = loader._pipeline.write, []
+
+        def noted(part, outputs, views):
+            cut.append([isinstance(image, decode.Cut) for image in outputs])
+            write(part, outputs, views)
+
+        loader._pipeline.write = noted
+        return [view.clone() for *views, _ in loader for view in views], cut
+
+    whole, cut = epoch()
+    assert not np.any(cut)
+    monkeypatch.setattr(decode, "_KEPT_BYTES", 0)
+    views, cut = epoch()
+    assert not np.any(cut[0])
+    assert np.all(cut[-2:])
+    assert all(torch.equal(a, b) for a, b in zip(views, whole, strict=True))
+
+
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_a_floating_tiff_is_named(decoder, tmp_path):
     Image.fromarray(GRAY.astype(np.float32)).save(tmp_path / "float.tif")
