@@ -16,7 +16,9 @@ peers.
 """
 
 import io
+import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -26,7 +28,13 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from torchvision.transforms import v2
 
-from simclr_fast.augment.params import Augmentation, draw_params
+from simclr_fast.augment.params import (
+    Augmentation,
+    ViewParams,
+    covering,
+    draw_params,
+    draw_views,
+)
 from simclr_fast.augment.views import SimCLRViews, apply_views
 from simclr_fast.benchmarks import harness
 from simclr_fast.benchmarks.harness import Options, Table
@@ -75,27 +83,52 @@ def encoded(files: list[bytes]) -> list[np.ndarray]:
     return [np.frombuffer(f, np.uint8) for f in files]
 
 
-def decode_only(files: list[bytes]) -> Callable:
+def regions(views: list[ViewParams]) -> list[np.ndarray]:
+    """Where the region begins and ends that the views of each image need: int32 [n, 2] each."""
+    boxes = covering(views)
+    return [boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]
+
+
+def region_decoder(source: Callable, n: int) -> Callable:
+    """source: gives n files, and where the region of each begins and ends."""
     from nvidia.dali import fn, types
 
-    raw = encoded(files)
-    pipe = pipeline(lambda x: (fn.decoders.image(x),), lambda: [raw], len(files), 1, [types.UINT8])
-    return pipe.run
+    def build(files, start, end):
+        return (fn.decoders.image_slice(files, start=start, end=end, axis_names="HW"),)
+
+    return pipeline(build, source, n, 3, [types.UINT8, types.INT32, types.INT32]).run
+
+
+def decode_only(files: list[bytes]) -> Callable:
+    """What ours decodes: the regions that two views need."""
+    raw, aug, n = encoded(files), Augmentation(SIZE), len(files)
+    sizes = np.tile([[HEIGHT, WIDTH]], (n, 1))
+    drawn = (draw_views(aug, 0, epoch, np.arange(n), sizes) for epoch in range(16))
+    needed = itertools.cycle([regions(views) for views in drawn])
+    return region_decoder(lambda: [raw, *next(needed)], n)
 
 
 def fused(files: list[bytes]) -> Callable:
-    decode, aug, n = decode_only(files), Augmentation(SIZE), len(files)
+    raw, aug, n = encoded(files), Augmentation(SIZE), len(files)
+    sizes = np.tile([[HEIGHT, WIDTH]], (n, 1))
     outs = [torch.empty(n, 3, SIZE, SIZE) for _ in range(2)]
     epoch = iter(range(2**31))
+    drawn: deque[list[ViewParams]] = deque()
+
+    def source() -> list:
+        drawn.append(draw_views(aug, 0, next(epoch), np.arange(n), sizes))
+        return [raw, *regions(drawn[-1])]
+
+    decode = region_decoder(source, n)
 
     def step() -> None:
         (decoded,) = decode()
         images = [torch.from_dlpack(decoded[i]) for i in range(n)]
-        sizes = np.array([i.shape[:2] for i in images])
-        number = next(epoch)
-        for view in (0, 1):
-            params = draw_params(aug, 0, number, np.arange(n), view, sizes)
-            apply_views(images, params, aug, out=outs[view])
+        views = drawn.popleft()
+        corners = covering(views)[:, :2]
+        for params, out in zip(views, outs, strict=True):
+            params.box[:, :2] -= corners
+            apply_views(images, params, aug, out=out)
 
     return step
 
