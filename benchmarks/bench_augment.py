@@ -86,7 +86,8 @@ def encoded(files: list[bytes]) -> list[np.ndarray]:
 def regions(views: list[ViewParams]) -> list[np.ndarray]:
     """Where the region begins and ends that the views of each image need: int32 [n, 2] each."""
     boxes = covering(views)
-    return [boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]
+    # DALI takes only contiguous arrays.
+    return [boxes[:, :2].copy(), boxes[:, :2] + boxes[:, 2:]]
 
 
 def region_decoder(source: Callable, n: int) -> Callable:

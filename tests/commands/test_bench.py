@@ -160,6 +160,13 @@ def test_the_gpu_contenders_of_augment_run_an_epoch(monkeypatch):
     assert table.names()[-1] == augment_epochs.FLOOR
 
 
+def test_our_views_and_decoding_alone_are_timed():
+    pytest.importorskip("nvidia.dali", reason="decoding needs DALI (Linux)")
+    options = harness.Options(torch.device("cpu"), 1, 1, True)
+    (table,) = bench_augment.tables(options, only=frozenset(["decode_only"]), modes=(False,))
+    assert table.names() == ["fused", "decode_only"]
+
+
 @pytest.mark.slow
 def test_a_table_of_whole_steps_has_every_share_and_rate(monkeypatch):
     """The shares of the parts add up to 100%, and every rate is there."""
