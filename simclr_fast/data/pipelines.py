@@ -227,7 +227,7 @@ class KeptViews:
         self._sizes = np.zeros((len(source), 2), np.int64)
 
     def describe(self) -> str:
-        once = "" if isinstance(self.decoder, PixelReader) else " once"
+        once = "" if isinstance(self.decoder, PixelReader) else ", each once"
         return f"{self.decoder.describe()}{once}, kept on {self.device}; views by Triton"
 
     def run(self, parts: Iterable[Part]) -> Iterator[tuple[Part, list[Any]]]:
