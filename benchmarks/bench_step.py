@@ -17,6 +17,7 @@ once in our memory format (channels last) and once in the peers' (contiguous, vi
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ from simclr_fast.benchmarks.harness import Options, Table
 from simclr_fast.benchmarks.peers import solo_learn
 from simclr_fast.data.loader import TwoViewLoader
 from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector
+from simclr_fast.models.fused_norms import fused_norms
 from simclr_fast.optim.lars import LARS, lars_param_groups
 
 OURS = "simclr_fast"
@@ -160,9 +162,15 @@ def ours(case: Case, options: Options) -> Loop:
     )
     net = model(case.model).to(options.device, memory_format=torch.channels_last)
     optimizer = LARS(lars_param_groups(net, DECAY), LR, momentum_order="tf", norm="joint", eps=0.0)
+
+    def forward(views: list[Tensor]) -> Tensor:
+        with fused_norms(net):
+            z: Tensor = net(torch.cat(views[:2]))[1]
+        return z
+
     return Loop(
         lambda: iter(loader),
-        lambda views: net(torch.cat(views[:2]))[1],
+        forward,
         lambda z: nt_xent_loss(z, temperature=TEMPERATURE),
         optimizer,
     )
@@ -223,7 +231,10 @@ CONTENDERS = {
 def encoder_alone(
     case: Case, options: Options, ours: bool, half: torch.dtype | None = None
 ) -> Callable[[], None]:
-    """Forward and backward of both views of a batch that is already in memory."""
+    """Forward and backward of both views of a batch that is already in memory.
+
+    ours: one call for both views, with fused batch norms on the CPU.
+    """
     layout = torch.channels_last if ours else torch.contiguous_format
     net = model(case.model).to(options.device, memory_format=layout)
     views = torch.randn(2 * case.batch, 3, case.size, case.size, device=options.device)
@@ -233,7 +244,7 @@ def encoder_alone(
     def step() -> None:
         net.zero_grad(set_to_none=True)
         calls = [views] if ours else views.chunk(2)
-        with autocast(options.device, half):
+        with autocast(options.device, half), fused_norms(net) if ours else nullcontext():
             z = torch.cat([net(v)[1] for v in calls])
         z.backward(upstream.to(z.dtype))
 

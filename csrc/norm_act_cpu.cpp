@@ -1,4 +1,5 @@
-// simclr_fast::norm_act on the CPU. simclr_fast/ops/norm_act.py has its schema and meaning.
+// simclr_fast::norm_act and norm_train on the CPU. simclr_fast/ops/norm_act.py and norm_train.py
+// have their schemas and meaning.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -6,10 +7,14 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <cmath>
+#include <numeric>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "norm_act.h"
+#include "norm_train.h"
 #include "torch_check.h"
 
 namespace simclr {
@@ -114,16 +119,20 @@ void run(NormAct& p, const Norm& own, const Norm& others) {
       [&](int64_t begin, int64_t end) { SIMCLR_DISPATCH(norm_act)(p, begin, end); });
 }
 
+bool alike(const Tensor& a, const Tensor& b) {
+  bool same = a.scalar_type() == b.scalar_type() && a.dim() == b.dim();
+  for (int64_t d = 0; same && d < a.dim(); ++d)
+    same = a.size(d) == b.size(d) && (a.size(d) == 1 || a.stride(d) == b.stride(d));
+  return same;
+}
+
 // y may be x.
 void compute(const Tensor& x, const Norm& own, const std::optional<Tensor>& other,
              const Norm& others, bool relu, void* y) {
   const bool last = is_channels_last(x);
   STD_TORCH_CHECK(last || x.is_contiguous(), "norm_act: x must be contiguous or channels_last");
   if (other) {
-    bool same = other->scalar_type() == x.scalar_type() && other->dim() == x.dim();
-    for (int64_t d = 0; same && d < x.dim(); ++d)
-      same = other->size(d) == x.size(d) && (x.size(d) == 1 || other->stride(d) == x.stride(d));
-    STD_TORCH_CHECK(same, "norm_act: other must have the shape, dtype and layout of x");
+    STD_TORCH_CHECK(alike(*other, x), "norm_act: other must have the shape, dtype and layout of x");
   }
   STD_TORCH_CHECK((own.mean || others.mean) && (other || !others.mean),
                   "norm_act: x or other needs a mean");
@@ -171,10 +180,162 @@ Tensor norm_act_in_place(Tensor x, std::optional<Tensor> mean, std::optional<Ten
   return x;
 }
 
+// Values whose sums are one part. The parts are added in order, so the sums do not depend on the
+// number of threads.
+constexpr int64_t kPart = 1 << 15;
+
+// float32 [channels].
+Tensor floats(int64_t channels) {
+  const int64_t stride = 1;
+  const auto code =
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(ScalarType::Float));
+  AtenTensorHandle tensor;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &channels, &stride, code,
+                                                         aoti_torch_device_type_cpu(), 0, &tensor));
+  return Tensor(tensor);
+}
+
+const float* per_channel(const Tensor& t, int64_t channels) {
+  STD_TORCH_CHECK(
+      t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == channels,
+      "norm_train: statistics and parameters must be contiguous, one per channel, in "
+      "float32");
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
+// A pass over the rows of x: `channels` values that repeat in memory.
+struct Rows {
+  int64_t channels, rows;
+  NormTrain p{};
+
+  explicit Rows(const Tensor& x) : channels(x.size(1)), rows(x.numel() / x.size(1)) {
+    p.type = type_of(x);
+    STD_TORCH_CHECK(
+        p.type != NormActType::f64 && x.dim() >= 2 && is_channels_last(x) && x.numel() > 0,
+        "norm_train: x must be float16, bfloat16 or float32, [N, C] or channels_last, "
+        "and not empty");
+    const int64_t repeats = kNormBlock / std::gcd(channels, kNormBlock);
+    p.x = x.const_data_ptr();
+    p.period = channels * repeats;
+    p.units = rows / repeats;
+    p.rest = rows % repeats * channels;
+  }
+
+  std::vector<float> repeated(const float* values) const {
+    std::vector<float> made(p.period);
+    for (int64_t i = 0; i < p.period; ++i) made[i] = values[i % channels];
+    return made;
+  }
+
+  int64_t part() const { return std::max<int64_t>(kPart / p.period, 1); }
+
+  // With the unit of what is left.
+  int64_t all_units() const { return p.units + (p.rest > 0); }
+
+  // kernel(begin, end, sums) over all units; returns s and q, [2, channels].
+  template <typename Kernel>
+  std::vector<double> sums(const Kernel& kernel) const {
+    const int64_t parts = (all_units() + part() - 1) / part();
+    std::vector<double> each(parts * 2 * p.period), total(2 * channels);
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k)
+        kernel(k * part(), std::min((k + 1) * part(), all_units()), &each[k * 2 * p.period]);
+    });
+    for (int64_t k = 0; k < parts; ++k)
+      for (int64_t i = 0; i < 2; ++i)
+        for (int64_t j = 0; j < p.period; ++j)
+          total[i * channels + j % channels] += each[(2 * k + i) * p.period + j];
+    return total;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_train(const Tensor& x, std::optional<Tensor> weight,
+                                                      std::optional<Tensor> bias,
+                                                      std::optional<Tensor> other, double eps,
+                                                      bool relu) {
+  Rows pass(x);
+  const int64_t channels = pass.channels;
+  const bool half = pass.p.type != NormActType::f32;
+  // Values near the mean, so that squares are small: those of the first row.
+  std::vector<float> first(channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    if (!half) {
+      first[c] = static_cast<const float*>(pass.p.x)[c];
+    } else if (pass.p.type == NormActType::bf16) {
+      first[c] = float(static_cast<const torch::headeronly::BFloat16*>(pass.p.x)[c]);
+    } else {
+      first[c] = float(static_cast<const torch::headeronly::Half*>(pass.p.x)[c]);
+    }
+  }
+  const std::vector<float> shift = pass.repeated(first.data());
+  pass.p.shift = shift.data();
+  const std::vector<double> sums = pass.sums([&](int64_t begin, int64_t end, double* out) {
+    SIMCLR_DISPATCH(norm_sums)(pass.p, begin, end, out);
+  });
+  Tensor mean = floats(channels), variance = floats(channels), inverse = floats(channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    const double offset = sums[c] / pass.rows;
+    const double squares = std::max(sums[channels + c] / pass.rows - offset * offset, 0.0);
+    static_cast<float*>(mean.mutable_data_ptr())[c] = float(first[c] + offset);
+    static_cast<float*>(variance.mutable_data_ptr())[c] = float(squares);
+    static_cast<float*>(inverse.mutable_data_ptr())[c] = float(1.0 / std::sqrt(squares + eps));
+  }
+  Tensor y = output_like(x);
+  compute(x, {mean, inverse, weight, bias}, other, {}, relu, y.mutable_data_ptr());
+  return {y, mean, variance, inverse};
+}
+
+// y: with ReLU. keep: also return g, else an empty tensor.
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_train_backward(
+    const Tensor& dy, const Tensor& x, std::optional<Tensor> y, const Tensor& mean,
+    const Tensor& inverse, std::optional<Tensor> weight, bool keep) {
+  Rows pass(x);
+  const int64_t channels = pass.channels;
+  STD_TORCH_CHECK(alike(dy, x) && (!y || alike(*y, x)),
+                  "norm_train_backward: dy and y must have the shape, dtype and layout of x");
+  const float* means = per_channel(mean, channels);
+  const float* inverses = per_channel(inverse, channels);
+  const float* weights = weight ? per_channel(*weight, channels) : nullptr;
+  const std::vector<float> shift = pass.repeated(means);
+  Tensor dx = output_like(x), g = keep ? output_like(x) : floats(0);
+  Tensor dweight = floats(channels), dbias = floats(channels);
+  pass.p.shift = shift.data();
+  pass.p.dy = dy.const_data_ptr();
+  pass.p.y = y ? y->const_data_ptr() : nullptr;
+  pass.p.g = keep ? g.mutable_data_ptr() : nullptr;
+  pass.p.dx = dx.mutable_data_ptr();
+  const std::vector<double> sums = pass.sums([&](int64_t begin, int64_t end, double* out) {
+    SIMCLR_DISPATCH(norm_gradient_sums)(pass.p, begin, end, out);
+  });
+  std::vector<float> a(channels), b(channels), d(channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    const double s = sums[c], q = sums[channels + c], i = inverses[c];
+    const double scale = weights ? weights[c] * i : i;
+    static_cast<float*>(dweight.mutable_data_ptr())[c] = float(q * i);
+    static_cast<float*>(dbias.mutable_data_ptr())[c] = float(s);
+    a[c] = float(scale);
+    b[c] = float(-scale * i * i * q / pass.rows);
+    d[c] = float(-scale * s / pass.rows);
+  }
+  const std::vector<float> as = pass.repeated(a.data()), bs = pass.repeated(b.data());
+  const std::vector<float> ds = pass.repeated(d.data());
+  pass.p.a = as.data(), pass.p.b = bs.data(), pass.p.d = ds.data();
+  if (keep) {
+    pass.p.dy = pass.p.g;
+    pass.p.y = nullptr;
+  }
+  torch::stable::parallel_for(0, pass.all_units(), pass.part(), [&](int64_t begin, int64_t end) {
+    SIMCLR_DISPATCH(norm_gradient)(pass.p, begin, end);
+  });
+  return {dx, g, dweight, dbias};
+}
+
 }  // namespace
 }  // namespace simclr
 
 STABLE_TORCH_LIBRARY_IMPL(simclr_fast, CPU, m) {
   m.impl("norm_act", TORCH_BOX(&simclr::norm_act_cpu));
   m.impl("norm_act_", TORCH_BOX(&simclr::norm_act_in_place));
+  m.impl("norm_train", TORCH_BOX(&simclr::norm_train));
+  m.impl("norm_train_backward", TORCH_BOX(&simclr::norm_train_backward));
 }

@@ -3,7 +3,7 @@
 The plain-torch path of an op is in the module with the same name and `_plain` at the end.
 """
 
-from simclr_fast.ops import augment, lars, norm_act, nt_xent, queue, sup_con
+from simclr_fast.ops import augment, lars, norm_act, norm_train, nt_xent, queue, sup_con
 from simclr_fast.ops.library import (
     EXTENSION_ERROR,
     Implementation,
@@ -21,6 +21,7 @@ __all__ = [
     "implementation_for",
     "lars",
     "norm_act",
+    "norm_train",
     "nt_xent",
     "queue",
     "sup_con",

@@ -20,6 +20,8 @@ NATIVE_OPS = (
     "lars_",
     "norm_act",
     "norm_act_",
+    "norm_train",
+    "norm_train_backward",
     "nt_xent",
     "nt_xent_backward",
     "nt_xent_normalize",

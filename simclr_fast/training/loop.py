@@ -22,6 +22,7 @@ from simclr_fast.evaluation.online import OnlineProbe
 from simclr_fast.large_batch import LargeBatch, planner
 from simclr_fast.models.average import WeightAverage
 from simclr_fast.models.encoders import SimCLR
+from simclr_fast.models.fused_norms import fused_norms
 from simclr_fast.optim.schedule import warmup_cosine
 from simclr_fast.training.config import PretrainConfig
 from simclr_fast.training.cuda_graph import StepGraph, refuse_cuda_graph, step_graph
@@ -98,6 +99,8 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
         loader.place_views(on_host=True)
     dtype = autocast_dtype(config.precision, world.device)
     large_batch = LargeBatch(model, group=world.group, autocast=dtype, **options)
+    # Over several ranks and in the other modes LargeBatch has batch norms of its own.
+    fuses = setting.memory == "plain" and world.group is None and not config.compile
 
     step, total_steps = 0, config.steps or config.epochs * len(loader)
     warmup = min(round(config.warmup_epochs * len(loader)), total_steps - 1)
@@ -133,7 +136,8 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
         return scaler.scale(loss), shown, None if probe is None else outputs[0].detach()
 
     def step_of(views: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        return large_batch.backward(views, loss_of, loader.row_counts())
+        with fused_norms(model) if fuses else nullcontext():
+            return large_batch.backward(views, loss_of, loader.row_counts())
 
     # Created only now: a wrong argument fails above and leaves no empty folder.
     with ExitStack() as stack:

@@ -186,7 +186,7 @@ def test_a_peers_loop_trains_the_same_encoder(config, options):
         moved = (value.double() - start[name].double()).abs().max()
         still += bool(moved == 0)
         difference = (trained[name].double() - value.double()).abs().max()
-        assert difference <= 1e-3 * moved + 1e-9, name
+        assert difference <= 1e-3 * moved + 1e-8, name
     # With gamma 0, the first gradients within a block are too small for some weights.
     assert still <= 0.1 * len(expected)
 
