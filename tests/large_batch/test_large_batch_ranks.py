@@ -76,7 +76,8 @@ def worker(rank, folder):
     # Several buckets, which are sent while batch norms send their sums.
     averaging._BUCKET = 1 << 14
     # Code generation is tested elsewhere, and takes seconds per graph.
-    compiles, torch.compile = torch.compile, lambda module, **_: module
+    compiles, eager = torch.compile, lambda module, **_: module
+    torch.compile = eager
     groups = {ranks: dist.new_group(list(range(ranks))) for ranks in SHARES}
     for case in CASES:
         ranks, name, mode = case
@@ -85,6 +86,7 @@ def worker(rank, folder):
         if rank < ranks:
             result = step(build(name), one_step(rank, ranks, groups[ranks], mode))
             torch.save(result, f"{folder}/{case_name(case)}-{rank}.pt")
+    torch.compile = eager
     for memory in ("plain", "replay"):
         result = step(simclr("resnet18"), crops_step(rank, groups[4], memory))
         torch.save(result, f"{folder}/crops-{memory}-{rank}.pt")
