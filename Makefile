@@ -3,6 +3,8 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 # Processes that run tests, one thread each: one more than cores, because some tests wait.
 WORKERS ?= 3
+# Tests in Triton's interpreter do not wait.
+INTERPRETING = $(shell expr $(WORKERS) - 1)
 # The Triton of the oldest supported torch, 2.10.
 OLDEST_TRITON := 3.6.0
 RUN := .venv/bin/python
@@ -27,7 +29,7 @@ test: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal tests/kernels/interpreted
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(INTERPRETING) --dist worksteal tests/kernels/interpreted
 
 # The remaining architectures and the large cases: minutes more.
 test-slow: install
