@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from simclr_fast import __version__
 from simclr_fast.utils.extras import explain, missing, require
 from simclr_fast.utils.interrupts import Interrupted, exit_status, raise_sigterm
-from simclr_fast.utils.rank_watch import RankFailure
+from simclr_fast.utils.rank_failure import RankFailure
 
 log = logging.getLogger(__name__)
 

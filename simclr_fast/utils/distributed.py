@@ -19,7 +19,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from simclr_fast.utils.device import bound_to_cores, resolve_device
 from simclr_fast.utils.launch import Launch, launched
-from simclr_fast.utils.rank_watch import RankFailure, RankWatch
+from simclr_fast.utils.rank_failure import RankFailure
+from simclr_fast.utils.rank_watch import RankWatch
 
 log = logging.getLogger(__name__)
 # Bytes per message of World.share.

@@ -8,8 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from types import ModuleType
 
-import torch
-
 _DALI = "nvidia.dali"
 # Module → (its name for pip, its purpose). DALI's name depends on CUDA: see `pip_name`.
 _PACKAGES = {
@@ -55,6 +53,8 @@ _TOGETHER = [{"onnx", "onnxscript", "onnxruntime"}]
 
 def installed_versions() -> dict[str, str]:
     """Package → version, for Python, torch and those packages that are installed."""
+    import torch
+
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for package in _REPORTED:
         with suppress(PackageNotFoundError):
@@ -110,6 +110,8 @@ def explain(absent: list[str], cause: ImportError | None = None) -> str:
 def pip_name(module: str) -> str:
     """The name of `module` for pip. DALI's contains the major CUDA version of this torch."""
     if module == _DALI:
+        import torch
+
         return f"nvidia-dali-cuda{120 if (torch.version.cuda or '').startswith('12') else 130}"
     return _PACKAGES[module][0]
 

@@ -31,6 +31,8 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from simclr_fast.utils.rank_failure import RankFailure
+
 _BEAT = 1.0
 # When ranks are checked, one that misses this many beats counts as dead.
 _MISSED = 4
@@ -39,10 +41,6 @@ _GRACE = 4.0
 # If ranks do not answer a signal to stop within this many seconds, they are checked.
 _ANSWER = 5.0
 _ADVICE = "; --resume goes on from the last checkpoint"
-
-
-class RankFailure(RuntimeError):
-    """Another rank died or stalled; the message names it and the step."""
 
 
 class _State(NamedTuple):

@@ -22,7 +22,7 @@ from simclr_fast.commands.run_options import Preset, parse_run
 from simclr_fast.training.ablate import OPERATIONS, grid
 from simclr_fast.training.config import PRESETS, PretrainConfig
 from simclr_fast.utils.interrupts import Interrupted
-from simclr_fast.utils.rank_watch import RankFailure
+from simclr_fast.utils.rank_failure import RankFailure
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +37,8 @@ def test_help_lists_every_command_in_a_line(capsys):
 
 
 def test_help_version_and_wrong_commands_need_no_optional_package(tmp_path, capsys):
-    for name in ("tyro", "tqdm", "matplotlib", "torchvision"):
+    """Nor torch, whose import takes two seconds."""
+    for name in ("torch", "tyro", "tqdm", "matplotlib", "torchvision"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('not here')\n")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     module, function = ["-m", "simclr_fast"], ["-c", "import simclr_fast.__main__ as m; m.main()"]
