@@ -40,7 +40,12 @@ from simclr_fast.training.setup import (
     write_config,
 )
 from simclr_fast.utils import checkpoint
-from simclr_fast.utils.device import allocator_setting, autocast_dtype, seed_step
+from simclr_fast.utils.device import (
+    allocator_setting,
+    autocast_dtype,
+    keep_freed_memory,
+    seed_step,
+)
 from simclr_fast.utils.distributed import World
 from simclr_fast.utils.interrupts import Interrupted, catch_signals
 
@@ -101,6 +106,8 @@ def train(config: PretrainConfig, world: World, task: Task) -> Path:
     large_batch = LargeBatch(model, group=world.group, autocast=dtype, **options)
     # Over several ranks and in the other modes LargeBatch has batch norms of its own.
     fuses = setting.memory == "plain" and world.group is None and not config.compile
+    if world.device.type == "cpu":
+        keep_freed_memory()
 
     step, total_steps = 0, config.steps or config.epochs * len(loader)
     warmup = min(round(config.warmup_epochs * len(loader)), total_steps - 1)

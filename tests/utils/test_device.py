@@ -2,9 +2,12 @@
 
 import importlib
 import os
+import platform
+import resource
 
 import pytest
 import torch
+from forks import context
 
 from simclr_fast.utils import device
 from simclr_fast.utils.device import (
@@ -14,6 +17,7 @@ from simclr_fast.utils.device import (
     bound_to_cores,
     expand_segments,
     free_memory,
+    keep_freed_memory,
     resolve_device,
     usable_cores,
 )
@@ -271,3 +275,27 @@ def test_each_command_does_it_before_the_work(monkeypatch, command):
     arguments = {"ablate": ["--seeds", "0"], "eval": ["knn", "--encoder", "none"]}
     with pytest.raises(KeyError, match="segments"):
         module.run(arguments.get(command, []))
+
+
+def _page_faults(keep, sender):
+    if keep:
+        keep_freed_memory()
+    for _ in range(3):
+        torch.ones(10, 1 << 20).add(1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(10, 1 << 20).add(1)
+    sender.send(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_kept():
+    """Tensors of 40 MB, which glibc gives back to the system otherwise."""
+    found = []
+    for keep in (False, True):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_page_faults, args=(keep, sender))
+        process.start()
+        found.append(receiver.recv())
+        process.join()
+    assert found[1] < found[0] / 10
