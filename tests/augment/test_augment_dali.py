@@ -74,7 +74,7 @@ def drawn(aug, view):
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("size", [224, 48])
+@pytest.mark.parametrize("size", [pytest.param(224, marks=pytest.mark.slow), 48])
 @pytest.mark.parametrize(
     ("spec", "brightness", "interpolation"),
     [

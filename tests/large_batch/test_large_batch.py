@@ -300,7 +300,9 @@ def mixed(dtype, x, **mode):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]) / scale
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
 def test_half_precision_is_as_close_as_plain(dtype):
     """Over several batches: of one, a ReLU that rounding flips may decide."""
     paths = {"plain": nullcontext, "replay": nullcontext, "lockstep": nullcontext}

@@ -53,7 +53,7 @@ def work(batch_size=ROWS // 2, **options):
 NARROW = Schedule(MICRO, tuple(Stage(1, last=last) for last in ("again", *["kept"] * 5)))
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [None, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("memory", ["plain", "replay", "lockstep", "grad-cache"])
 def test_simulated_is_what_a_real_step_takes(memory, dtype):
     how = (None, NARROW) if memory == "lockstep" else (MICRO,)
