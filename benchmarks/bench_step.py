@@ -39,6 +39,7 @@ from simclr_fast.data.loader import TwoViewLoader
 from simclr_fast.models.encoders import SimCLR, build_encoder, build_projector
 from simclr_fast.models.fused_norms import fused_norms
 from simclr_fast.optim.lars import LARS, lars_param_groups
+from simclr_fast.utils.device import keep_freed_memory
 
 OURS = "simclr_fast"
 FLOOR, PEERS_FLOOR = "floor: the encoder alone", "floor: the encoder alone, as the peers call it"
@@ -269,6 +270,9 @@ def tables(
     With options.half a second one, where that is the dtype of autocast. The peers may keep float32.
     """
     batch, steps = (max(batch // 4, 1), 3) if options.quick else (batch, 4)
+    if options.device.type == "cpu":
+        # As `pretrain` does; all contenders gain by it.
+        keep_freed_memory()
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
             files = write_images(Path(folder) / str(size), size, batch * steps)
