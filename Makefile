@@ -4,7 +4,7 @@ CONSTRAINTS ?= constraints.txt
 # Processes that run tests, one thread each: one more than cores, because some tests wait.
 WORKERS ?= 3
 # Tests in Triton's interpreter do not wait.
-INTERPRETING = $(shell expr $(WORKERS) - 1)
+INTERPRETING ?= 2
 # The Triton of the oldest supported torch, 2.10.
 OLDEST_TRITON := 3.6.0
 RUN := .venv/bin/python

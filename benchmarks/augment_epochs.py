@@ -89,15 +89,17 @@ def ours(
     """kept: as the loader does it for a set that is as small as this one; else as for a large one,
     which is decoded in every epoch."""
     most, pipelines.KEPT_ON_GPU = pipelines.KEPT_ON_GPU, pipelines.KEPT_ON_GPU if kept else 0
-    loader = TwoViewLoader(
-        str(folder),
-        batch,
-        SIZE,
-        device=options.device,
-        backend=backend,
-        num_threads=options.threads,
-    )
-    pipelines.KEPT_ON_GPU = most
+    try:
+        loader = TwoViewLoader(
+            str(folder),
+            batch,
+            SIZE,
+            device=options.device,
+            backend=backend,
+            num_threads=options.threads,
+        )
+    finally:
+        pipelines.KEPT_ON_GPU = most
     return partial(exhaust, lambda: iter(loader))
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from simclr_fast.data.loader import MultiViewLoader
 from simclr_fast.data.sources import ArraySource
+from simclr_fast.models.fused_norms import fused_norms
 from simclr_fast.models.weights import load_weights
 from simclr_fast.optim.schedule import warmup_cosine
 from simclr_fast.training import pretrain as module
@@ -88,7 +89,8 @@ class PeerLARS:
 
 
 def peer_run(config):
-    """The encoder's weights and the losses of a plain loop with the textbook loss."""
+    """The encoder's weights and the losses of a plain loop with the textbook loss, but batch norms
+    as in ours: torch's round otherwise."""
     with join_world("cpu", 60) as world:
         torch.manual_seed(config.seed)
         source = module.open_data(config)
@@ -106,7 +108,8 @@ def peer_run(config):
         while step < STEPS:
             for *views, index in loader:
                 by_size = views[: config.views], views[config.views :]
-                z = torch.cat([model(torch.cat(same))[1] for same in by_size if same])
+                with fused_norms(model):
+                    z = torch.cat([model(torch.cat(same))[1] for same in by_size if same])
                 if config.queue:
                     with torch.no_grad():
                         for p, follower in zip(
@@ -186,7 +189,7 @@ def test_a_peers_loop_trains_the_same_encoder(config, options):
         moved = (value.double() - start[name].double()).abs().max()
         still += bool(moved == 0)
         difference = (trained[name].double() - value.double()).abs().max()
-        assert difference <= 1e-3 * moved + 1e-8, name
+        assert difference <= 1e-3 * moved + 1e-9, name
     # With gamma 0, the first gradients within a block are too small for some weights.
     assert still <= 0.1 * len(expected)
 
