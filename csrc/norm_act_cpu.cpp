@@ -267,11 +267,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_train(const Tensor& x, std::opti
       first[c] = float(static_cast<const torch::headeronly::Half*>(pass.p.x)[c]);
     }
   }
-  const std::vector<float> shift = pass.repeated(first.data());
-  pass.p.shift = shift.data();
-  const std::vector<double> sums = pass.sums([&](int64_t begin, int64_t end, double* out) {
-    SIMCLR_DISPATCH(norm_sums)(pass.p, begin, end, out);
-  });
+  const auto moments = [&] {
+    const std::vector<float> shift = pass.repeated(first.data());
+    pass.p.shift = shift.data();
+    return pass.sums([&](int64_t begin, int64_t end, double* out) {
+      SIMCLR_DISPATCH(norm_sums)(pass.p, begin, end, out);
+    });
+  };
+  std::vector<double> sums = moments();
+  // If the first row is far outside, squares were large: once more with the mean.
+  bool far = false;
+  std::vector<float> means(channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    const double offset = sums[c] / pass.rows;
+    const double squares = sums[channels + c] / pass.rows - offset * offset;
+    far = far || offset * offset > 16.0 * squares;
+    means[c] = float(first[c] + offset);
+  }
+  if (far) {
+    first = means;
+    sums = moments();
+  }
   Tensor mean = floats(channels), variance = floats(channels), inverse = floats(channels);
   for (int64_t c = 0; c < channels; ++c) {
     const double offset = sums[c] / pass.rows;

@@ -94,6 +94,24 @@ def test_mean_and_variance():
     torch.testing.assert_close(variance.double(), exact.var(1, correction=0), rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("deviations", [10, 100, 1000])
+def test_a_first_row_far_outside(deviations):
+    """Sums are of differences from the first row."""
+    x, *rest = made((2000, 32), torch.float32)
+    x = torch.cat([x[:1] + deviations * x.std(0), x[1:]])
+    exact, ours, torchs = (
+        results(function, (x, *rest), dtype, True, False)
+        for function, dtype in (
+            (plain, torch.float64),
+            (fused, torch.float32),
+            (plain, torch.float32),
+        )
+    )
+    for a, b, c in zip(ours, torchs, exact, strict=True):
+        least = torch.finfo(torch.float32).eps * c.norm()
+        assert (a.double() - c).norm() <= 2 * (b.double() - c).norm() + least
+
+
 def test_the_bits_are_those_of_any_number_of_threads():
     before = torch.get_num_threads()
     found = []
