@@ -81,9 +81,18 @@ def lively(model):
     return model.double().train()
 
 
+# Encoders with every kind of block and shortcut of these, in five blocks.
+SHORT = {"basic": "resnet18", "bottleneck": "resnet50"}
+
+
 def simclr(name, stem="cifar-stride2", width=0.0625):
+    """name: of an encoder, or of one in SHORT."""
     torch.manual_seed(1)
-    encoder, dim = build_encoder(name, width=width, image_size=16, stem=stem)
+    whole = SHORT.get(name, name)
+    encoder, dim = build_encoder(whole, width=width, image_size=16, stem=stem)
+    if name in SHORT:
+        for stage, blocks in enumerate((1, 2, 1, 1), 1):
+            setattr(encoder, f"layer{stage}", getattr(encoder, f"layer{stage}")[:blocks])
     return lively(SimCLR(encoder, build_projector("nonlinear", dim, 8)))
 
 

@@ -46,7 +46,7 @@ def run(model, x=None, loss=loss_fn, **mode):
 
 @pytest.mark.parametrize(
     ("model", "mode"),
-    [*(("resnet18", mode) for mode in MODES), *(("resnet50", mode) for mode in MODES[1::2])],
+    [*(("basic", mode) for mode in MODES), *(("bottleneck", mode) for mode in MODES[1::2])],
     ids=lambda value: value if isinstance(value, str) else mode_name(value),
 )
 def test_equals_plain_autograd(model, mode):
@@ -64,8 +64,8 @@ def any_size():
 @pytest.mark.parametrize(
     ("model", "mode"),
     [
-        (partial(simclr, "resnet18"), {"memory": "plain"}),
-        (partial(simclr, "resnet18"), {"memory": "replay"}),
+        (partial(simclr, "basic"), {"memory": "plain"}),
+        (partial(simclr, "basic"), {"memory": "replay"}),
         (any_size, {"memory": "grad-cache", "micro_batch": 3}),
     ],
     ids=["plain", "replay", "grad-cache"],
@@ -77,32 +77,32 @@ def test_views_of_two_sizes(model, mode):
 
 def test_views_of_two_sizes_are_refused_by_name():
     with pytest.raises(ValueError, match=r"'lockstep' needs views of one shape, got"):
-        run(simclr("resnet18"), crops(), crop_loss, **LOCKSTEP)
+        run(simclr("basic"), crops(), crop_loss, **LOCKSTEP)
     uneven = [torch.zeros(3, 3, 16, 16), torch.zeros(2, 3, 10, 10)]
     with pytest.raises(ValueError, match="the same number of rows in every part"):
-        run(simclr("resnet18"), uneven, crop_loss, memory="plain")
+        run(simclr("basic"), uneven, crop_loss, memory="plain")
 
 
 @pytest.mark.parametrize("memory", ["plain", "replay", "grad-cache"])
 def test_a_second_model_runs_without_a_graph(memory):
     model, other = any_size(), any_size().requires_grad_(False)
     mode = {"micro_batch": 3} if memory == "grad-cache" else {}
-    large = large_batch(model if memory != "replay" else simclr("resnet18"), memory=memory, **mode)
+    large = large_batch(model if memory != "replay" else simclr("basic"), memory=memory, **mode)
     found = large.forward(other, views().chunk(2))
     assert not found.requires_grad
     torch.testing.assert_close(found, other(views()))
     half = LargeBatch(model, memory="plain", autocast=torch.bfloat16)
     assert half.forward(other.float(), views().float()).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="'lockstep' runs one model"):
-        large_batch(simclr("resnet18"), **LOCKSTEP).forward(other, views())
+        large_batch(simclr("basic"), **LOCKSTEP).forward(other, views())
 
 
 @pytest.mark.parametrize("mode", MODES[1:6], ids=mode_name)
 def test_cuda_path_equals_plain_autograd(mode):
     """With CUDA's batch norm operations, computed on the CPU."""
     with cuda_batch_norm():
-        found = step(simclr("resnet18"), lambda m: run(m, **mode))
-    assert_equal(found, reference("resnet18"))
+        found = step(simclr("basic"), lambda m: run(m, **mode))
+    assert_equal(found, reference("basic"))
 
 
 @pytest.mark.parametrize("memory", ["plain", "replay", "lockstep"])
@@ -110,9 +110,9 @@ def test_views_may_come_in_parts(memory):
     mode = {"memory": memory, "micro_batch": 5}
     x = views()
     parts = (x[:7], x[7:7], x[7:])
-    assert_equal(step(simclr("resnet18"), lambda m: run(m, parts, **mode)), reference("resnet18"))
+    assert_equal(step(simclr("basic"), lambda m: run(m, parts, **mode)), reference("basic"))
     with pytest.raises(ValueError, match="views must hold"):
-        run(simclr("resnet18"), (), **mode)
+        run(simclr("basic"), (), **mode)
 
 
 def timm_resnet():
@@ -211,21 +211,21 @@ def test_grad_cache_draws_the_same_random_numbers_twice():
 
 def test_grad_cache_refuses_batch_norm():
     for build in (
-        lambda: LargeBatch(simclr("resnet18"), memory="grad-cache"),
-        lambda: run(simclr("resnet18").eval().train(), memory="grad-cache"),
+        lambda: LargeBatch(simclr("basic"), memory="grad-cache"),
+        lambda: run(simclr("basic").eval().train(), memory="grad-cache"),
     ):
         with pytest.raises(ValueError, match=r"0\.94, 0\.85, 0\.75 and 0\.61"):
             build()
-    model = simclr("resnet18")
+    model = simclr("basic")
     run(model, memory="grad-cache", micro_batch=5, allow_ghost_bn=True)
     # Once per micro-batch, not twice.
     assert model.encoder.bn1.num_batches_tracked == 3
     assert_gradient_differs(model)
-    run(simclr("resnet18").eval(), memory="grad-cache")
+    run(simclr("basic").eval(), memory="grad-cache")
 
 
 def assert_gradient_differs(model):
-    weight = reference("resnet18")[1]["encoder.conv1.weight"]
+    weight = reference("basic")[1]["encoder.conv1.weight"]
     found = model.encoder.conv1.weight.grad
     assert torch.cosine_similarity(found.flatten(), weight.flatten(), 0) < 0.999
 
@@ -252,7 +252,7 @@ def test_planted_faults_are_seen(fault, monkeypatch):
     name, make = FAULTS[fault]
     monkeypatch.setattr(gbn, name, make(getattr(gbn, name)))
     with pytest.raises(AssertionError):
-        assert_equal(step(simclr("resnet18"), lambda m: run(m, **LOCKSTEP)), reference("resnet18"))
+        assert_equal(step(simclr("basic"), lambda m: run(m, **LOCKSTEP)), reference("basic"))
 
 
 def test_each_statistic_is_taken_once(monkeypatch):
@@ -264,7 +264,7 @@ def test_each_statistic_is_taken_once(monkeypatch):
 
     for name in calls:
         monkeypatch.setattr(gbn, name, partial(counting, name, getattr(gbn, name)))
-    model = simclr("resnet18")
+    model = simclr("basic")
     norms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     for mode, parts in (({"memory": "replay"}, 1), (LOCKSTEP, 3)):
         calls.update(dict.fromkeys(calls, 0))
@@ -275,11 +275,11 @@ def test_each_statistic_is_taken_once(monkeypatch):
 
 
 def test_gradients_add_up():
-    model = simclr("resnet18")
+    model = simclr("basic")
     engine = LargeBatch(model, **LOCKSTEP)
     for _ in range(2):
         engine.backward(views(), loss_fn)
-    for name, gradient in reference("resnet18")[1].items():
+    for name, gradient in reference("basic")[1].items():
         found = model.get_parameter(name).grad
         assert (found - 2 * gradient).norm() <= 1e-11 * max(1, gradient.norm())
 

@@ -39,17 +39,17 @@ CHOICES = [
     {"gram": False, "turn": "mask"},
 ]
 CASES = [
-    (1, "resnet18", LOCKSTEP),
-    *((ranks, "resnet18", mode) for ranks in (2, 4) for mode in [*MODES[:2], LOCKSTEP]),
-    (2, "resnet18", LOCKSTEP | {"compile": True}),
+    (1, "basic", LOCKSTEP),
+    *((ranks, "basic", mode) for ranks in (2, 4) for mode in [*MODES[:2], LOCKSTEP]),
+    (2, "basic", LOCKSTEP | {"compile": True}),
     (4, "resnet50", {"memory": "replay"}),
     *(
         (ranks, name, KEPT | {"choices": choices})
         for ranks in (2, 4)
-        for name, used in (("resnet50", CHOICES[::2]), ("expanding", CHOICES))
+        for name, used in (("bottleneck", CHOICES[::2]), ("expanding", CHOICES))
         for choices in used
     ),
-    (2, "resnet50", KEPT | {"choices": {}, "compile": True}),
+    (2, "bottleneck", KEPT | {"choices": {}, "compile": True}),
     *((ranks, "mlp", {"memory": "grad-cache", "micro_batch": 3}) for ranks in (2, 4)),
     *((2, name, {"memory": "plain", "compile": True}) for name in ("mlp", "expanding")),
 ]
@@ -88,7 +88,7 @@ def worker(rank, folder):
             torch.save(result, f"{folder}/{case_name(case)}-{rank}.pt")
     torch.compile = eager
     for memory in ("plain", "replay"):
-        result = step(simclr("resnet18"), crops_step(rank, groups[4], memory))
+        result = step(simclr("basic"), crops_step(rank, groups[4], memory))
         torch.save(result, f"{folder}/crops-{memory}-{rank}.pt")
     if rank < 2:
         for mode in COUNTED:
@@ -124,7 +124,7 @@ def crops_step(rank, group, memory):
     def backward(model):
         engine = large_batch(model, group=group, memory=memory)
         # A second model, whose batch statistics are also those of all ranks.
-        again = simclr("resnet18").requires_grad_(False)
+        again = simclr("basic").requires_grad_(False)
         outputs = engine.forward(again, own, rows)
         loss = engine.backward(own, lambda o: crop_loss(o, group), rows)
         assert torch.equal(crop_loss(outputs, group), loss)
@@ -154,7 +154,7 @@ def count_collectives(rank, group, mode):
 
         return call
 
-    model = simclr("resnet18")
+    model = simclr("basic")
     engine = large_batch(model, group=group, **mode)
     try:
         for name in originals:
@@ -169,7 +169,7 @@ def count_collectives(rank, group, mode):
 
 def overflow(rank, group):
     """One rank's loss overflows: (parameters moved, the new scale)."""
-    model = simclr("resnet18").float()
+    model = simclr("basic").float()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     engine = large_batch(model, group=group, autocast=torch.float16, choices={}, **LOCKSTEP)
@@ -188,7 +188,7 @@ def overflow(rank, group):
 
 def accumulate(rank, group, mode):
     """Two backwards, the first without averaging: twice the gradient of one."""
-    model = simclr("resnet18")
+    model = simclr("basic")
     engine = LargeBatch(model, group=group, **mode)
     x = share(rank, 2)
     with engine.no_sync():
@@ -226,7 +226,7 @@ def test_equals_one_process(ranks, expected, case):
 
 @pytest.mark.parametrize("memory", ["plain", "replay"])
 def test_views_of_two_sizes(ranks, memory):
-    expected = step(simclr("resnet18"), plain_autograd_of_crops)
+    expected = step(simclr("basic"), plain_autograd_of_crops)
     for rank in range(4):
         found = torch.load(ranks / f"crops-{memory}-{rank}.pt")
         assert_equal(found, expected)
@@ -235,9 +235,7 @@ def test_views_of_two_sizes(ranks, memory):
 @pytest.mark.parametrize("mode", COUNTED, ids=mode_name)
 def test_collectives(ranks, mode):
     """One per batch norm and direction, and one per block for the gradients."""
-    norms = sum(
-        isinstance(m, nn.modules.batchnorm._BatchNorm) for m in simclr("resnet18").modules()
-    )
+    norms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in simclr("basic").modules())
     for rank in range(2):
         counts, blocks = torch.load(ranks / f"collectives-{mode_name(mode)}-{rank}.pt")
         # One gather more: the ranks tell each other their numbers of rows.
@@ -252,7 +250,7 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(ranks):
 
 @pytest.mark.parametrize("memory", ["plain", "lockstep"])
 def test_no_sync_accumulates(ranks, expected, memory):
-    gradients = expected["resnet18"][1]
+    gradients = expected["basic"][1]
     for rank in range(2):
         found = torch.load(ranks / f"sum-{memory}-{rank}.pt")
         assert found.keys() == gradients.keys()

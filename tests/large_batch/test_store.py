@@ -203,7 +203,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     "choices", [{}, {"turn": "mask"}, {"turn": "again", "input": "once"}], ids=str
 )
-@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=SLOW)])
+@pytest.mark.parametrize("name", ["basic", pytest.param("bottleneck", marks=SLOW)])
 def test_bounded_steps_equal_plain_autograd(name, choices, share, monkeypatch):
     """With the planned bytes on both sides."""
     monkeypatch.setattr("simclr_fast.large_batch.lockstep.Store", Watched)
@@ -241,7 +241,7 @@ def test_bounded_steps_equal_plain_autograd(name, choices, share, monkeypatch):
 
 
 def test_bounds_that_no_moves_can_keep_are_refused():
-    model = simclr("resnet18")
+    model = simclr("basic")
     schedule = in_stages(model, bytes=(1000, 10**9))
     with pytest.raises(ValueError, match="device_bytes 1000 and host_bytes 1000000000 do not"):
         LargeBatch(model, schedule=schedule).backward(views(), loss_fn)
