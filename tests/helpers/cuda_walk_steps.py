@@ -95,7 +95,7 @@ def train(
 ) -> Any:
     group = dist.group.WORLD if world > 1 else None
     autocast = DTYPES[dtype]
-    trained = model("resnet18" if fault is None else "resnet10")
+    trained = model("resnet10")
     step = large_batch(
         trained,
         micro_batch=ROWS,
