@@ -19,7 +19,6 @@ LOWEST = tl.constexpr(-1e30)
 # diagonal or beyond the end.
 LOW_PASS = tl.constexpr(0)
 PLAIN_PASS = tl.constexpr(1)
-MASKED_PASS = tl.constexpr(2)
 PASSES = tl.constexpr(3)
 
 
