@@ -187,10 +187,12 @@ def test_the_demo_from_the_command_line(tmp_path, monkeypatch, capsys):
         demo, "demo_garments", lambda split: tuple(p[part[split]] for p in garments(split))
     )
     monkeypatch.setenv("SIMCLR_FAST_CACHE", str(tmp_path / "cache"))
+    # A probe of 3,072 pixels takes seconds.
+    monkeypatch.setattr("simclr_fast.training.report._PIXELS", 16)
     out = tmp_path / "run"
     assert run(["pretrain", "--data", "demo", "--steps", "3", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    for name in ("raw pixels", "same encoder, untrained", "pretrained encoder"):
+    for name in ("raw pixels, 16×16", "same encoder, untrained", "pretrained encoder"):
         assert name in printed
     results = json.loads((out / "probe.json").read_text())
     assert all(0.05 < r["low"] <= r["value"] <= r["high"] < 0.9 for r in results.values())
