@@ -450,7 +450,7 @@ def demo() -> PretrainConfig:
         stem="cifar-stride2",
         augmentation=Augmentation(size=32, area=(0.2, 1.0), hue=0.5, p_blur=0),
         batch_size=256,
-        steps=1150,
+        steps=1500,
         temperature=0.2,
         lr=0.2,
         trust_coefficient=0.02,
