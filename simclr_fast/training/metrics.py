@@ -26,8 +26,9 @@ from simclr_fast.utils.lines import keep_until
 
 log = logging.getLogger(__name__)
 # If a larger percentage of the time is spent waiting for data in as many lines one after the other,
-# a run says what to try. In its first steps a run may wait: files are read for the first time.
-_SLOW_DATA, _SLOW_LINES = 5.0, 5
+# a run says what to try. In its first steps a run may wait: files are read for the first time. On a
+# CPU the views are made between two steps, which takes 7% of the demo's time.
+_SLOW_DATA, _SLOW_LINES = 10.0, 5
 # Shorter measurements of the waiting time, in seconds, are not trusted.
 _MEASURED = 1.0
 # Images whose two views are looked at for the ranks of h and z.
