@@ -153,13 +153,15 @@ def test_settings_need_less_and_compute_more():
 
 
 def test_a_planned_schedule_is_what_its_step_takes():
-    task = work(24, cuda=True, loader=False, dtype=torch.bfloat16)
+    task = work(24, resnet10, cuda=True, loader=False, dtype=torch.bfloat16)
     for share in (0.6, 0.8):
         memory = usable(task.setting("plain"), share) + planner._CONTEXT
         planned = task.lockstep(memory, micro_batch=4)
         simulated = task.simulated(planned)
         assert planner.fits(planned, memory)
-        assert simulated.device_bytes == pytest.approx(planned.device_bytes, rel=0.03)
+        # CUDA's own gigabyte would hide what this step needs.
+        found, foreseen = (s.device_bytes - planner._CONTEXT for s in (simulated, planned))
+        assert found == pytest.approx(foreseen, rel=0.03)
         assert simulated.compute == pytest.approx(planned.compute, rel=0.005)
 
 
