@@ -1,5 +1,6 @@
 """Encoders (images → h, which evaluation uses) and projection heads (h → z, for the loss)."""
 
+from collections import OrderedDict
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -71,9 +72,7 @@ class ResNet(nn.Module):
                 outputs = planes * block.expansion
                 downsample = None
                 if stride != 1 or inputs != outputs:
-                    downsample = nn.Sequential(
-                        resnet.conv1x1(inputs, outputs, stride), nn.BatchNorm2d(outputs)
-                    )
+                    downsample = _downsample(inputs, outputs, stride)
                 layers.append(block(inputs, planes, stride, downsample))
                 inputs = outputs
             setattr(self, f"layer{stage + 1}", nn.Sequential(*layers))
@@ -90,6 +89,20 @@ class ResNet(nn.Module):
         for stage in range(4):
             x = self.get_submodule(f"layer{stage + 1}")(x)
         return self.avgpool(x).flatten(1)
+
+
+def _downsample(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    """The shortcut of a block that changes the size: torchvision's, with its parameter names."""
+    parts: list[tuple[str, nn.Module]] = []
+    if inputs < 16 and stride != 1:
+        # oneDNN 3.12's gradient for the weights of a strided 1×1 convolution of fewer than 16
+        # channels (8 with AVX2) in channels_last writes outside its memory: wrong gradients or a
+        # crash (uxlfoundation/oneDNN issue 6035). The same pixels are taken before it instead.
+        parts.append(("subsample", nn.AvgPool2d(1, stride)))
+        stride = 1
+    convolution = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+    parts += [("0", convolution), ("1", nn.BatchNorm2d(outputs))]
+    return nn.Sequential(OrderedDict(parts))
 
 
 def build_encoder(

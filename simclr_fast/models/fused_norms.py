@@ -73,8 +73,11 @@ def _identity(block: Any, x: Tensor) -> Tensor:
     short = block.downsample
     if short is None:
         return x
-    if type(short) is nn.Sequential and len(short) == 2 and not _watched(short):
-        return _norm(short[1], short[0](x))
+    if type(short) is nn.Sequential and len(short) and not _watched(short):
+        *before, last = short
+        for layer in before:
+            x = layer(x)
+        return _norm(last, x)
     shortened: Tensor = short(x)
     return shortened
 

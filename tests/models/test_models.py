@@ -1,5 +1,7 @@
 """Encoders by name, widths, stems, projection heads."""
 
+import copy
+
 import pytest
 import torch
 import torchvision
@@ -16,6 +18,31 @@ def test_resnets_equal_torchvisions_without_the_classifier(name):
     images = torch.rand(2, 3, 64, 64)
     assert torch.equal(ours.eval()(images), theirs.eval()(images))
     assert dim == (512 if name == "resnet18" else 2048)
+
+
+@pytest.mark.parametrize("name", ["resnet10", "resnet50"])
+def test_no_strided_convolution_of_pixels_has_few_channels(name):
+    """oneDNN writes outside its memory for the weights' gradient of such a one in channels_last."""
+    narrow, _ = build_encoder(name, width=0.125, stem="cifar")
+    for module in narrow.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.kernel_size == (1, 1):
+            assert module.stride == (1, 1) or module.in_channels >= 16
+    wide, _ = build_encoder(name, width=0.25, stem="cifar")
+    assert narrow.state_dict().keys() == wide.state_dict().keys()
+    # With the convolution itself strided, as torchvision has it, in an odd size.
+    strided = copy.deepcopy(narrow).double()
+    for block in (strided.layer2[0], strided.layer3[0], strided.layer4[0]):
+        convolution = block.downsample.get_submodule("0")
+        convolution.stride = (2, 2)
+        block.downsample = torch.nn.Sequential(convolution, block.downsample.get_submodule("1"))
+    images = torch.rand(2, 3, 21, 21)
+    h, exact = narrow.double()(images.double()), strided(images.double())
+    torch.testing.assert_close(h, exact, rtol=1e-12, atol=1e-12)
+    upstream = torch.rand_like(h)
+    h.backward(upstream)
+    exact.backward(upstream)
+    for ours, theirs in zip(narrow.parameters(), strided.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(("width", "millions"), [(1, 23.5), (2, 94), (4, 375)])
