@@ -81,8 +81,10 @@ def forward(
         i = columns[start : min(start + BLOCK_ROWS, row_offset + num_rows)]
         # Logits in base 2, computed as in the backward pass: both must get the same numbers.
         x = matmul(u_all[i], u_all.T)
-        # From the same product as the negatives, so that equal rows tie.
-        compared = x.gather(1, (i ^ 1)[:, None])[:, 0] * LN2
+        # From the same product as the negatives, so that equal rows tie but for rounding: BLAS may
+        # add up the last columns in another order than the others.
+        rounding = 2 * math.sqrt(u_all.size(1)) * torch.finfo(x.dtype).eps / temperature
+        compared = x.gather(1, (i ^ 1)[:, None])[:, 0] * LN2 - rounding
         x[columns[None, :] // 2 == i[:, None] // 2] = -math.inf
         positive = (wide(u_all[i]) * wide(u_all[i ^ 1])).sum(1) * LN2
         highest = x.amax(1).clamp_min(-LARGEST_LOGIT)
@@ -164,7 +166,7 @@ def _statistics(negatives: Tensor, positive: Tensor, compared: Tensor) -> tuple[
     """Whether the positive is above all negatives, and the entropy of the softmax: [B] each.
 
     negatives: logits [B, M]. positive: [B], wide, for the entropy. compared: [B], the same computed
-    like the negatives, for the comparison with them.
+    like the negatives, less what rounding may add to it, for the comparison with them.
     """
     logits = torch.cat((positive[:, None], negatives), 1)
     log_p = logits.log_softmax(1)
