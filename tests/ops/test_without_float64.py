@@ -54,8 +54,11 @@ def check(ours, plain, tensors):
     same_dtype = run(plain, tensors, upstream)
     with NoFloat64():
         actual = run(ours, tensors, upstream)
-    for a, p, e in zip(actual, same_dtype, exact, strict=True):
-        assert error(a, e) <= 2 * error(p, e) + 1e-6, (error(a, e), error(p, e))
+    errors = [error(p, e) for p, e in zip(same_dtype, exact, strict=True)]
+    for a, e, of_plain in zip(actual, exact, errors, strict=True):
+        # A single number, the temperature's gradient, may be exact by chance.
+        bound = 2 * (of_plain if e.numel() > 1 else max(errors)) + 1e-6
+        assert error(a, e) <= bound, (error(a, e), bound)
 
 
 torch.manual_seed(0)
