@@ -275,6 +275,7 @@ def in_fork(inputs):
 
 def worker(mode, out):
     torch.set_num_threads(1)
+    tempfile.tempdir = str(out.parent)  # what is made here goes with the test's folder
     inputs, made, errors, runs = Inputs(), {}, {}, []
     if mode == "thread":
         runs = in_threads()
