@@ -203,6 +203,24 @@ EQUAL = np.tile(COLOURS[:1], (24, 1, 1, 1))
 NO_BATCH_NORM = {"optimizer": "sgd", "projector_batch_norm": False}
 
 
+@pytest.mark.parametrize(("percent", "lines", "told"), [(9, 12, 0), (11, 6, 0), (11, 7, 1)])
+def test_waiting_is_told_from_a_tenth_of_the_time_in_five_lines(
+    tmp_path, monkeypatch, caplog, percent, lines, told
+):
+    """The line of the start is not counted, and one without waiting begins anew."""
+    now = iter(range(0, 1000, 20))
+    config = replace(TINY, log_every=1, log=())
+    shown = {"loss": torch.tensor(1.0), "contrastive_accuracy": torch.tensor(0.5)}
+    with Metrics("supervised", tmp_path / "m.jsonl", config, 0, 100) as metrics:
+        monkeypatch.setattr(module.time, "perf_counter", lambda: next(now))
+        metrics._since = next(now)
+        for line in range(lines):
+            metrics.waited = 20 * percent / 100 * (line != 1)
+            metrics.after_step(line + 1, shown, 0.1)
+    said = [m for m in caplog.messages if "of the time is spent waiting for data" in m]
+    assert len(said) == told, caplog.messages
+
+
 @pytest.mark.parametrize(
     ("source", "p_jitter", "options", "says"),
     [
