@@ -189,7 +189,8 @@ class RankWatch:
                 return error
             verdict = self._tell(verdict)
         except dist.DistError:
-            verdict = self._store_lost()
+            # The thread may have read the verdict before the rank that hosts the store ended.
+            verdict = self._verdict or self._store_lost()
         return error if verdict == own else RankFailure(verdict + _ADVICE)
 
     def _beat(self) -> None:
