@@ -54,6 +54,8 @@ def check(case, seen, world):
     assert seen["outputs"] == [DTYPE[dtype]] * 2, case
     assert set(seen["convolutions"]) == {f"{DTYPE[dtype]} channels_last"}, case
     assert not seen["wrong gradients"], case
+    if mode == "host":
+        assert any("store.py:_move_out" in what for what in seen["copies"]), seen["copies"]
     assert seen["gradient"] <= BUDGET[world].get(mode, 1e9), case
 
 
