@@ -6,7 +6,7 @@ positive of row i is row i ^ 1.
 
 Steps that would lose digits are computed in the widest dtype of the device (`widest_float`). On
 devices without float64 the denominators are rounded to float32, which changes gradients by about
-6e-8 / temperature, relatively.
+6e-8 / temperature, relatively, and the temperature's by up to twice that.
 """
 
 import math

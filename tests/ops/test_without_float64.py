@@ -54,11 +54,11 @@ def check(ours, plain, tensors):
     same_dtype = run(plain, tensors, upstream)
     with NoFloat64():
         actual = run(ours, tensors, upstream)
-    errors = [error(p, e) for p, e in zip(same_dtype, exact, strict=True)]
-    for a, e, of_plain in zip(actual, exact, errors, strict=True):
-        # A single number, the temperature's gradient, may be exact by chance.
-        bound = 2 * (of_plain if e.numel() > 1 else max(errors)) + 1e-6
-        assert error(a, e) <= bound, (error(a, e), bound)
+    for a, p, e in zip(actual, same_dtype, exact, strict=True):
+        # Two roundings of the denominators: in plain torch's gradient of the temperature they
+        # cancel, as each row's softmax is divided by its own sum.
+        rounding = 1e-6 if e.numel() > 1 else 1.2e-7 / tensors[-1].item()
+        assert error(a, e) <= 2 * error(p, e) + rounding, (error(a, e), error(p, e))
 
 
 torch.manual_seed(0)
